@@ -1,0 +1,289 @@
+"""Model folders in and out: hub ids, Hugging Face folders, adapters; safetensors and JSON, nothing is ever unpickled.
+
+Written beside, then renamed. Loaded strictly: what the model needs and what the files hold must be the same names and shapes.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+import lora
+from config import UserError
+from model import ModelConfig, Transformer
+
+FILE_BYTES = 4 << 30  # a saved model is split into files of at most this size
+COMPANIONS = ("persona.json", "run.json", "metrics.jsonl")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+NO_ACCOUNT = "teknium/OpenHermes-2.5-Mistral-7B"
+
+
+# --- devices
+
+
+def pick_device(name=None):
+    """`name`, else cuda, then mps, then cpu. UserError for an NVIDIA card that this torch can't use: never silently the CPU."""
+    if name:
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    driver = Path("/proc/driver/nvidia/version")
+    if driver.exists():
+        version = next((w for w in driver.read_text().split() if w[0].isdigit() and "." in w), "unknown")
+        if torch.version.cuda is None:
+            raise UserError(f"This machine has an NVIDIA card (driver {version}), but this torch ({torch.__version__}) is built for the CPU.\nInstall torch with CUDA (pytorch.org, 'Get started'), or say --device cpu.")
+        raise UserError(f"The NVIDIA driver {version} is too old for this torch ({torch.__version__}, CUDA {torch.version.cuda}).\nUpdate the driver, or install a torch built for an older CUDA (pytorch.org), or say --device cpu.")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def compute_dtype(device):
+    """bf16, except on CPUs without instructions for it: there its matmul takes seven times as long as float32's."""
+    if device.type != "cpu":
+        return torch.bfloat16
+    return torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
+
+
+# --- where a model lies
+
+
+def resolve(model):
+    """A folder, or a hub id (downloaded, or taken from the hub's cache) → the folder. UserError says what to do when there is neither."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
+        raise UserError(f"{model}: there is no such folder\nGive a model folder, or a hub id such as {NO_ACCOUNT}.")
+    return download(model)
+
+
+def download(repo):
+    """Bring config, tokenizer and the indexed safetensors of a hub id into the hub's cache, resuming what is there; → the folder."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo, local_files_only=True))
+        if (folder / "config.json").exists() and all((folder / name).exists() for name in weight_files(folder)):
+            return folder
+    except (LocalEntryNotFoundError, UserError):
+        pass
+    try:
+        info = HfApi().model_info(repo, files_metadata=True)
+        sizes = {f.rfilename: f.size or 0 for f in info.siblings}
+        small = [n for n in (*TOKENIZER_FILES, "config.json", "generation_config.json", "model.safetensors.index.json") if n in sizes]
+        folder = Path(snapshot_download(repo, revision=info.sha, allow_patterns=small))
+        weights = weight_files(folder, single="model.safetensors" in sizes)
+        need = sum(sizes.get(n, 0) for n in weights)
+        cache = Path(constants.HF_HUB_CACHE)
+        have = sum(f.stat().st_size for f in (cache / f"models--{repo.replace('/', '--')}" / "blobs").glob("*"))
+        free = shutil.disk_usage(cache).free
+        if need - have > free:
+            raise UserError(f"{repo} needs {need / 1e9:.1f} GB, {cache} has {free / 1e9:.1f} GB free\nMake room, or set HF_HOME to a larger disk.")
+        return Path(snapshot_download(repo, revision=info.sha, allow_patterns=small + weights))
+    except GatedRepoError:
+        raise UserError(f"{repo} wants an account that accepted its terms: accept them on https://huggingface.co/{repo}, then run `hf auth login`.\nOr take a base that needs no account: --model {NO_ACCOUNT}") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"{repo}: no such folder here, and no such model on the hub (or it is private: run `hf auth login`).\nA base that needs no account: --model {NO_ACCOUNT}") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no answer"
+        raise UserError(f"The hub answered {status} for {repo}: {str(error).splitlines()[0]}\nRun it again: a download continues where it stopped.") from None
+    except (OSError, LocalEntryNotFoundError, *network_errors()) as error:
+        raise UserError(f"{repo} is not on this machine and the hub can't be reached ({type(error).__name__}).\nDownload it where there is a network (train.py --download-only), or give a folder: --model FOLDER") from None
+
+
+def network_errors():
+    import httpx  # what huggingface_hub speaks with
+
+    return (httpx.TransportError,)
+
+
+def weight_files(folder, single=None):
+    """The safetensors files of a model folder. UserError when there are none (a .bin or .pth is a pickle and is not read)."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return sorted(set(read_json(index)["weight_map"].values()))
+    if single or (folder / "model.safetensors").exists():
+        return ["model.safetensors"]
+    pickles = [*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")]
+    why = f", only {pickles[0].name}, which is a pickle and may run code" if pickles else ""
+    raise UserError(f"{folder} has no model.safetensors{why}\nGive a folder with config.json, safetensors and a tokenizer.")
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing\nIs {Path(path).parent} the right folder?") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}\nCopy it again.") from None
+
+
+def read_config(folder):
+    """`config.json` → ModelConfig. UserError for a family or a kind of RoPE that the model doesn't compute."""
+    said = read_json(Path(folder) / "config.json")
+    if said.get("model_type") != "mistral":
+        raise UserError(f"{folder}: model_type {said.get('model_type')!r} is not known here\nKnown: mistral (7B v0.1, v0.2, v0.3 and their fine-tunes).")
+    if said.get("quantization_config"):
+        raise UserError(f"{folder} holds quantised weights, which are not read\nTake the bf16 or fp16 original.")
+    rotary = said.get("rope_parameters") or said.get("rope_scaling") or {}
+    kind = rotary.get("rope_type", rotary.get("type", "default"))
+    if kind != "default":
+        raise UserError(f"{folder}: RoPE of kind {kind!r} is not known here\nKnown: default.")
+    fields = {k: said[k] for k in ModelConfig.__dataclass_fields__ if k in said}
+    fields["head_dim"] = said.get("head_dim") or said["hidden_size"] // said["num_attention_heads"]
+    fields["rope_theta"] = rotary.get("rope_theta") or said.get("rope_theta") or 10000.0
+    fields.setdefault("num_key_value_heads", 8)  # HF's default for Mistral
+    return ModelConfig(**fields)
+
+
+def is_adapter(folder):
+    return (Path(folder) / "adapter_config.json").exists()
+
+
+# --- weights in
+
+
+def full(tensor):
+    """A parameter's whole value, gathered from all ranks where it is sharded (a collective: every rank must ask)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard(tensor):
+    """(the rows of a parameter that this rank holds, the number of the first): all of it where nothing is sharded."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach(), 0
+    rows = -(-len(tensor) // tensor.device_mesh.size())  # FSDP2 cuts dimension 0 as torch.chunk does
+    return tensor.detach().to_local(), min(rows * tensor.device_mesh.get_local_rank(), len(tensor))
+
+
+def write(tensor, value):
+    """Set a parameter from its whole value (or a file's slice of it); each rank takes its own rows."""
+    local, first = shard(tensor)
+    local.copy_(value[first : first + len(local)])
+
+
+@torch.no_grad()
+def fill(model, folder):
+    """Read the weights of `folder` into an allocated model, each rank only its rows, one tensor in memory at a time.
+
+    A vocabulary larger than the files' (new ChatML tokens) gets the mean of the old rows. UserError names a tensor that is missing,
+    unknown or of the wrong shape, before anything else is done.
+    """
+    wanted = {name: p for name, p in model.named_parameters() if ".lora_" not in name and not name.endswith(".row_values")}
+    files = open_files(folder)
+    found = {name: f for f in files for name in f.keys() if not name.endswith("rotary_emb.inv_freq")}
+    if model.config.tie_word_embeddings:
+        found.pop("lm_head.weight", None)
+    missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    if missing or unknown:
+        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} belongs to no part of the model"
+        raise UserError(f"{folder}: tensor {what} ({len(missing)} missing, {len(unknown)} unknown)\nDoes config.json belong to these files? Copy the folder again.")
+    for name, parameter in wanted.items():
+        piece = found[name].get_slice(name)
+        have, want = tuple(piece.get_shape()), tuple(parameter.shape)
+        grows = name in ("model.embed_tokens.weight", "lm_head.weight") and have[0] <= want[0]
+        if (have[1:] if grows else have) != (want[1:] if grows else want):
+            raise UserError(f"{folder}: tensor {name} is {list(have)}, config.json makes it {list(want)}\nDoes config.json belong to these files? Copy the folder again.")
+        if have == want:
+            write(parameter, piece)
+        else:
+            old = found[name].get_tensor(name)
+            mean = old.float().mean(0, keepdim=True).to(old.dtype)
+            write(parameter, torch.cat([old, mean.expand(want[0] - have[0], -1)]))
+
+
+def open_files(folder):
+    folder, files = Path(folder), []
+    for name in weight_files(folder):
+        try:
+            files.append(safe_open(folder / name, framework="pt"))
+        except (FileNotFoundError, SafetensorError) as error:
+            raise UserError(f"{folder / name} can't be read: {error}\nThe file is missing, cut off or no safetensors: copy it again.") from None
+    return files
+
+
+def stored_dtype(folder):
+    return getattr(torch, read_json(Path(folder) / "config.json").get("dtype") or read_json(Path(folder) / "config.json").get("torch_dtype") or "bfloat16")
+
+
+def load_model(path, dtype=None, device="cpu", base=None):
+    """A HF folder, a hub id, or a `ckpt/` of ours → Transformer in eval mode, in `dtype` (None: as stored), on `device`.
+
+    An adapter folder loads its base (or `base`, if that lies elsewhere now), then itself.
+    """
+    folder = resolve(path)
+    adapter = folder if is_adapter(folder) else None
+    if adapter:
+        arguments, named = lora.read_settings(adapter)
+        folder = resolve(base or named)
+    shape = read_config(folder)
+    if adapter and arguments["rows"]:
+        shape = with_vocabulary(shape, max(arguments["rows"]) + 1)
+    with torch.device("meta"):
+        model = Transformer(shape)
+    model.to(dtype or stored_dtype(folder)).to_empty(device=device)
+    fill(model, folder)
+    if adapter:
+        lora.load(model, adapter)
+    return model.eval().requires_grad_(False)
+
+
+def with_vocabulary(shape, size):
+    """`shape` with room for `size` tokens (new ChatML tokens); a vocabulary is never cut."""
+    return ModelConfig(**{**vars(shape), "vocab_size": max(shape.vocab_size, size)})
+
+
+# --- weights out
+
+
+def copy_companions(source, target):
+    for name in COMPANIONS:
+        if (Path(source) / name).exists():
+            shutil.copyfile(Path(source) / name, Path(target) / name)
+
+
+def save_model(model, folder, tokenizer, dtype=torch.bfloat16):
+    """Write a HF model folder in `dtype`. A sharded model is gathered tensor by tensor: every rank must call, rank 0 writes."""
+    folder, writes = Path(folder), not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    batch, size, total, files = {}, 0, 0, []
+
+    def flush():
+        nonlocal batch, size
+        if writes and batch:
+            files.append(list(batch))
+            save_file(batch, folder / f"new-{len(files)}.safetensors", metadata={"format": "pt"})
+        batch, size = {}, 0
+
+    for name, parameter in model.named_parameters():
+        value = full(parameter.detach()).to(dtype)
+        if not writes:
+            continue
+        bytes_ = value.numel() * value.element_size()
+        if size + bytes_ > FILE_BYTES:
+            flush()
+        batch[name], size, total = value.cpu().contiguous(), size + bytes_, total + bytes_
+    flush()
+    if not writes:
+        return
+    names = ["model.safetensors"] if len(files) == 1 else [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    for number, name in enumerate(names, 1):
+        os.replace(folder / f"new-{number}.safetensors", folder / name)
+    if len(files) > 1:
+        where = {tensor: name for name, tensors in zip(names, files) for tensor in tensors}
+        dump(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    said = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu", "dtype": str(dtype).removeprefix("torch.")}
+    ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.im_end}
+    dump(folder / "config.json", said | vars(model.config) | ends)
+    dump(folder / "generation_config.json", ends)
+
+
+def dump(path, value):
+    """Write JSON beside, then rename."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)

@@ -1,0 +1,71 @@
+"""The command line of every program, made from a frozen dataclass; and the one way in which a program ends for what a person can mend."""
+
+import argparse
+import dataclasses
+import os
+import sys
+import types
+import typing
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something a person can mend: one or two lines, naming the file or the flag and the way out."""
+
+
+def flag(default, help, choices=None, short=None, positional=False):
+    """A dataclass field that is also a flag: `--micro-batch` for `micro_batch`; a bool is a switch."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "short": short, "positional": positional})
+
+
+def parse(cls, argv=None, prog=None):
+    """Fill dataclass `cls` from `argv` (default: the command line); its docstring heads `--help`."""
+    parser = argparse.ArgumentParser(prog=prog, description=cls.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint, meta = hints[field.name], field.metadata
+        if isinstance(hint, types.UnionType):  # `str | None`
+            hint = next(t for t in typing.get_args(hint) if t is not types.NoneType)
+        many = typing.get_origin(hint) in (list, tuple)
+        kind = typing.get_args(hint)[0] if many else hint
+        shown = "" if field.default in (None, "", (), False) or meta["positional"] else f" (default: {field.default})"
+        options = {"help": (meta["help"] + shown).replace("%", "%%"), "default": field.default}
+        if meta["positional"]:
+            parser.add_argument(field.name, metavar=field.name.upper(), type=kind, nargs="+" if many else None, **options)
+            continue
+        names = [n for n in (meta["short"], "--" + field.name.replace("_", "-")) if n]
+        if kind is bool:
+            parser.add_argument(*names, dest=field.name, action="store_true", **options)
+        elif many:
+            parser.add_argument(*names, dest=field.name, type=kind, action="append", metavar=kind.__name__.upper(), **options)
+        else:
+            metavar = None if meta["choices"] else {int: "N", float: "X"}.get(kind, "TEXT")
+            parser.add_argument(*names, dest=field.name, type=kind, choices=meta["choices"], metavar=metavar, **options)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def run(main):
+    """Call `main()`; end with its UserError on stderr and exit code 2, with 130 on Ctrl-C. Under torchrun only rank 0 speaks."""
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `python data.py … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def fresh_folder(path, overwrite):
+    """Make an output folder, for its owner's eyes only (0700). UserError when it holds something already, unless `overwrite`."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file\nName another folder.")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise UserError(f"{path} already holds something\nName another folder, or say --overwrite to replace it.")
+    path.mkdir(parents=True, exist_ok=True)
+    path.chmod(0o700)
+    return path

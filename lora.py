@@ -1,0 +1,224 @@
+"""Low-rank adapters: inject, merge, save, load; PEFT's own format on disk. `python lora.py merge ckpt/ clone/` makes a plain model.
+
+W x becomes W x + alpha / rank * B (A x), with W frozen (arXiv 2106.09685). A base without ChatML tokens gets rows for them: those
+rows of the embedding and of the head are trained whole.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import config
+from config import UserError, flag
+from model import Linear
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PREFIX = "base_model.model."  # PEFT's, before our own names
+
+
+class LoRALinear(Linear):
+    """A linear layer whose `weight` keeps its key, with `lora_A` (rank, in) and `lora_B` (out, rank) as fp32 masters beside it."""
+
+    def attach(self, rank, alpha, dropout):
+        self.scale, self.dropout = alpha / rank, dropout
+        device = self.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, device=device))
+
+    def forward(self, x):
+        low = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        low = F.linear(low, self.lora_A.to(x.dtype))  # (…, rank)
+        return super().forward(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
+
+
+class RowsEmbedding(nn.Embedding):
+    """An embedding of which only `rows` are trained, as `row_values` (rows, hidden), fp32; they stand in place of the frozen ones."""
+
+    def forward(self, ids):
+        out = super().forward(ids)
+        for index, row in enumerate(self.rows):
+            out = torch.where((ids == row)[..., None], self.row_values[index].to(out.dtype), out)
+        return out
+
+
+class RowsLinear(Linear):
+    """A head of which only `rows` are trained: their logits are computed apart, so that no gradient of the vocabulary's size is made."""
+
+    def forward(self, x):
+        where = torch.tensor(self.rows, device=x.device)
+        return super().forward(x).index_copy(-1, where, F.linear(x, self.row_values.to(x.dtype)))
+
+
+def inject(model, rank=32, alpha=16, dropout=0.0, targets=TARGETS, rows=()):
+    """Freeze `model` and give every linear layer named in `targets` an adapter, and the vocabulary's `rows` values of their own.
+
+    Returns the matched module names. UserError when a target matches nothing. At once after it the model computes what it did before
+    (on the meta device the values of `initial` are still to be written).
+    """
+    linears = {name: m for name, m in model.model.named_modules(prefix="model") if isinstance(m, nn.Linear)}
+    kinds = {name.rpartition(".")[2] for name in linears}
+    unknown = sorted(set(targets) - kinds)
+    if unknown or not targets:
+        raise UserError(f"--lora-targets {','.join(unknown)}: this model has no such linear layer\nIt has: {', '.join(sorted(kinds))}.")
+    matched = [name for name in linears if name.rpartition(".")[2] in targets]
+    model.requires_grad_(False)
+    for name in matched:
+        linears[name].__class__ = LoRALinear  # the weight stays where it is, under its own name
+        linears[name].attach(rank, alpha, dropout)
+    model.lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": list(targets), "rows": list(rows)}
+    if rows:
+        embedding, head = model.model.embed_tokens, model.lm_head
+        embedding.__class__, head.__class__ = RowsEmbedding, RowsLinear
+        embedding.rows = head.rows = list(rows)
+        embedding.row_values = nn.Parameter(torch.empty(len(rows), embedding.embedding_dim, device=embedding.weight.device))
+        head.row_values = embedding.row_values if model.config.tie_word_embeddings else nn.Parameter(torch.empty_like(embedding.row_values))
+    if not model.lm_head.weight.is_meta:
+        with torch.no_grad():
+            for parameter, value in initial(model):
+                parameter.copy_(value)
+    return matched
+
+
+def initial(model, seed=0, whole=lambda tensor: tensor):
+    """Yield (parameter, first value) for all that `inject` added: A as PEFT draws it, B zero, rows as they are in the base.
+
+    `whole` gathers a sharded parameter. The values do not depend on the number of ranks.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            bound = 1 / math.sqrt(module.in_features)
+            yield module.lora_A, torch.empty(module.lora_A.shape).uniform_(-bound, bound, generator=generator)
+            yield module.lora_B, torch.zeros(module.lora_B.shape)
+        elif isinstance(module, (RowsEmbedding, RowsLinear)):
+            yield module.row_values, whole(module.weight)[module.rows].float()
+
+
+def trained(model):
+    """{our name: parameter} of everything the adapter trains, tied ones once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def peft_name(name):
+    """`model.layers.0.mlp.up_proj.lora_A` → PEFT's key for it in `adapter_model.safetensors`."""
+    if name.endswith(".row_values"):
+        return f"{PREFIX}{name.removesuffix('.row_values')}.token_adapter.trainable_tokens_delta"
+    return f"{PREFIX}{name}.weight"
+
+
+@torch.no_grad()
+def merge(model):
+    """Fold the adapter into the weights, in fp32, and take it off: `model` is a plain Transformer again. Returns it."""
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.weight.copy_(module.weight.float() + module.scale * module.lora_B @ module.lora_A)
+            del module.lora_A, module.lora_B
+            module.__class__ = Linear
+        elif isinstance(module, (RowsEmbedding, RowsLinear)):
+            module.weight[module.rows] = module.row_values.to(module.weight.dtype)
+            del module.row_values
+            module.__class__ = nn.Embedding if isinstance(module, RowsEmbedding) else Linear
+    del model.lora
+    return model
+
+
+def save(model, folder, base, tensors=None):
+    """Write PEFT's `adapter_config.json` and `adapter_model.safetensors`; `base` is the folder or hub id that it belongs to.
+
+    `tensors`: {our name: full tensor}, for a sharded model whose own parameters are only pieces.
+    """
+    folder, lora = Path(folder), model.lora
+    tensors = tensors if tensors is not None else trained(model)
+    rows = {"embed_tokens": lora["rows"]} | ({} if model.config.tie_word_embeddings else {"lm_head": lora["rows"]})
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": lora["rank"],
+        "lora_alpha": lora["alpha"],
+        "lora_dropout": lora["dropout"],
+        "target_modules": lora["targets"],
+        "trainable_token_indices": rows if lora["rows"] else None,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    weights = {peft_name(name): t.detach().float().cpu().contiguous() for name, t in tensors.items()}
+    save_file(weights, folder / "adapter_model.safetensors.new", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors.new").replace(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def read_settings(folder):
+    """`adapter_config.json` → the arguments of `inject` and the base's name. UserError for kinds of adapter that we don't compute."""
+    path = Path(folder) / "adapter_config.json"
+    said = json.loads(path.read_text(encoding="utf-8"))
+    rows = said.get("trainable_token_indices") or []
+    rows = rows.get("embed_tokens", []) if isinstance(rows, dict) else rows
+    odd = [k for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "fan_in_fan_out") if said.get(k)]
+    if said.get("bias", "none") != "none":
+        odd.append("bias")
+    if said.get("peft_type") != "LORA" or odd or not isinstance(said.get("target_modules"), list):
+        raise UserError(f"{path}: {', '.join(odd) or said.get('peft_type')} is no plain LoRA over named layers\nMerge it with PEFT first, and use the merged folder.")
+    targets = sorted({name.rpartition(".")[2] for name in said["target_modules"]})
+    arguments = {"rank": said["r"], "alpha": said["lora_alpha"], "dropout": said.get("lora_dropout", 0.0), "targets": targets, "rows": rows}
+    return arguments, said["base_model_name_or_path"]
+
+
+@torch.no_grad()
+def load(model, folder):
+    """Inject the adapter of `folder` into `model` (resized to the adapter's vocabulary) and fill it. UserError names a wrong tensor."""
+    folder = Path(folder)
+    inject(model, **read_settings(folder)[0])
+    path = folder / "adapter_model.safetensors"
+    try:
+        tensors = load_file(path)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise UserError(f"{path} can't be read: {error}\nTrain again, or copy the whole folder again.") from None
+    tensors = {k: t for k, t in tensors.items() if ".base_layer." not in k}  # PEFT adds the whole embedding to its own saves
+    wanted = {peft_name(name): p for name, p in trained(model).items()}
+    wrong = sorted(set(wanted) ^ set(tensors)) or [k for k, p in wanted.items() if p.shape != tensors[k].shape]
+    if wrong:
+        raise UserError(f"{path}: {wrong[0]} is missing, unknown or of the wrong shape ({len(wrong)} such)\nIs this the adapter of another base?")
+    for key, parameter in wanted.items():
+        parameter.copy_(tensors[key])
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeConfig:
+    """Merge an adapter into its base: a Hugging Face folder that any tool reads.  python lora.py merge ckpt/ clone/"""
+
+    ckpt: str = flag("", "an adapter folder (train.py --lora)", positional=True)
+    out: str = flag("", "the folder to write", positional=True)
+    model: str = flag("", "the base, when it lies elsewhere than the adapter says")
+    overwrite: bool = flag(False, "replace what is in OUT")
+
+
+def main():
+    import sys
+
+    import checkpoint
+    import tokenizer
+
+    if sys.argv[1:2] != ["merge"]:
+        raise UserError("lora.py knows one verb: merge\npython lora.py merge ckpt/ clone/")
+    options = config.parse(MergeConfig, sys.argv[2:], prog="lora.py merge")
+    if not (Path(options.ckpt) / "adapter_config.json").exists():
+        raise UserError(f"{options.ckpt} holds no adapter (adapter_config.json)\nGive the folder that train.py --lora wrote.")
+    out = config.fresh_folder(options.out, options.overwrite)
+    model = merge(checkpoint.load_model(options.ckpt, dtype=None, device="cpu", base=options.model or None))
+    words = tokenizer.load(options.ckpt)
+    checkpoint.save_model(model, out, words)
+    words.save(out)
+    checkpoint.copy_companions(options.ckpt, out)
+    print(f"{out} is a whole model now: python chat.py {out}")
+
+
+if __name__ == "__main__":
+    config.run(main)

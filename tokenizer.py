@@ -1,0 +1,138 @@
+"""ChatML over the base's own vocabulary: text in, ids and character offsets out.
+
+One engine, the `tokenizers` package, for every base, so that what trains, what chats and what other tools read from `ckpt/` cannot
+differ. A base's `tokenizer.json` is taken as it is. A sentencepiece `tokenizer.model` is converted here: each stretch between special
+tokens is encoded as one string (`<|im_start|>` then `▁John`), exactly as sentencepiece does.
+"""
+
+import json
+from pathlib import Path
+
+import sentencepiece
+from tokenizers import AddedToken, Tokenizer as Engine, decoders, models, normalizers, processors
+
+from config import UserError
+
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+IN_ENGINE = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "sp_model_kwargs", "auto_map", "chat_template")
+
+
+def special(spelling):
+    return AddedToken(spelling, special=True, normalized=False)
+
+
+class Tokenizer:
+    """`added`: the ids of the ChatML tokens that the base lacked; its embeddings need rows for them. `bos`: its id, None without one."""
+
+    def __init__(self, engine, folder, bos):
+        engine.no_truncation()
+        engine.no_padding()
+        self.engine, self.folder = engine, Path(folder)
+        self.bos = engine.token_to_id(bos) if bos else None
+        missing = [t for t in (IM_END, IM_START) if engine.token_to_id(t) is None]
+        engine.add_special_tokens([special(t) for t in missing])
+        self.added = [engine.token_to_id(t) for t in missing]
+        self.im_start, self.im_end = engine.token_to_id(IM_START), engine.token_to_id(IM_END)
+        specials = {i: t.content for i, t in engine.get_added_tokens_decoder().items() if t.special}
+        self.special_ids = sorted(specials)
+        self.specials = tuple(sorted(specials.values()))  # their spellings
+
+    def __len__(self):
+        return self.engine.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text):
+        """Whole document → (ids, offsets); BOS first where the base's tokenizer adds one; offsets are (begin, end) in characters."""
+        encoding = self.engine.encode(text, add_special_tokens=False)
+        ids, offsets = encoding.ids, encoding.offsets
+        if self.bos is not None:
+            ids, offsets = [self.bos, *ids], [(0, 0), *offsets]
+        return ids, offsets
+
+    def decode(self, ids):
+        """Ids → text without special tokens. An unfinished character at the end shows as U+FFFD."""
+        return self.engine.decode(ids, skip_special_tokens=True)
+
+    def save(self, folder):
+        """Write `tokenizer.json` and a `tokenizer_config.json` with which transformers and vLLM load these very ids."""
+        folder = Path(folder)
+        self.engine.save(str(folder / "tokenizer.json"))
+        tokens = self.engine.get_added_tokens_decoder()
+        config = {k: v for k, v in read_json(self.folder / "tokenizer_config.json").items() if k not in IN_ENGINE}
+        config["added_tokens_decoder"] = {
+            str(i): {k: getattr(t, k) for k in ("content", "lstrip", "normalized", "rstrip", "single_word", "special")}
+            for i, t in sorted(tokens.items())
+        }
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # "LlamaTokenizer" makes transformers 5 convert anew, with other ids
+        config["eos_token"] = IM_END
+        write_json(folder / "tokenizer_config.json", config)
+
+
+def load(folder):
+    """The tokenizer of a model folder: `tokenizer.json` where there is one, else `tokenizer.model`. UserError when there is neither."""
+    folder = Path(folder)
+    config = read_json(folder / "tokenizer_config.json")
+    bos = config.get("bos_token")
+    bos = bos["content"] if isinstance(bos, dict) else bos
+    if (folder / "tokenizer.json").exists():
+        try:
+            engine = Engine.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(f"{folder / 'tokenizer.json'} can't be read: {error}\nCopy it again from the base model.") from None
+        return Tokenizer(engine, folder, bos if adds_bos(engine, config, bos) else None)
+    if (folder / "tokenizer.model").exists():
+        engine = from_sentencepiece(folder / "tokenizer.model", read_json(folder / "added_tokens.json"))
+        return Tokenizer(engine, folder, (bos or "<s>") if config.get("add_bos_token", True) else None)
+    raise UserError(f"{folder} has no tokenizer.json and no tokenizer.model\nCopy the base model's tokenizer files there.")
+
+
+def adds_bos(engine, config, bos):
+    """Whether the base's own tokenizer opens a document with BOS: what `tokenizer_config.json` says, else what its post-processor does."""
+    if not bos or engine.token_to_id(bos) is None:
+        return False
+    said = config.get("add_bos_token")
+    return engine.encode("x").ids[:1] == [engine.token_to_id(bos)] if said is None else said
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def from_sentencepiece(path, added):
+    """A sentencepiece BPE model → the same tokenizer in `tokenizers`. `added`: {spelling: id} beyond the model's own pieces.
+
+    sentencepiece merges, over and over, the adjacent pair whose union has the best score, the leftmost of equals. BPE merges by rank:
+    the pairs that make a piece are listed in the order of its score, so that the result is the same. Pieces are unknown to it otherwise.
+    """
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{path} is not a sentencepiece model: {error}\nCopy it again from the base model.") from None
+    probe = "Ａ ½  é\u0301 ﬁ"
+    if model.normalize(probe).replace("▁", " ").strip() != probe:
+        raise UserError(f"{path} normalises text (NFKC), which no Mistral-style base does\nUse a base with a tokenizer.json.")
+    size = model.vocab_size()
+    vocab = {model.id_to_piece(i): i for i in range(size)}
+    mergeable = [i for i in range(size) if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i) or model.is_unused(i))]
+    pieces = {model.id_to_piece(i) for i in mergeable}
+    merges = []
+    for i in sorted(mergeable, key=lambda i: (-model.get_score(i), i)):
+        piece = model.id_to_piece(i)
+        splits = [(piece[:cut], piece[cut:]) for cut in range(len(piece) - 1, 0, -1)]
+        merges += [pair for pair in splits if pair[0] in pieces and pair[1] in pieces]
+    engine = Engine(models.BPE(vocab, merges, unk_token=model.id_to_piece(model.unk_id()), byte_fallback=True, fuse_unk=True))
+    engine.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    engine.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    engine.add_special_tokens([special(model.id_to_piece(i)) for i in range(size) if model.is_control(i) or model.is_unknown(i)])
+    for spelling, i in sorted(added.items(), key=lambda item: item[1]):
+        engine.add_special_tokens([special(spelling)])
+        if engine.token_to_id(spelling) != i:
+            raise UserError(f"added_tokens.json gives {spelling} the id {i}, but {path} has {size} pieces\nCopy both from one base model.")
+    bos = model.id_to_piece(model.bos_id())
+    engine.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, model.bos_id())])
+    return engine

@@ -1,0 +1,349 @@
+"""The loop: packed rows of my chats into a model that talks like me.
+
+    python train.py --lora                      one GPU (or a CPU, with a small base)
+    torchrun --nproc_per_node 8 train.py        full fine-tuning, sharded over eight
+
+What the best evaluation saw is what `ckpt/` ends as; whatever came after it was overfitting.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import config
+import data
+import generate
+import lora
+import step
+import tokenizer as tokenizers
+from config import UserError, flag
+
+FEWEST_STEPS = 50  # however little data there is
+EVALUATIONS = 4  # an epoch, at least
+ALL_LINEAR = ",".join(lora.TARGETS)
+BIG = 1_000_000_000  # parameters: beyond it a CPU would need weeks, and a GPU recomputes blocks to save memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Fine-tune a Mistral-style model on data/ (made by data.py): all of its weights, or a LoRA adapter with --lora."""
+
+    lora: bool = flag(False, "train a low-rank adapter, the base stays as it is")
+    model: str = flag(checkpoint.NO_ACCOUNT, "the base: a folder or a hub id")
+    from_scratch: bool = flag(False, "random weights of --model's config.json, to pretrain a small base")
+    data: str = flag("data", "the folder that data.py wrote")
+    out: str = flag("ckpt", "the folder to write")
+    overwrite: bool = flag(False, "replace what --out holds")
+    epochs: float = flag(3.0, "times over the data, at most (--patience ends sooner)")
+    max_steps: int | None = flag(None, "exactly so many steps, in place of --epochs and --patience")
+    patience: int = flag(3, "stop after so many evaluations without a better one")
+    batch: int = flag(8, "rows a step, over all ranks")
+    micro_batch: int = flag(2, "rows at a time on one rank: less memory, the same result")
+    seq_len: int = flag(1024, "tokens a row")
+    lr: float | None = flag(None, "peak learning rate (default: 2e-4 with --lora, else 2e-5)")
+    warmup: float = flag(0.03, "share of the steps in which the rate climbs")
+    weight_decay: float = flag(0.0, "AdamW's")
+    clip: float = flag(1.0, "largest norm of the gradient")
+    lora_rank: int = flag(32, "rank of the adapter")
+    lora_alpha: float = flag(16.0, "the adapter counts alpha / rank times")
+    lora_dropout: float = flag(0.0, "share of the adapter's inputs dropped in training")
+    lora_targets: str = flag(ALL_LINEAR, "linear layers that get an adapter")
+    loss_on: str = flag("me", "whose turns are targets", choices=("me", "everyone"))
+    recompute: str = flag("auto", "recompute blocks in the backward pass, for memory (auto: from 1B parameters on)", choices=("auto", "full", "none"))
+    dtype: str = flag("auto", "what is computed in (auto: bf16; fp32 on CPUs without bf16 instructions)", choices=("auto", "bf16", "fp32"))
+    device: str | None = flag(None, "cuda, mps or cpu (default: the first there is)")
+    seed: int = flag(0, "order of the rows, first values of the adapter, samples")
+    samples: int = flag(3, "held-out contexts to answer at each evaluation")
+    download_only: bool = flag(False, "fetch --model from the hub and stop (for machines with a network and no GPU)")
+
+
+def main():
+    options = config.parse(Config)
+    if options.download_only:
+        print(f"{options.model} is in {checkpoint.resolve(options.model)}")
+        return
+    folder, shape, ranks, words = prepare(options)
+    dtype = {"auto": checkpoint.compute_dtype(ranks.device), "bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
+    train_rows, val_rows = in_turn(ranks, lambda: [data.rows(Path(options.data) / f"{part}.jsonl", words, options.seq_len, options.loss_on) for part in ("train", "val")])
+    plan = schedule(len(train_rows), options)
+    if not val_rows:
+        raise UserError(f"{options.data}/val.jsonl has no turn of mine to validate on\nMake it anew with data.py, or move some lines of train.jsonl there.")
+    out = in_turn(ranks, lambda: config.fresh_folder(options.out, options.overwrite or not ranks.first))
+    say = tqdm.write if ranks.first else lambda text: None
+    say(describe(options, shape, ranks, dtype, train_rows, val_rows, plan))
+
+    adapter = None
+    if options.lora:
+        targets = [t.strip() for t in options.lora_targets.split(",") if t.strip()]
+        adapter = {"rank": options.lora_rank, "alpha": options.lora_alpha, "dropout": options.lora_dropout, "targets": targets, "rows": words.added}
+    recompute = options.recompute == "full" or options.recompute == "auto" and shape.num_parameters > BIG
+    torch.manual_seed(options.seed + ranks.rank)  # dropout
+    model = step.build(shape, ranks, None if options.from_scratch else folder, adapter, dtype, recompute, options.seed)
+    optimizer = step.make_optimizer(model, 0.0, options.weight_decay)
+    record = Record(options, out, folder, words, model, ranks, dtype)
+    peak = ranks.world * step.measured_peak(ranks.device, dtype)
+    asked = contexts(options, words) if options.samples else []
+
+    bar = tqdm(total=plan.steps, unit="step", disable=not ranks.first, dynamic_ncols=True)
+    before = record.evaluation(0, step.evaluate(model, val_rows, ranks, options.micro_batch), 0)
+    say(f"before training: held-out loss {before:.4f} nats a target, {record.bits:.4f} bits per character of mine")
+    for number, rows in enumerate(batches(train_rows, plan, options.seed), 1):
+        began = time.perf_counter()
+        lr = lr_at(number, plan.steps, plan.lr, options.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        try:
+            loss, norm, targets = step.train_step(model, optimizer, step.micro_batches(rows, options.micro_batch, ranks), ranks, options.clip)
+        except step.NotFinite as error:
+            raise UserError(f"step {number}: {error}; the best so far is in {out}\nTry a smaller --lr, or look at the data: rows {[int(s) for row in rows for s in row.sessions]}.") from None
+        seconds = time.perf_counter() - began
+        tokens, (needed, done) = sum(len(row.ids) for row in rows), step.flops(model, rows)
+        line = {"step": number, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "trained_tokens": targets,
+                "tok_per_s": tokens / seconds, "mfu": needed / seconds / peak, "hfu": done / seconds / peak,
+                "peak_gib": step.peak_gib(ranks.device), "seconds": seconds}  # fmt: skip
+        record.write(line)
+        bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, norm {norm:.2f}, {line['tok_per_s']:,.0f} tok/s, mfu {line['mfu']:.0%}, {line['peak_gib']:.1f} GiB")
+        bar.update()
+        if number in plan.evaluate_at:
+            value = record.evaluation(number, step.evaluate(model, val_rows, ranks, options.micro_batch), number / plan.epoch)
+            say(f"epoch {number / plan.epoch:.2f}: held-out loss {value:.4f}, {record.bits:.4f} bits per character" + ("" if record.best_step == number else f" (best {record.best:.4f})"))
+            for who, wrote, answer in answers(model, words, asked, ranks, options):
+                say(f"    {who[0]}: {who[1]}\n      you wrote: {wrote}\n      it writes: {answer}")
+            if record.best_step == number:
+                record.save()
+            elif options.max_steps is None and record.worse_since >= options.patience:
+                break
+    bar.close()
+    record.finish(before, plan)
+    say(record.verdict(before, plan))
+    if ranks.world > 1:
+        torch.distributed.destroy_process_group()
+
+
+# --- before the weights load
+
+
+def prepare(options):
+    """Everything a person may have to mend, checked before time is spent. → (base folder, ModelConfig, Ranks, Tokenizer)"""
+    for part in ("train", "val"):
+        if not (Path(options.data) / f"{part}.jsonl").is_file():
+            raise UserError(f"{options.data}/{part}.jsonl is missing: there is nothing to train on\nMake it from your export: python data.py result.json")
+    for name in ("batch", "micro_batch", "lora_rank", "patience"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed\nLeave it out for the default.")
+    ranks = step.start(options.device)
+    local = Path(options.model).is_dir()
+    if ranks.device.type == "cpu" and not options.device and (not local or checkpoint.read_config(options.model).num_parameters > BIG):
+        raise UserError(f"No GPU here: on a CPU {options.model} would train for weeks.\nRent one with a GPU (24 GB is enough for --lora), take a small base with --model FOLDER, or insist with --device cpu.")
+    folder = in_turn(ranks, lambda: checkpoint.resolve(options.model))
+    if checkpoint.is_adapter(folder):
+        raise UserError(f"{folder} is an adapter, not a base\nMerge it first: python lora.py merge {folder} clone/")
+    shape, words = checkpoint.read_config(folder), tokenizers.load(folder)
+    if not options.from_scratch:
+        checkpoint.open_files(folder)
+    return folder, checkpoint.with_vocabulary(shape, max([*words.added, -1]) + 1), ranks, words
+
+
+def in_turn(ranks, work):
+    """`work()` on rank 0 first (it may download, write a cache), then on the others."""
+    result = work() if ranks.first else None
+    ranks.barrier()
+    return result if ranks.first else work()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """`epoch`: steps in one. `lr`: its peak."""
+
+    batch: int
+    epoch: int
+    steps: int
+    lr: float
+    evaluate_at: frozenset
+
+
+def schedule(rows, options):
+    """How many steps of how many rows: at least 50, with smaller steps and more epochs where the data is too little for them."""
+    if not rows:
+        raise UserError(f"{options.data}/train.jsonl has no turn of mine to learn from\nMake it anew with data.py, or try --loss-on everyone.")
+    batch, epochs = options.batch, options.epochs
+    if options.max_steps is None and math.ceil(rows / batch) * epochs < FEWEST_STEPS:
+        batch = max(1, min(batch, int(rows * epochs / FEWEST_STEPS)))
+        epochs = max(epochs, FEWEST_STEPS / math.ceil(rows / batch))
+    epoch = math.ceil(rows / batch)
+    steps = options.max_steps if options.max_steps is not None else math.ceil(epoch * epochs)
+    every = max(1, epoch // EVALUATIONS)
+    return Plan(batch, epoch, steps, options.lr or (2e-4 if options.lora else 2e-5), frozenset({*range(every, steps + 1, every), steps}))
+
+
+def describe(options, shape, ranks, dtype, train_rows, val_rows, plan):
+    targets = sum(int((row.labels != data.IGNORED).sum()) for row in train_rows)
+    text = (
+        f"{'LoRA' if options.lora else 'full fine-tuning'} of {options.model} ({shape.num_parameters / 1e6:,.1f}M parameters) on {ranks.world} x {ranks.device.type}, {str(dtype).removeprefix('torch.')}\n"
+        f"{len(train_rows):,} rows of {options.seq_len:,} tokens, {data.filled(train_rows, options.seq_len):.1%} filled, {targets:,} of the tokens trained; {len(val_rows):,} rows held out\n"
+        f"{plan.steps:,} steps of {plan.batch} rows, {plan.steps / plan.epoch:.1f} epochs"
+    )
+    if plan.batch < options.batch or targets < 20_000:
+        text += f"\nThis is little data ({targets:,} tokens of mine): expect the tone and the favourite words, not the knowledge. From 50,000 on it gets good."
+    return text
+
+
+def batches(rows, plan, seed):
+    """Yield `plan.steps` lists of rows: every row once an epoch, each epoch in an order of its own."""
+    done, epoch = 0, 0
+    while True:
+        order = np.random.default_rng([seed, epoch]).permutation(len(rows))
+        for begin in range(0, len(rows), plan.batch):
+            if done == plan.steps:
+                return
+            yield [rows[i] for i in order[begin : begin + plan.batch]]
+            done += 1
+        epoch += 1
+
+
+def lr_at(number, steps, peak, warmup):
+    """Linear warm-up to `peak`, then half a cosine down to a tenth of it; `number` counts from 1."""
+    climb = max(1, round(warmup * steps))
+    if number <= climb:
+        return peak * number / climb
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * (number - climb) / max(1, steps - climb))))
+
+
+# --- what one watches
+
+
+def contexts(options, words):
+    """A few held-out moments, spread over time: (the turns before, what I wrote then)."""
+    talks = data.load_sessions(Path(options.data) / "val.jsonl")
+    found = []
+    for talk in (talks[i] for i in np.linspace(0, len(talks) - 1, len(talks), dtype=int)):
+        mine = [i for i, turn in enumerate(talk.turns) if turn.me and i > 0]
+        if mine:
+            found.append((talk.turns[: mine[0]], talk.turns[mine[0]]))
+    return [found[i] for i in np.linspace(0, len(found) - 1, min(options.samples, len(found)), dtype=int)]
+
+
+def answers(model, words, asked, ranks, options):
+    """Yield ((who, what they last wrote), what I wrote, what the model writes) for each context; every rank must ask."""
+    model.eval()
+    decoder = generate.Decoder(model, words, size=min(512, model.config.max_position_embeddings), share=ranks.share)
+    generator = torch.Generator().manual_seed(options.seed)
+    for before, turn in asked:
+        ids = generate.fit(before, turn.author, words, decoder.cache.size - 64)
+        wrote = data.messages_of(words.decode(list(decoder.generate(ids, max_new=64, generator=generator))))
+        yield (before[-1].author, before[-1].messages[-1]), " / ".join(turn.messages), " / ".join(wrote) or "(nothing)"
+    model.train()
+
+
+# --- what stays
+
+
+class Record:
+    """The run's folder: metrics line by line, the best weights, `run.json`. Rank 0 writes; `best` and its step are known to all."""
+
+    def __init__(self, options, out, folder, words, model, ranks, dtype):
+        self.options, self.out, self.folder, self.words, self.model, self.ranks = options, out, folder, words, model, ranks
+        self.best, self.best_step, self.best_bits, self.worse_since, self.bits, self.at = math.inf, 0, 0.0, 0, 0.0, 0
+        self.began = time.time()
+        if not ranks.first:
+            return
+        for old in ("metrics.jsonl", "loss.png", "adapter_model.safetensors", "adapter_config.json", "config.json", "model.safetensors", "model.safetensors.index.json"):
+            (out / old).unlink(missing_ok=True)
+        for old in out.glob("model-*-of-*.safetensors"):
+            old.unlink()
+        self.metrics = open(out / "metrics.jsonl", "w", encoding="utf-8")
+        words.save(out)
+        persona = Path(options.data) / "persona.json"
+        if persona.exists():
+            (out / "persona.json").write_bytes(persona.read_bytes())
+        self.run = {"config": dataclasses.asdict(options), "base": str(folder), "commit": commit(), "python": platform.python_version(), "torch": torch.__version__,
+                    "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{ranks.device.type} ({platform.processor() or platform.machine()})",
+                    "world": ranks.world, "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+        checkpoint.dump(out / "run.json", self.run)
+
+    def write(self, line):
+        if self.ranks.first:
+            self.metrics.write(json.dumps(line) + "\n")
+            self.metrics.flush()
+
+    def evaluation(self, number, found, epoch):
+        """Note an Evaluation after step `number`; step 0 is what the others are compared with, never the best. → held-out loss"""
+        self.write({"step": number, "epoch": epoch, **found.metrics})
+        loss, self.bits = found.metrics["val_loss"], found.metrics["val_bits_per_char"]
+        if number and loss < self.best:
+            self.best, self.best_step, self.best_bits, self.worse_since = loss, number, self.bits, 0
+        else:
+            self.worse_since += 1
+        if not number:
+            self.bits_before = self.bits
+        self.at = number
+        return loss
+
+    def save(self):
+        """Make the folder what the model is now; every rank must call."""
+        if not self.options.lora:
+            checkpoint.save_model(self.model, self.out, self.words)
+            return
+        tensors = {name: checkpoint.full(p.detach()) for name, p in lora.trained(self.model).items()}
+        if self.ranks.first:
+            base = self.folder.resolve() if Path(self.options.model).is_dir() else self.options.model
+            lora.save(self.model, self.out, base, tensors)
+
+    def finish(self, before, plan):
+        if not self.ranks.first:
+            return
+        self.metrics.close()
+        result = {"loss_before": before, "loss": self.best, "bits_before": self.bits_before, "bits": self.best_bits, "epoch": self.best_step / plan.epoch,
+                  "steps": self.at, "seconds": round(time.time() - self.began, 1)}  # fmt: skip
+        checkpoint.dump(self.out / "run.json", self.run | {"result": result})
+        draw(self.out)
+
+    def verdict(self, before, plan):
+        text = f"best at epoch {self.best_step / plan.epoch:.1f}: {before:.2f} → {self.best:.2f} nats a target, {self.bits_before:.3f} → {self.best_bits:.3f} bits per character"
+        if self.at > self.best_step:
+            text += "; later steps overfit and were discarded"
+        if self.best >= before:
+            text += "\nNothing was gained on held-out text: the base knew as much. More data, or a smaller --lr, may help."
+        return text + f"\nTalk to it: python chat.py {self.options.out}"
+
+
+def draw(folder):
+    """`loss.png`, where matplotlib is installed: the training and held-out loss of `metrics.jsonl`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    trained, held_out = ([line for line in lines if key in line] for key in ("loss", "val_loss"))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([x["step"] for x in trained], [x["loss"] for x in trained], color="0.7", label="training, a step")
+    axes.plot([x["step"] for x in held_out], [x["val_loss"] for x in held_out], "o-", color="tab:green", label="held out")
+    axes.set(xlabel="step", ylabel="loss, nats a target")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(Path(folder) / "loss.png", dpi=120)
+
+
+def commit():
+    """The code's git commit, None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        return subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    config.run(main)
