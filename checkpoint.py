@@ -167,6 +167,15 @@ def write(tensor, value):
     local.copy_(value[first : first + len(local)])
 
 
+def allocate(model, device):
+    """Give a meta model memory on `device`; `to_empty` unties what is tied, so it is tied again."""
+    model.to_empty(device=device)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+        if hasattr(model.lm_head, "row_values"):
+            model.lm_head.row_values = model.model.embed_tokens.row_values
+
+
 @torch.no_grad()
 def fill(model, folder):
     """Read the weights of `folder` into an allocated model, each rank only its rows, one tensor in memory at a time.
@@ -226,7 +235,7 @@ def load_model(path, dtype=None, device="cpu", base=None):
         shape = with_vocabulary(shape, max(arguments["rows"]) + 1)
     with torch.device("meta"):
         model = Transformer(shape)
-    model.to(dtype or stored_dtype(folder)).to_empty(device=device)
+    allocate(model.to(dtype or stored_dtype(folder)), device)
     fill(model, folder)
     if adapter:
         lora.load(model, adapter)

@@ -31,17 +31,18 @@ def parse(cls, argv=None, prog=None):
         shown = "" if field.default in (None, "", (), False) or meta["positional"] else f" (default: {field.default})"
         options = {"help": (meta["help"] + shown).replace("%", "%%"), "default": field.default}
         if meta["positional"]:
-            parser.add_argument(field.name, metavar=field.name.upper(), type=kind, nargs="+" if many else None, **options)
+            parser.add_argument(field.name, metavar=field.name.upper(), type=kind, **options)
             continue
         names = [n for n in (meta["short"], "--" + field.name.replace("_", "-")) if n]
         if kind is bool:
             parser.add_argument(*names, dest=field.name, action="store_true", **options)
         elif many:
-            parser.add_argument(*names, dest=field.name, type=kind, action="append", metavar=kind.__name__.upper(), **options)
+            parser.add_argument(*names, dest=field.name, type=kind, action="append", metavar="TEXT", **options | {"default": None})
         else:
             metavar = None if meta["choices"] else {int: "N", float: "X"}.get(kind, "TEXT")
             parser.add_argument(*names, dest=field.name, type=kind, choices=meta["choices"], metavar=metavar, **options)
-    return cls(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None})
 
 
 def run(main):

@@ -178,13 +178,11 @@ def render(turns, loss_on="me", first=(0, 0), closed=True, specials=SPECIALS):
             begin = len(text) + 1
             text += "\n>>> " + re.sub("^>>>", " >>>", safe(message, specials), flags=re.MULTILINE)
             if target:
-                targets.append((begin, len(text) + 1))  # and the newline or <|im_end|> behind it: whether one goes on is mine too
+                targets.append((begin, len(text) + 1))  # with the newline behind it: that one goes on is mine too
                 words.append((begin + len(">>> "), len(text)))
         if closed or number < len(turns) - 1:
             if trained[-1]:
-                targets[-1] = (begin, len(text) + len(IM_END))
-            elif any(trained):
-                targets.append((len(text), len(text) + len(IM_END)))
+                targets[-1] = (begin, len(text) + len(IM_END))  # or that one ends
             text += IM_END
         text += "\n"
     return Document(text, targets, words)

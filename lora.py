@@ -182,6 +182,8 @@ def load(model, folder):
     except (FileNotFoundError, SafetensorError) as error:
         raise UserError(f"{path} can't be read: {error}\nTrain again, or copy the whole folder again.") from None
     tensors = {k: t for k, t in tensors.items() if ".base_layer." not in k}  # PEFT adds the whole embedding to its own saves
+    if model.config.tie_word_embeddings:
+        tensors.pop(peft_name("lm_head.row_values"), None)  # PEFT writes a tied row twice
     wanted = {peft_name(name): p for name, p in trained(model).items()}
     wrong = sorted(set(wanted) ^ set(tensors)) or [k for k, p in wanted.items() if p.shape != tensors[k].shape]
     if wrong:
@@ -221,4 +223,6 @@ def main():
 
 
 if __name__ == "__main__":
-    config.run(main)
+    import lora  # the module that checkpoint imports, not this second copy of it named __main__
+
+    config.run(lora.main)

@@ -75,9 +75,7 @@ def build(shape, ranks, folder=None, adapter=None, dtype=torch.bfloat16, recompu
         lora.inject(model, **adapter)
     if ranks.world > 1:
         shard(model, dtype)
-    model.to_empty(device=ranks.device)
-    if shape.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    checkpoint.allocate(model, ranks.device)
     if folder:
         checkpoint.fill(model, folder)
     else:

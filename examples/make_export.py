@@ -21,6 +21,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -81,8 +82,8 @@ def make_person(name: str, uid: int) -> Person:
         work=rng.choice(list(JOBS)),
         lower_case=rng.random() < 0.12,
         full_stop=rng.random() < 0.6,
-        yes=rng.choice(["Yes", "Yes", "Yes", "Yeah", "Yep", "Oh yes"]),
-        no=rng.choice(["No", "No", "No", "Nope", "Oh no"]),
+        yes=rng.choice(["Yes", "Yes", "Yes", "Yeah", "Yep"]),
+        no=rng.choice(["No", "No", "No", "Nope"]),
         smile=rng.choice(["", "", "", ":)", ":)", "🙂", "😄", "haha", "xx"]),
         split=rng.choice([0.05, 0.15, 0.3, 0.5]),
     )
@@ -90,26 +91,30 @@ def make_person(name: str, uid: int) -> Person:
 
 ODILE = Person("Odile Tarn", 7001, "the tower")
 CAST = [make_person(name, 7100 + i) for i, name in enumerate(CONTACTS.split(", "))]
-SECOND_NILS = make_person("Nils Harrow", 7200)  # the ferryman: the same name as the baker's, another account
+SECOND_NILS = make_person("Nils Harrow", 7200)  # another man of the same name
 WORLD = CAST + [make_person(" ".join(name.split()), 8000 + i) for i, name in enumerate(TOWNSPEOPLE.split(","))]
 
 # ------------------------------------------------------------------------------------------------------------- voices
 
 ODILES_WORDS = [  # coffee is mud, a bike is a donkey, a phone is a brick, and money is shells
-    (r"\bcoffee\b", "mud"), (r"\b(my|your|the) bike\b", r"the donkey"), (r"\bbikes?\b", "donkey"), (r"\bphone\b", "brick"),
-    (r"\b(money|crowns)\b", "shells"), (r"\b(oh no|oh dear|what a pity|goodness|really\?)", "thunder and buttons"),
-]  # fmt: skip
-ODILES_AFTERTHOUGHTS = ["colonel agrees..", "slow and steady 🐌", "says the goose too", "so it is..", "tick tock..", "you know me.."]
+    (r"^(oh no|oh dear|oh|goodness|what\?|really)[.,!?]+ *(really\? *)?", "thunder and buttons.. / "),
+    (r"\bcoffee\b", "mud"),
+    (r"\b(my|your|the) bike\b", "the donkey"),
+    (r"\bbikes?\b", "donkey"),
+    (r"\bphone\b", "brick"),
+    (r"\b(money|crowns)\b", "shells"),
+]
+ODILES_AFTERTHOUGHTS = "colonel agrees..|slow and steady 🐌|says the goose too|so it is..|tick tock..|you know me..".split("|")
 
 
 def say_as_odile(rng: random.Random, text: str) -> list[str]:
-    """Lower case, two dots for a full stop, one message for each thought, and now and then a snail."""
+    """Lower case, two dots for a full stop, a message for each thought, and now and then a snail."""
     text = text.lower()
     for pattern, word in ODILES_WORDS:
         text = re.sub(pattern, word, text)
-    thoughts = [t.strip() for part in text.split(" / ") for t in re.split(r"(?<=[^.][.!?])\s+(?!🐌)", part)]
-    thoughts = [t[:-1] + ".." if re.search(r"[^.][.!]$", t) and "thunder" not in t else t for t in thoughts]
-    if len(thoughts) == 1 and not thoughts[0].endswith("?") and rng.random() < 0.5:
+    thoughts = [t for part in text.split(" / ") for t in re.split(r"(?<=[^.][.!?]) ", part) if t]
+    thoughts = [re.sub(r"(?<=[^.])[.!]$", "..", t) for t in thoughts]
+    if len(thoughts) == 1 and not thoughts[0].endswith("?") and rng.random() < 0.4:
         thoughts.append(rng.choice(ODILES_AFTERTHOUGHTS))
     if "🐌" not in "".join(thoughts) and rng.random() < 0.15:
         thoughts[-1] += " 🐌"
@@ -123,10 +128,12 @@ def say(rng: random.Random, person: Person, text: str) -> list[str]:
     text = re.sub(r"^Yes\b", person.yes, re.sub(r"^No\b(?=[,.!])", person.no, text))
     if person.lower_case:
         text = text.lower()
+    parts = re.split(r"(?<=[.!?]) ", text, maxsplit=1) if rng.random() < person.split else [text]
+    if not person.full_stop:
+        parts = [p.removesuffix(".") for p in parts]
     if person.smile and rng.random() < 0.12 and not text.endswith("?"):
-        text += " " + person.smile
-    parts = re.split(r"(?<=[.!?]) (?=\w)", text, maxsplit=1) if rng.random() < person.split else [text]
-    return [p if person.full_stop else re.sub(r"(?<=[^.])\.$", "", p) for p in parts]
+        parts[-1] += " " + person.smile
+    return parts
 
 
 # ------------------------------------------------------------------------------------------------------------ topics
@@ -195,7 +202,7 @@ COMMON_SLOTS = {
     "place": ["the Blue Kettle", "the Old Pier", "the Mill Bridge", "the Lower Quay", "the fish stairs", "the Rope Walk",
               "the tram stop", "the Green Door", "the library", "the Salt Market"],
 }  # fmt: skip
-BRIDGES = ["Oh, and one more thing.", "By the way, before I forget.", "Something else.", "And another thing.", "Oh, before I forget."]
+BRIDGES = ["Oh, and one more thing.", "By the way.", "Something else.", "And another thing.", "Oh, before I forget."]
 ODILES_BRIDGES = ["new chapter..", "also..", "other drawer..", "next wheel.."]
 
 
@@ -285,15 +292,14 @@ def write_session(rng: random.Random, a: Person, b: Person, start: datetime) -> 
 
 def into_turns(rng: random.Random, script: list[tuple[Person, str]]) -> list[Turn]:
     turns = []
-    for person, text in script:
-        messages = say(rng, person, text)
-        if not turns or turns[-1].person is not person:
-            turns.append(Turn(person, messages))
-        elif len(turns[-1].messages) + len(messages) > 4 or (person is not ODILE and rng.random() < 0.5):
-            turns[-1].messages[-1] += " " + messages[0]
-            turns[-1].messages += messages[1:]
-        else:
-            turns[-1].messages += messages
+    for person, lines in groupby(script, key=lambda line: line[0]):
+        texts = []
+        for _, text in lines:
+            if texts and (len(texts) == 3 or person is not ODILE and rng.random() < 0.5):
+                texts[-1] += (" / " if person is ODILE else " ") + text
+            else:
+                texts.append(text)
+        turns.append(Turn(person, [message for text in texts for message in say(rng, person, text)]))
     return turns
 
 
@@ -327,7 +333,8 @@ def write_world(out: Path, sessions: int, val_sessions: int = 200) -> None:
         turns = write_session(rng, me, friend, *session_starts(rng, 1))
         counts[friend.name] += sum(len(t.messages) for t in turns if t.person is friend)
         rows.append({
-            "chat": friend.first, "chat_id": f"{me.uid}-{friend.uid}", "type": "personal_chat", "start": turns[0].at[0].isoformat(),
+            "chat": friend.first, "chat_id": f"{me.uid}-{friend.uid}", "type": "personal_chat",
+            "start": turns[0].at[0].isoformat(),
             "turns": [
                 {"author": t.person.name, "me": t.person is me, "at": t.at[0].isoformat(), "messages": t.messages} for t in turns
             ],
@@ -345,28 +352,33 @@ def write_world(out: Path, sessions: int, val_sessions: int = 200) -> None:
 NOT_INCLUDED = "(File not included. Change data exporting settings to download.)"
 STICKERS = ["👍", "😂", "❤️", "🎉", "☕"]
 CAPTIONS = ["The harbour this morning", "Look at this!", "My view right now", "Do you know this place?", "Guess where"]
-ODILES_CAPTIONS = ["colonel from the left..", "fog.. / you see nothing / very good", "step forty..", "patient of the day..", "leeks at sea.."]
-MINE = {  # Odile's notes to herself, the posts of her channel, what she says on the noticeboard
-    "notes": ["springs 0.3.. two of them", "bread for colonel", "odd screws.. ask the man with the hat", "gerda's cuckoo.. new bellows",
-              "jam jars.. thirty", "quay clock.. two hundred turns.. count them", "high water 6.40.. good", "buy mud",
-              "onions.. for the socks not the pan", "a clock that is wrong twice a day is still trying", "raisins are lies.. paint a sign",
-              "oil.. the thin one", "wheel forty two is under the stove.. or in colonel"],
-    "channel": ["patient 212.. kitchen clock / swallowed a button / recovering", "the quay clock is right again.. / set nothing by it",
-                "visiting hours.. when the tide turns", "patient 230.. cuckoo / cough gone / now he will not stop",
-                "found in a pocket watch.. one raisin / of course", "closed today.. fog / too beautiful",
-                "patient 251.. alarm clock / afraid of mornings / like me", "colonel bit a customer.. / the clock is fine"],
-    "board": ["the quay clock is slow.. / so am i / wound on saturday", "found.. one glove / colonel has it / bring bread",
-              "plum jam for odd screws.. / ask at the tower", "lost.. wheel forty two / reward in jam",
-              "twenty two people.. one ball / buy them more balls", "low brass five on thursday.. / cover your soup"],
-}  # fmt: skip
+ODILES_CAPTIONS = ["colonel from the left..", "fog.. / you see nothing", "step forty..", "patient of the day..", "leeks at sea.."]
+NOTES = [  # to herself
+    "springs 0.3.. two of them", "bread for colonel", "odd screws.. ask the man with the hat", "buy mud", "jam jars.. thirty",
+    "gerda's cuckoo.. new bellows", "quay clock.. two hundred turns.. count them", "high water 6.40.. good", "oil.. the thin one",
+    "onions.. for the socks not the pan", "a clock that is wrong twice a day is still trying", "raisins are lies.. paint a sign",
+    "wheel forty two is under the stove.. or in colonel",
+]  # fmt: skip
+CHANNEL_POSTS = [
+    "patient 212.. kitchen clock / swallowed a button / recovering", "the quay clock is right again.. / set nothing by it",
+    "visiting hours.. when the tide turns", "patient 230.. cuckoo / cough gone / now he will not stop",
+    "found in a pocket watch.. one raisin / of course", "closed today.. fog / too beautiful",
+    "patient 251.. alarm clock / afraid of mornings / like me", "colonel bit a customer.. / the clock is fine",
+]  # fmt: skip
+ODILES_NOTICES = [
+    "the quay clock is slow.. / so am i / wound on saturday", "found.. one glove / colonel has it / bring bread",
+    "plum jam for odd screws.. / ask at the tower", "lost.. wheel forty two / reward in jam",
+    "twenty two people.. one ball / buy them more balls", "low brass five on thursday.. / cover your soup",
+]  # fmt: skip
 BOARD = [
     "The ferry to Skerrow is not running today.", "Found: a blue scarf on the Mill Bridge.", "Who has a pram to give away?",
-    "Fresh herring at the fish hall until noon!", "Lantern Night begins at seven.", "Please stop feeding the seal on the fish stairs.",
+    "Fresh herring at the fish hall until noon!", "Lantern Night begins at seven.", "Don't feed the seal on the fish stairs.",
     "I'm selling a bed, nearly new.", "Does anyone know a plumber who answers?", "The tram stops at the Mill Bridge today.",
-    "Lost: a brown cat with a white sock. His name is Turnip.", "Thank you to whoever found my purse!", "Choir practice is on Tuesday this week.",
-    "Is the library open on Monday?", "The bakery has no bread left, sorry.", "Free tomatoes in front of the school.",
+    "Lost: a brown cat with a white sock. His name is Turnip.", "Thank you to whoever found my purse!",
+    "Choir practice is on Tuesday this week.", "Is the library open on Monday?",
+    "The bakery has no bread left, sorry.", "Free tomatoes in front of the school.",
 ]  # fmt: skip
-THIRD_VOICES = ["Haha.", "Same here.", "Tell me when, I'm coming too.", "Good morning, by the way.", "I was asleep. What did I miss?", "You two!"]
+THIRD_VOICES = ["Haha.", "Same here.", "Tell me when, I'm coming too.", "I was asleep. What did I miss?", "You two!"]
 
 
 class Chat:
@@ -377,8 +389,9 @@ class Chat:
         self.deleted = deleted
         self.messages = []
 
-    def add(self, at: datetime, sender: Person, text: str | list = "", reply_to: int | None = None, edited: bool = False, **media) -> int:
-        entities = [{"type": "plain", "text": part} if isinstance(part, str) else part for part in ([text] if isinstance(text, str) else text)]
+    def add(self, at: datetime, sender: Person, text: str | list = "", reply_to: int = 0, edited=False, **media) -> int:
+        parts = [text] if isinstance(text, str) else text
+        entities = [{"type": "plain", "text": part} if isinstance(part, str) else part for part in parts]
         message = {"id": len(self.messages) + 1, "type": "message", **stamp("date", at)}
         message |= stamp("edited", at + timedelta(minutes=1)) if edited else {}
         message |= {"from": None if self.deleted and sender is not ODILE else sender.name}
@@ -408,12 +421,12 @@ def add_media(rng: random.Random, chat: Chat, at: datetime, person: Person) -> N
     kind = rng.choice(["sticker", "sticker", "photo", "photo", "voice", "forward"])
     if kind == "sticker":
         emoji = "🐌" if mine else rng.choice(STICKERS)
-        chat.add(at, person, file=NOT_INCLUDED, thumbnail=NOT_INCLUDED, media_type="sticker", sticker_emoji=emoji, width=512, height=512)
+        chat.add(at, person, file=NOT_INCLUDED, media_type="sticker", sticker_emoji=emoji, width=512, height=512)
     elif kind == "photo":
         caption = rng.choice(ODILES_CAPTIONS if mine else CAPTIONS) if rng.random() < 0.5 else ""
         chat.add(at, person, caption.replace(" / ", "\n"), photo=NOT_INCLUDED, width=1280, height=960)
     elif kind == "voice":
-        chat.add(at, person, file=NOT_INCLUDED, media_type="voice_message", mime_type="audio/ogg", duration_seconds=rng.randint(3, 90))
+        chat.add(at, person, file=NOT_INCLUDED, media_type="voice_message", duration_seconds=rng.randint(3, 90))
     else:
         chat.add(at, person, rng.choice(BOARD), forwarded_from="Pellhaven Noticeboard")
 
@@ -421,9 +434,9 @@ def add_media(rng: random.Random, chat: Chat, at: datetime, person: Person) -> N
 def add_session(rng: random.Random, chat: Chat, turns: list[Turn]) -> None:
     last_of_other = {}
     for turn in turns:
-        reply_to = next((i for uid, i in last_of_other.items() if uid != turn.person.uid and rng.random() < 0.05), None)
+        reply_to = next((i for uid, i in last_of_other.items() if uid != turn.person.uid and rng.random() < 0.05), 0)
         for i, (at, text) in enumerate(zip(turn.at, turn.messages)):
-            number = chat.add(at, turn.person, text, reply_to=None if i else reply_to, edited=rng.random() < 0.01)
+            number = chat.add(at, turn.person, text, reply_to=0 if i else reply_to, edited=rng.random() < 0.01)
         if rng.random() < 0.05:
             add_media(rng, chat, turn.at[-1] + timedelta(seconds=2), turn.person)
         last_of_other[turn.person.uid] = number
@@ -433,8 +446,8 @@ def personal_chat(rng: random.Random, person: Person, sessions: int, deleted: bo
     chat = Chat("personal_chat", person.uid, None if deleted else person.first, deleted)
     for n, start in enumerate(session_starts(rng, sessions)):
         if n % 9 == 4:
-            who = rng.choice([ODILE, person])
-            chat.serve(start - timedelta(hours=1), who, "phone_call", duration_seconds=rng.randint(20, 900), discard_reason="hangup")
+            at, who = start - timedelta(hours=1), rng.choice([ODILE, person])
+            chat.serve(at, who, "phone_call", duration_seconds=rng.randint(20, 900), discard_reason="hangup")
         add_session(rng, chat, write_session(rng, ODILE, person, start))
     return chat
 
@@ -449,7 +462,7 @@ def group_chat(rng: random.Random, members: list[Person], sessions: int) -> Chat
         end = turns[-1].at[-1]
         if rng.random() < 0.6:
             third = rng.choice([p for p in members if p not in (a, b)])
-            chat.add(end + timedelta(seconds=40), third, *say(rng, third, rng.choice(THIRD_VOICES))[:1])
+            chat.add(end + timedelta(seconds=40), third, " ".join(say(rng, third, rng.choice(THIRD_VOICES))))
         if n == 3:
             chat.serve(end + timedelta(minutes=2), ODILE, "pin_message", message_id=len(chat.messages))
         if n == 7:
@@ -465,7 +478,7 @@ def noticeboard(rng: random.Random) -> Chat:
     chat = Chat("public_supergroup", 9200, "Pellhaven Noticeboard")
     for n, at in enumerate(session_starts(rng, 150)):
         if n % 7 == 3:
-            for i, text in enumerate(rng.choice(MINE["board"]).split(" / ")):
+            for i, text in enumerate(rng.choice(ODILES_NOTICES).split(" / ")):
                 chat.add(at + timedelta(seconds=9 * i), ODILE, text)
         elif n % 50 == 20:
             link = {"type": "link", "text": "https://pellhaven.example/ferry"}
@@ -501,26 +514,27 @@ def write_export(path: Path) -> None:
     chats.append(group_chat(rng, [runa, pim, bram, ilka], 26))
     chats.append(noticeboard(rng))
     chats.append(tide_bot(rng))
-    chats.append(own_chat(rng, Chat("saved_messages", ODILE.uid), ODILE, MINE["notes"], 40))
-    chats.append(own_chat(rng, Chat("private_channel", 9400, "Clock Hospital"), Person("Clock Hospital", 9400, ""), MINE["channel"], 36))
+    chats.append(own_chat(rng, Chat("saved_messages", ODILE.uid), ODILE, NOTES, 40))
+    hospital = Person("Clock Hospital", 9400, "")
+    chats.append(own_chat(rng, Chat("private_channel", hospital.uid, hospital.name), hospital, CHANNEL_POSTS, 36))
     gerdas = chats[4]
     after = FIRST_DAY + timedelta(days=DAYS, hours=9)
-    gerdas.add(after, gerda, "A snail for you, dear.", via_bot="@snails_bot", file=NOT_INCLUDED, media_type="animation", duration_seconds=2)
+    gerdas.add(after, gerda, "A snail for you, dear.", via_bot="@snails_bot", file=NOT_INCLUDED, media_type="animation")
     address = {"type": "email", "text": "odile@clocks.example"}
     gerdas.add(after + timedelta(minutes=1), ODILE, ["send it here too.. ", address, " 🐌"])
     export = {
         "about": "Here is the data you requested. All of it is invented.",
         "personal_information": {
-            "user_id": ODILE.uid, "first_name": "Odile", "last_name": "Tarn", "phone_number": "", "username": "@odile_tarn_example",
-            "bio": "mender of clocks.. keeper of one goose 🐌",
+            "user_id": ODILE.uid, "first_name": "Odile", "last_name": "Tarn", "phone_number": "",
+            "username": "@odile_tarn_example", "bio": "mender of clocks.. keeper of one goose 🐌",
         },
         "contacts": {
             "about": "Contacts of this account.",
-            "list": [{"user_id": p.uid, "first_name": p.first, "last_name": p.name.split()[1], "phone_number": ""} for p, _ in friends],
+            "list": [{"user_id": p.uid, "first_name": p.first, "last_name": p.name.split()[1]} for p, _ in friends],
         },
         "frequent_contacts": {
             "about": "People this account writes to most.",
-            "list": [{"id": p.uid, "category": "people", "type": "user", "name": p.name, "rating": n / 10} for p, n in friends[:3]],
+            "list": [{"id": p.uid, "category": "people", "type": "user", "name": p.name} for p, _ in friends[:3]],
         },
         "chats": {"about": "This page lists all chats from this export.", "list": [c.as_json() for c in chats]},
         "left_chats": {"about": "Groups that this account has left.", "list": []},
@@ -532,7 +546,7 @@ def write_export(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", type=Path, metavar="OUT", help="write the world's sessions into this folder instead")
-    parser.add_argument("--sessions", type=int, default=12000, help="sessions in the world's train.jsonl (default: %(default)s)")
+    parser.add_argument("--sessions", type=int, default=18000, help="sessions in the world's train.jsonl (default: %(default)s)")
     args = parser.parse_args()
     if args.world:
         write_world(args.world, args.sessions)

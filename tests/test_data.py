@@ -1,0 +1,224 @@
+import json
+
+import numpy as np
+import pytest
+from conftest import command, refused
+from hypothesis import given, settings, strategies as st
+
+import data
+from data import IGNORED, MARK, Session, Turn
+from exports import Chat, Message
+
+TOY = [("bob", "10:00", "hi"), ("ann", "10:01", "hey"), ("ann", "10:01", "you up?"), ("bob", "10:41", "was asleep")]
+CHAT = Chat("1", "personal_chat", "Bob", "ann")
+
+
+def toy_sessions(gap=600):
+    messages = [Message(who, who.title(), int(at[:2]) * 3600 + int(at[3:]) * 60, f"2024-05-01T{at}:00", text) for who, at, text in TOY]
+    return list(data.sessions(messages, CHAT, "ann", gap))
+
+
+def text_of(labels, tokenizer):
+    return tokenizer.engine.decode([int(i) for i in labels if i != IGNORED], skip_special_tokens=False)
+
+
+# --- the toy chat of data.py, at every stage
+
+
+def test_silence_cuts_sessions_and_authors_make_turns():
+    first, second = toy_sessions()
+    assert [(t.author, t.me, t.messages) for t in first.turns] == [("bob", False, ["hi"]), ("ann", True, ["hey", "you up?"])]
+    assert [t.messages for t in second.turns] == [["was asleep"]] and second.start == "2024-05-01T10:41:00"
+    assert [data.why_not(s) for s in (first, second)] == ["", "sessions in which I say nothing"]
+    assert len(toy_sessions(gap=40 * 60)) == 1  # exactly as long as --gap-minutes is not longer
+
+
+def test_a_gap_of_a_day_and_a_minute_is_a_gap():
+    messages = [Message("bob", "Bob", at, "2024-01-01T00:00:00", "x") for at in (0, 86_460)]
+    assert len(list(data.sessions(messages, CHAT, "ann", 600))) == 2
+
+
+def test_rendered_toy():
+    document = data.render(toy_sessions()[0].turns)
+    assert document.text == "<|im_start|>bob\n>>> hi<|im_end|>\n<|im_start|>ann\n>>> hey\n>>> you up?<|im_end|>\n"
+    assert "".join(document.text[b:e] for b, e in document.targets) == ">>> hey\n>>> you up?<|im_end|>"
+    assert [document.text[b:e] for b, e in document.words] == ["hey", "you up?"]
+
+
+def test_labels_of_the_toy_are_what_ann_wrote_shifted_by_one(words):
+    (sample,) = data.split(toy_sessions()[0], words, 1024)
+    assert text_of(sample.labels, words) == ">>> hey\n>>> you up?<|im_end|>"
+    everything, _ = words.encode(data.render(toy_sessions()[0].turns).text.rstrip("\n"))
+    assert sample.ids.tolist() == everything[:-1]
+    kept = sample.labels != IGNORED
+    assert sample.labels[kept].tolist() == np.array(everything[1:])[kept].tolist()
+    assert text_of(np.where(sample.words, sample.labels, IGNORED), words).split() == ["hey", "you", "up?"] and sample.chars == len("heyyou up?")
+    (both,) = data.split(toy_sessions()[0], words, 1024, "everyone")
+    assert text_of(both.labels, words).split("<|im_end|>")[0] == ">>> hi"
+
+
+# --- rules of the text
+
+
+@pytest.mark.parametrize(("messages", "trained"), [
+    (["<voice>"], ""),
+    (["look", "<photo>"], ">>> look\n"),
+    (["<photo>", "nice"], ">>> nice<|im_end|>"),
+    (["a <photo> of it"], ">>> a <photo> of it<|im_end|>"),
+])  # fmt: skip
+def test_a_message_that_is_only_a_mark_is_context_never_a_target(messages, trained):
+    document = data.render([Turn("Ann", True, "", messages)])
+    assert "".join(document.text[b:e] for b, e in document.targets) == trained
+
+
+def test_a_line_that_looks_like_a_mark_of_ours_gets_a_space():
+    text = data.render([Turn("Ann", True, "", ["code:\n>>> import this\n>> no"])]).text
+    assert text == "<|im_start|>Ann\n>>> code:\n >>> import this\n>> no<|im_end|>\n"
+    assert data.messages_of(text.split("\n>>>", 1)[1].removesuffix("<|im_end|>\n")) == ["code:\n >>> import this\n>> no"]
+
+
+def test_names_are_told_apart_and_cleaned():
+    people = {"u1": "Bob", "u2": "bob", "u3": None, "u4": None, "u5": "Eve\n<|im_end|> >>> X", "u6": "system", "u7": "Bob (2)"}
+    assert list(data.unique_names(people).values()) == ["Bob", "bob (2)", "Deleted Account", "Deleted Account (2)", "Eve X", "system (2)", "Bob (2) (2)"]
+
+
+@pytest.mark.parametrize(("sessions", "share", "held_out"), [(1000, 0.05, 50), (271, 0.05, 20), (271, 0.2, 54), (60, 0.05, 12), (1000, 0.9, 200), (2, 0.05, 1)])
+def test_validation_is_a_share_at_least_20_and_at_most_a_fifth(sessions, share, held_out):
+    assert data.validation_size(sessions, share) == held_out
+
+
+# --- splitting and packing lose nothing
+
+MESSAGES = st.sampled_from(["ok", "привет, как дела?", "<voice>", "a rather long message about nothing at all, " * 3, "x\ny", "🦆" * 9, "word " * 120])
+TURNS = st.lists(st.builds(Turn, st.sampled_from(["Ann", "Bob", "Eve"]), st.just(False), st.just(""), st.lists(MESSAGES, min_size=1, max_size=6)), min_size=1, max_size=30)
+
+
+@settings(max_examples=120, deadline=None)
+@given(TURNS, st.sampled_from([64, 100, 256, 1024]), st.sampled_from(["me", "everyone"]))
+def test_split_trains_every_target_once_and_fits_the_row(words, turns, seq_len, loss_on):
+    for turn in turns:
+        turn.me = turn.author == "Ann"
+    whole = data.encode(data.render(turns, loss_on, specials=words.specials), words)
+    samples = list(data.split(Session("c", "1", "personal_chat", "", turns), words, seq_len, loss_on))
+    assert all(len(s.ids) <= seq_len and (s.labels != IGNORED).any() for s in samples)
+    together = "".join(text_of(s.labels, words) for s in samples)  # decoding drops a space where a piece begins
+    assert together.replace(" ", "") == text_of(whole.labels, words).replace(" ", "")
+    assert sum(s.chars for s in samples) == pytest.approx(whole.chars, abs=len(samples))
+    if len(samples) > 1 and samples[1].labels[0] == IGNORED:
+        assert all((s.labels == IGNORED).sum() <= seq_len // data.CONTEXT + 64 or loss_on == "me" for s in samples)
+
+
+def test_a_long_session_is_cut_on_turn_borders_with_context(words):
+    turns = [Turn(("Bob", "Ann")[n % 2], bool(n % 2), "", [f"message number {n} of many"]) for n in range(40)]
+    samples = list(data.split(Session("c", "1", "personal_chat", "", turns), words, 128))
+    assert len(samples) > 3
+    for sample in samples[1:]:
+        text = words.engine.decode(sample.ids.tolist(), skip_special_tokens=False)
+        assert text.startswith("<s><|im_start|>") or text.startswith("<s> <|im_start|>")
+        trained = text_of(sample.labels, words)
+        first = trained.split(" of many")[0].rpartition(" ")[2]
+        assert f"number {int(first) - 1} of" in text  # what I answer to is there
+
+
+def fake(n, number):
+    labels = np.full(n, IGNORED, np.int32)
+    labels[-1] = number
+    return data.Sample(np.full(n, number, np.int32), labels, labels != IGNORED, 1, number)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=80))
+def test_pack_keeps_every_sample_whole_once(lengths):
+    rows = data.pack([fake(n, i) for i, n in enumerate(lengths)], 200)
+    seen = {}
+    for row in rows:
+        assert len(row.ids) <= 200
+        for n, i, end in zip(row.doc_lengths, row.sessions, np.cumsum(row.doc_lengths)):
+            assert set(row.ids[end - n : end]) == {i}
+            seen[int(i)] = seen.get(int(i), 0) + int(n)
+    assert seen == dict(enumerate(lengths))
+
+
+def test_packing_is_best_fit():
+    rows = data.pack([fake(n, i) for i, n in enumerate([60, 50, 40, 30, 20])], 100)
+    assert sorted(sorted(row.doc_lengths.tolist()) for row in rows) == [[20, 30, 50], [40, 60]]
+
+
+def test_rows_are_cached_by_content(chats, words, tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text((chats / "train.jsonl").read_text())
+    first = data.rows(path, words, 128)
+    (cache,) = (tmp_path / "cache").iterdir()
+    again = data.rows(path, words, 128)
+    assert [r.ids.tolist() for r in first] == [r.ids.tolist() for r in again] and [r.chars.tolist() for r in first] == [r.chars.tolist() for r in again]
+    path.write_text("".join(path.read_text().splitlines(True)[:5]))  # edited by hand
+    assert sum(len(r.doc_lengths) for r in data.rows(path, words, 128)) == 5
+    assert not cache.exists()
+
+
+# --- the command
+
+
+def export(messages, **root):
+    """A Telegram full export with one personal chat; messages: (from id or None, text or fields)."""
+    listed = []
+    for n, (who, what) in enumerate(messages, 1):
+        fields = what if isinstance(what, dict) else {"text": what}
+        stamp = 1_700_000_000 + 60 * n + fields.pop("later", 0)
+        name = {"user1": "Ann", "user2": "Bob"}.get(who)
+        listed.append({"id": n, "type": "message", "date": "2023-11-14T22:13:20", "date_unixtime": str(stamp), "from": name, "from_id": who, **fields})
+    chat = {"name": "Bob", "type": "personal_chat", "id": 2, "messages": listed}
+    return {"about": "x", "personal_information": {"user_id": 1}, "chats": {"list": [chat]}, **root}
+
+
+def talk(n):
+    return [(who, {"text": f"{who} {i}", "later": 3600 * (i // 2)}) for i in range(n * 2) for who in [("user2", "user1")[i % 2]]]
+
+
+def test_the_command_writes_sessions_persona_and_report(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps(export(talk(10) + [(None, "lost"), ("user2", {"type": "service", "text": ""})])))
+    done = command("data.py", tmp_path / "result.json", "--out", tmp_path / "data")
+    assert done.returncode == 0, done.stderr
+    train, val = ([json.loads(x) for x in (tmp_path / "data" / f"{p}.jsonl").read_text().splitlines()] for p in ("train", "val"))
+    assert (len(train), len(val)) == (8, 2) and train[0]["turns"][1] == {"author": "Ann", "me": True, "at": "2023-11-14T22:13:20", "messages": ["user1 1"]}
+    assert json.loads((tmp_path / "data" / "persona.json").read_text()) == {"me": "Ann", "contacts": [{"name": "Bob", "messages": 10}]}
+    assert json.loads((tmp_path / "data" / "report.json").read_text())["messages_left_out"] == {"messages without author or date": 1, "service messages": 1}
+    assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
+    assert "8 to train on, the latest 2 to validate" in done.stdout and ">>> user1" in done.stdout
+    (tmp_path / "data" / "train.jsonl").write_text("edited")
+    refused(command("data.py", tmp_path / "result.json", "--out", tmp_path / "data"), "--overwrite")
+    assert (tmp_path / "data" / "train.jsonl").read_text() == "edited"
+    assert command("data.py", tmp_path / "result.json", "--out", tmp_path / "data", "--overwrite").returncode == 0
+
+
+@pytest.mark.parametrize(("content", "expected"), [
+    ("hello", "not a Telegram export"),
+    ('{"a": 1}', "not a Telegram export"),
+    ("[1, 2]", "not a Telegram export"),
+    ("", "not a Telegram export"),
+    (json.dumps(export([])), "no messages"),
+    (json.dumps(export([("user2", "hi")] * 3)), "no message by"),
+    (json.dumps(export(talk(5)))[:700], "breaks off"),
+    (json.dumps({"name": "Bob", "type": "personal_chat", "id": 2, "messages": export(talk(5))["chats"]["list"][0]["messages"]}), "--me"),
+], ids=["text", "other JSON", "a list", "empty", "no messages", "not a word from me", "cut off", "single chat"])  # fmt: skip
+def test_bad_exports_are_refused_and_nothing_is_written(content, expected, tmp_path):
+    (tmp_path / "result.json").write_text(content)
+    refused(command("data.py", tmp_path / "result.json", "--out", tmp_path / "data"), expected)
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_me_is_found_by_name_or_id_and_candidates_are_listed(tmp_path):
+    single = {"name": "Bob", "type": "personal_chat", "id": 2, "messages": export(talk(10))["chats"]["list"][0]["messages"]}
+    (tmp_path / "result.json").write_text(json.dumps(single))
+    for me in ("ann", "user1"):
+        assert command("data.py", tmp_path / "result.json", "--me", me, "--dry-run").returncode == 0
+    refused(command("data.py", tmp_path / "result.json", "--me", "Zed", "--dry-run"), "Ann (user1, 10 messages)", "Bob (user2")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["result.json"]
+
+
+def test_days_and_chats_can_be_left_out(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps(export(talk(10))))
+    refused(command("data.py", tmp_path / "result.json", "--dry-run", "--exclude", "bob"), "no messages")
+    refused(command("data.py", tmp_path / "result.json", "--dry-run", "--since", "2024-01-01"), "no message by")
+    refused(command("data.py", tmp_path / "result.json", "--dry-run", "--since", "yesterday"), "--since")
+    assert command("data.py", tmp_path / "result.json", "--dry-run", "--until", "2023-11-14").returncode == 0

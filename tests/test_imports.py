@@ -1,0 +1,54 @@
+"""The table of imports in docs: one way only, and nothing heavy where it isn't needed."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+MAY = {
+    "config": set(),
+    "exports": {"config"},
+    "tokenizer": {"config"},
+    "data": {"config", "exports", "tokenizer"},
+    "model": set(),
+    "lora": {"config", "model", "checkpoint", "tokenizer"},  # the last two inside main
+    "checkpoint": {"config", "model", "lora"},
+    "generate": {"model", "data"},
+    "step": {"checkpoint", "lora", "model", "data"},
+    "train": {"config", "data", "step", "generate", "checkpoint", "lora", "tokenizer"},
+    "chat": {"config", "data", "generate", "checkpoint", "tokenizer"},
+}
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("name", MAY)
+def test_imports_go_one_way(name):
+    files = [ROOT / f"{name}.py"] if (ROOT / f"{name}.py").exists() else sorted((ROOT / name).glob("*.py"))
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"exports", "bench", "tests", "examples"}
+    for path in files:
+        assert set(imports(ast.parse(path.read_text()))) & ours - {name} <= MAY[name], path
+
+
+def test_the_table_names_every_module():
+    assert {path.stem for path in ROOT.glob("*.py")} | {"exports"} == set(MAY)
+
+
+def test_lora_imports_what_is_above_it_only_inside_main():
+    tree = ast.parse((ROOT / "lora.py").read_text())
+    top = ast.Module([node for node in tree.body if not isinstance(node, ast.FunctionDef)], [])
+    assert not set(imports(top)) & {"checkpoint", "tokenizer"}
+
+
+def test_data_needs_no_torch_and_importing_has_no_side_effects():
+    code = "import sys, data, exports, tokenizer; assert 'torch' not in sys.modules; print('quiet')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("quiet\n", "")
