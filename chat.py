@@ -21,13 +21,16 @@ class Config:
 
     ckpt: str = flag("", "the folder that train.py wrote, or any model folder", positional=True)
     prompt: str | None = flag(None, "answer this once and end", short="-p")
-    as_name: str | None = flag(None, "who is talking to it (default: the contact I talk to most)", short="--as")
+    as_: str | None = flag(None, "who is talking to it (default: the contact I talk to most)")
+    me: str | None = flag(None, "whom it imitates (default: whose chats it learned from)")
     model: str | None = flag(None, "the base, when it lies elsewhere than the adapter says")
     temperature: float = flag(0.7, "0: always the likeliest token")
     top_p: float = flag(0.95, "draw only from the likeliest tokens that make up so much")
     max_tokens: int = flag(256, "longest answer, in tokens")
     context: int = flag(2048, "tokens it remembers, at most what the model was made for")
-    weights: str | None = flag(None, "what the weights are held in (default: bf16; fp32 on CPUs without bf16 instructions)", choices=("bf16", "fp32"))
+    weights: str | None = flag(
+        None, "what the weights are held in (default: bf16; fp32 on CPUs without bf16 instructions)", choices=("bf16", "fp32")
+    )
     device: str | None = flag(None, "cuda, mps or cpu (default: the first there is)")
     seed: int | None = flag(None, "the same answers each time")
 
@@ -36,10 +39,16 @@ def main():
     options = config.parse(Config)
     folder = Path(options.ckpt)
     if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder\nMake one: python train.py --lora   (then: python chat.py ckpt/)")
+        raise UserError(
+            f"{folder}: there is no such folder",
+            "Make one: python train.py --lora   (then: python chat.py ckpt/)",
+        )
     if not ((folder / "config.json").exists() or checkpoint.is_adapter(folder)):
-        raise UserError(f"{folder} holds no model: neither config.json nor adapter_config.json\nGive the folder that train.py wrote.")
-    me, you = who(folder, options.as_name)
+        raise UserError(
+            f"{folder} holds no model: neither config.json nor adapter_config.json",
+            "Give the folder that train.py wrote.",
+        )
+    me, you = who(folder, options)
     device = checkpoint.pick_device(options.device)
     dtype = {None: checkpoint.compute_dtype(device), "bf16": torch.bfloat16, "fp32": torch.float32}[options.weights]
     words = tokenizers.load(folder)
@@ -63,12 +72,12 @@ def main():
     talk(me, you, answer)
 
 
-def who(folder, said):
-    """(me, the one who talks to me): from `persona.json`, else plain names."""
+def who(folder, options):
+    """(me, the one who talks to me): as the flags say, else from `persona.json`, else plain names."""
     path = folder / "persona.json"
     persona = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"me": "Me", "contacts": []}
     contacts = [contact["name"] for contact in persona["contacts"]]
-    return persona["me"], said or (contacts[0] if contacts else "Friend")
+    return options.me or persona["me"], options.as_ or (contacts[0] if contacts else "Friend")
 
 
 def turn(author, me, text):

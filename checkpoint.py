@@ -36,8 +36,14 @@ def pick_device(name=None):
     if driver.exists():
         version = next((w for w in driver.read_text().split() if w[0].isdigit() and "." in w), "unknown")
         if torch.version.cuda is None:
-            raise UserError(f"This machine has an NVIDIA card (driver {version}), but this torch ({torch.__version__}) is built for the CPU.\nInstall torch with CUDA (pytorch.org, 'Get started'), or say --device cpu.")
-        raise UserError(f"The NVIDIA driver {version} is too old for this torch ({torch.__version__}, CUDA {torch.version.cuda}).\nUpdate the driver, or install a torch built for an older CUDA (pytorch.org), or say --device cpu.")
+            raise UserError(
+                f"This machine has an NVIDIA card (driver {version}), but this torch ({torch.__version__}) is built for the CPU.",
+                "Install torch with CUDA (pytorch.org, 'Get started'), or say --device cpu.",
+            )
+        raise UserError(
+            f"The NVIDIA driver {version} is too old for this torch ({torch.__version__}, CUDA {torch.version.cuda}).",
+            "Update the driver, or install a torch built for an older CUDA (pytorch.org), or say --device cpu.",
+        )
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
@@ -57,7 +63,10 @@ def resolve(model):
     if path.is_dir():
         return path
     if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
-        raise UserError(f"{model}: there is no such folder\nGive a model folder, or a hub id such as {NO_ACCOUNT}.")
+        raise UserError(
+            f"{model}: there is no such folder",
+            f"Give a model folder, or a hub id such as {NO_ACCOUNT}.",
+        )
     return download(model)
 
 
@@ -83,17 +92,32 @@ def download(repo):
         have = sum(f.stat().st_size for f in (cache / f"models--{repo.replace('/', '--')}" / "blobs").glob("*"))
         free = shutil.disk_usage(cache).free
         if need - have > free:
-            raise UserError(f"{repo} needs {need / 1e9:.1f} GB, {cache} has {free / 1e9:.1f} GB free\nMake room, or set HF_HOME to a larger disk.")
+            raise UserError(
+                f"{repo} needs {need / 1e9:.1f} GB, {cache} has {free / 1e9:.1f} GB free",
+                "Make room, or set HF_HOME to a larger disk.",
+            )
         return Path(snapshot_download(repo, revision=info.sha, allow_patterns=small + weights))
     except GatedRepoError:
-        raise UserError(f"{repo} wants an account that accepted its terms: accept them on https://huggingface.co/{repo}, then run `hf auth login`.\nOr take a base that needs no account: --model {NO_ACCOUNT}") from None
+        raise UserError(
+            f"{repo} wants an account that accepted its terms: accept them on https://huggingface.co/{repo}, then run `hf auth login`.",
+            f"Or take a base that needs no account: --model {NO_ACCOUNT}",
+        ) from None
     except RepositoryNotFoundError:
-        raise UserError(f"{repo}: no such folder here, and no such model on the hub (or it is private: run `hf auth login`).\nA base that needs no account: --model {NO_ACCOUNT}") from None
+        raise UserError(
+            f"{repo}: no such folder here, and no such model on the hub (or it is private: run `hf auth login`).",
+            f"A base that needs no account: --model {NO_ACCOUNT}",
+        ) from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no answer"
-        raise UserError(f"The hub answered {status} for {repo}: {str(error).splitlines()[0]}\nRun it again: a download continues where it stopped.") from None
+        raise UserError(
+            f"The hub answered {status} for {repo}: {str(error).splitlines()[0]}",
+            "Run it again: a download continues where it stopped.",
+        ) from None
     except (OSError, LocalEntryNotFoundError, *network_errors()) as error:
-        raise UserError(f"{repo} is not on this machine and the hub can't be reached ({type(error).__name__}).\nDownload it where there is a network (train.py --download-only), or give a folder: --model FOLDER") from None
+        raise UserError(
+            f"{repo} is not on this machine and the hub can't be reached ({type(error).__name__}).",
+            "Download it where there is a network (train.py --download-only), or give a folder: --model FOLDER",
+        ) from None
 
 
 def network_errors():
@@ -111,29 +135,47 @@ def weight_files(folder, single=None):
         return ["model.safetensors"]
     pickles = [*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")]
     why = f", only {pickles[0].name}, which is a pickle and may run code" if pickles else ""
-    raise UserError(f"{folder} has no model.safetensors{why}\nGive a folder with config.json, safetensors and a tokenizer.")
+    raise UserError(
+        f"{folder} has no model.safetensors{why}",
+        "Give a folder with config.json, safetensors and a tokenizer.",
+    )
 
 
 def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing\nIs {Path(path).parent} the right folder?") from None
+        raise UserError(
+            f"{path} is missing",
+            f"Is {Path(path).parent} the right folder?",
+        ) from None
     except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}\nCopy it again.") from None
+        raise UserError(
+            f"{path} is not JSON: {error}",
+            "Copy it again.",
+        ) from None
 
 
 def read_config(folder):
     """`config.json` → ModelConfig. UserError for a family or a kind of RoPE that the model doesn't compute."""
     said = read_json(Path(folder) / "config.json")
     if said.get("model_type") != "mistral":
-        raise UserError(f"{folder}: model_type {said.get('model_type')!r} is not known here\nKnown: mistral (7B v0.1, v0.2, v0.3 and their fine-tunes).")
+        raise UserError(
+            f"{folder}: model_type {said.get('model_type')!r} is not known here",
+            "Known: mistral (7B v0.1, v0.2, v0.3 and their fine-tunes).",
+        )
     if said.get("quantization_config"):
-        raise UserError(f"{folder} holds quantised weights, which are not read\nTake the bf16 or fp16 original.")
+        raise UserError(
+            f"{folder} holds quantised weights, which are not read",
+            "Take the bf16 or fp16 original.",
+        )
     rotary = said.get("rope_parameters") or said.get("rope_scaling") or {}
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     if kind != "default":
-        raise UserError(f"{folder}: RoPE of kind {kind!r} is not known here\nKnown: default.")
+        raise UserError(
+            f"{folder}: RoPE of kind {kind!r} is not known here",
+            "Known: default.",
+        )
     fields = {k: said[k] for k in ModelConfig.__dataclass_fields__ if k in said}
     fields["head_dim"] = said.get("head_dim") or said["hidden_size"] // said["num_attention_heads"]
     fields["rope_theta"] = rotary.get("rope_theta") or said.get("rope_theta") or 10000.0
@@ -191,13 +233,19 @@ def fill(model, folder):
     missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or unknown:
         what = f"{missing[0]} is missing" if missing else f"{unknown[0]} belongs to no part of the model"
-        raise UserError(f"{folder}: tensor {what} ({len(missing)} missing, {len(unknown)} unknown)\nDoes config.json belong to these files? Copy the folder again.")
+        raise UserError(
+            f"{folder}: tensor {what} ({len(missing)} missing, {len(unknown)} unknown)",
+            "Does config.json belong to these files? Copy the folder again.",
+        )
     for name, parameter in wanted.items():
         piece = found[name].get_slice(name)
         have, want = tuple(piece.get_shape()), tuple(parameter.shape)
         grows = name in ("model.embed_tokens.weight", "lm_head.weight") and have[0] <= want[0]
         if (have[1:] if grows else have) != (want[1:] if grows else want):
-            raise UserError(f"{folder}: tensor {name} is {list(have)}, config.json makes it {list(want)}\nDoes config.json belong to these files? Copy the folder again.")
+            raise UserError(
+                f"{folder}: tensor {name} is {list(have)}, config.json makes it {list(want)}",
+                "Does config.json belong to these files? Copy the folder again.",
+            )
         if have == want:
             write(parameter, piece)
         else:
@@ -212,12 +260,18 @@ def open_files(folder):
         try:
             files.append(safe_open(folder / name, framework="pt"))
         except (FileNotFoundError, SafetensorError) as error:
-            raise UserError(f"{folder / name} can't be read: {error}\nThe file is missing, cut off or no safetensors: copy it again.") from None
+            raise UserError(
+                f"{folder / name} can't be read: {error}",
+                "The file is missing, cut off or no safetensors: copy it again.",
+            ) from None
     return files
 
 
 def stored_dtype(folder):
-    return getattr(torch, read_json(Path(folder) / "config.json").get("dtype") or read_json(Path(folder) / "config.json").get("torch_dtype") or "bfloat16")
+    return getattr(
+        torch,
+        read_json(Path(folder) / "config.json").get("dtype") or read_json(Path(folder) / "config.json").get("torch_dtype") or "bfloat16",
+    )
 
 
 def load_model(path, dtype=None, device="cpu", base=None):
@@ -285,7 +339,12 @@ def save_model(model, folder, tokenizer, dtype=torch.bfloat16):
     if len(files) > 1:
         where = {tensor: name for name, tensors in zip(names, files) for tensor in tensors}
         dump(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-    said = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu", "dtype": str(dtype).removeprefix("torch.")}
+    said = {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_act": "silu",
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.im_end}
     dump(folder / "config.json", said | vars(model.config) | ends)
     dump(folder / "generation_config.json", ends)

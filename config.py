@@ -10,7 +10,10 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Something a person can mend: one or two lines, naming the file or the flag and the way out."""
+    """Something a person can mend: what is wrong, naming the file or the flag, and the way out."""
+
+    def __init__(self, problem, way_out):
+        super().__init__(f"{problem}\n{way_out}")
 
 
 def flag(default, help, choices=None, short=None, positional=False):
@@ -33,7 +36,7 @@ def parse(cls, argv=None, prog=None):
         if meta["positional"]:
             parser.add_argument(field.name, metavar=field.name.upper(), type=kind, **options)
             continue
-        names = [n for n in (meta["short"], "--" + field.name.replace("_", "-")) if n]
+        names = [n for n in (meta["short"], "--" + field.name.removesuffix("_").replace("_", "-")) if n]  # `as_` is --as
         if kind is bool:
             parser.add_argument(*names, dest=field.name, action="store_true", **options)
         elif many:
@@ -60,13 +63,18 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def fresh_folder(path, overwrite):
-    """Make an output folder, for its owner's eyes only (0700). UserError when it holds something already, unless `overwrite`."""
+def check_folder(path, overwrite):
+    """UserError when an output folder holds something already, unless `overwrite`."""
     path = Path(path)
     if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file\nName another folder.")
+        raise UserError(f"{path} is a file", "Name another folder.")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise UserError(f"{path} already holds something\nName another folder, or say --overwrite to replace it.")
+        raise UserError(f"{path} already holds something", "Name another folder, or say --overwrite to replace it.")
+
+
+def private_folder(path):
+    """Make a folder for its owner's eyes only (0700): chats, or what was learned from them, will be in it."""
+    path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     path.chmod(0o700)
     return path

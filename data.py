@@ -228,7 +228,9 @@ def split(session, tokenizer, seq_len, loss_on="me", number=0):
     A long session is cut on turn borders, a long turn on message borders, a long message on tokens; each piece begins with what
     preceded it, without targets, up to a quarter of the row.
     """
-    taught = [i for i, turn in enumerate(session.turns) if (turn.me or loss_on == "everyone") and not all(map(MARK.fullmatch, turn.messages))]
+    taught = [
+        i for i, turn in enumerate(session.turns) if (turn.me or loss_on == "everyone") and not all(map(MARK.fullmatch, turn.messages))
+    ]
     if not taught:
         return
     turns = session.turns[: taught[-1] + 1]
@@ -328,13 +330,19 @@ def load_sessions(path):
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise UserError(f"{path} is missing\nMake it from your export: python data.py result.json") from None
+        raise UserError(
+            f"{path} is missing",
+            "Make it from your export: python data.py result.json",
+        ) from None
     found = []
     for number, line in enumerate(lines, 1):
         try:
             found.append(Session.from_json(line))
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}, line {number} is no session: {error}\nMend the line, or make the files anew: data.py --overwrite") from None
+            raise UserError(
+                f"{path}, line {number} is no session: {error}",
+                "Mend the line, or make the files anew: data.py --overwrite",
+            ) from None
     return found
 
 
@@ -352,7 +360,11 @@ def rows(path, tokenizer, seq_len, loss_on="me"):
         ends = {n: np.cumsum(stored[f"{n}.lengths"]) for n in names}
         return [Row(*(stored[n][ends[n][i] - stored[f"{n}.lengths"][i] : ends[n][i]] for n in names)) for i in range(len(ends["ids"]))]
     talks = load_sessions(path)
-    samples = [s for number, talk in enumerate(tqdm(talks, f"tokenising {path.name}", leave=False)) for s in split(talk, tokenizer, seq_len, loss_on, number)]
+    samples = [
+        s
+        for number, talk in enumerate(tqdm(talks, f"tokenising {path.name}", leave=False))
+        for s in split(talk, tokenizer, seq_len, loss_on, number)
+    ]
     packed = pack(samples, seq_len)
     if packed:
         cache.parent.mkdir(exist_ok=True)
@@ -370,7 +382,7 @@ def rows(path, tokenizer, seq_len, loss_on="me"):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Turn a Telegram export into data/train.jsonl and data/val.jsonl: sessions to read, to edit and to train on. Nothing leaves this machine."""
+    """Turn a Telegram export into data/train.jsonl and data/val.jsonl: sessions to read, to edit and to train on."""
 
     export: str = flag("", "result.json, as Telegram Desktop wrote it", positional=True)
     out: str = flag("data", "the folder to write")
@@ -406,11 +418,21 @@ def find_me(path, said):
     if len(matches) == 1:
         return matches[0]
     if not people:
-        raise UserError(f"{path} holds no messages\nExport again, with the personal chats ticked.")
+        raise UserError(
+            f"{path} holds no messages",
+            "Export again, with the personal chats ticked.",
+        )
     likely = sorted(matches or people, key=lambda i: -people[i][1])[:8]
     listed = ", ".join(f"{people[i][0] or exports.DELETED} ({i}, {people[i][1]} messages)" for i in likely)
-    why = "the export doesn't say whose it is" if said is None else f"--me {said}: {'several people have' if matches else 'nobody has'} that name"
-    raise UserError(f"{path}: {why}\nSay --me NAME or --me ID, one of: {listed}")
+    why = (
+        "the export doesn't say whose it is"
+        if said is None
+        else f"--me {said}: {'several people have' if matches else 'nobody has'} that name"
+    )
+    raise UserError(
+        f"{path}: {why}",
+        f"Say --me NAME or --me ID, one of: {listed}",
+    )
 
 
 def wanted(chat, options):
@@ -423,41 +445,40 @@ def wanted(chat, options):
     return chat.type
 
 
+def kept(messages, options, report, names, authors, bar):
+    """The messages that are somebody's own words and of the days asked for; what they tell is noted in the other arguments."""
+    for message in messages:
+        bar.update()
+        report["messages"] += 1
+        why = message.left_out
+        if not why and not (options.since or "") <= message.date[:10] <= (options.until or "9999"):
+            why = "outside --since and --until"
+        if why:
+            report["messages_left_out"][why] += 1
+            continue
+        names[message.author] = message.name or names.get(message.author)
+        authors[message.author] += 1
+        yield message
+
+
 def gather(path, me, options, spool):
     """Read the export; write every session that teaches something to `spool`, authors as ids.
 
     → (index: [(start, place in the spool, length)], names: {id: latest display name}, report). Memory grows with the index alone.
     """
-    report = {"chats": 0, "chats_left_out": collections.Counter(), "messages": 0, "messages_left_out": collections.Counter(), "my_messages": 0,
-              "sessions": 0, "sessions_left_out": collections.Counter(), "only_mine": []}  # fmt: skip
+    counted = ("chats", "messages", "my_messages", "sessions")
+    report = {**dict.fromkeys(counted, 0), **{f"{what}_left_out": collections.Counter() for what in counted}, "only_mine": []}
     index, names = [], {}
     bar = tqdm(unit=" messages", desc=f"reading {Path(path).name}", disable=None, leave=False)
     for chat, messages in exports.read(path):
         report["chats"] += 1
-        why = wanted(chat, options)
-        if why:
+        if why := wanted(chat, options):
             report["chats_left_out"][why] += 1
             continue
         authors = collections.Counter()
-
-        def kept():
-            for message in messages:
-                bar.update()
-                report["messages"] += 1
-                why = message.left_out
-                if not why and not (options.since or "") <= message.date[:10] <= (options.until or "9999"):
-                    why = "outside --since and --until"
-                if why:
-                    report["messages_left_out"][why] += 1
-                    continue
-                names[message.author] = message.name or names.get(message.author)
-                authors[message.author] += 1
-                yield message
-
-        for session in sessions(kept(), chat, me, options.gap_minutes * 60):
+        for session in sessions(kept(messages, options, report, names, authors, bar), chat, me, options.gap_minutes * 60):
             report["sessions"] += 1
-            why = why_not(session)
-            if why:
+            if why := why_not(session):
                 report["sessions_left_out"][why] += 1
                 continue
             line = session.to_json().encode() + b"\n"
@@ -481,19 +502,34 @@ def main():
         try:
             datetime.date.fromisoformat(getattr(options, name) or "2000-01-01")
         except ValueError:
-            raise UserError(f"--{name} {getattr(options, name)} is no day\nWrite it as 2021-12-31.") from None
+            raise UserError(
+                f"--{name} {getattr(options, name)} is no day",
+                "Write it as 2021-12-31.",
+            ) from None
     out = Path(options.out)
     if (out / "train.jsonl").exists() and not (options.overwrite or options.dry_run):
-        raise UserError(f"{out}/ already holds sessions, perhaps edited ones\nSay --overwrite to make them anew, or name another folder with --out.")
+        raise UserError(
+            f"{out}/ already holds sessions, perhaps edited ones",
+            "Say --overwrite to make them anew, or name another folder with --out.",
+        )
     me = find_me(options.export, options.me)
     with tempfile.TemporaryFile() as spool:
         index, ids, report = gather(options.export, me, options, spool)
         if not report["messages"]:
-            raise UserError(f"{options.export} holds no messages in chats that belong\nExport again with the personal chats ticked, or --include a chat.")
+            raise UserError(
+                f"{options.export} holds no messages in chats that belong",
+                "Export again with the personal chats ticked, or --include a chat.",
+            )
         if not report["my_messages"]:
-            raise UserError(f"{options.export} holds no message by {me}\nSay who you are with --me NAME, or export your own messages too.")
+            raise UserError(
+                f"{options.export} holds no message by {me}",
+                "Say who you are with --me NAME, or export your own messages too.",
+            )
         if len(index) < 2:
-            raise UserError(f"{options.export}: {len(index)} sessions in which I answer somebody; at least 2 are needed\nExport more chats, or try a larger --gap-minutes.")
+            raise UserError(
+                f"{options.export}: {len(index)} sessions in which I answer somebody; at least 2 are needed",
+                "Export more chats, or try a larger --gap-minutes.",
+            )
         names = unique_names(ids)
         held_out = validation_size(len(index), options.val)
         parts = {"train": index[:-held_out], "val": index[-held_out:]}
@@ -506,7 +542,7 @@ def main():
             return session
 
         contacts = collections.Counter()
-        with tempfile.TemporaryDirectory(dir=None if options.dry_run else config.fresh_folder(out, True)) as beside:
+        with tempfile.TemporaryDirectory(dir=None if options.dry_run else config.private_folder(out)) as beside:
             for part, sessions_ in parts.items():
                 with open(Path(beside) / f"{part}.jsonl", "w", encoding="utf-8") as file:
                     for _, place, length in sessions_:
@@ -537,7 +573,12 @@ def count_tokens(folder, options):
     words = tokenizer.load(options.tokenizer)
     packed = rows(folder / "train.jsonl", words, options.seq_len)
     targets = sum(int((row.labels != IGNORED).sum()) for row in packed)
-    return {"tokens": sum(len(row.ids) for row in packed), "targets": targets, "rows": len(packed), "filled": filled(packed, options.seq_len)}
+    return {
+        "tokens": sum(len(row.ids) for row in packed),
+        "targets": targets,
+        "rows": len(packed),
+        "filled": filled(packed, options.seq_len),
+    }
 
 
 def write(path, value):
@@ -546,6 +587,7 @@ def write(path, value):
 
 def show(report, example, options):
     """The report for a person, and one session with what will be trained in colour."""
+
     def line(count, what, reasons=()):
         left = "".join(f"\n{'':>10}- {n:,} {why}" for why, n in sorted(dict(reasons).items(), key=lambda item: -item[1]))
         print(f"{count:>9,} {what}{left}")
@@ -557,7 +599,12 @@ def show(report, example, options):
     kept = report["sessions_kept"]
     line(sum(kept.values()), f"sessions kept: {kept['train']:,} to train on, the latest {kept['val']:,} to validate")
     if "tokens" in report:
-        line(report["tokens"]["rows"], "rows of {:,} tokens, {:.1%} filled, {:,} of the tokens trained".format(options.seq_len, report["tokens"]["filled"], report["tokens"]["targets"]))
+        line(
+            report["tokens"]["rows"],
+            "rows of {:,} tokens, {:.1%} filled, {:,} of the tokens trained".format(
+                options.seq_len, report["tokens"]["filled"], report["tokens"]["targets"]
+            ),
+        )
     if report["only_mine"]:
         print(f"\nOnly my own messages were exported from: {', '.join(report['only_mine'][:5])}. There is nothing to answer in them:\n"
               "export again and untick 'Only my messages'.")  # fmt: skip
@@ -567,9 +614,14 @@ def show(report, example, options):
     for begin, stop in document.targets:
         coloured += document.text[end:begin] + paint.format(document.text[begin:stop])
         end = stop
-    print(f"\nOne session, with what is trained {'in green' if sys.stdout.isatty() else 'being my turns'}:\n\n{coloured}{document.text[end:]}")
+    print(
+        f"\nOne session, with what is trained {'in green' if sys.stdout.isatty() else 'being my turns'}:\n\n{coloured}{document.text[end:]}"
+    )
     if not options.dry_run:
-        print(f"Written to {options.out}/. Read it, edit it; then: python train.py --lora" + ("" if options.out == "data" else f" --data {options.out}"))
+        print(
+            f"Written to {options.out}/. Read it, edit it; then: python train.py --lora"
+            + ("" if options.out == "data" else f" --data {options.out}")
+        )
 
 
 if __name__ == "__main__":

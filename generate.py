@@ -36,7 +36,7 @@ class Decoder:
 
     @torch.inference_mode()
     def generate(self, ids, max_new=256, temperature=0.7, top_p=0.95, generator=None):
-        """Yield the ids that continue `ids`, up to where the model ends its turn (that id is not yielded), `max_new` or the context's end."""
+        """Yield the ids that continue `ids`, until the model ends its turn (that id is not yielded), `max_new` or the context's end."""
         ids = list(ids)
         for _ in range(min(max_new, self.cache.size - len(ids))):
             logits = self.forward(ids)

@@ -66,7 +66,10 @@ def inject(model, rank=32, alpha=16, dropout=0.0, targets=TARGETS, rows=()):
     kinds = {name.rpartition(".")[2] for name in linears}
     unknown = sorted(set(targets) - kinds)
     if unknown or not targets:
-        raise UserError(f"--lora-targets {','.join(unknown)}: this model has no such linear layer\nIt has: {', '.join(sorted(kinds))}.")
+        raise UserError(
+            f"--lora-targets {','.join(unknown)}: this model has no such linear layer",
+            f"It has: {', '.join(sorted(kinds))}.",
+        )
     matched = [name for name in linears if name.rpartition(".")[2] in targets]
     model.requires_grad_(False)
     for name in matched:
@@ -161,11 +164,18 @@ def read_settings(folder):
     said = json.loads(path.read_text(encoding="utf-8"))
     rows = said.get("trainable_token_indices") or []
     rows = rows.get("embed_tokens", []) if isinstance(rows, dict) else rows
-    odd = [k for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "fan_in_fan_out") if said.get(k)]
+    odd = [
+        k
+        for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "fan_in_fan_out")
+        if said.get(k)
+    ]
     if said.get("bias", "none") != "none":
         odd.append("bias")
     if said.get("peft_type") != "LORA" or odd or not isinstance(said.get("target_modules"), list):
-        raise UserError(f"{path}: {', '.join(odd) or said.get('peft_type')} is no plain LoRA over named layers\nMerge it with PEFT first, and use the merged folder.")
+        raise UserError(
+            f"{path}: {', '.join(odd) or said.get('peft_type')} is no plain LoRA over named layers",
+            "Merge it with PEFT first, and use the merged folder.",
+        )
     targets = sorted({name.rpartition(".")[2] for name in said["target_modules"]})
     arguments = {"rank": said["r"], "alpha": said["lora_alpha"], "dropout": said.get("lora_dropout", 0.0), "targets": targets, "rows": rows}
     return arguments, said["base_model_name_or_path"]
@@ -180,14 +190,20 @@ def load(model, folder):
     try:
         tensors = load_file(path)
     except (FileNotFoundError, SafetensorError) as error:
-        raise UserError(f"{path} can't be read: {error}\nTrain again, or copy the whole folder again.") from None
+        raise UserError(
+            f"{path} can't be read: {error}",
+            "Train again, or copy the whole folder again.",
+        ) from None
     tensors = {k: t for k, t in tensors.items() if ".base_layer." not in k}  # PEFT adds the whole embedding to its own saves
     if model.config.tie_word_embeddings:
         tensors.pop(peft_name("lm_head.row_values"), None)  # PEFT writes a tied row twice
     wanted = {peft_name(name): p for name, p in trained(model).items()}
     wrong = sorted(set(wanted) ^ set(tensors)) or [k for k, p in wanted.items() if p.shape != tensors[k].shape]
     if wrong:
-        raise UserError(f"{path}: {wrong[0]} is missing, unknown or of the wrong shape ({len(wrong)} such)\nIs this the adapter of another base?")
+        raise UserError(
+            f"{path}: {wrong[0]} is missing, unknown or of the wrong shape ({len(wrong)} such)",
+            "Is this the adapter of another base?",
+        )
     for key, parameter in wanted.items():
         parameter.copy_(tensors[key])
 
@@ -209,13 +225,20 @@ def main():
     import tokenizer
 
     if sys.argv[1:2] != ["merge"]:
-        raise UserError("lora.py knows one verb: merge\npython lora.py merge ckpt/ clone/")
+        raise UserError(
+            "lora.py knows one verb: merge",
+            "python lora.py merge ckpt/ clone/",
+        )
     options = config.parse(MergeConfig, sys.argv[2:], prog="lora.py merge")
     if not (Path(options.ckpt) / "adapter_config.json").exists():
-        raise UserError(f"{options.ckpt} holds no adapter (adapter_config.json)\nGive the folder that train.py --lora wrote.")
-    out = config.fresh_folder(options.out, options.overwrite)
-    model = merge(checkpoint.load_model(options.ckpt, dtype=None, device="cpu", base=options.model or None))
+        raise UserError(
+            f"{options.ckpt} holds no adapter (adapter_config.json)",
+            "Give the folder that train.py --lora wrote.",
+        )
+    config.check_folder(options.out, options.overwrite)
     words = tokenizer.load(options.ckpt)
+    model = merge(checkpoint.load_model(options.ckpt, base=options.model or None))
+    out = config.private_folder(options.out)
     checkpoint.save_model(model, out, words)
     words.save(out)
     checkpoint.copy_companions(options.ckpt, out)

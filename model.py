@@ -129,9 +129,7 @@ def attend(q, k, v, where):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     if isinstance(where, list):
         outs = [
-            F.scaled_dot_product_attention(
-                *(x[row : row + 1, :, begin:end] for x in (q, k, v)), is_causal=True, enable_gqa=True
-            )
+            F.scaled_dot_product_attention(*(x[row : row + 1, :, begin:end] for x in (q, k, v)), is_causal=True, enable_gqa=True)
             for row, begin, end in where
         ]  # documents, in order, each (1, H, length, D)
         return torch.cat(outs, dim=2).unflatten(2, (len(q), -1)).squeeze(0).transpose(0, 1)  # (B, H, T, D)

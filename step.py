@@ -98,7 +98,7 @@ def shard(model, dtype):
 @torch.no_grad()
 def randomise(model, seed):
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.dim() == 1:
             checkpoint.write(parameter, torch.ones(parameter.shape))
         else:
@@ -106,7 +106,9 @@ def randomise(model, seed):
 
 
 def make_optimizer(model, lr, weight_decay):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
+    )
 
 
 # --- rows → tensors

@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 
 import sentencepiece
-from tokenizers import AddedToken, Tokenizer as Engine, decoders, models, normalizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, processors
+from tokenizers import Tokenizer as Engine
 
 from config import UserError
 
@@ -77,12 +78,18 @@ def load(folder):
         try:
             engine = Engine.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # tokenizers raises bare Exception
-            raise UserError(f"{folder / 'tokenizer.json'} can't be read: {error}\nCopy it again from the base model.") from None
+            raise UserError(
+                f"{folder / 'tokenizer.json'} can't be read: {error}",
+                "Copy it again from the base model.",
+            ) from None
         return Tokenizer(engine, folder, bos if adds_bos(engine, config, bos) else None)
     if (folder / "tokenizer.model").exists():
         engine = from_sentencepiece(folder / "tokenizer.model", read_json(folder / "added_tokens.json"))
         return Tokenizer(engine, folder, (bos or "<s>") if config.get("add_bos_token", True) else None)
-    raise UserError(f"{folder} has no tokenizer.json and no tokenizer.model\nCopy the base model's tokenizer files there.")
+    raise UserError(
+        f"{folder} has no tokenizer.json and no tokenizer.model",
+        "Copy the base model's tokenizer files there.",
+    )
 
 
 def adds_bos(engine, config, bos):
@@ -110,10 +117,16 @@ def from_sentencepiece(path, added):
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise UserError(f"{path} is not a sentencepiece model: {error}\nCopy it again from the base model.") from None
+        raise UserError(
+            f"{path} is not a sentencepiece model: {error}",
+            "Copy it again from the base model.",
+        ) from None
     probe = "Ａ ½  é\u0301 ﬁ"
     if model.normalize(probe).replace("▁", " ").strip() != probe:
-        raise UserError(f"{path} normalises text (NFKC), which no Mistral-style base does\nUse a base with a tokenizer.json.")
+        raise UserError(
+            f"{path} normalises text (NFKC), which no Mistral-style base does",
+            "Use a base with a tokenizer.json.",
+        )
     size = model.vocab_size()
     vocab = {model.id_to_piece(i): i for i in range(size)}
     mergeable = [i for i in range(size) if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i) or model.is_unused(i))]
@@ -125,14 +138,15 @@ def from_sentencepiece(path, added):
         merges += [pair for pair in splits if pair[0] in pieces and pair[1] in pieces]
     engine = Engine(models.BPE(vocab, merges, unk_token=model.id_to_piece(model.unk_id()), byte_fallback=True, fuse_unk=True))
     engine.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    engine.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    engine.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     engine.add_special_tokens([special(model.id_to_piece(i)) for i in range(size) if model.is_control(i) or model.is_unknown(i)])
     for spelling, i in sorted(added.items(), key=lambda item: item[1]):
         engine.add_special_tokens([special(spelling)])
         if engine.token_to_id(spelling) != i:
-            raise UserError(f"added_tokens.json gives {spelling} the id {i}, but {path} has {size} pieces\nCopy both from one base model.")
+            raise UserError(
+                f"added_tokens.json gives {spelling} the id {i}, but {path} has {size} pieces",
+                "Copy both from one base model.",
+            )
     bos = model.id_to_piece(model.bos_id())
     engine.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, model.bos_id())])
     return engine

@@ -30,6 +30,7 @@ from config import UserError, flag
 
 FEWEST_STEPS = 50  # however little data there is
 EVALUATIONS = 4  # an epoch, at least
+LITTLE = 20_000  # trained tokens, below which a word is said on what to expect
 ALL_LINEAR = ",".join(lora.TARGETS)
 BIG = 1_000_000_000  # parameters: beyond it a CPU would need weeks, and a GPU recomputes blocks to save memory
 
@@ -59,7 +60,9 @@ class Config:
     lora_dropout: float = flag(0.0, "share of the adapter's inputs dropped in training")
     lora_targets: str = flag(ALL_LINEAR, "linear layers that get an adapter")
     loss_on: str = flag("me", "whose turns are targets", choices=("me", "everyone"))
-    recompute: str = flag("auto", "recompute blocks in the backward pass, for memory (auto: from 1B parameters on)", choices=("auto", "full", "none"))
+    recompute: str = flag(
+        "auto", "recompute blocks in the backward pass, for memory (auto: from 1B parameters on)", choices=("auto", "full", "none")
+    )
     dtype: str = flag("auto", "what is computed in (auto: bf16; fp32 on CPUs without bf16 instructions)", choices=("auto", "bf16", "fp32"))
     device: str | None = flag(None, "cuda, mps or cpu (default: the first there is)")
     seed: int = flag(0, "order of the rows, first values of the adapter, samples")
@@ -73,59 +76,51 @@ def main():
         print(f"{options.model} is in {checkpoint.resolve(options.model)}")
         return
     folder, shape, ranks, words = prepare(options)
-    dtype = {"auto": checkpoint.compute_dtype(ranks.device), "bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
-    train_rows, val_rows = in_turn(ranks, lambda: [data.rows(Path(options.data) / f"{part}.jsonl", words, options.seq_len, options.loss_on) for part in ("train", "val")])
+    train_rows, val_rows = in_turn(ranks, lambda: [rows_of(options, part, words) for part in ("train", "val")])
     plan = schedule(len(train_rows), options)
-    if not val_rows:
-        raise UserError(f"{options.data}/val.jsonl has no turn of mine to validate on\nMake it anew with data.py, or move some lines of train.jsonl there.")
-    out = in_turn(ranks, lambda: config.fresh_folder(options.out, options.overwrite or not ranks.first))
+    dtype = {"auto": checkpoint.compute_dtype(ranks.device), "bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
     say = tqdm.write if ranks.first else lambda text: None
     say(describe(options, shape, ranks, dtype, train_rows, val_rows, plan))
 
-    adapter = None
-    if options.lora:
-        targets = [t.strip() for t in options.lora_targets.split(",") if t.strip()]
-        adapter = {"rank": options.lora_rank, "alpha": options.lora_alpha, "dropout": options.lora_dropout, "targets": targets, "rows": words.added}
-    recompute = options.recompute == "full" or options.recompute == "auto" and shape.num_parameters > BIG
     torch.manual_seed(options.seed + ranks.rank)  # dropout
-    model = step.build(shape, ranks, None if options.from_scratch else folder, adapter, dtype, recompute, options.seed)
+    recompute = options.recompute == "full" or options.recompute == "auto" and shape.num_parameters > BIG
+    model = step.build(shape, ranks, None if options.from_scratch else folder, adapter(options, words), dtype, recompute, options.seed)
     optimizer = step.make_optimizer(model, 0.0, options.weight_decay)
-    record = Record(options, out, folder, words, model, ranks, dtype)
+    record = Record(options, folder, words, model, ranks, dtype)
     peak = ranks.world * step.measured_peak(ranks.device, dtype)
-    asked = contexts(options, words) if options.samples else []
+    asked = contexts(options)
 
+    record.evaluation(0, 0.0, step.evaluate(model, val_rows, ranks, options.micro_batch))
+    say(f"before training: held-out loss {record.before.loss:.4f} nats a target, {record.before.bits:.4f} bits per character of mine")
     bar = tqdm(total=plan.steps, unit="step", disable=not ranks.first, dynamic_ncols=True)
-    before = record.evaluation(0, step.evaluate(model, val_rows, ranks, options.micro_batch), 0)
-    say(f"before training: held-out loss {before:.4f} nats a target, {record.bits:.4f} bits per character of mine")
     for number, rows in enumerate(batches(train_rows, plan, options.seed), 1):
         began = time.perf_counter()
         lr = lr_at(number, plan.steps, plan.lr, options.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         try:
-            loss, norm, targets = step.train_step(model, optimizer, step.micro_batches(rows, options.micro_batch, ranks), ranks, options.clip)
+            micro = step.micro_batches(rows, options.micro_batch, ranks)
+            loss, norm, targets = step.train_step(model, optimizer, micro, ranks, options.clip)
         except step.NotFinite as error:
-            raise UserError(f"step {number}: {error}; the best so far is in {out}\nTry a smaller --lr, or look at the data: rows {[int(s) for row in rows for s in row.sessions]}.") from None
-        seconds = time.perf_counter() - began
-        tokens, (needed, done) = sum(len(row.ids) for row in rows), step.flops(model, rows)
-        line = {"step": number, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "trained_tokens": targets,
-                "tok_per_s": tokens / seconds, "mfu": needed / seconds / peak, "hfu": done / seconds / peak,
-                "peak_gib": step.peak_gib(ranks.device), "seconds": seconds}  # fmt: skip
+            raise UserError(
+                f"step {number}: {error}; {'the best so far is in ' + options.out if record.best else 'nothing was saved yet'}",
+                f"Try a smaller --lr, or look at train.jsonl, lines {sorted({int(s) + 1 for row in rows for s in row.sessions})}.",
+            ) from None
+        line = measure(number, loss, lr, norm, targets, rows, model, time.perf_counter() - began, peak, ranks.device)
         record.write(line)
-        bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, norm {norm:.2f}, {line['tok_per_s']:,.0f} tok/s, mfu {line['mfu']:.0%}, {line['peak_gib']:.1f} GiB")
+        bar.set_postfix_str(POSTFIX.format(**line))
         bar.update()
         if number in plan.evaluate_at:
-            value = record.evaluation(number, step.evaluate(model, val_rows, ranks, options.micro_batch), number / plan.epoch)
-            say(f"epoch {number / plan.epoch:.2f}: held-out loss {value:.4f}, {record.bits:.4f} bits per character" + ("" if record.best_step == number else f" (best {record.best:.4f})"))
-            for who, wrote, answer in answers(model, words, asked, ranks, options):
-                say(f"    {who[0]}: {who[1]}\n      you wrote: {wrote}\n      it writes: {answer}")
-            if record.best_step == number:
+            point = record.evaluation(number, number / plan.epoch, step.evaluate(model, val_rows, ranks, options.micro_batch))
+            say(f"epoch {point.epoch:.2f}: held-out loss {point.loss:.4f}, {point.bits:.4f} bits per character{record.compare(point)}")
+            for who, said, wrote, answer in answers(model, words, asked, ranks, options.seed):
+                say(f"    {who}: {said}\n      you wrote: {wrote}\n      it writes: {answer}")
+            if record.best is point:
                 record.save()
-            elif options.max_steps is None and record.worse_since >= options.patience:
+            elif options.max_steps is None and record.since_best >= options.patience:
                 break
     bar.close()
-    record.finish(before, plan)
-    say(record.verdict(before, plan))
+    say(record.finish())
     if ranks.world > 1:
         torch.distributed.destroy_process_group()
 
@@ -137,21 +132,53 @@ def prepare(options):
     """Everything a person may have to mend, checked before time is spent. → (base folder, ModelConfig, Ranks, Tokenizer)"""
     for part in ("train", "val"):
         if not (Path(options.data) / f"{part}.jsonl").is_file():
-            raise UserError(f"{options.data}/{part}.jsonl is missing: there is nothing to train on\nMake it from your export: python data.py result.json")
+            raise UserError(
+                f"{options.data}/{part}.jsonl is missing: there is nothing to train on",
+                "Make it from your export: python data.py result.json",
+            )
     for name in ("batch", "micro_batch", "lora_rank", "patience"):
         if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed\nLeave it out for the default.")
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed",
+                "Leave it out for the default.",
+            )
     ranks = step.start(options.device)
+    config.check_folder(options.out, options.overwrite or not ranks.first)
     local = Path(options.model).is_dir()
     if ranks.device.type == "cpu" and not options.device and (not local or checkpoint.read_config(options.model).num_parameters > BIG):
-        raise UserError(f"No GPU here: on a CPU {options.model} would train for weeks.\nRent one with a GPU (24 GB is enough for --lora), take a small base with --model FOLDER, or insist with --device cpu.")
+        raise UserError(
+            f"No GPU here: on a CPU {options.model} would train for weeks.",
+            "Rent one with a GPU (24 GB is enough for --lora), take a small base with --model FOLDER, or insist with --device cpu.",
+        )
     folder = in_turn(ranks, lambda: checkpoint.resolve(options.model))
     if checkpoint.is_adapter(folder):
-        raise UserError(f"{folder} is an adapter, not a base\nMerge it first: python lora.py merge {folder} clone/")
+        raise UserError(
+            f"{folder} is an adapter, not a base",
+            f"Merge it first: python lora.py merge {folder} clone/",
+        )
     shape, words = checkpoint.read_config(folder), tokenizers.load(folder)
     if not options.from_scratch:
         checkpoint.open_files(folder)
     return folder, checkpoint.with_vocabulary(shape, max([*words.added, -1]) + 1), ranks, words
+
+
+def rows_of(options, part, words):
+    rows = data.rows(Path(options.data) / f"{part}.jsonl", words, options.seq_len, options.loss_on)
+    if not rows:
+        raise UserError(
+            f"{options.data}/{part}.jsonl has no turn of mine in it",
+            "Make it anew with data.py, move lines between train.jsonl and val.jsonl, or try --loss-on everyone.",
+        )
+    return rows
+
+
+def adapter(options, words):
+    """The arguments of `lora.inject`, None for full fine-tuning."""
+    if not options.lora:
+        return None
+    targets = [target.strip() for target in options.lora_targets.split(",") if target.strip()]
+    sizes = {"rank": options.lora_rank, "alpha": options.lora_alpha, "dropout": options.lora_dropout}
+    return {**sizes, "targets": targets, "rows": words.added}
 
 
 def in_turn(ranks, work):
@@ -174,8 +201,6 @@ class Plan:
 
 def schedule(rows, options):
     """How many steps of how many rows: at least 50, with smaller steps and more epochs where the data is too little for them."""
-    if not rows:
-        raise UserError(f"{options.data}/train.jsonl has no turn of mine to learn from\nMake it anew with data.py, or try --loss-on everyone.")
     batch, epochs = options.batch, options.epochs
     if options.max_steps is None and math.ceil(rows / batch) * epochs < FEWEST_STEPS:
         batch = max(1, min(batch, int(rows * epochs / FEWEST_STEPS)))
@@ -188,14 +213,21 @@ def schedule(rows, options):
 
 def describe(options, shape, ranks, dtype, train_rows, val_rows, plan):
     targets = sum(int((row.labels != data.IGNORED).sum()) for row in train_rows)
+    what = f"{'LoRA' if options.lora else 'full fine-tuning'} of {options.model} ({shape.num_parameters / 1e6:,.1f}M parameters)"
+    full = data.filled(train_rows, options.seq_len)
     text = (
-        f"{'LoRA' if options.lora else 'full fine-tuning'} of {options.model} ({shape.num_parameters / 1e6:,.1f}M parameters) on {ranks.world} x {ranks.device.type}, {str(dtype).removeprefix('torch.')}\n"
-        f"{len(train_rows):,} rows of {options.seq_len:,} tokens, {data.filled(train_rows, options.seq_len):.1%} filled, {targets:,} of the tokens trained; {len(val_rows):,} rows held out\n"
+        f"{what} on {ranks.world} x {ranks.device.type}, {short(dtype)}\n"
+        f"{len(train_rows):,} rows of {options.seq_len:,} tokens, {full:.1%} filled, {targets:,} of the tokens trained; "
+        f"{len(val_rows):,} rows held out\n"
         f"{plan.steps:,} steps of {plan.batch} rows, {plan.steps / plan.epoch:.1f} epochs"
     )
-    if plan.batch < options.batch or targets < 20_000:
-        text += f"\nThis is little data ({targets:,} tokens of mine): expect the tone and the favourite words, not the knowledge. From 50,000 on it gets good."
+    if plan.batch < options.batch or targets < LITTLE:
+        text += f"\nThis is little data ({targets:,} tokens of mine): expect the tone and the favourite words rather than the knowledge."
     return text
+
+
+def short(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 def batches(rows, plan, seed):
@@ -221,73 +253,112 @@ def lr_at(number, steps, peak, warmup):
 
 # --- what one watches
 
+POSTFIX = "loss {loss:.3f}, lr {lr:.1e}, norm {grad_norm:.2f}, {tok_per_s:,.0f} tok/s, mfu {mfu:.0%}, {peak_gib:.1f} GiB"
 
-def contexts(options, words):
+
+def measure(number, loss, lr, norm, targets, rows, model, seconds, peak, device):
+    """A step's line of metrics.jsonl. `peak`: FLOP/s of all ranks together."""
+    tokens, (needed, done) = sum(len(row.ids) for row in rows), step.flops(model, rows)
+    return {
+        "step": number,
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": norm,
+        "tokens": tokens,
+        "trained_tokens": targets,
+        "tok_per_s": tokens / seconds,
+        "mfu": needed / seconds / peak,
+        "hfu": done / seconds / peak,
+        "peak_gib": step.peak_gib(device),
+        "seconds": seconds,
+    }
+
+
+def contexts(options):
     """A few held-out moments, spread over time: (the turns before, what I wrote then)."""
-    talks = data.load_sessions(Path(options.data) / "val.jsonl")
     found = []
-    for talk in (talks[i] for i in np.linspace(0, len(talks) - 1, len(talks), dtype=int)):
-        mine = [i for i, turn in enumerate(talk.turns) if turn.me and i > 0]
+    for talk in data.load_sessions(Path(options.data) / "val.jsonl"):
+        mine = next((i for i, turn in enumerate(talk.turns) if turn.me and i > 0), None)
         if mine:
-            found.append((talk.turns[: mine[0]], talk.turns[mine[0]]))
+            found.append((talk.turns[:mine], talk.turns[mine]))
     return [found[i] for i in np.linspace(0, len(found) - 1, min(options.samples, len(found)), dtype=int)]
 
 
-def answers(model, words, asked, ranks, options):
-    """Yield ((who, what they last wrote), what I wrote, what the model writes) for each context; every rank must ask."""
+def answers(model, words, asked, ranks, seed):
+    """Yield (who, what they last wrote, what I wrote, what the model writes) for each context; every rank must ask."""
     model.eval()
     decoder = generate.Decoder(model, words, size=min(512, model.config.max_position_embeddings), share=ranks.share)
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(seed)
     for before, turn in asked:
         ids = generate.fit(before, turn.author, words, decoder.cache.size - 64)
         wrote = data.messages_of(words.decode(list(decoder.generate(ids, max_new=64, generator=generator))))
-        yield (before[-1].author, before[-1].messages[-1]), " / ".join(turn.messages), " / ".join(wrote) or "(nothing)"
+        yield before[-1].author, before[-1].messages[-1], " / ".join(turn.messages), " / ".join(wrote) or "(nothing)"
     model.train()
 
 
 # --- what stays
 
 
-class Record:
-    """The run's folder: metrics line by line, the best weights, `run.json`. Rank 0 writes; `best` and its step are known to all."""
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """An evaluation: nats a target and bits per character of mine."""
 
-    def __init__(self, options, out, folder, words, model, ranks, dtype):
-        self.options, self.out, self.folder, self.words, self.model, self.ranks = options, out, folder, words, model, ranks
-        self.best, self.best_step, self.best_bits, self.worse_since, self.bits, self.at = math.inf, 0, 0.0, 0, 0.0, 0
-        self.began = time.time()
+    step: int
+    epoch: float
+    loss: float
+    bits: float
+
+
+class Record:
+    """The run's folder: metrics line by line, the best weights, `run.json`. Rank 0 writes; all know `before` and `best`."""
+
+    def __init__(self, options, folder, words, model, ranks, dtype):
+        self.options, self.folder, self.words, self.model, self.ranks = options, folder, words, model, ranks
+        self.out, self.began, self.before, self.best, self.last = Path(options.out), time.time(), None, None, None
+        self.since_best = 0
         if not ranks.first:
             return
-        for old in ("metrics.jsonl", "loss.png", "adapter_model.safetensors", "adapter_config.json", "config.json", "model.safetensors", "model.safetensors.index.json"):
-            (out / old).unlink(missing_ok=True)
-        for old in out.glob("model-*-of-*.safetensors"):
-            old.unlink()
-        self.metrics = open(out / "metrics.jsonl", "w", encoding="utf-8")
-        words.save(out)
+        config.private_folder(self.out)
+        for old in ("metrics.jsonl", "loss.png", "adapter_*", "config.json", "model*.safetensors", "model.safetensors.index.json"):
+            for path in self.out.glob(old):
+                path.unlink()
+        self.metrics = open(self.out / "metrics.jsonl", "w", encoding="utf-8")
+        words.save(self.out)
         persona = Path(options.data) / "persona.json"
         if persona.exists():
-            (out / "persona.json").write_bytes(persona.read_bytes())
-        self.run = {"config": dataclasses.asdict(options), "base": str(folder), "commit": commit(), "python": platform.python_version(), "torch": torch.__version__,
-                    "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{ranks.device.type} ({platform.processor() or platform.machine()})",
-                    "world": ranks.world, "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
-        checkpoint.dump(out / "run.json", self.run)
+            (self.out / "persona.json").write_bytes(persona.read_bytes())
+        self.run = {
+            "config": dataclasses.asdict(options),
+            "base": str(folder),
+            "commit": commit(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{ranks.device.type} ({platform.machine()})",
+            "world": ranks.world,
+            "dtype": short(dtype),
+        }
+        checkpoint.dump(self.out / "run.json", self.run)
 
     def write(self, line):
         if self.ranks.first:
             self.metrics.write(json.dumps(line) + "\n")
             self.metrics.flush()
 
-    def evaluation(self, number, found, epoch):
-        """Note an Evaluation after step `number`; step 0 is what the others are compared with, never the best. → held-out loss"""
+    def evaluation(self, number, epoch, found):
+        """Note an Evaluation after step `number`; the one at step 0 is what the others are compared with, never the best. → Point"""
         self.write({"step": number, "epoch": epoch, **found.metrics})
-        loss, self.bits = found.metrics["val_loss"], found.metrics["val_bits_per_char"]
-        if number and loss < self.best:
-            self.best, self.best_step, self.best_bits, self.worse_since = loss, number, self.bits, 0
+        point = Point(number, epoch, found.metrics["val_loss"], found.metrics["val_bits_per_char"])
+        if number == 0:
+            self.before = point
+        elif self.best is None or point.loss < self.best.loss:
+            self.best, self.since_best = point, 0
         else:
-            self.worse_since += 1
-        if not number:
-            self.bits_before = self.bits
-        self.at = number
-        return loss
+            self.since_best += 1
+        self.last = point
+        return point
+
+    def compare(self, point):
+        return "" if point is self.best else f" (the best was {self.best.loss:.4f})"
 
     def save(self):
         """Make the folder what the model is now; every rank must call."""
@@ -299,22 +370,29 @@ class Record:
             base = self.folder.resolve() if Path(self.options.model).is_dir() else self.options.model
             lora.save(self.model, self.out, base, tensors)
 
-    def finish(self, before, plan):
-        if not self.ranks.first:
-            return
-        self.metrics.close()
-        result = {"loss_before": before, "loss": self.best, "bits_before": self.bits_before, "bits": self.best_bits, "epoch": self.best_step / plan.epoch,
-                  "steps": self.at, "seconds": round(time.time() - self.began, 1)}  # fmt: skip
-        checkpoint.dump(self.out / "run.json", self.run | {"result": result})
-        draw(self.out)
-
-    def verdict(self, before, plan):
-        text = f"best at epoch {self.best_step / plan.epoch:.1f}: {before:.2f} → {self.best:.2f} nats a target, {self.bits_before:.3f} → {self.best_bits:.3f} bits per character"
-        if self.at > self.best_step:
+    def finish(self):
+        """Close the folder. → what came of it, in words"""
+        before, best, last = self.before, self.best, self.last
+        if self.ranks.first:
+            self.metrics.close()
+            result = {
+                "loss_before": before.loss,
+                "loss": best.loss,
+                "bits_before": before.bits,
+                "bits": best.bits,
+                "epoch": best.epoch,
+                "steps": last.step,
+                "seconds": round(time.time() - self.began, 1),
+            }
+            checkpoint.dump(self.out / "run.json", self.run | {"result": result})
+            draw(self.out)
+        text = f"best at epoch {best.epoch:.1f}: {before.loss:.2f} → {best.loss:.2f} nats a target"
+        text += f", {before.bits:.3f} → {best.bits:.3f} bits per character"
+        if last is not best:
             text += "; later steps overfit and were discarded"
-        if self.best >= before:
+        if best.loss >= before.loss:
             text += "\nNothing was gained on held-out text: the base knew as much. More data, or a smaller --lr, may help."
-        return text + f"\nTalk to it: python chat.py {self.options.out}"
+        return f"{text}\nTalk to it: python chat.py {self.options.out}"
 
 
 def draw(folder):

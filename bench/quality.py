@@ -44,7 +44,9 @@ def main():
     ranks = step.Ranks(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "data"
-        subprocess.run([sys.executable, ROOT / "data.py", options.export, "--out", folder, "--val", options.val], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, ROOT / "data.py", options.export, "--out", folder, "--val", options.val], check=True, stdout=subprocess.DEVNULL
+        )
         if options.messages:
             keep_latest(folder / "train.jsonl", options.messages)
         words = tokenizers.load(options.base)
@@ -59,7 +61,22 @@ def main():
             name, *flags = shlex.split(run)
             began = time.time()
             out = Path(scratch) / name
-            command = [sys.executable, ROOT / "train.py", "--model", options.base, "--data", folder, "--out", out, "--samples", "0", "--device", "cpu", "--epochs", options.epochs]
+            command = [
+                sys.executable,
+                ROOT / "train.py",
+                "--model",
+                options.base,
+                "--data",
+                folder,
+                "--out",
+                out,
+                "--samples",
+                "0",
+                "--device",
+                "cpu",
+                "--epochs",
+                options.epochs,
+            ]
             done = subprocess.run([*map(str, command), *flags], capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr[-2000:])

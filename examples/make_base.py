@@ -45,8 +45,9 @@ def main():
     learn_pieces(world / "train.jsonl", shape / "tokenizer.model")
     (shape / "config.json").write_text(json.dumps(SHAPE, indent=2) + "\n")
     (shape / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": true}\n')
-    run("train.py", "--from-scratch", "--model", shape, "--data", world, "--out", trained, "--overwrite", "--loss-on", "everyone",
-        "--lr", "2e-3", "--batch", "4", "--micro-batch", "2", "--weight-decay", "0.1", "--max-steps", STEPS, "--samples", "0", "--device", "cpu")  # fmt: skip
+    folders = ("--model", shape, "--data", world, "--out", trained, "--overwrite")
+    small = ("--lr", "2e-3", "--batch", "4", "--weight-decay", "0.1", "--max-steps", STEPS, "--samples", "0", "--device", "cpu")
+    run("train.py", "--from-scratch", "--loss-on", "everyone", *folders, *small)
     for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(trained / name, HERE / "base" / name)
 
@@ -63,9 +64,17 @@ def learn_pieces(sessions, out):
             lines.append(turn["author"])
             lines += [f">>> {part}" for message in turn["messages"] for part in message.split("\n")]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(out.with_suffix("")), vocab_size=PIECES, model_type="bpe", byte_fallback=True, character_coverage=0.9999,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True, split_digits=True, max_sentence_length=100_000, num_threads=1, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(lines),
+        model_prefix=str(out.with_suffix("")),
+        vocab_size=PIECES,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+    )
 
 
 if __name__ == "__main__":

@@ -41,5 +41,8 @@ def read(path):
     if path.is_dir():
         path = path / "result.json"
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file\nGive the result.json that Telegram Desktop wrote (Settings > Advanced > Export, format JSON).")
+        raise UserError(
+            f"{path}: there is no such file",
+            "Give the result.json that Telegram Desktop wrote (Settings > Advanced > Export, format JSON).",
+        )
     return telegram.read(path)

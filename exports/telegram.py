@@ -22,7 +22,10 @@ class Cursor:
         try:
             piece = self.file.read(PIECE)
         except UnicodeDecodeError as error:
-            raise UserError(f"{self.path} is not UTF-8 text: {error.reason}\n{WHAT_TO_GIVE}") from None
+            raise UserError(
+                f"{self.path} is not UTF-8 text: {error.reason}",
+                f"{WHAT_TO_GIVE}",
+            ) from None
         self.text, self.at, self.ended = self.text[self.at :] + piece, 0, not piece
 
     def peek(self):
@@ -37,7 +40,10 @@ class Cursor:
     def expect(self, characters):
         found = self.peek()
         if not found or found not in characters:
-            raise UserError(f"{self.path} breaks off or is damaged: {found or 'its end'!r} where one of {characters!r} belongs\nExport again, or cut the file after its last whole chat.")
+            raise UserError(
+                f"{self.path} breaks off or is damaged: {found or 'its end'!r} where one of {characters!r} belongs",
+                "Export again, or cut the file after its last whole chat.",
+            )
         self.at += 1
         return found
 
@@ -53,7 +59,10 @@ class Cursor:
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - 16  # `tru`, `\\u00`: the rest is still unread
                 if self.ended or not cut:
-                    raise UserError(f"{self.path} breaks off or is damaged: {error.msg}\nExport again.") from None
+                    raise UserError(
+                        f"{self.path} breaks off or is damaged: {error.msg}",
+                        "Export again.",
+                    ) from None
             self.more()
 
     def keys(self):
@@ -97,7 +106,10 @@ def read(path):
     with open(path, encoding="utf-8-sig") as file:
         cursor = Cursor(file, path)
         if cursor.peek() != "{":
-            raise UserError(f"{path} is not a Telegram export: it doesn't begin with {{\n{WHAT_TO_GIVE}")
+            raise UserError(
+                f"{path} is not a Telegram export: it doesn't begin with {{",
+                f"{WHAT_TO_GIVE}",
+            )
         owner, found = None, False
         chat = {}  # a single-chat export is a chat at the root
         for key in cursor.keys():
@@ -117,7 +129,10 @@ def read(path):
             else:
                 chat[key] = cursor.value()
         if not found:
-            raise UserError(f"{path} is not a Telegram export: neither chats nor messages in it\n{WHAT_TO_GIVE}")
+            raise UserError(
+                f"{path} is not a Telegram export: neither chats nor messages in it",
+                f"{WHAT_TO_GIVE}",
+            )
 
 
 def chats(cursor, header, owner):
@@ -152,7 +167,7 @@ def message(raw):
     date = raw.get("date") or ""
     at = raw.get("date_unixtime")
     if at is None and date:
-        at = datetime.datetime.fromisoformat(date).replace(tzinfo=datetime.timezone.utc).timestamp()
+        at = datetime.datetime.fromisoformat(date).replace(tzinfo=datetime.UTC).timestamp()
     text = flat(raw.get("text", "")).strip()
     kind = raw.get("type")
     if kind != "message":
@@ -175,7 +190,13 @@ def mark(raw):
         return raw.get("sticker_emoji") or "<sticker>"
     if raw.get("media_type") in MEDIA:
         return MEDIA[raw["media_type"]]
-    for key, shown in (("photo", "<photo>"), ("file", "<file>"), ("poll", "<poll>"), ("contact_information", "<contact>"), ("location_information", "<location>")):
+    for key, shown in (
+        ("photo", "<photo>"),
+        ("file", "<file>"),
+        ("poll", "<poll>"),
+        ("contact_information", "<contact>"),
+        ("location_information", "<location>"),
+    ):
         if key in raw:
             return shown
     return ""

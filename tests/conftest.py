@@ -51,9 +51,16 @@ def chats(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chats")
     lines = []
     for n in range(60):
-        turns = [("Bob", [f"shall we meet on day {n}?", "or not"]), ("Ann", ["ok then", f"day {n} it is"]), ("Bob", ["good"]), ("Ann", ["see you \U0001f986"])]
+        turns = [
+            ("Bob", [f"shall we meet on day {n}?", "or not"]),
+            ("Ann", ["ok then", f"day {n} it is"]),
+            ("Bob", ["good"]),
+            ("Ann", ["see you \U0001f986"]),
+        ]
         turns = [{"author": a, "me": a == "Ann", "at": f"2024-01-01T00:{n:02}:00", "messages": m} for a, m in turns]
-        lines.append(json.dumps({"chat": "Bob", "chat_id": "1", "type": "personal_chat", "start": f"2024-01-01T00:{n:02}:00", "turns": turns}) + "\n")
+        lines.append(
+            json.dumps({"chat": "Bob", "chat_id": "1", "type": "personal_chat", "start": f"2024-01-01T00:{n:02}:00", "turns": turns}) + "\n"
+        )
     (folder / "train.jsonl").write_text("".join(lines[:48]))
     (folder / "val.jsonl").write_text("".join(lines[48:]))
     (folder / "persona.json").write_text('{"me": "Ann", "contacts": [{"name": "Bob", "messages": 3}]}')

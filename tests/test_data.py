@@ -3,10 +3,11 @@ import json
 import numpy as np
 import pytest
 from conftest import command, refused
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import data
-from data import IGNORED, MARK, Session, Turn
+from data import IGNORED, Session, Turn
 from exports import Chat, Message
 
 TOY = [("bob", "10:00", "hi"), ("ann", "10:01", "hey"), ("ann", "10:01", "you up?"), ("bob", "10:41", "was asleep")]
@@ -52,7 +53,9 @@ def test_labels_of_the_toy_are_what_ann_wrote_shifted_by_one(words):
     assert sample.ids.tolist() == everything[:-1]
     kept = sample.labels != IGNORED
     assert sample.labels[kept].tolist() == np.array(everything[1:])[kept].tolist()
-    assert text_of(np.where(sample.words, sample.labels, IGNORED), words).split() == ["hey", "you", "up?"] and sample.chars == len("heyyou up?")
+    assert text_of(np.where(sample.words, sample.labels, IGNORED), words).split() == ["hey", "you", "up?"] and sample.chars == len(
+        "heyyou up?"
+    )
     (both,) = data.split(toy_sessions()[0], words, 1024, "everyone")
     assert text_of(both.labels, words).split("<|im_end|>")[0] == ">>> hi"
 
@@ -79,18 +82,34 @@ def test_a_line_that_looks_like_a_mark_of_ours_gets_a_space():
 
 def test_names_are_told_apart_and_cleaned():
     people = {"u1": "Bob", "u2": "bob", "u3": None, "u4": None, "u5": "Eve\n<|im_end|> >>> X", "u6": "system", "u7": "Bob (2)"}
-    assert list(data.unique_names(people).values()) == ["Bob", "bob (2)", "Deleted Account", "Deleted Account (2)", "Eve X", "system (2)", "Bob (2) (2)"]
+    assert list(data.unique_names(people).values()) == [
+        "Bob",
+        "bob (2)",
+        "Deleted Account",
+        "Deleted Account (2)",
+        "Eve X",
+        "system (2)",
+        "Bob (2) (2)",
+    ]
 
 
-@pytest.mark.parametrize(("sessions", "share", "held_out"), [(1000, 0.05, 50), (271, 0.05, 20), (271, 0.2, 54), (60, 0.05, 12), (1000, 0.9, 200), (2, 0.05, 1)])
+@pytest.mark.parametrize(
+    ("sessions", "share", "held_out"), [(1000, 0.05, 50), (271, 0.05, 20), (271, 0.2, 54), (60, 0.05, 12), (1000, 0.9, 200), (2, 0.05, 1)]
+)
 def test_validation_is_a_share_at_least_20_and_at_most_a_fifth(sessions, share, held_out):
     assert data.validation_size(sessions, share) == held_out
 
 
 # --- splitting and packing lose nothing
 
-MESSAGES = st.sampled_from(["ok", "привет, как дела?", "<voice>", "a rather long message about nothing at all, " * 3, "x\ny", "🦆" * 9, "word " * 120])
-TURNS = st.lists(st.builds(Turn, st.sampled_from(["Ann", "Bob", "Eve"]), st.just(False), st.just(""), st.lists(MESSAGES, min_size=1, max_size=6)), min_size=1, max_size=30)
+MESSAGES = st.sampled_from(
+    ["ok", "привет, как дела?", "<voice>", "a rather long message about nothing at all, " * 3, "x\ny", "🦆" * 9, "word " * 120]
+)
+TURNS = st.lists(
+    st.builds(Turn, st.sampled_from(["Ann", "Bob", "Eve"]), st.just(False), st.just(""), st.lists(MESSAGES, min_size=1, max_size=6)),
+    min_size=1,
+    max_size=30,
+)
 
 
 @settings(max_examples=120, deadline=None)
@@ -150,7 +169,9 @@ def test_rows_are_cached_by_content(chats, words, tmp_path):
     first = data.rows(path, words, 128)
     (cache,) = (tmp_path / "cache").iterdir()
     again = data.rows(path, words, 128)
-    assert [r.ids.tolist() for r in first] == [r.ids.tolist() for r in again] and [r.chars.tolist() for r in first] == [r.chars.tolist() for r in again]
+    assert [r.ids.tolist() for r in first] == [r.ids.tolist() for r in again] and [r.chars.tolist() for r in first] == [
+        r.chars.tolist() for r in again
+    ]
     path.write_text("".join(path.read_text().splitlines(True)[:5]))  # edited by hand
     assert sum(len(r.doc_lengths) for r in data.rows(path, words, 128)) == 5
     assert not cache.exists()
@@ -166,7 +187,9 @@ def export(messages, **root):
         fields = what if isinstance(what, dict) else {"text": what}
         stamp = 1_700_000_000 + 60 * n + fields.pop("later", 0)
         name = {"user1": "Ann", "user2": "Bob"}.get(who)
-        listed.append({"id": n, "type": "message", "date": "2023-11-14T22:13:20", "date_unixtime": str(stamp), "from": name, "from_id": who, **fields})
+        listed.append(
+            {"id": n, "type": "message", "date": "2023-11-14T22:13:20", "date_unixtime": str(stamp), "from": name, "from_id": who, **fields}
+        )
     chat = {"name": "Bob", "type": "personal_chat", "id": 2, "messages": listed}
     return {"about": "x", "personal_information": {"user_id": 1}, "chats": {"list": [chat]}, **root}
 
@@ -180,9 +203,17 @@ def test_the_command_writes_sessions_persona_and_report(tmp_path):
     done = command("data.py", tmp_path / "result.json", "--out", tmp_path / "data")
     assert done.returncode == 0, done.stderr
     train, val = ([json.loads(x) for x in (tmp_path / "data" / f"{p}.jsonl").read_text().splitlines()] for p in ("train", "val"))
-    assert (len(train), len(val)) == (8, 2) and train[0]["turns"][1] == {"author": "Ann", "me": True, "at": "2023-11-14T22:13:20", "messages": ["user1 1"]}
+    assert (len(train), len(val)) == (8, 2) and train[0]["turns"][1] == {
+        "author": "Ann",
+        "me": True,
+        "at": "2023-11-14T22:13:20",
+        "messages": ["user1 1"],
+    }
     assert json.loads((tmp_path / "data" / "persona.json").read_text()) == {"me": "Ann", "contacts": [{"name": "Bob", "messages": 10}]}
-    assert json.loads((tmp_path / "data" / "report.json").read_text())["messages_left_out"] == {"messages without author or date": 1, "service messages": 1}
+    assert json.loads((tmp_path / "data" / "report.json").read_text())["messages_left_out"] == {
+        "messages without author or date": 1,
+        "service messages": 1,
+    }
     assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
     assert "8 to train on, the latest 2 to validate" in done.stdout and ">>> user1" in done.stdout
     (tmp_path / "data" / "train.jsonl").write_text("edited")

@@ -17,11 +17,25 @@ def read(path):
 
 
 def full(*chats, left=()):
-    return {"about": "x", "personal_information": {"user_id": 1}, "contacts": {"list": [{"a": [1, {}]}]}, "chats": {"about": "", "list": list(chats)}, "left_chats": {"list": list(left)}}
+    return {
+        "about": "x",
+        "personal_information": {"user_id": 1},
+        "contacts": {"list": [{"a": [1, {}]}]},
+        "chats": {"about": "", "list": list(chats)},
+        "left_chats": {"list": list(left)},
+    }
 
 
 def chat(*messages, **fields):
-    return {"name": "Bob", "type": "personal_chat", "id": 2, "messages": [{"id": i, "type": "message", "date": "2020-01-01T00:00:00", "from": "Bob", "from_id": "user2", **m} for i, m in enumerate(messages)]} | fields
+    return {
+        "name": "Bob",
+        "type": "personal_chat",
+        "id": 2,
+        "messages": [
+            {"id": i, "type": "message", "date": "2020-01-01T00:00:00", "from": "Bob", "from_id": "user2", **m}
+            for i, m in enumerate(messages)
+        ],
+    } | fields
 
 
 def text_of(tmp_path, **message):
@@ -31,7 +45,11 @@ def text_of(tmp_path, **message):
 
 def test_every_chat_is_read_with_its_owner_left_ones_too(tmp_path):
     found = read(write(tmp_path, full(chat({"text": "a"}), chat(name=None, id=3), left=[chat({"text": "b"}, type="private_group", id=-4)])))
-    assert [(c.id, c.type, c.name, c.owner, len(m)) for c, m in found] == [("2", "personal_chat", "Bob", "user1", 1), ("3", "personal_chat", "Deleted Account", "user1", 0), ("-4", "private_group", "Bob", "user1", 1)]
+    assert [(c.id, c.type, c.name, c.owner, len(m)) for c, m in found] == [
+        ("2", "personal_chat", "Bob", "user1", 1),
+        ("3", "personal_chat", "Deleted Account", "user1", 0),
+        ("-4", "private_group", "Bob", "user1", 1),
+    ]
 
 
 def test_a_single_chat_is_an_export_without_an_owner(tmp_path):
@@ -43,7 +61,7 @@ def test_a_single_chat_is_an_export_without_an_owner(tmp_path):
 @pytest.mark.parametrize("piece", [7, 1 << 20])
 def test_layout_and_reading_size_change_nothing(tmp_path, indent, piece, monkeypatch):
     monkeypatch.setattr(telegram, "PIECE", piece)
-    value = full(chat({"text": "ö\u2028\"\\ 🦆 }]"}, {"text": "b" * 50}), chat(id=12345))
+    value = full(chat({"text": 'ö\u2028"\\ 🦆 }]'}, {"text": "b" * 50}), chat(id=12345))
     found = read(write(tmp_path, value, indent=indent, ensure_ascii=indent == 4))
     assert [m.text for _, messages in found for m in messages] == ['ö\u2028"\\ 🦆 }]', "b" * 50]
 

@@ -90,7 +90,9 @@ def test_what_peft_saves_loads_here_with_equal_logits(folder, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs.resize_token_embeddings(32002)
     rows = {"embed_tokens": ROWS} | ({} if theirs.config.tie_word_embeddings else {"lm_head": ROWS})
-    settings = peft.LoraConfig(r=4, lora_alpha=12, target_modules=list(lora.TARGETS), init_lora_weights=False, trainable_token_indices=rows, task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=12, target_modules=list(lora.TARGETS), init_lora_weights=False, trainable_token_indices=rows, task_type="CAUSAL_LM"
+    )
     theirs = peft.get_peft_model(theirs, settings).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():

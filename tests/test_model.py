@@ -21,7 +21,11 @@ VARIANTS = {
 def pair(request, tmp_path_factory):
     """(folder, transformers' model, ours) of one variant."""
     folder = save_mistral(tmp_path_factory.mktemp("variant"), **VARIANTS[request.param])
-    return folder, transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), checkpoint.load_model(str(folder), torch.float32)
+    return (
+        folder,
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        checkpoint.load_model(str(folder), torch.float32),
+    )
 
 
 def tokens_like(model, *shape):

@@ -6,7 +6,8 @@ import sentencepiece
 import tokenizers as hf
 import transformers
 from conftest import V1, VOCABULARIES
-from hypothesis import example, given, settings, strategies as st
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import data
 import tokenizer
@@ -41,7 +42,16 @@ def test_a_stretch_of_text_has_sentencepieces_own_ids(sentencepieces, text):
 def test_each_stretch_between_special_tokens_is_encoded_as_one_string(sentencepieces):
     theirs, ours = sentencepieces
     document = "<|im_start|>John Smith\n>>> damn<|im_end|>\n<|im_start|>Я\n>>>  yeah<|im_end|>"
-    expected = [1, ours.im_start, *theirs.encode("John Smith\n>>> damn"), ours.im_end, *theirs.encode("\n"), ours.im_start, *theirs.encode("Я\n>>>  yeah"), ours.im_end]
+    expected = [
+        1,
+        ours.im_start,
+        *theirs.encode("John Smith\n>>> damn"),
+        ours.im_end,
+        *theirs.encode("\n"),
+        ours.im_start,
+        *theirs.encode("Я\n>>>  yeah"),
+        ours.im_end,
+    ]
     assert ours.encode(document)[0] == expected
 
 
@@ -59,13 +69,22 @@ def byte_level(tmp_path_factory):
     """A base with a byte-level tokenizer.json, in the manner of Llama 3: its own specials, BOS by its post-processor."""
     folder = tmp_path_factory.mktemp("byte_level")
     engine = hf.Tokenizer(hf.models.BPE())
-    engine.pre_tokenizer = hf.pre_tokenizers.Sequence([hf.pre_tokenizers.Split(hf.Regex(r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+| ?\p{L}+|\s+"), "isolated"), hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    engine.pre_tokenizer = hf.pre_tokenizers.Sequence(
+        [
+            hf.pre_tokenizers.Split(hf.Regex(r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+| ?\p{L}+|\s+"), "isolated"),
+            hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     engine.decoder = hf.decoders.ByteLevel()
-    trainer = hf.trainers.BpeTrainer(vocab_size=600, special_tokens=["<|begin|>", "<|end|>"], initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet())
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<|begin|>", "<|end|>"], initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet()
+    )
     engine.train_from_iterator(["hello there, how are you? привет как дела >>> ok\n"] * 20, trainer)
     engine.post_processor = hf.processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
     engine.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|end|>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|end|>"})
+    )
     return folder
 
 
@@ -83,7 +102,10 @@ def test_autotokenizer_gives_the_same_ids_for_a_saved_folder(kind, byte_level, t
     ours.save(out)
     theirs, again = transformers.AutoTokenizer.from_pretrained(out), tokenizer.load(out)
     assert again.added == [] and len(again) == len(ours) == len(theirs)
-    turns = [Turn("Боб  (2)", False, "", ["привет 🦆  two", "x\n>>> y </s> <|im_end|>", "12345"]), Turn("Ann", True, "", ["ok..", "def f():\n\treturn"])]
+    turns = [
+        Turn("Боб  (2)", False, "", ["привет 🦆  two", "x\n>>> y </s> <|im_end|>", "12345"]),
+        Turn("Ann", True, "", ["ok..", "def f():\n\treturn"]),
+    ]
     for text in (data.render(turns, specials=ours.specials).text, data.prompt(turns, "Ann", ours.specials)):
         assert ours.encode(text)[0] == theirs(text)["input_ids"] == again.encode(text)[0]
 

@@ -1,0 +1,26 @@
+PYTHON ?= python3
+VENV = .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/run  ## an export becomes someone you can talk to, in four minutes on two CPU cores
+	$(VENV)/python examples/demo.py
+
+test: .venv/dev  ## the whole suite
+	$(VENV)/python -m pytest -q tests
+
+lint: .venv/dev
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+
+.venv/run: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(VENV)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/dev: .venv/run requirements-dev.txt requirements-extra.txt
+	$(VENV)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv build

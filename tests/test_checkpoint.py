@@ -1,0 +1,220 @@
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import ROOT, command, refused, save_mistral
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+from config import UserError
+
+
+@pytest.fixture
+def broken(base, tmp_path):
+    """A copy of the base to damage."""
+    return shutil.copytree(base, tmp_path / "broken")
+
+
+def change(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(("edit", "expected"), [
+    (lambda t: t.pop(NORM), f"{NORM} is missing"),
+    (lambda t: t.update({NORM: torch.ones(3)}), r"layers.1.input_layernorm.weight is \[3\], config.json makes it \[48\]"),
+    (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(3)}), "layers.2.mlp.up_proj.weight belongs to no part"),
+    (lambda t: t.update({"lm_head.weight": torch.ones(32005, 48)}), r"lm_head.weight is \[32005, 48\]"),
+], ids=["missing", "wrong shape", "unknown", "larger vocabulary"])  # fmt: skip
+def test_a_folder_with_a_wrong_tensor_is_refused_by_name(broken, edit, expected):
+    change(broken, edit)
+    with pytest.raises(UserError, match=expected):
+        checkpoint.load_model(str(broken))
+
+
+def test_files_that_cannot_be_read_are_named(broken):
+    whole = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="model.safetensors can't be read"):
+        checkpoint.load_model(str(broken))
+    (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pickle"):
+        checkpoint.load_model(str(broken))
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), [
+    ("model_type", "gpt2", "gpt2"),
+    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}, "yarn"),
+    ("quantization_config", {"bits": 4}, "quantised"),
+])  # fmt: skip
+def test_models_that_we_do_not_compute_are_refused(broken, key, value, expected):
+    said = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(said | {key: value}))
+    with pytest.raises(UserError, match=expected):
+        checkpoint.read_config(broken)
+
+
+def test_old_and_new_spellings_of_rope_are_read(tmp_path):
+    for name, spelling in {
+        "old": {"rope_theta": 5e5, "rope_parameters": None},
+        "new": {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+    }.items():
+        folder = save_mistral(tmp_path / name)
+        said = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(said | spelling))
+        assert checkpoint.read_config(folder).rope_theta == 5e5
+
+
+def test_new_rows_are_the_mean_of_the_old_and_the_size_is_not_padded(base):
+    shape = checkpoint.with_vocabulary(checkpoint.read_config(base), 32002)
+    model = checkpoint.Transformer(shape)
+    checkpoint.fill(model, base)
+    old = load_file(base / "model.safetensors")["lm_head.weight"]
+    assert model.lm_head.weight.shape == (32002, 48) and torch.equal(model.lm_head.weight[:32000], old)
+    torch.testing.assert_close(model.lm_head.weight[32001], old.mean(0))
+
+
+def test_a_saved_model_is_split_and_indexed(base, tmp_path, words, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 3_500_000)
+    model = checkpoint.load_model(str(base))
+    checkpoint.save_model(model, tmp_path, words, torch.float32)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
+    assert len(files) > 1 and files == sorted(set(index["weight_map"].values())) and not list(tmp_path.glob("new-*"))
+    assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in model.parameters())
+    again = checkpoint.load_model(str(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+
+def test_a_card_that_this_torch_cannot_use_is_an_error_never_the_cpu(tmp_path, monkeypatch):
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27\n")
+    real = checkpoint.Path
+    monkeypatch.setattr(checkpoint, "Path", lambda *a: driver if a == ("/proc/driver/nvidia/version",) else real(*a))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for cuda, expected in ((None, "built for the CPU"), ("13.0", "too old")):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        with pytest.raises(UserError, match=f"470.82.01.*{expected}|{expected}.*") as caught:
+            checkpoint.pick_device()
+        assert "--device cpu" in str(caught.value) and len(str(caught.value).splitlines()) == 2
+    assert checkpoint.pick_device("cpu").type == "cpu"
+
+
+# --- the hub, as a small server that speaks its protocol
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Serves one model folder under any repository name; `refuse` answers everything with that status and code."""
+
+    folder, refuse, asked = None, None, []
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        Hub.asked.append(self.path)
+        if Hub.refuse:
+            status, code = Hub.refuse
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("X-Error-Message", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        files = {p.name: p for p in Hub.folder.iterdir()}
+        name = self.path.split("?")[0].rpartition("/")[2]
+        if "/resolve/" in self.path and name in files:
+            content, headers = files[name].read_bytes(), {"ETag": f'"{name}-{files[name].stat().st_size}"', "X-Repo-Commit": "a" * 40}
+        else:
+            siblings = [{"rfilename": n, "size": p.stat().st_size, "blobId": n} for n, p in files.items()]
+            tree = [{"type": "file", "path": n, "size": p.stat().st_size, "oid": n} for n, p in files.items()]
+            answer = (
+                tree
+                if "/tree/" in self.path
+                else {
+                    "_id": "1",
+                    "id": "some/base",
+                    "sha": "a" * 40,
+                    "private": False,
+                    "gated": False,
+                    "downloads": 0,
+                    "likes": 0,
+                    "tags": [],
+                    "siblings": siblings,
+                }
+            )
+            content, headers = json.dumps(answer).encode(), {"Content-Type": "application/json"}
+        first = int(self.headers["Range"][6:].split("-")[0]) if "Range" in self.headers else 0
+        self.send_response(206 if first else 200)
+        for key, value in {**headers, "Content-Length": str(len(content) - first), "Accept-Ranges": "bytes"}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content[first:])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "repo")
+    for extra in ("consolidated.safetensors", "pytorch_model.bin", "README.md"):
+        (folder / extra).write_text("unwanted")
+    Hub.folder, Hub.refuse, Hub.asked = folder, None, []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    yield environment
+    server.shutdown()
+
+
+def test_a_hub_id_brings_config_tokenizer_and_the_indexed_weights_only(hub):
+    done = command("train.py", "--download-only", "--model", "some/base", env=hub)
+    assert done.returncode == 0, done.stderr
+    folder = done.stdout.strip().rpartition(" ")[2]
+    assert sorted(os.listdir(folder)) == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.model"]
+    Hub.asked.clear()
+    again = command("train.py", "--download-only", "--model", "some/base", env={**hub, "HF_HUB_OFFLINE": "1"})
+    assert again.returncode == 0 and Hub.asked == []  # what is there needs no network
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [(403, "GatedRepo", "accept"), (401, "RepoNotFound", "hf auth login"), (404, "RepoNotFound", "no such"), (500, "", "500")],
+)
+def test_a_refusal_says_what_to_accept_and_which_base_needs_no_account(hub, status, code, expected):
+    Hub.refuse = status, code
+    refused(command("train.py", "--download-only", "--model", "some/base", env=hub), "some/base", expected)
+
+
+def test_a_full_disk_is_known_before_the_download(hub, tmp_path):
+    code = "import shutil, collections, train, config; shutil.disk_usage = lambda p: collections.namedtuple('U', 'free')(1000); config.run(train.main)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--download-only", "--model", "some/base"],
+        cwd=ROOT,
+        env={**os.environ, **hub},
+        capture_output=True,
+        text=True,
+    )
+    refused(done, "GB free", "HF_HOME")
+    assert not any("model.safetensors" in path and "index" not in path for path in Hub.asked)

@@ -1,0 +1,184 @@
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, command, refused, save_mistral
+from safetensors.torch import load_file
+
+import checkpoint
+import train
+
+QUICK = ("--seq-len", 160, "--device", "cpu", "--dtype", "fp32", "--samples", 1)
+
+
+def curve(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line], [line for line in lines if "val_loss" in line]
+
+
+def fine_tune(base, chats, out, *flags, ranks=1):
+    flags = [*map(str, ("--model", base, "--data", chats, "--out", out, *QUICK, *flags))]
+    if ranks == 1:
+        done = command("train.py", *flags)
+    else:
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(ranks),
+            "--master_port",
+            "0",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "localhost:0",
+            "train.py",
+        ]
+        done = subprocess.run(
+            [*launch, *flags], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def alone(request, base, chats, tmp_path_factory):
+    """(flags, out) of a run in one process with one micro-batch; a base without ChatML tokens, so that rows are added and trained."""
+    flags = ("--lora", "--lr", 1e-2) if request.param == "lora" else ("--lr", 3e-3)
+    flags = (*flags, "--max-steps", 6, "--micro-batch", 8)
+    out = tmp_path_factory.mktemp("alone") / "ckpt"
+    return flags, out, fine_tune(base, chats, out, *flags)
+
+
+def test_one_process_two_processes_and_micro_batches_give_the_same_curve(alone, base, chats, tmp_path):
+    flags, out, _ = alone
+    losses, held_out = curve(out)
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    for name, other in {"two ranks": {"ranks": 2}, "three ranks": {"ranks": 3}, "four micro-batches": {"micro": 2}}.items():
+        changed = [*flags[:-1], other.get("micro", 8)]
+        fine_tune(base, chats, tmp_path / name, *changed, ranks=other.get("ranks", 1))
+        got, got_held_out = curve(tmp_path / name)
+        assert got == pytest.approx(losses, rel=2e-4), name
+        assert [line["val_bits_per_char"] for line in got_held_out] == pytest.approx(
+            [line["val_bits_per_char"] for line in held_out], rel=1e-3
+        ), name
+        for file in ("adapter_model.safetensors", "model.safetensors"):
+            if (out / file).exists():
+                one, two = load_file(out / file), load_file(tmp_path / name / file)
+                assert one.keys() == two.keys() and all(one[k].shape == two[k].shape for k in one), name
+
+
+def test_what_training_leaves_is_complete_and_says_what_it_computes(alone, base, words):
+    flags, out, done = alone
+    names = {path.name for path in out.iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "persona.json", "run.json", "metrics.jsonl"} <= names
+    assert names & {"adapter_model.safetensors", "model.safetensors"} and not [n for n in names if n.endswith(".new")]
+    assert out.stat().st_mode & 0o777 == 0o700
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert set(lines[1]) == {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "trained_tokens",
+        "tok_per_s",
+        "mfu",
+        "hfu",
+        "peak_gib",
+        "seconds",
+    }
+    assert {"val_loss", "val_bits_per_char", "val_format_loss"} <= set(lines[0]) and lines[0]["step"] == 0
+    run = json.loads((out / "run.json").read_text())
+    assert run["config"]["lora"] == ("--lora" in flags) and run["torch"] == torch.__version__ and run["result"]["steps"] == 6
+    assert "you wrote" in done.stderr + done.stdout and "best at epoch" in done.stderr + done.stdout
+    if "--lora" in flags:
+        rows = json.loads((out / "adapter_config.json").read_text())["trainable_token_indices"]
+        assert rows == {"embed_tokens": words.added, "lm_head": words.added}
+
+
+def test_the_checkpoint_is_the_best_evaluation_not_the_last(base, chats, tmp_path):
+    """A learning rate that ruins the model after a while: what is kept evaluates as the best line of metrics.jsonl did."""
+    import data
+    import step
+    import tokenizer
+
+    fine_tune(base, chats, tmp_path / "ckpt", "--lora", "--lr", 3.0, "--epochs", 40, "--patience", 4, "--warmup", 1)
+    losses, held_out = curve(tmp_path / "ckpt")
+    best = min(line["val_loss"] for line in held_out[1:])
+    assert best < held_out[-1]["val_loss"] and len(losses) < 40 * len(losses)
+    assert [line["val_loss"] for line in held_out[-5:]].index(best) == 0  # patience: four worse ones, then the end
+    model = checkpoint.load_model(str(tmp_path / "ckpt"), torch.float32)
+    rows = data.rows(chats / "val.jsonl", tokenizer.load(tmp_path / "ckpt"), 160)
+    assert step.evaluate(model, rows, step.Ranks(torch.device("cpu")), 2).metrics["val_loss"] == pytest.approx(best, rel=1e-3)
+
+
+def test_from_scratch_needs_no_weights_and_trains_the_same_on_two_ranks(base, chats, tmp_path):
+    shape = tmp_path / "shape"
+    shape.mkdir()
+    for name in ("config.json", "tokenizer.model"):
+        (shape / name).write_bytes((base / name).read_bytes())
+    flags = ("--from-scratch", "--max-steps", 3, "--lr", 1e-3, "--loss-on", "everyone")
+    fine_tune(shape, chats, tmp_path / "one", *flags)
+    fine_tune(shape, chats, tmp_path / "two", *flags, ranks=2)
+    assert curve(tmp_path / "one")[0] == pytest.approx(curve(tmp_path / "two")[0], rel=1e-4)
+    assert curve(tmp_path / "one")[0][0] == pytest.approx(math.log(32002), rel=0.05)
+
+
+def test_tied_weights_stay_tied_on_two_ranks(chats, tmp_path):
+    tied = save_mistral(tmp_path / "tied", tie_word_embeddings=True)
+    for n, flags in enumerate([("--lora", "--lr", 1e-2), ("--lr", 1e-3)]):
+        fine_tune(tied, chats, tmp_path / f"one{n}", *flags, "--max-steps", 3)
+        fine_tune(tied, chats, tmp_path / f"two{n}", *flags, "--max-steps", 3, ranks=2)
+        assert curve(tmp_path / f"one{n}")[0] == pytest.approx(curve(tmp_path / f"two{n}")[0], rel=2e-4)
+
+
+@pytest.mark.parametrize(("rows", "batch", "steps"), [(1000, 8, 375), (200, 8, 75), (52, 8, 50), (20, 1, 60), (3, 1, 51), (1, 1, 50)])
+def test_too_little_data_still_gets_fifty_steps(rows, batch, steps):
+    plan = train.schedule(rows, train.Config())
+    assert plan.batch <= batch + 2 and plan.steps >= 50 and abs(plan.steps - steps) <= 5, plan
+    evaluations = [s for s in plan.evaluate_at if s <= plan.epoch]
+    assert len(evaluations) >= min(4, plan.epoch) and plan.steps in plan.evaluate_at
+
+
+def test_the_rate_climbs_then_falls_by_half_a_cosine():
+    rates = [train.lr_at(n, 100, 1.0, 0.03) for n in range(1, 101)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1]) and rates[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[2:], rates[3:]))
+
+
+def test_every_epoch_has_each_row_once_in_an_order_of_its_own():
+    plan = train.Plan(batch=4, epoch=3, steps=7, lr=1.0, evaluate_at=frozenset())
+    got = list(train.batches(list(range(10)), plan, seed=0))
+    epochs = [sum(got[0:3], []), sum(got[3:6], [])]
+    assert (
+        [len(b) for b in got] == [4, 4, 2, 4, 4, 2, 4] and [sorted(e) for e in epochs] == [list(range(10))] * 2 and epochs[0] != epochs[1]
+    )
+    assert got == list(train.batches(list(range(10)), plan, seed=0))
+
+
+# --- what a person can mend
+
+
+def test_no_data_no_gpu_no_network_each_say_what_to_do(base, chats, tmp_path):
+    refused(command("train.py", "--lora", "--data", tmp_path / "none"), "python data.py result.json")
+    if not torch.cuda.is_available():
+        refused(command("train.py", "--lora", "--data", chats), "No GPU", "--device cpu")
+    refused(command("train.py", "--download-only", "--model", "nobody/nothing"), "nobody/nothing", "--model")
+    refused(command("train.py", "--model", tmp_path / "nowhere", "--data", chats, "--device", "cpu"), "no such folder")
+
+
+def test_bad_flags_and_folders_write_nothing(base, chats, tmp_path):
+    common = ("--model", base, "--data", chats, "--out", tmp_path / "ckpt", *QUICK)
+    refused(command("train.py", *common, "--lora", "--lora-targets", "q_proj,w1"), "w1", "q_proj")
+    refused(command("train.py", *common, "--micro-batch", 0), "--micro-batch")
+    assert not (tmp_path / "ckpt").exists()
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / "mine.txt").write_text("precious")
+    refused(command("train.py", *common, "--lora"), "--overwrite")
+    assert [p.name for p in (tmp_path / "ckpt").iterdir()] == ["mine.txt"]
