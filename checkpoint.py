@@ -51,7 +51,7 @@ def compute_dtype(device):
     """bf16, except on CPUs without instructions for it: there its matmul takes seven times as long as float32's."""
     if device.type != "cpu":
         return torch.bfloat16
-    return torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 # --- where a model lies

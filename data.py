@@ -572,10 +572,11 @@ def count_tokens(folder, options):
 
     words = tokenizer.load(options.tokenizer)
     packed = rows(folder / "train.jsonl", words, options.seq_len)
-    targets = sum(int((row.labels != IGNORED).sum()) for row in packed)
+    written = (render(talk.turns, specials=words.specials).text for talk in load_sessions(folder / "train.jsonl"))
     return {
-        "tokens": sum(len(row.ids) for row in packed),
-        "targets": targets,
+        "written": sum(len(words.encode(text)[0]) for text in written),
+        "computed": sum(len(row.ids) for row in packed),
+        "trained": sum(int((row.labels != IGNORED).sum()) for row in packed),
         "rows": len(packed),
         "filled": filled(packed, options.seq_len),
     }
@@ -598,12 +599,15 @@ def show(report, example, options):
     line(report["sessions"], f"sessions (cut at {options.gap_minutes:g} minutes of silence)", report["sessions_left_out"])
     kept = report["sessions_kept"]
     line(sum(kept.values()), f"sessions kept: {kept['train']:,} to train on, the latest {kept['val']:,} to validate")
-    if "tokens" in report:
+    if tokens := report.get("tokens"):
         line(
-            report["tokens"]["rows"],
-            "rows of {:,} tokens, {:.1%} filled, {:,} of the tokens trained".format(
-                options.seq_len, report["tokens"]["filled"], report["tokens"]["targets"]
-            ),
+            tokens["written"],
+            "tokens in the sessions to train on",
+            {"behind my last word, or too far before the next": tokens["written"] - tokens["computed"]},
+        )
+        line(
+            tokens["rows"],
+            f"rows of {options.seq_len:,} tokens, {tokens['filled']:.1%} filled; {tokens['trained']:,} of their tokens trained",
         )
     if report["only_mine"]:
         print(f"\nOnly my own messages were exported from: {', '.join(report['only_mine'][:5])}. There is nothing to answer in them:\n"

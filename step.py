@@ -201,7 +201,7 @@ def evaluate(model, rows, ranks, micro_batch):
         losses, _ = model(*collate(part, ranks.device), reduction="none")
         if not part:
             continue
-        losses = losses.double().cpu()
+        losses = losses.cpu().double()
         kept = torch.from_numpy(np.concatenate([row.labels for row in part]) != IGNORED)
         words = torch.from_numpy(np.concatenate([row.words for row in part]))[kept]
         session = torch.from_numpy(np.concatenate([np.repeat(row.sessions, row.doc_lengths) for row in part])).long()[kept]
@@ -210,7 +210,8 @@ def evaluate(model, rows, ranks, micro_batch):
         for row in part:
             chars.index_add_(0, torch.from_numpy(row.sessions).long(), torch.from_numpy(row.chars).double())
     model.train()
-    sums = ranks.sum(sums.float().to(ranks.device) if ranks.device.type == "mps" else sums.to(ranks.device)).cpu().double()
+    if ranks.world > 1:
+        sums = ranks.sum(sums.to(ranks.device)).cpu()
     nats, count, word_nats, words = sums[:4].tolist()
     return Evaluation(nats, int(count), word_nats, int(words), sums[4 : 4 + sessions].numpy(), sums[4 + sessions :].numpy())
 

@@ -163,7 +163,8 @@ def prepare(options):
 
 
 def rows_of(options, part, words):
-    rows = data.rows(Path(options.data) / f"{part}.jsonl", words, options.seq_len, options.loss_on)
+    """The packed rows of train or val; what is held out is always measured on my turns."""
+    rows = data.rows(Path(options.data) / f"{part}.jsonl", words, options.seq_len, options.loss_on if part == "train" else "me")
     if not rows:
         raise UserError(
             f"{options.data}/{part}.jsonl has no turn of mine in it",
