@@ -1,7 +1,6 @@
 """Talk to it, in the terminal: `python chat.py ckpt/`. Each of its messages is a line of its own, as it comes."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -48,11 +47,13 @@ def main():
             f"{folder} holds no model: neither config.json nor adapter_config.json",
             "Give the folder that train.py wrote.",
         )
+    if options.prompt is not None and not options.prompt.strip():
+        raise UserError("-p is empty", "Say something, or leave it out to talk.")
     me, you = who(folder, options)
     device = checkpoint.pick_device(options.device)
     dtype = {None: checkpoint.compute_dtype(device), "bf16": torch.bfloat16, "fp32": torch.float32}[options.weights]
     words = tokenizers.load(folder)
-    model = checkpoint.load_model(str(folder), dtype, device, options.model)
+    model = checkpoint.load_model(str(folder), dtype, device, options.model, words.rows_needed)
     size = min(options.context, model.config.max_position_embeddings)
     decoder = generate.Decoder(model, words, size)
     generator = torch.Generator().manual_seed(options.seed) if options.seed is not None else None
@@ -74,10 +75,9 @@ def main():
 
 def who(folder, options):
     """(me, the one who talks to me): as the flags say, else from `persona.json`, else plain names."""
-    path = folder / "persona.json"
-    persona = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"me": "Me", "contacts": []}
-    contacts = [contact["name"] for contact in persona["contacts"]]
-    return options.me or persona["me"], options.as_ or (contacts[0] if contacts else "Friend")
+    persona = config.read_json(folder / "persona.json", {})
+    contacts = [contact["name"] for contact in persona.get("contacts", [])]
+    return options.me or persona.get("me", "Me"), options.as_ or (contacts[0] if contacts else "Friend")
 
 
 def turn(author, me, text):

@@ -3,7 +3,6 @@
 Written beside, then renamed. Loaded strictly: what the model needs and what the files hold must be the same names and shapes.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -14,10 +13,11 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 import lora
-from config import UserError
+from config import UserError, read_json, write_json
 from model import ModelConfig, Transformer
 
 FILE_BYTES = 4 << 30  # a saved model is split into files of at most this size
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 COMPANIONS = ("persona.json", "run.json", "metrics.jsonl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
 NO_ACCOUNT = "teknium/OpenHermes-2.5-Mistral-7B"
@@ -28,10 +28,15 @@ NO_ACCOUNT = "teknium/OpenHermes-2.5-Mistral-7B"
 
 def pick_device(name=None):
     """`name`, else cuda, then mps, then cpu. UserError for an NVIDIA card that this torch can't use: never silently the CPU."""
-    if name:
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if name not in (None, "cuda", "mps", "cpu"):
+        raise UserError(f"--device {name} is not known", "It is cuda, mps or cpu; choose one of several GPUs with CUDA_VISIBLE_DEVICES.")
+    if torch.cuda.is_available() and name in (None, "cuda"):
+        if local >= torch.cuda.device_count():
+            raise UserError(f"There are {torch.cuda.device_count()} GPUs for more processes", "Start one a GPU: torchrun --nproc_per_node.")
+        return torch.device("cuda", local)
+    if name == "cpu" or name == "mps" and torch.backends.mps.is_available():
         return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     driver = Path("/proc/driver/nvidia/version")
     if driver.exists():
         version = next((w for w in driver.read_text().split() if w[0].isdigit() and "." in w), "unknown")
@@ -44,6 +49,8 @@ def pick_device(name=None):
             f"The NVIDIA driver {version} is too old for this torch ({torch.__version__}, CUDA {torch.version.cuda}).",
             "Update the driver, or install a torch built for an older CUDA (pytorch.org), or say --device cpu.",
         )
+    if name:
+        raise UserError(f"--device {name}: there is no such device here, or this torch ({torch.__version__}) can't use it", "Leave it out.")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
@@ -73,10 +80,17 @@ def resolve(model):
 def download(repo):
     """Bring config, tokenizer and the indexed safetensors of a hub id into the hub's cache, resuming what is there; → the folder."""
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
-        folder = Path(snapshot_download(repo, local_files_only=True))
+        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=["config.json"]))
         if (folder / "config.json").exists() and all((folder / name).exists() for name in weight_files(folder)):
             return folder
     except (LocalEntryNotFoundError, UserError):
@@ -85,7 +99,7 @@ def download(repo):
         info = HfApi().model_info(repo, files_metadata=True)
         sizes = {f.rfilename: f.size or 0 for f in info.siblings}
         small = [n for n in (*TOKENIZER_FILES, "config.json", "generation_config.json", "model.safetensors.index.json") if n in sizes]
-        folder = Path(snapshot_download(repo, revision=info.sha, allow_patterns=small))
+        folder = Path(snapshot_download(repo, allow_patterns=small))
         weights = weight_files(folder, single="model.safetensors" in sizes)
         need = sum(sizes.get(n, 0) for n in weights)
         cache = Path(constants.HF_HUB_CACHE)
@@ -96,13 +110,13 @@ def download(repo):
                 f"{repo} needs {need / 1e9:.1f} GB, {cache} has {free / 1e9:.1f} GB free",
                 "Make room, or set HF_HOME to a larger disk.",
             )
-        return Path(snapshot_download(repo, revision=info.sha, allow_patterns=small + weights))
+        return Path(snapshot_download(repo, allow_patterns=small + weights))
     except GatedRepoError:
         raise UserError(
             f"{repo} wants an account that accepted its terms: accept them on https://huggingface.co/{repo}, then run `hf auth login`.",
             f"Or take a base that needs no account: --model {NO_ACCOUNT}",
         ) from None
-    except RepositoryNotFoundError:
+    except (RepositoryNotFoundError, HFValidationError):
         raise UserError(
             f"{repo}: no such folder here, and no such model on the hub (or it is private: run `hf auth login`).",
             f"A base that needs no account: --model {NO_ACCOUNT}",
@@ -113,17 +127,11 @@ def download(repo):
             f"The hub answered {status} for {repo}: {str(error).splitlines()[0]}",
             "Run it again: a download continues where it stopped.",
         ) from None
-    except (OSError, LocalEntryNotFoundError, *network_errors()) as error:
+    except (OSError, LocalEntryNotFoundError, HTTPError) as error:
         raise UserError(
             f"{repo} is not on this machine and the hub can't be reached ({type(error).__name__}).",
             "Download it where there is a network (train.py --download-only), or give a folder: --model FOLDER",
         ) from None
-
-
-def network_errors():
-    import httpx  # what huggingface_hub speaks with
-
-    return (httpx.TransportError,)
 
 
 def weight_files(folder, single=None):
@@ -139,21 +147,6 @@ def weight_files(folder, single=None):
         f"{folder} has no model.safetensors{why}",
         "Give a folder with config.json, safetensors and a tokenizer.",
     )
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing",
-            f"Is {Path(path).parent} the right folder?",
-        ) from None
-    except ValueError as error:
-        raise UserError(
-            f"{path} is not JSON: {error}",
-            "Copy it again.",
-        ) from None
 
 
 def read_config(folder):
@@ -237,21 +230,23 @@ def fill(model, folder):
             f"{folder}: tensor {what} ({len(missing)} missing, {len(unknown)} unknown)",
             "Does config.json belong to these files? Copy the folder again.",
         )
+    old = read_config(folder).vocab_size
     for name, parameter in wanted.items():
-        piece = found[name].get_slice(name)
-        have, want = tuple(piece.get_shape()), tuple(parameter.shape)
-        grows = name in ("model.embed_tokens.weight", "lm_head.weight") and have[0] <= want[0]
-        if (have[1:] if grows else have) != (want[1:] if grows else want):
+        have, want = found[name].get_slice(name).get_shape(), list(parameter.shape)
+        if name in VOCABULARY:
+            want[0] = old
+        if have != want:
             raise UserError(
-                f"{folder}: tensor {name} is {list(have)}, config.json makes it {list(want)}",
+                f"{folder}: tensor {name} is {have}, config.json makes it {want}",
                 "Does config.json belong to these files? Copy the folder again.",
             )
-        if have == want:
-            write(parameter, piece)
+    for name, parameter in wanted.items():
+        if name in VOCABULARY and len(parameter) > old:
+            rows = found[name].get_tensor(name)
+            mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
+            write(parameter, torch.cat([rows, mean.expand(len(parameter) - old, -1)]))
         else:
-            old = found[name].get_tensor(name)
-            mean = old.float().mean(0, keepdim=True).to(old.dtype)
-            write(parameter, torch.cat([old, mean.expand(want[0] - have[0], -1)]))
+            write(parameter, found[name].get_slice(name))
 
 
 def open_files(folder):
@@ -268,27 +263,26 @@ def open_files(folder):
 
 
 def stored_dtype(folder):
-    return getattr(
-        torch,
-        read_json(Path(folder) / "config.json").get("dtype") or read_json(Path(folder) / "config.json").get("torch_dtype") or "bfloat16",
-    )
+    said = read_json(Path(folder) / "config.json")
+    return getattr(torch, said.get("dtype") or said.get("torch_dtype") or "bfloat16")
 
 
-def load_model(path, dtype=None, device="cpu", base=None):
+def load_model(path, dtype=None, device="cpu", base=None, vocabulary=0):
     """A HF folder, a hub id, or a `ckpt/` of ours → Transformer in eval mode, in `dtype` (None: as stored), on `device`.
 
-    An adapter folder loads its base (or `base`, if that lies elsewhere now), then itself.
+    An adapter folder loads its base (or `base`, if that lies elsewhere now), then itself. `vocabulary`: room for so many tokens at
+    least, for a base whose tokenizer had to be given ChatML tokens.
     """
     folder = resolve(path)
     adapter = folder if is_adapter(folder) else None
     if adapter:
         arguments, named = lora.read_settings(adapter)
+        vocabulary = max([vocabulary, *(row + 1 for row in arguments["rows"])])
+        if not base and Path(named).is_absolute() and not Path(named).is_dir():
+            raise UserError(f"{adapter} is an adapter over {named}, which is not there", "Say where it lies now: --model FOLDER")
         folder = resolve(base or named)
-    shape = read_config(folder)
-    if adapter and arguments["rows"]:
-        shape = with_vocabulary(shape, max(arguments["rows"]) + 1)
     with torch.device("meta"):
-        model = Transformer(shape)
+        model = Transformer(with_vocabulary(read_config(folder), vocabulary))
     allocate(model.to(dtype or stored_dtype(folder)), device)
     fill(model, folder)
     if adapter:
@@ -302,6 +296,21 @@ def with_vocabulary(shape, size):
 
 
 # --- weights out
+
+
+def clear(folder):
+    """Delete what an earlier run or merge left in an output folder, and nothing else."""
+    old = (
+        "metrics.jsonl",
+        "loss.png",
+        "adapter_*",
+        "config.json",
+        "model*.safetensors",
+        "new-*.safetensors",
+        "model.safetensors.index.json",
+    )
+    for path in (path for pattern in old for path in Path(folder).glob(pattern)):
+        path.unlink()
 
 
 def copy_companions(source, target):
@@ -338,7 +347,7 @@ def save_model(model, folder, tokenizer, dtype=torch.bfloat16):
         os.replace(folder / f"new-{number}.safetensors", folder / name)
     if len(files) > 1:
         where = {tensor: name for name, tensors in zip(names, files) for tensor in tensors}
-        dump(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
     said = {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
@@ -346,12 +355,5 @@ def save_model(model, folder, tokenizer, dtype=torch.bfloat16):
         "dtype": str(dtype).removeprefix("torch."),
     }
     ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.im_end}
-    dump(folder / "config.json", said | vars(model.config) | ends)
-    dump(folder / "generation_config.json", ends)
-
-
-def dump(path, value):
-    """Write JSON beside, then rename."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_json(folder / "config.json", said | vars(model.config) | ends)
+    write_json(folder / "generation_config.json", ends)

@@ -1,7 +1,8 @@
-"""The command line of every program, made from a frozen dataclass; and the one way in which a program ends for what a person can mend."""
+"""What every program does alike: its command line (made from a frozen dataclass), its folders and JSON files, and how it ends."""
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 import types
@@ -49,18 +50,24 @@ def parse(cls, argv=None, prog=None):
 
 
 def run(main):
-    """Call `main()`; end with its UserError on stderr and exit code 2, with 130 on Ctrl-C. Under torchrun only rank 0 speaks."""
+    """Call `main()`; end with its UserError on stderr and exit code 2, with 130 on Ctrl-C. Under torchrun one rank a host speaks."""
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)
-        sys.exit(2)
+        leave(error)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `python data.py … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # no right to read or write, a full disk, a folder where a file belongs
+        leave(UserError(f"{error.filename or 'a file'}: {error.strerror}", "Mend that, then run it again."))
+
+
+def leave(error):
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(error, file=sys.stderr)
+    sys.exit(2)
 
 
 def check_folder(path, overwrite):
@@ -72,9 +79,40 @@ def check_folder(path, overwrite):
         raise UserError(f"{path} already holds something", "Name another folder, or say --overwrite to replace it.")
 
 
+def keep_apart(out, *sources):
+    """UserError when an output folder is one of those that are read."""
+    for source in sources:
+        if source and Path(source).is_dir() and Path(source).resolve() == Path(out).resolve():
+            raise UserError(f"{out} is read, it can't be written too", "Name another folder to write.")
+
+
 def private_folder(path):
     """Make a folder for its owner's eyes only (0700): chats, or what was learned from them, will be in it."""
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    path.chmod(0o700)
+    if not path.is_dir():
+        path.mkdir(parents=True)
+        path.chmod(0o700)
     return path
+
+
+def read_json(path, missing=None):
+    """The object in a JSON file, or `missing` where there is no such file. UserError when it isn't one."""
+    path = Path(path)
+    if not path.exists() and missing is not None:
+        return missing
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing", f"Is {path.parent} the right folder?") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}", "Copy it again.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object", "Copy it again.")
+    return value
+
+
+def write_json(path, value):
+    """Written beside, then renamed: never half a file."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)

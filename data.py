@@ -68,8 +68,10 @@ class Session:
 
     @classmethod
     def from_json(cls, line):
+        """Turns and messages that a person emptied are dropped."""
         fields = json.loads(line)
-        return cls(**{**fields, "turns": [Turn(**t) for t in fields["turns"]]})
+        turns = [Turn(**{**t, "messages": [m for m in t["messages"] if m.strip()]}) for t in fields["turns"]]
+        return cls(**{**fields, "turns": [t for t in turns if t.messages]})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -240,9 +242,11 @@ def split(session, tokenizer, seq_len, loss_on="me", number=0):
         return
 
     units = [(t, m) for t, turn in enumerate(turns) for m in range(len(turn.messages))]
-    headers = {name: len(tokenizer.encode(f"{IM_START}{name}{IM_END}\n")[0]) for name in {turn.author for turn in turns}}
+    size = lambda text: len(tokenizer.encode(text)[0])  # noqa: E731
+    headers = {name: size(f"{IM_START}{safe(name, tokenizer.specials)}{IM_END}\n") for name in {turn.author for turn in turns}}
     header = [headers[turns[t].author] for t, m in units]
-    cost = [len(tokenizer.encode(f"\n>>> {turns[t].messages[m]}")[0]) + (header[u] if m == 0 else 0) for u, (t, m) in enumerate(units)]
+    texts = [safe(turns[t].messages[m], tokenizer.specials) for t, m in units]
+    cost = [size(f"\n>>>  {text}") + (header[u] if units[u][1] == 0 else 0) for u, text in enumerate(texts)]
     until = np.concatenate([[0], np.cumsum(cost)])  # tokens before each unit, rather too many than too few
     borders = [u for u, (t, m) in enumerate(units) if m == 0] + [len(units)]
 
@@ -303,6 +307,7 @@ def pack(samples, seq_len):
     """Best-fit decreasing: the longest sample first, each into the fullest row that still has room for it. → Rows."""
     rows, room = [], []  # room: (free tokens, row), ascending
     for sample in sorted(samples, key=lambda s: -len(s.ids)):
+        assert len(sample.ids) <= seq_len, (len(sample.ids), seq_len)
         fit = bisect.bisect_left(room, (len(sample.ids), 0))
         free, row = room.pop(fit) if fit < len(room) else (seq_len, len(rows))
         if row == len(rows):
@@ -328,7 +333,7 @@ def filled(rows, seq_len):
 def load_sessions(path):
     """The sessions of a data/*.jsonl, edited or not. UserError names the line that is none."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines, which also cuts at U+2028
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing",
@@ -337,8 +342,9 @@ def load_sessions(path):
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(Session.from_json(line))
-        except (ValueError, TypeError, KeyError) as error:
+            if line.strip():
+                found.append(Session.from_json(line))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
                 f"{path}, line {number} is no session: {error}",
                 "Mend the line, or make the files anew: data.py --overwrite",
@@ -500,18 +506,15 @@ def main():
     options = config.parse(Config)
     for name in ("since", "until"):
         try:
-            datetime.date.fromisoformat(getattr(options, name) or "2000-01-01")
+            datetime.datetime.strptime(getattr(options, name) or "2000-01-01", "%Y-%m-%d")
         except ValueError:
             raise UserError(
                 f"--{name} {getattr(options, name)} is no day",
                 "Write it as 2021-12-31.",
             ) from None
     out = Path(options.out)
-    if (out / "train.jsonl").exists() and not (options.overwrite or options.dry_run):
-        raise UserError(
-            f"{out}/ already holds sessions, perhaps edited ones",
-            "Say --overwrite to make them anew, or name another folder with --out.",
-        )
+    if not options.dry_run:
+        config.check_folder(out, options.overwrite)
     me = find_me(options.export, options.me)
     with tempfile.TemporaryFile() as spool:
         index, ids, report = gather(options.export, me, options, spool)
@@ -561,8 +564,8 @@ def main():
                     total[name] += count
                 order = sorted(total, key=lambda n: (-contacts[n, True], -total[n], n))
                 people = [{"name": n, "messages": total[n]} for n in order if n != names[me]]
-                write(out / "persona.json", {"me": names[me], "contacts": people})
-                write(out / "report.json", report)
+                config.write_json(out / "persona.json", {"me": names[me], "contacts": people})
+                config.write_json(out / "report.json", report)
         show(report, named(*index[-held_out - 1][1:]), options)
 
 
@@ -582,10 +585,6 @@ def count_tokens(folder, options):
     }
 
 
-def write(path, value):
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def show(report, example, options):
     """The report for a person, and one session with what will be trained in colour."""
 
@@ -600,11 +599,8 @@ def show(report, example, options):
     kept = report["sessions_kept"]
     line(sum(kept.values()), f"sessions kept: {kept['train']:,} to train on, the latest {kept['val']:,} to validate")
     if tokens := report.get("tokens"):
-        line(
-            tokens["written"],
-            "tokens in the sessions to train on",
-            {"behind my last word, or too far before the next": tokens["written"] - tokens["computed"]},
-        )
+        line(tokens["written"], "tokens in the sessions to train on")
+        line(tokens["computed"], "tokens computed: none behind my last word or far before the next, some twice as context")
         line(
             tokens["rows"],
             f"rows of {options.seq_len:,} tokens, {tokens['filled']:.1%} filled; {tokens['trained']:,} of their tokens trained",

@@ -28,6 +28,7 @@ class Decoder:
         """The logits (V,) of what follows `ids`, float32, on the CPU."""
         common = next((i for i, (a, b) in enumerate(zip(self.read, ids)) if a != b), min(len(self.read), len(ids)))
         self.cache.length = min(common, len(ids) - 1)
+        self.read = []  # until it is done: Ctrl-C may come in between
         new = torch.tensor([ids[self.cache.length :]], device=self.cache.layers[0].device)
         for part in new.split(PREFILL, dim=1):
             logits = self.model(part, cache=self.cache)

@@ -5,7 +5,6 @@ rows of the embedding and of the head are trained whole.
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import config
-from config import UserError, flag
+from config import UserError, flag, read_json, write_json
 from model import Linear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -155,13 +154,13 @@ def save(model, folder, base, tensors=None):
     weights = {peft_name(name): t.detach().float().cpu().contiguous() for name, t in tensors.items()}
     save_file(weights, folder / "adapter_model.safetensors.new", metadata={"format": "pt"})
     (folder / "adapter_model.safetensors.new").replace(folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "adapter_config.json", settings)
 
 
 def read_settings(folder):
     """`adapter_config.json` → the arguments of `inject` and the base's name. UserError for kinds of adapter that we don't compute."""
     path = Path(folder) / "adapter_config.json"
-    said = json.loads(path.read_text(encoding="utf-8"))
+    said = read_json(path)
     rows = said.get("trainable_token_indices") or []
     rows = rows.get("embed_tokens", []) if isinstance(rows, dict) else rows
     odd = [
@@ -236,9 +235,11 @@ def main():
             "Give the folder that train.py --lora wrote.",
         )
     config.check_folder(options.out, options.overwrite)
+    config.keep_apart(options.out, options.ckpt, options.model or read_settings(options.ckpt)[1])
     words = tokenizer.load(options.ckpt)
     model = merge(checkpoint.load_model(options.ckpt, base=options.model or None))
     out = config.private_folder(options.out)
+    checkpoint.clear(out)
     checkpoint.save_model(model, out, words)
     words.save(out)
     checkpoint.copy_companions(options.ckpt, out)

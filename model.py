@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # the label of a position that is no target, as in F.cross_entropy
+GROUPS_WITH_A_MASK = ("cpu",)  # devices whose attention takes both; CUDA's memory-efficient kernel takes a mask but no groups
 HEAD_CHUNK = 1024  # labelled tokens whose logits exist at one time: 1024 x 32k floats are 131 MB
 
 
@@ -60,7 +61,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """Computes in the dtype of its input: fp32 masters serve bf16 activations without a second copy of the model."""
+    """Computes in the dtype of its input, so fp32 masters serve bf16; autograd keeps the cast weight unless blocks recompute."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
@@ -133,9 +134,9 @@ def attend(q, k, v, where):
             for row, begin, end in where
         ]  # documents, in order, each (1, H, length, D)
         return torch.cat(outs, dim=2).unflatten(2, (len(q), -1)).squeeze(0).transpose(0, 1)  # (B, H, T, D)
-    if q.device.type == "cpu":
+    if q.device.type in GROUPS_WITH_A_MASK:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=where, enable_gqa=True)
-    groups = q.shape[1] // k.shape[1]  # repeated, not enable_gqa: CUDA's memory-efficient kernel takes a mask but no groups
+    groups = q.shape[1] // k.shape[1]
     return F.scaled_dot_product_attention(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), attn_mask=where)
 
 
@@ -181,7 +182,7 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):
+class Stack(nn.Module):
     """HF's `model.`: embeddings, blocks and the last norm."""
 
     def __init__(self, config):
@@ -197,7 +198,7 @@ class Transformer(nn.Module):
     def __init__(self, config, dtype=None, recompute=False):
         super().__init__()
         self.config, self.dtype, self.recompute = config, dtype, recompute
-        self.model = Decoder(config)
+        self.model = Stack(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -226,7 +227,8 @@ class Transformer(nn.Module):
         if labels is None:
             return self.lm_head(x)  # (B, T, V)
         kept = labels != IGNORED
-        losses = HeadLoss.apply(self.lm_head, x[kept], labels[kept], *(p for p in self.lm_head.parameters() if p.requires_grad))
+        weights = [p for p in self.lm_head.parameters() if p.requires_grad and torch.is_grad_enabled()]
+        losses = HeadLoss.apply(self.lm_head, x[kept], labels[kept], *weights)
         return (losses.sum() if reduction == "sum" else losses), kept.sum()
 
 

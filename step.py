@@ -4,6 +4,7 @@ Loss = sum over targets / their count over all micro-batches and ranks, so that 
 """
 
 import dataclasses
+import datetime
 import math
 import os
 import time
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import checkpoint
@@ -48,7 +50,7 @@ class Ranks:
 
     def barrier(self):
         if self.world > 1:
-            self.sum(torch.zeros((), device=self.device))  # dist.barrier() guesses a device
+            self.sum(torch.zeros((), device=self.device)).item()  # dist.barrier() guesses a device; .item() waits for the GPU
 
 
 def start(device=None):
@@ -58,7 +60,9 @@ def start(device=None):
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
         return Ranks(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    cuda = device.type == "cuda"
+    patience = datetime.timedelta(hours=1)  # the other ranks wait while rank 0 downloads
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=patience)
     return Ranks(device, dist.get_rank(), dist.get_world_size())
 
 
@@ -74,7 +78,7 @@ def build(shape, ranks, folder=None, adapter=None, dtype=torch.bfloat16, recompu
         model.to(dtype)
         lora.inject(model, **adapter)
     if ranks.world > 1:
-        shard(model, dtype)
+        shard_model(model, ranks, dtype)
     checkpoint.allocate(model, ranks.device)
     if folder:
         checkpoint.fill(model, folder)
@@ -87,12 +91,12 @@ def build(shape, ranks, folder=None, adapter=None, dtype=torch.bfloat16, recompu
     return model.train()
 
 
-def shard(model, dtype):
+def shard_model(model, ranks, dtype):
     """FSDP2 full shard, a unit per block: parameters gathered in `dtype`, gradients reduced in fp32."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # cos and sin stay fp32
-    for block in model.model.layers:
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))  # the default would take a GPU whatever --device says
+    for unit in (*model.model.layers, model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
 
 
 @torch.no_grad()

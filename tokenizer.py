@@ -5,14 +5,14 @@ differ. A base's `tokenizer.json` is taken as it is. A sentencepiece `tokenizer.
 tokens is encoded as one string (`<|im_start|>` then `▁John`), exactly as sentencepiece does.
 """
 
-import json
+import re
 from pathlib import Path
 
 import sentencepiece
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as Engine
 
-from config import UserError
+from config import UserError, read_json, write_json
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 IN_ENGINE = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "sp_model_kwargs", "auto_map", "chat_template")
@@ -31,15 +31,21 @@ class Tokenizer:
         self.engine, self.folder = engine, Path(folder)
         self.bos = engine.token_to_id(bos) if bos else None
         missing = [t for t in (IM_END, IM_START) if engine.token_to_id(t) is None]
-        engine.add_special_tokens([special(t) for t in missing])
+        engine.add_special_tokens([special(IM_END), special(IM_START)])  # some bases have them, but as ordinary words
         self.added = [engine.token_to_id(t) for t in missing]
         self.im_start, self.im_end = engine.token_to_id(IM_START), engine.token_to_id(IM_END)
-        specials = {i: t.content for i, t in engine.get_added_tokens_decoder().items() if t.special}
-        self.special_ids = sorted(specials)
-        self.specials = tuple(sorted(specials.values()))  # their spellings
+        tokens = engine.get_added_tokens_decoder()
+        self.special_ids = sorted(i for i, t in tokens.items() if t.special)
+        # the spellings that the engine finds in any text; `<tool_call>` and its like are not special everywhere, but found all the same
+        self.specials = tuple(sorted(t.content for t in tokens.values() if t.special or re.fullmatch(r"<.+>|\[.+\]", t.content)))
 
     def __len__(self):
         return self.engine.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def rows_needed(self):
+        """Rows that the base's embeddings must have for the tokens it lacked; 0 when it lacked none."""
+        return max([*self.added, -1]) + 1
 
     def encode(self, text):
         """Whole document → (ids, offsets); BOS first where the base's tokenizer adds one; offsets are (begin, end) in characters."""
@@ -58,20 +64,22 @@ class Tokenizer:
         folder = Path(folder)
         self.engine.save(str(folder / "tokenizer.json"))
         tokens = self.engine.get_added_tokens_decoder()
-        config = {k: v for k, v in read_json(self.folder / "tokenizer_config.json").items() if k not in IN_ENGINE}
+        config = {k: v for k, v in read_json(self.folder / "tokenizer_config.json", {}).items() if k not in IN_ENGINE}
         config["added_tokens_decoder"] = {
             str(i): {k: getattr(t, k) for k in ("content", "lstrip", "normalized", "rstrip", "single_word", "special")}
             for i, t in sorted(tokens.items())
         }
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # "LlamaTokenizer" makes transformers 5 convert anew, with other ids
-        config["eos_token"] = IM_END
+        config |= {"eos_token": IM_END, "add_bos_token": self.bos is not None, "add_eos_token": False}
+        if self.bos is not None:
+            config["bos_token"] = self.engine.id_to_token(self.bos)
         write_json(folder / "tokenizer_config.json", config)
 
 
 def load(folder):
     """The tokenizer of a model folder: `tokenizer.json` where there is one, else `tokenizer.model`. UserError when there is neither."""
     folder = Path(folder)
-    config = read_json(folder / "tokenizer_config.json")
+    config = read_json(folder / "tokenizer_config.json", {})
     bos = config.get("bos_token")
     bos = bos["content"] if isinstance(bos, dict) else bos
     if (folder / "tokenizer.json").exists():
@@ -84,7 +92,7 @@ def load(folder):
             ) from None
         return Tokenizer(engine, folder, bos if adds_bos(engine, config, bos) else None)
     if (folder / "tokenizer.model").exists():
-        engine = from_sentencepiece(folder / "tokenizer.model", read_json(folder / "added_tokens.json"))
+        engine = from_sentencepiece(folder / "tokenizer.model", read_json(folder / "added_tokens.json", {}))
         return Tokenizer(engine, folder, (bos or "<s>") if config.get("add_bos_token", True) else None)
     raise UserError(
         f"{folder} has no tokenizer.json and no tokenizer.model",
@@ -98,14 +106,6 @@ def adds_bos(engine, config, bos):
         return False
     said = config.get("add_bos_token")
     return engine.encode("x").ids[:1] == [engine.token_to_id(bos)] if said is None else said
-
-
-def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def from_sentencepiece(path, added):

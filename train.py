@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from config import UserError, flag
 FEWEST_STEPS = 50  # however little data there is
 EVALUATIONS = 4  # an epoch, at least
 LITTLE = 20_000  # trained tokens, below which a word is said on what to expect
+PACKAGES = ("torch", "tokenizers", "sentencepiece", "safetensors", "numpy")
 ALL_LINEAR = ",".join(lora.TARGETS)
 BIG = 1_000_000_000  # parameters: beyond it a CPU would need weeks, and a GPU recomputes blocks to save memory
 
@@ -86,7 +88,7 @@ def main():
     recompute = options.recompute == "full" or options.recompute == "auto" and shape.num_parameters > BIG
     model = step.build(shape, ranks, None if options.from_scratch else folder, adapter(options, words), dtype, recompute, options.seed)
     optimizer = step.make_optimizer(model, 0.0, options.weight_decay)
-    record = Record(options, folder, words, model, ranks, dtype)
+    record = Record(options, plan, folder, words, model, ranks, dtype)
     peak = ranks.world * step.measured_peak(ranks.device, dtype)
     asked = contexts(options)
 
@@ -102,9 +104,16 @@ def main():
             micro = step.micro_batches(rows, options.micro_batch, ranks)
             loss, norm, targets = step.train_step(model, optimizer, micro, ranks, options.clip)
         except step.NotFinite as error:
+            if record.best is None:
+                record.save()  # the weights are those of the step before
             raise UserError(
-                f"step {number}: {error}; {'the best so far is in ' + options.out if record.best else 'nothing was saved yet'}",
+                f"step {number}: {error}; {options.out} holds the model as it was {'at its best' if record.best else 'before'}",
                 f"Try a smaller --lr, or look at train.jsonl, lines {sorted({int(s) + 1 for row in rows for s in row.sessions})}.",
+            ) from None
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"step {number}: the GPU has no room for {options.micro_batch} rows of {options.seq_len} tokens",
+                "Take fewer at a time: --micro-batch 1 (the result is the same), --recompute full, or a shorter --seq-len.",
             ) from None
         line = measure(number, loss, lr, norm, targets, rows, model, time.perf_counter() - began, peak, ranks.device)
         record.write(line)
@@ -136,12 +145,18 @@ def prepare(options):
                 f"{options.data}/{part}.jsonl is missing: there is nothing to train on",
                 "Make it from your export: python data.py result.json",
             )
-    for name in ("batch", "micro_batch", "lora_rank", "patience"):
-        if getattr(options, name) < 1:
-            raise UserError(
-                f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed",
-                "Leave it out for the default.",
-            )
+    least = {"batch": 1, "micro_batch": 1, "lora_rank": 1, "patience": 1, "max_steps": 1, "seq_len": 16, "samples": 0}
+    above = {"lr": 0, "epochs": 0, "clip": 0}
+    for name, limit in {**least, **above}.items():
+        value, flag_ = getattr(options, name), f"--{name.replace('_', '-')}"
+        if value is not None and not (value > limit if name in above else value >= limit):
+            bound = f"{'more than' if name in above else 'at least'} {limit}"
+            raise UserError(f"{flag_} {value}: {bound} is needed", f"Leave {flag_} out for the default.")
+    if not 0 <= options.lora_dropout < 1:
+        raise UserError(f"--lora-dropout {options.lora_dropout} is no share", "0 drops nothing, 0.1 every tenth input.")
+    if options.from_scratch and options.lora:
+        raise UserError("--from-scratch trains all weights, --lora none of the base's", "Leave one of them out.")
+    config.keep_apart(options.out, options.model, options.data)
     ranks = step.start(options.device)
     config.check_folder(options.out, options.overwrite or not ranks.first)
     local = Path(options.model).is_dir()
@@ -159,7 +174,9 @@ def prepare(options):
     shape, words = checkpoint.read_config(folder), tokenizers.load(folder)
     if not options.from_scratch:
         checkpoint.open_files(folder)
-    return folder, checkpoint.with_vocabulary(shape, max([*words.added, -1]) + 1), ranks, words
+    if options.seq_len > shape.max_position_embeddings:
+        raise UserError(f"--seq-len {options.seq_len}: {folder} was made for {shape.max_position_embeddings} tokens", "Take shorter rows.")
+    return folder, checkpoint.with_vocabulary(shape, words.rows_needed), ranks, words
 
 
 def rows_of(options, part, words):
@@ -168,7 +185,7 @@ def rows_of(options, part, words):
     if not rows:
         raise UserError(
             f"{options.data}/{part}.jsonl has no turn of mine in it",
-            "Make it anew with data.py, move lines between train.jsonl and val.jsonl, or try --loss-on everyone.",
+            "Make it anew with data.py, or move lines between train.jsonl and val.jsonl.",
         )
     return rows
 
@@ -209,7 +226,8 @@ def schedule(rows, options):
     epoch = math.ceil(rows / batch)
     steps = options.max_steps if options.max_steps is not None else math.ceil(epoch * epochs)
     every = max(1, epoch // EVALUATIONS)
-    return Plan(batch, epoch, steps, options.lr or (2e-4 if options.lora else 2e-5), frozenset({*range(every, steps + 1, every), steps}))
+    lr = options.lr or (2e-4 if options.lora else 2e-5)
+    return Plan(batch, epoch, steps, lr, frozenset({*range(every, steps + 1, every), steps}))
 
 
 def describe(options, shape, ranks, dtype, train_rows, val_rows, plan):
@@ -292,7 +310,8 @@ def answers(model, words, asked, ranks, seed):
     generator = torch.Generator().manual_seed(seed)
     for before, turn in asked:
         ids = generate.fit(before, turn.author, words, decoder.cache.size - 64)
-        wrote = data.messages_of(words.decode(list(decoder.generate(ids, max_new=64, generator=generator))))
+        longest = 64 if ranks.world == 1 else 24  # sharded, every token gathers the whole model
+        wrote = data.messages_of(words.decode(list(decoder.generate(ids, longest, generator=generator))))
         yield before[-1].author, before[-1].messages[-1], " / ".join(turn.messages), " / ".join(wrote) or "(nothing)"
     model.train()
 
@@ -313,16 +332,14 @@ class Point:
 class Record:
     """The run's folder: metrics line by line, the best weights, `run.json`. Rank 0 writes; all know `before` and `best`."""
 
-    def __init__(self, options, folder, words, model, ranks, dtype):
+    def __init__(self, options, plan, folder, words, model, ranks, dtype):
         self.options, self.folder, self.words, self.model, self.ranks = options, folder, words, model, ranks
         self.out, self.began, self.before, self.best, self.last = Path(options.out), time.time(), None, None, None
         self.since_best = 0
         if not ranks.first:
             return
         config.private_folder(self.out)
-        for old in ("metrics.jsonl", "loss.png", "adapter_*", "config.json", "model*.safetensors", "model.safetensors.index.json"):
-            for path in self.out.glob(old):
-                path.unlink()
+        checkpoint.clear(self.out)
         self.metrics = open(self.out / "metrics.jsonl", "w", encoding="utf-8")
         words.save(self.out)
         persona = Path(options.data) / "persona.json"
@@ -330,15 +347,15 @@ class Record:
             (self.out / "persona.json").write_bytes(persona.read_bytes())
         self.run = {
             "config": dataclasses.asdict(options),
+            "plan": {**dataclasses.asdict(plan), "evaluate_at": sorted(plan.evaluate_at), "recompute": model.recompute},
             "base": str(folder),
             "commit": commit(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{ranks.device.type} ({platform.machine()})",
             "world": ranks.world,
             "dtype": short(dtype),
         }
-        checkpoint.dump(self.out / "run.json", self.run)
+        config.write_json(self.out / "run.json", self.run)
 
     def write(self, line):
         if self.ranks.first:
@@ -385,7 +402,7 @@ class Record:
                 "steps": last.step,
                 "seconds": round(time.time() - self.began, 1),
             }
-            checkpoint.dump(self.out / "run.json", self.run | {"result": result})
+            config.write_json(self.out / "run.json", self.run | {"result": result})
             draw(self.out)
         text = f"best at epoch {best.epoch:.1f}: {before.loss:.2f} → {best.loss:.2f} nats a target"
         text += f", {before.bits:.3f} → {best.bits:.3f} bits per character"

@@ -24,7 +24,7 @@ class Cursor:
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{self.path} is not UTF-8 text: {error.reason}",
-                f"{WHAT_TO_GIVE}",
+                WHAT_TO_GIVE,
             ) from None
         self.text, self.at, self.ended = self.text[self.at :] + piece, 0, not piece
 
@@ -108,13 +108,13 @@ def read(path):
         if cursor.peek() != "{":
             raise UserError(
                 f"{path} is not a Telegram export: it doesn't begin with {{",
-                f"{WHAT_TO_GIVE}",
+                WHAT_TO_GIVE,
             )
         owner, found = None, False
         chat = {}  # a single-chat export is a chat at the root
         for key in cursor.keys():
             if key == "personal_information":
-                owner = peer(cursor.value().get("user_id"))
+                owner = peer((cursor.value() or {}).get("user_id"))
             elif key in ("chats", "left_chats"):
                 found = True
                 for inner in cursor.keys():
@@ -131,25 +131,34 @@ def read(path):
         if not found:
             raise UserError(
                 f"{path} is not a Telegram export: neither chats nor messages in it",
-                f"{WHAT_TO_GIVE}",
+                WHAT_TO_GIVE,
             )
 
 
 def chats(cursor, header, owner):
-    """One chat of the list: yields it when its messages are reached, with whatever of its header came before them."""
+    """One chat of the list, when its messages are reached; they are held where another tool has put them before the type."""
+    held = None
     for key in cursor.keys():
-        if key == "messages":
+        if key != "messages":
+            header[key] = cursor.value()
+        elif "type" in header:
             yield from messages_here(cursor, header, owner)
         else:
-            header[key] = cursor.value()
+            held = list(cursor.items())
+    if held is not None:
+        yield describe(header, owner), map(message, held)
 
 
 def messages_here(cursor, header, owner):
     """Yield the (Chat, messages) whose array begins at the cursor, then move behind what the caller left unread."""
     raw = cursor.items()
-    yield Chat(str(header.get("id")), header.get("type") or "unknown", header.get("name") or DELETED, owner), map(message, raw)
+    yield describe(header, owner), map(message, raw)
     for _ in raw:
         pass
+
+
+def describe(header, owner):
+    return Chat(str(header.get("id")), header.get("type") or "unknown", whole(header.get("name") or DELETED), owner)
 
 
 def peer(value):
@@ -162,26 +171,39 @@ def flat(text):
     return text if isinstance(text, str) else "".join(part if isinstance(part, str) else part.get("text", "") for part in text or ())
 
 
+def whole(text):
+    """Text without half characters (lone surrogates, which JSON can spell and no file can hold)."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def seconds(raw):
+    """When a message was sent, in seconds since 1970; None where neither of its dates can be read."""
+    try:
+        if "date_unixtime" in raw:
+            return int(raw["date_unixtime"])
+        return int(datetime.datetime.fromisoformat(raw["date"]).replace(tzinfo=datetime.UTC).timestamp())
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
 def message(raw):
     """One JSON object → Message. What is no message of somebody's own says so in `left_out`."""
-    date = raw.get("date") or ""
-    at = raw.get("date_unixtime")
-    if at is None and date:
-        at = datetime.datetime.fromisoformat(date).replace(tzinfo=datetime.UTC).timestamp()
-    text = flat(raw.get("text", "")).strip()
-    kind = raw.get("type")
+    if not isinstance(raw, dict):
+        raw = {}
+    at, text, kind = seconds(raw), whole(flat(raw.get("text", ""))).strip(), raw.get("type")
     if kind != "message":
         left_out = "service messages" if kind == "service" else "messages of an unsupported kind"
     elif "forwarded_from" in raw or "saved_from" in raw:
         left_out = "forwards"
     elif "via_bot" in raw:
         left_out = "written via a bot"
-    elif not date or raw.get("from_id") is None:
+    elif at is None or raw.get("from_id") is None:
         left_out = "messages without author or date"
     else:
         text = text or mark(raw)
         left_out = "" if text else "messages without text"
-    return Message(peer(raw.get("from_id")), raw.get("from") or None, int(at or 0), date, text, left_out)
+    date = raw.get("date") or datetime.datetime.fromtimestamp(at or 0, datetime.UTC).isoformat()[:19]
+    return Message(peer(raw.get("from_id")), whole(raw.get("from") or "") or None, at or 0, date, text, left_out)
 
 
 def mark(raw):

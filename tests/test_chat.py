@@ -137,3 +137,10 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path, clone):
     broken = shutil.copytree(clone, tmp_path / "broken")
     (broken / "tokenizer.json").unlink()
     refused(command("chat.py", broken, "-p", "hi"), "tokenizer")
+    refused(command("chat.py", clone, "-p", " "), "-p")
+    refused(command("chat.py", clone, "--device", "abacus"), "abacus")
+
+
+def test_a_plain_base_without_chat_tokens_can_be_talked_to(base):
+    done = command("chat.py", base, "-p", "hi", "--max-tokens", 3, "--seed", 1)
+    assert done.returncode == 0, done.stderr

@@ -105,3 +105,16 @@ def test_people_are_known_by_id_old_bare_numbers_too_and_time_is_unix_time(tmp_p
     ((_, (old, new)),) = read(write(tmp_path, full(chat({"from_id": 2, "text": "a"}, {"text": "b", "date_unixtime": "1577833200"}))))
     assert old.author == new.author == "user2"
     assert (old.at, new.at) == (1577836800, 1577833200)
+
+
+def test_what_is_damaged_inside_a_message_costs_that_message_alone(tmp_path):
+    value = full(chat({"text": "a"}, {"text": "b", "date": "soon"}, {"text": "\ud83d half"}, {"text": "c", "from": "\udca5"}))
+    value["chats"]["list"][0]["messages"].append(7)
+    value["personal_information"] = None
+    ((only, messages),) = read(write(tmp_path, value, ensure_ascii=True))
+    assert only.owner is None and [m.text for m in messages if not m.left_out] == ["a", "\ufffd half", "c"]
+
+
+def test_sorted_keys_are_read_too(tmp_path):
+    found = read(write(tmp_path, full(chat({"text": "a"}), chat({"text": "b"}, name="Eve")), sort_keys=True))
+    assert [(c.name, c.type, m[0].text) for c, m in found] == [("Bob", "personal_chat", "a"), ("Eve", "personal_chat", "b")]

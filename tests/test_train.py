@@ -70,7 +70,10 @@ def test_one_process_two_processes_and_micro_batches_give_the_same_curve(alone, 
         for file in ("adapter_model.safetensors", "model.safetensors"):
             if (out / file).exists():
                 one, two = load_file(out / file), load_file(tmp_path / name / file)
-                assert one.keys() == two.keys() and all(one[k].shape == two[k].shape for k in one), name
+                assert one.keys() == two.keys(), name
+                for key in one:  # AdamW's first steps are signs of gradients: where one is nearly 0 they may differ by some lr
+                    off = (one[key].float() - two[key].float()).abs()
+                    assert off.mean() < 2e-3 and one[key].shape == two[key].shape, (name, key)
 
 
 def test_what_training_leaves_is_complete_and_says_what_it_computes(alone, base, words):
@@ -111,7 +114,7 @@ def test_the_checkpoint_is_the_best_evaluation_not_the_last(base, chats, tmp_pat
     fine_tune(base, chats, tmp_path / "ckpt", "--lora", "--lr", 3.0, "--epochs", 40, "--patience", 4, "--warmup", 1)
     losses, held_out = curve(tmp_path / "ckpt")
     best = min(line["val_loss"] for line in held_out[1:])
-    assert best < held_out[-1]["val_loss"] and len(losses) < 40 * len(losses)
+    assert best < held_out[-1]["val_loss"]
     assert [line["val_loss"] for line in held_out[-5:]].index(best) == 0  # patience: four worse ones, then the end
     model = checkpoint.load_model(str(tmp_path / "ckpt"), torch.float32)
     rows = data.rows(chats / "val.jsonl", tokenizer.load(tmp_path / "ckpt"), 160)
@@ -176,7 +179,10 @@ def test_no_data_no_gpu_no_network_each_say_what_to_do(base, chats, tmp_path):
 def test_bad_flags_and_folders_write_nothing(base, chats, tmp_path):
     common = ("--model", base, "--data", chats, "--out", tmp_path / "ckpt", *QUICK)
     refused(command("train.py", *common, "--lora", "--lora-targets", "q_proj,w1"), "w1", "q_proj")
-    refused(command("train.py", *common, "--micro-batch", 0), "--micro-batch")
+    for flag, value in (("--micro-batch", 0), ("--max-steps", -1), ("--lr", 0), ("--lora-dropout", 1.5), ("--device", "abacus")):
+        refused(command("train.py", *common, flag, value), flag)
+    refused(command("train.py", *common, "--seq-len", 1024), "512 tokens")
+    refused(command("train.py", *common[:4], "--out", base, "--overwrite", *QUICK), "is read")
     assert not (tmp_path / "ckpt").exists()
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt" / "mine.txt").write_text("precious")
