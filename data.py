@@ -472,8 +472,9 @@ def gather(path, me, options, spool):
 
     → (index: [(start, place in the spool, length)], names: {id: latest display name}, report). Memory grows with the index alone.
     """
-    counted = ("chats", "messages", "my_messages", "sessions")
-    report = {**dict.fromkeys(counted, 0), **{f"{what}_left_out": collections.Counter() for what in counted}, "only_mine": []}
+    report = {"my_messages": 0, "only_mine": []}
+    for what in ("chats", "messages", "sessions"):
+        report |= {what: 0, f"{what}_left_out": collections.Counter()}
     index, names = [], {}
     bar = tqdm(unit=" messages", desc=f"reading {Path(path).name}", disable=None, leave=False)
     for chat, messages in exports.read(path):
@@ -504,69 +505,74 @@ def validation_size(count, share):
 
 def main():
     options = config.parse(Config)
-    for name in ("since", "until"):
-        try:
-            datetime.datetime.strptime(getattr(options, name) or "2000-01-01", "%Y-%m-%d")
-        except ValueError:
-            raise UserError(
-                f"--{name} {getattr(options, name)} is no day",
-                "Write it as 2021-12-31.",
-            ) from None
-    out = Path(options.out)
+    check_days(options)
     if not options.dry_run:
-        config.check_folder(out, options.overwrite)
+        config.check_folder(options.out, options.overwrite)
     me = find_me(options.export, options.me)
     with tempfile.TemporaryFile() as spool:
-        index, ids, report = gather(options.export, me, options, spool)
-        if not report["messages"]:
-            raise UserError(
-                f"{options.export} holds no messages in chats that belong",
-                "Export again with the personal chats ticked, or --include a chat.",
-            )
-        if not report["my_messages"]:
-            raise UserError(
-                f"{options.export} holds no message by {me}",
-                "Say who you are with --me NAME, or export your own messages too.",
-            )
-        if len(index) < 2:
-            raise UserError(
-                f"{options.export}: {len(index)} sessions in which I answer somebody; at least 2 are needed",
-                "Export more chats, or try a larger --gap-minutes.",
-            )
-        names = unique_names(ids)
-        held_out = validation_size(len(index), options.val)
+        index, people, report = gather(options.export, me, options, spool)
+        check_enough(options, me, index, report)
+        names, held_out = unique_names(people), validation_size(len(index), options.val)
         parts = {"train": index[:-held_out], "val": index[-held_out:]}
-
-        def named(place, length):
-            spool.seek(place)
-            session = Session.from_json(spool.read(length))
-            for turn in session.turns:
-                turn.author = names[turn.author]
-            return session
-
-        contacts = collections.Counter()
-        with tempfile.TemporaryDirectory(dir=None if options.dry_run else config.private_folder(out)) as beside:
-            for part, sessions_ in parts.items():
-                with open(Path(beside) / f"{part}.jsonl", "w", encoding="utf-8") as file:
-                    for _, place, length in sessions_:
-                        session = named(place, length)
-                        file.write(session.to_json() + "\n")
-                        for turn in session.turns:
-                            contacts[turn.author, session.type == "personal_chat"] += len(turn.messages) * (not turn.me)
-            report["sessions_kept"] = {part: len(sessions_) for part, sessions_ in parts.items()}
+        report["sessions_kept"] = {part: len(places) for part, places in parts.items()}
+        with tempfile.TemporaryDirectory(dir=None if options.dry_run else config.private_folder(options.out)) as beside:
+            contacts = write_sessions(Path(beside), parts, spool, names)
             if options.tokenizer:
                 report["tokens"] = count_tokens(Path(beside), options)
             if not options.dry_run:
                 for part in parts:
-                    (Path(beside) / f"{part}.jsonl").replace(out / f"{part}.jsonl")
-                total = collections.Counter()
-                for (name, _), count in contacts.items():
-                    total[name] += count
-                order = sorted(total, key=lambda n: (-contacts[n, True], -total[n], n))
-                people = [{"name": n, "messages": total[n]} for n in order if n != names[me]]
-                config.write_json(out / "persona.json", {"me": names[me], "contacts": people})
-                config.write_json(out / "report.json", report)
-        show(report, named(*index[-held_out - 1][1:]), options)
+                    (Path(beside) / f"{part}.jsonl").replace(Path(options.out) / f"{part}.jsonl")
+                config.write_json(Path(options.out) / "persona.json", {"me": names[me], "contacts": contacts})
+                config.write_json(Path(options.out) / "report.json", report)
+        show(report, read_session(spool, parts["train"][-1], names), options)
+
+
+def check_days(options):
+    for name in ("since", "until"):
+        try:
+            datetime.datetime.strptime(getattr(options, name) or "2000-01-01", "%Y-%m-%d")
+        except ValueError:
+            raise UserError(f"--{name} {getattr(options, name)} is no day", "Write it as 2021-12-31.") from None
+
+
+def check_enough(options, me, index, report):
+    path = options.export
+    if not report["messages"]:
+        raise UserError(
+            f"{path} holds no messages in chats that belong", "Export again with the personal chats ticked, or --include a chat."
+        )
+    if not report["my_messages"]:
+        raise UserError(f"{path} holds no message by {me}", "Say who you are with --me NAME, or export your own messages too.")
+    if len(index) < 2:
+        raise UserError(
+            f"{path}: {len(index)} sessions in which I answer, 2 are the least", "Export more chats, or try a larger --gap-minutes."
+        )
+
+
+def read_session(spool, place, names):
+    """A session as `gather` spooled it, with names for ids."""
+    _, begin, length = place
+    spool.seek(begin)
+    session = Session.from_json(spool.read(length))
+    for turn in session.turns:
+        turn.author = names[turn.author]
+    return session
+
+
+def write_sessions(folder, parts, spool, names):
+    """Write {part: places in the spool} to part.jsonl. → [{name, messages}] of whom I talk with, personal chats first, then by messages."""
+    private, total, mine = collections.Counter(), collections.Counter(), set()
+    for part, places in parts.items():
+        with open(folder / f"{part}.jsonl", "w", encoding="utf-8") as file:
+            for place in places:
+                session = read_session(spool, place, names)
+                file.write(session.to_json() + "\n")
+                for turn in session.turns:
+                    total[turn.author] += len(turn.messages)
+                    private[turn.author] += len(turn.messages) * (session.type == "personal_chat")
+                    mine |= {turn.author} if turn.me else set()
+    order = sorted(set(total) - mine, key=lambda name: (-private[name], -total[name], name))
+    return [{"name": name, "messages": total[name]} for name in order]
 
 
 def count_tokens(folder, options):

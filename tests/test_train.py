@@ -98,7 +98,11 @@ def test_what_training_leaves_is_complete_and_says_what_it_computes(alone, base,
     }
     assert {"val_loss", "val_bits_per_char", "val_format_loss"} <= set(lines[0]) and lines[0]["step"] == 0
     run = json.loads((out / "run.json").read_text())
-    assert run["config"]["lora"] == ("--lora" in flags) and run["torch"] == torch.__version__ and run["result"]["steps"] == 6
+    assert (
+        run["config"]["lora"] == ("--lora" in flags)
+        and torch.__version__.startswith(run["versions"]["torch"])
+        and run["result"]["steps"] == 6
+    )
     assert "you wrote" in done.stderr + done.stdout and "best at epoch" in done.stderr + done.stdout
     if "--lora" in flags:
         rows = json.loads((out / "adapter_config.json").read_text())["trainable_token_indices"]
