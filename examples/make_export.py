@@ -84,7 +84,7 @@ def make_person(name: str, uid: int) -> Person:
         full_stop=rng.random() < 0.6,
         yes=rng.choice(["Yes", "Yes", "Yes", "Yeah", "Yep"]),
         no=rng.choice(["No", "No", "No", "Nope"]),
-        smile=rng.choice(["", "", ":)", ":)", "🙂", "😄", "haha", "xx", "🐐", "🌌", "🐟"]),
+        smile=rng.choice(["", "", "", ":)", ":)", "🙂", "😄", "haha", "xx"]),
         split=rng.choice([0.05, 0.15, 0.3, 0.5]),
     )
 
