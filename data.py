@@ -196,8 +196,8 @@ def prompt(turns, me, specials=SPECIALS):
 
 
 def messages_of(text):
-    """What the model wrote after `prompt` → my messages."""
-    return [m for m in (part.strip() for part in re.split(r"(?:^|\n)>>>", ">>>" + text)) if m]
+    """What the model wrote after `prompt` → my messages, without the halves of characters that a small model may write."""
+    return [m for m in (part.strip() for part in re.split(r"(?:^|\n)>>>", ">>>" + text.replace("\ufffd", ""))) if m]
 
 
 # --- text → samples

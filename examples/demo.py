@@ -23,7 +23,7 @@ def main():
     OUT.mkdir(parents=True)
     sessions, ckpt = ("--out", OUT / "data", "--tokenizer", HERE / "base"), OUT / "ckpt"
     step("1. The export becomes sessions", "data.py", HERE / "telegram" / "result.json", *sessions)
-    small = ("--model", HERE / "base", "--lr", "5e-3", "--batch", "4", "--epochs", "8", "--device", "cpu")
+    small = ("--model", HERE / "base", "--lr", "5e-3", "--batch", "4", "--epochs", "6", "--device", "cpu")
     step("2. The tiny base learns to talk like Odile", "train.py", "--lora", "--data", OUT / "data", "--out", ckpt, *small)
     print("\n\033[1m3. Base and clone answer the same questions\033[0m\n")
     for question in QUESTIONS:
