@@ -78,19 +78,8 @@ class Cursor:
             if self.expect(",}") == "}":
                 return
 
-    def items(self):
-        """Walk an array: yield its values, decoded."""
-        self.expect("[")
-        if self.peek() == "]":
-            self.at += 1
-            return
-        while True:
-            yield self.value()
-            if self.expect(",]") == "]":
-                return
-
-    def objects(self):
-        """Walk an array of objects without decoding them: yield with the cursor on each."""
+    def elements(self):
+        """Walk an array: yield with the cursor on each element, which the caller must consume."""
         self.expect("[")
         if self.peek() == "]":
             self.at += 1
@@ -99,6 +88,11 @@ class Cursor:
             yield
             if self.expect(",]") == "]":
                 return
+
+    def items(self):
+        """Walk an array: yield its elements, decoded."""
+        for _ in self.elements():
+            yield self.value()
 
 
 def read(path):
@@ -121,7 +115,7 @@ def read(path):
                     if inner != "list":
                         cursor.value()
                         continue
-                    for _ in cursor.objects():
+                    for _ in cursor.elements():
                         yield from chats(cursor, {}, owner)
             elif key == "messages":
                 found = True

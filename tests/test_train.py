@@ -59,8 +59,12 @@ def test_one_process_two_processes_and_micro_batches_give_the_same_curve(alone, 
     flags, out, _ = alone
     losses, held_out = curve(out)
     assert len(losses) == 6 and losses[-1] < losses[0]
-    for name, other in {"two ranks": {"ranks": 2}, "three ranks": {"ranks": 3}, "four micro-batches": {"micro": 2}}.items():
-        changed = [*flags[:-1], other.get("micro", 8)]
+    for name, other in {
+        "two ranks": {"ranks": 2},
+        "three ranks, recomputing": {"ranks": 3, "more": ("--recompute", "full")},
+        "four micro-batches": {"micro": 2},
+    }.items():
+        changed = [*flags[:-1], other.get("micro", 8), *other.get("more", ())]
         fine_tune(base, chats, tmp_path / name, *changed, ranks=other.get("ranks", 1))
         got, got_held_out = curve(tmp_path / name)
         assert got == pytest.approx(losses, rel=2e-4), name
