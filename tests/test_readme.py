@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import sys
 
 import pytest
 from conftest import ROOT, command
@@ -52,4 +51,3 @@ def test_make_targets_are_those_it_names():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", README, re.M):
         assert f"\n{target}:" in makefile
-    assert sys.version_info >= (3, 11)

@@ -9,6 +9,7 @@ import torch
 import checkpoint
 import data
 import lora
+import model
 import step
 from data import IGNORED
 
@@ -33,6 +34,11 @@ def test_collated_rows_keep_their_documents_apart_and_pad_with_a_document_withou
         starts = (positions[i, :n] == 0).nonzero().flatten().tolist()
         assert starts == [0, *np.cumsum(row.doc_lengths)[:-1]]
         assert (labels[i, n:] == IGNORED).all() and (n == tokens.shape[1] or positions[i, n] == 0)
+
+
+def test_data_and_model_mark_what_is_no_target_alike():
+    """Two files know the number, for data.py does without torch."""
+    assert data.IGNORED == model.IGNORED
 
 
 def test_every_rank_gets_as_many_micro_batches_and_each_row_once(rows):
