@@ -35,7 +35,7 @@ def parse(cls, argv=None, prog=None):
         shown = "" if field.default in (None, "", (), False) or meta["positional"] else f" (default: {field.default})"
         options = {"help": (meta["help"] + shown).replace("%", "%%"), "default": field.default}
         if meta["positional"]:
-            parser.add_argument(field.name, metavar=field.name.upper(), type=kind, **options)
+            parser.add_argument(field.name, metavar=field.name.upper().removesuffix("S"), type=kind, nargs="*" if many else None, **options)
             continue
         names = [n for n in (meta["short"], "--" + field.name.removesuffix("_").replace("_", "-")) if n]  # `as_` is --as
         if kind is bool:
@@ -112,7 +112,11 @@ def read_json(path, missing=None):
 
 
 def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path, text):
     """Written beside, then renamed: never half a file."""
     beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(path)

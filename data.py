@@ -19,11 +19,15 @@ import bisect
 import collections
 import dataclasses
 import datetime
+import gc
 import hashlib
 import json
+import os
+import random
 import re
 import sys
 import tempfile
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +35,31 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 import config
+import doctor
 import exports
 from config import UserError, flag
+from exports.join import Joined
+from exports.redact import redact
 from tokenizer import IM_END, IM_START
 
+OURS = (  # what data.py, train.py, evaluate.py and lora.py merge write, for --wipe
+    "train.jsonl", "val.jsonl", "persona.json", "report.json", "report.html", "cache", "run.json", "metrics.jsonl", "loss.png",
+    "resume", "adapter_*", "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
+    "*.new", "new-*",
+)  # fmt: skip
+AFTER_FORGETTING = (
+    "Others may still name them in their own words. A model that was trained on them must be trained anew, "
+    "and --forget be said at the next export too."
+)
 IGNORED = -100  # the label of a token that is no target
 SPECIALS = (IM_START, IM_END, "<s>", "</s>", "<unk>")  # what text loses when no tokenizer says which it has
 WORD_JOINER = "\u2060"
-MARK = re.compile(r"<(voice|video|gif|audio|photo|file|poll|contact|location|sticker)>")
-TALKS = ("personal_chat", "private_group", "private_supergroup", "public_supergroup")  # kept by default
+MARK = re.compile(
+    r"<(voice|video|gif|audio|photo|file|poll|list|contact|location|game|sticker|phone|email|card|iban|key|password)>"
+)  # what `exports` writes for media, and for secrets
+TALKS = ("personal_chat", "private_group", "private_supergroup", "public_supergroup", "unknown")  # kept by default
+ENCODE = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
+NO_DIGIT = dict.fromkeys(map(ord, "-:T"))
 CONTEXT = 4  # a piece of a long session repeats at most 1 / CONTEXT of a row as context
 
 
@@ -64,7 +84,8 @@ class Session:
     turns: list[Turn]
 
     def to_json(self):
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+        turns = [{"author": t.author, "me": t.me, "at": t.at, "messages": t.messages} for t in self.turns]
+        return ENCODE({"chat": self.chat, "chat_id": self.chat_id, "type": self.type, "start": self.start, "turns": turns})
 
     @classmethod
     def from_json(cls, line):
@@ -119,7 +140,7 @@ class Row:
 
 
 def sessions(messages, chat, me, gap):
-    """A chat's messages → its sessions, cut where nobody wrote for more than `gap` seconds; authors are ids. `me`: my id."""
+    """A chat's messages → its sessions, cut where nobody wrote for more than `gap` seconds. Authors are ids; `me`: those that are mine."""
     session, last = None, None
     for message in messages:
         if session is None or message.at - last > gap:
@@ -128,31 +149,28 @@ def sessions(messages, chat, me, gap):
             session = Session(chat.name, chat.id, chat.type, message.date, [])
         last = message.at
         if not session.turns or session.turns[-1].author != message.author:
-            session.turns.append(Turn(message.author, message.author == me, message.date, []))
+            session.turns.append(Turn(message.author, message.author in me, message.date, []))
         session.turns[-1].messages.append(message.text)
     if session:
         yield session
 
 
 def why_not(session):
-    """Why a session teaches nothing of how I answer; "" when it does."""
+    """Why a session teaches nothing of how I answer; "" when it does. A chat of another kind than talks was asked for as it is."""
     mine = [i for i, turn in enumerate(session.turns) if turn.me and not all(map(MARK.fullmatch, turn.messages))]
     if not mine:
         return "sessions in which I say nothing"
-    return "" if mine[-1] > 0 else "sessions in which nobody speaks before me"
+    return "" if mine[-1] > 0 or session.type not in TALKS else "sessions in which nobody speaks before me"
 
 
-def unique_names(people):
-    """{id: display name} → {id: name}: one line, no marks, no two alike (`Bob`, `Bob (2)`), none of them `system`."""
-    names, taken = {}, {"system"}
-    for person, shown in people.items():
-        plain = " ".join(re.sub(r"<\|[^|<>]*\|>|</?s>|<unk>|>>>", " ", shown or exports.DELETED).split()) or exports.DELETED
-        name, number = plain, 2
-        while name.casefold() in taken:
-            name, number = f"{plain} ({number})", number + 1
-        taken.add(name.casefold())
-        names[person] = name
-    return names
+def unique_name(shown, taken):
+    """A display name → the name in sessions: one line, no marks, none of `taken` (`Bob`, `Bob (2)`), which it joins."""
+    plain = " ".join(re.sub(r"<\|[^|<>]*\|>|</?s>|<unk>|>>>", " ", shown or exports.DELETED).split()) or exports.DELETED
+    name, number = plain, 2
+    while name.casefold() in taken:
+        name, number = f"{plain} ({number})", number + 1
+    taken.add(name.casefold())
+    return name
 
 
 # --- sessions → text
@@ -388,62 +406,77 @@ def rows(path, tokenizer, seq_len, loss_on="me"):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Turn a Telegram export into data/train.jsonl and data/val.jsonl: sessions to read, to edit and to train on."""
+    """Turn chat exports into data/train.jsonl and data/val.jsonl: sessions to read, to edit and to train on.
 
-    export: str = flag("", "result.json, as Telegram Desktop wrote it", positional=True)
+    python data.py result.json                    a Telegram export (JSON), a WhatsApp chat (.txt or .zip), a folder of them
+    python data.py old.json new.json chat.zip     several as one: joined by chat, no message twice
+    """
+
+    exports: tuple[str, ...] = flag((), "Telegram's result.json, WhatsApp's .txt or .zip, or a folder; several are joined", positional=True)
     out: str = flag("data", "the folder to write")
-    me: str | None = flag(None, "whose voice to learn: a name or an id (default: whose export it is)")
+    me: tuple[str, ...] = flag((), "whose voice to learn: a name or an id (default: whose export it is; once a messenger)")
     gap_minutes: float = flag(10.0, "a session ends where nobody wrote for so long")
     val: float = flag(0.05, "share of the sessions, the latest, kept for validation (at least 20 of them, at most a fifth)")
     since: str | None = flag(None, "leave out messages before this day, YYYY-MM-DD")
     until: str | None = flag(None, "leave out messages after this day, YYYY-MM-DD")
-    include: tuple[str, ...] = flag((), "take this chat too, by name or id: a bot, a channel, Saved Messages (repeatable)")
-    exclude: tuple[str, ...] = flag((), "leave this chat out, by name or id (repeatable)")
+    include: tuple[str, ...] = flag((), "take this chat too, by name, id or kind: a bot, a channel, Saved Messages (repeatable)")
+    exclude: tuple[str, ...] = flag((), "leave this chat out, by name, id or kind (repeatable)")
+    forget: tuple[str, ...] = flag((), "leave this person out everywhere, by name or id (repeatable); without an export: out of --out")
+    keep_secrets: bool = flag(False, "leave phone numbers, cards, keys and passwords as they were written")
     tokenizer: str | None = flag(None, "a model folder: count tokens and rows in the report")
     seq_len: int = flag(1024, "tokens a row, for that count")
     dry_run: bool = flag(False, "report only, write nothing")
     overwrite: bool = flag(False, "replace what --out holds")
+    wipe: bool = flag(False, "list all that holds chats below this folder, ask, and delete it")
 
 
-def find_me(path, said):
-    """The id of the person to learn: the export's owner, or whom --me names. UserError lists the candidates."""
-    people, owner, saved = {}, None, None
-    for chat, messages in exports.read(path):
-        owner = owner or chat.owner
-        if said is None and owner:
-            return owner
-        if chat.type == "saved_messages":
-            saved = f"user{chat.id}"
-        for message in messages:
-            if message.author:
-                seen = people.setdefault(message.author, [message.name, 0])
-                seen[1] += 1
-    if said is None and saved:
-        return saved
-    matches = [i for i, (name, _) in people.items() if said is not None and said.casefold() in (i.casefold(), (name or "").casefold())]
-    if len(matches) == 1:
-        return matches[0]
-    if not people:
-        raise UserError(
-            f"{path} holds no messages",
-            "Export again, with the personal chats ticked.",
-        )
-    likely = sorted(matches or people, key=lambda i: -people[i][1])[:8]
-    listed = ", ".join(f"{people[i][0] or exports.DELETED} ({i}, {people[i][1]} messages)" for i in likely)
-    why = (
-        "the export doesn't say whose it is"
-        if said is None
-        else f"--me {said}: {'several people have' if matches else 'nobody has'} that name"
-    )
-    raise UserError(
-        f"{path}: {why}",
-        f"Say --me NAME or --me ID, one of: {listed}",
-    )
+def main():
+    options = config.parse(Config)
+    if options.wipe:
+        return wipe(Path())
+    if options.forget and not options.exports:
+        return forget(Path(options.out), options.forget)
+    check(options)
+    secrets, repairs = collections.Counter(), collections.Counter()
+    near = None if options.dry_run else next(folder for folder in Path(options.out).absolute().parents if folder.is_dir())
+    with tempfile.TemporaryFile(dir=near) as messages, tempfile.TemporaryFile(dir=near) as spool:
+        joined = Joined(messages, str if options.keep_secrets else lambda text: redact(text, secrets))
+        gc.disable()  # records hold no cycles; looking for some among millions of them takes as long as reading them
+        left_out, owners = read(options, joined, repairs)
+        me = find_me(joined, owners, options)
+        index, persona, report = gather(joined, me, find_forgotten(joined, me, options.forget), left_out, options, spool)
+        gc.enable()
+        report |= {"secrets": dict(secrets), "repairs": dict(repairs)}
+        check_enough(options, index, report)
+        held_out = validation_size(len(index), options.val)
+        parts = {"train": index[:-held_out], "val": index[-held_out:]}
+        report["sessions_kept"] = {part: len(places) for part, places in parts.items()}
+        report["trained_messages"] = int(parts["train"][:, 3].sum())
+        write(parts, spool, persona, report, options)
+        show(Session.from_json(line(spool, parts["train"][-1])))
+    doctor.show(report, options)
+    if options.forget:
+        print(f"\nForgotten: {', '.join(options.forget)}. {AFTER_FORGETTING}")
+    if not options.dry_run:
+        where = "" if options.out == "data" else f" --data {options.out}"
+        print(f"\nWritten to {options.out}/. Read it, edit it; then: python train.py --lora{where}")
+
+
+def check(options):
+    if not options.exports:
+        raise UserError("no export given", "python data.py path/to/result.json (Telegram, JSON), or a WhatsApp chat (.txt or .zip)")
+    for name in ("since", "until"):
+        try:
+            datetime.datetime.strptime(getattr(options, name) or "2000-01-01", "%Y-%m-%d")
+        except ValueError:
+            raise UserError(f"--{name} {getattr(options, name)} is no day", "Write it as 2021-12-31.") from None
+    if not options.dry_run:
+        config.check_folder(options.out, options.overwrite)
 
 
 def wanted(chat, options):
     """Why a chat is left out by its kind or by --include and --exclude; "" when it belongs."""
-    names = {chat.name.casefold(), chat.id}
+    names = {chat.name.casefold(), chat.id.casefold(), chat.type}
     if names & {n.casefold() for n in options.exclude}:
         return "excluded"
     if chat.type in TALKS or names & {n.casefold() for n in options.include}:
@@ -451,51 +484,210 @@ def wanted(chat, options):
     return chat.type
 
 
-def kept(messages, options, report, names, authors, bar):
-    """The messages that are somebody's own words and of the days asked for; what they tell is noted in the other arguments."""
+def read(options, joined, repairs):
+    """Read the exports' chats into `joined`, but for those left out. → ({chat: why it is left out}, {export: owner's id})."""
+    left_out, owners = {}, {}
+    with tqdm(unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:
+        found = [pair for path in options.exports for pair in exports.sources(path, bar.update)]
+        bar.reset(sum(source.size * reader.PASSES for reader, source in found))
+        for reader, source in found:
+            for chat, messages in reader.read(source, repairs):
+                owners[str(source)] = chat.owner
+                if why := wanted(chat, options):
+                    left_out[chat.key] = why
+                else:
+                    joined.add(str(source), chat, messages)
+    return left_out, owners
+
+
+def called(said, people):
+    """The ids among `people` ({id: display name}) that --me or --forget names, by id or by name."""
+    return [i for i, name in people.items() if said.casefold() in (i.casefold(), (name or "").casefold())]
+
+
+def listed(people, wrote):
+    likely = sorted(people, key=lambda i: -wrote[i])[:8]
+    return ", ".join(f"{' '.join((people[i] or exports.DELETED).split())} ({i}, {wrote[i]:,} messages)" for i in likely)
+
+
+def find_me(joined, owners, options):
+    """The ids that are mine: in each export those whom --me names, else its owner. UserError lists the candidates."""
+    me, unheard, unclear = {}, set(options.me), []
+    for export, wrote in joined.wrote.items():
+        people = {author: joined.people.get(author) for author in wrote}
+        for said in options.me:
+            matches = called(said, people)
+            if len(matches) > 1:
+                raise UserError(
+                    f"{export}: --me {said}: several people have that name",
+                    f"Say --me ID, one of: {listed({i: people[i] for i in matches}, wrote)}",
+                )
+            me |= dict.fromkeys(matches)
+            unheard -= {said} if matches else set()
+        if not me.keys() & people.keys() and owners[export]:
+            me[owners[export]] = None
+        elif not me.keys() & people.keys():
+            unclear.append(export)
+    everyone = sum(joined.wrote.values(), collections.Counter())
+    if unheard:
+        candidates = listed({i: joined.people.get(i) for i in everyone}, everyone)
+        raise UserError(f"--me {min(unheard)}: nobody has that name", f"Say --me NAME or --me ID, one of: {candidates}")
+    for export in unclear:
+        if not me.keys() & joined.wrote[export].keys():
+            wrote = joined.wrote[export]
+            raise UserError(
+                f"{export}: the export doesn't say whose it is",
+                f"Say --me NAME or --me ID, one of: {listed({i: joined.people.get(i) for i in wrote}, wrote)}",
+            )
+    return me.keys() or {owner for owner in owners.values() if owner}
+
+
+def find_forgotten(joined, me, names):
+    """The ids of those whom --forget names: people who wrote, and people (not groups) who never did. UserError when there is none."""
+    everyone = sum(joined.wrote.values(), collections.Counter())
+    people = {chat.key: chat.name for chat in joined.heads.values() if chat.type == "personal_chat"}
+    people |= {author: joined.people.get(author) or people.get(author) for author in everyone}
+    forgotten = set()
+    for said in names:
+        matches = called(said, people)
+        if not matches or set(matches) & me:
+            near = {i: name for i, name in people.items() if i not in me and said.casefold() in (name or "").casefold()}
+            way_out = f"Perhaps one of: {listed(near, everyone)}" if near else "Write the name as the messenger shows it, or the id."
+            raise UserError(f"--forget {said}: {'that is me' if matches else 'nobody has that name'}", way_out)
+        forgotten |= set(matches)
+    return forgotten
+
+
+def kept(messages, options, forgotten, left_out):
+    """The messages that are somebody's own words, of the days asked for and of nobody to forget."""
+    since, until = options.since or "", options.until or "9999"
     for message in messages:
-        bar.update()
-        report["messages"] += 1
-        why = message.left_out
-        if not why and not (options.since or "") <= message.date[:10] <= (options.until or "9999"):
-            why = "outside --since and --until"
-        if why:
-            report["messages_left_out"][why] += 1
-            continue
-        names[message.author] = message.name or names.get(message.author)
-        authors[message.author] += 1
-        yield message
+        if message.left_out:
+            left_out[message.left_out] += 1
+        elif message.author in forgotten:
+            left_out["of people to forget"] += 1
+        elif not since <= message.date[:10] <= until:
+            left_out["outside --since and --until"] += 1
+        else:
+            yield message
 
 
-def gather(path, me, options, spool):
-    """Read the export; write every session that teaches something to `spool`, authors as ids.
+def gather(joined, me, forgotten, chats_left_out, options, spool):
+    """Cut the joined chats into sessions, and write each that teaches something to `spool`, a line of data/*.jsonl.
 
-    → (index: [(start, place in the spool, length)], names: {id: latest display name}, report). Memory grows with the index alone.
+    → (index: an array with each session's start, offset, length and how many messages it trains, in order of time; persona; report).
+    Memory grows with the index alone.
     """
-    report = {"my_messages": 0, "only_mine": []}
-    for what in ("chats", "messages", "sessions"):
-        report |= {what: 0, f"{what}_left_out": collections.Counter()}
-    index, names = [], {}
-    bar = tqdm(unit=" messages", desc=f"reading {Path(path).name}", disable=None, leave=False)
-    for chat, messages in exports.read(path):
-        report["chats"] += 1
-        if why := wanted(chat, options):
-            report["chats_left_out"][why] += 1
+    left_out = {"chats": collections.Counter(chats_left_out.values()), "messages": collections.Counter(), "sessions": collections.Counter()}
+    chats = messages_read = characters = 0
+    mine = doctor.Mine()
+    by_chat, private, total = collections.Counter(), collections.Counter(), collections.Counter()  # my turns; messages of each contact
+    index, only_mine, days = array("q"), [], ("9999", "0000")
+    taken = {"system"}
+    names = dict.fromkeys(me, unique_name(next((joined.people[i] for i in me if joined.people.get(i)), "Me"), taken))
+    bar = tqdm(total=sum(wrote.total() for wrote in joined.wrote.values()), unit=" messages", desc="sessions", disable=None, leave=False)
+    for chat, messages in joined.chats():
+        if chat.type == "personal_chat" and chat.key in forgotten:
+            left_out["chats"]["of people to forget"] += 1
             continue
-        authors = collections.Counter()
-        for session in sessions(kept(messages, options, report, names, authors, bar), chat, me, options.gap_minutes * 60):
-            report["sessions"] += 1
-            if why := why_not(session):
-                report["sessions_left_out"][why] += 1
+        chats += 1
+        authors = set()
+        for session in sessions(kept(messages, options, forgotten, left_out["messages"]), chat, me, options.gap_minutes * 60):
+            before = messages_read
+            for turn in session.turns:
+                authors.add(turn.author)
+                messages_read += len(turn.messages)
+                characters += sum(map(len, turn.messages))
+                if turn.me:
+                    mine.add(turn.messages)
+            bar.update(messages_read - before)
+            why = why_not(session)
+            left_out["sessions"][why] += 1
+            if why:
                 continue
-            line = session.to_json().encode() + b"\n"
-            index.append((session.start, spool.tell(), len(line)))
-            spool.write(line)
-        report["my_messages"] += authors[me]
-        if chat.type != "personal_chat" and set(authors) == {me}:
-            report["only_mine"].append(chat.name)
+            trained = 0
+            for turn in session.turns:
+                if turn.author not in names:
+                    names[turn.author] = unique_name(joined.people.get(turn.author), taken)
+                name = turn.author = names[turn.author]
+                if turn.me:
+                    trained += len(turn.messages) - sum(map(bool, map(MARK.fullmatch, turn.messages)))
+                    by_chat[chat.name] += 1
+                else:
+                    total[name] += len(turn.messages)
+                    if chat.type == "personal_chat":
+                        private[name] += len(turn.messages)
+            days = (min(days[0], session.start), max(days[1], session.turns[-1].at))
+            written = session.to_json().encode() + b"\n"
+            index.extend((int(session.start.translate(NO_DIGIT)), spool.tell(), len(written), trained))
+            spool.write(written)
+        if chat.type != "personal_chat" and authors and authors <= me:
+            only_mine.append(chat.name)
     bar.close()
-    return sorted(index), names, report
+    spool.flush()
+    index = np.array(index, dtype=np.int64).reshape(-1, 4)
+    contacts = sorted(total, key=lambda name: (-private[name], -total[name], name))
+    largest = by_chat.most_common(1) or [("", 0)]
+    found = left_out["sessions"].total()
+    del left_out["sessions"][""]
+    report = {
+        "exports": [Path(path).name for path in options.exports],
+        "chats": chats + left_out["chats"].total(),
+        "messages": messages_read + left_out["messages"].total(),
+        "sessions": found,
+        **{f"{what}_left_out": dict(reasons.most_common()) for what, reasons in left_out.items()},
+        "my_messages": mine.messages,
+        "share_of_voice": {"messages": mine.messages / max(1, messages_read), "characters": mine.characters / max(1, characters)},
+        "short_share": mine.short / max(1, mine.messages),
+        "scripts": mine.scripts(),
+        "largest_chat": {"name": largest[0][0], "share": largest[0][1] / max(1, by_chat.total())},
+        "only_mine": only_mine,
+        "days": [day[:10] for day in days],
+    }
+    persona = {"me": names[next(iter(me))], "contacts": [{"name": name, "messages": total[name]} for name in contacts]}
+    return index[np.argsort(index[:, 0], kind="stable")], persona, report
+
+
+def check_enough(options, index, report):
+    path = ", ".join(options.exports)
+    if not report["messages"]:
+        kinds = ", ".join(f"{n} {why}" for why, n in report["chats_left_out"].items())
+        raise UserError(
+            f"{path} holds no messages in chats that belong" + (f" (left out: {kinds})" if kinds else ""),
+            "Export again with the personal chats ticked, or --include a chat.",
+        )
+    if not report["my_messages"]:
+        raise UserError(f"{path} holds no message by me", "Say who you are with --me NAME, or export your own messages too.")
+    if len(index) < 2:
+        why = "; ".join(f"{n} {why}" for why, n in [*report["sessions_left_out"].items(), *report["repairs"].items()])
+        raise UserError(
+            f"{path}: {len(index)} sessions in which I answer, 2 are the least" + (f" ({why})" if why else ""),
+            "Export more chats, or try a larger --gap-minutes.",
+        )
+
+
+def line(spool, place):
+    _, offset, length, _ = place.tolist()
+    return os.pread(spool.fileno(), length, offset)
+
+
+def write(parts, spool, persona, report, options):
+    """Write data/: all of it beside, then renamed. With --dry-run only `report` is filled in."""
+    out = Path(options.out)
+    with tempfile.TemporaryDirectory(dir=None if options.dry_run else config.private_folder(out)) as beside:
+        for part, places in parts.items():
+            with open(Path(beside) / f"{part}.jsonl", "wb") as file:
+                file.writelines(line(spool, place) for place in places)
+        report["tokens"] = count_tokens(Path(beside) / "train.jsonl", options) if options.tokenizer else None
+        report["verdict"] = doctor.verdict(report)
+        if options.dry_run:
+            return
+        for cached in (out / "cache").glob("*"):
+            cached.unlink()
+        for part in parts:
+            (Path(beside) / f"{part}.jsonl").replace(out / f"{part}.jsonl")
+        config.write_json(out / "persona.json", persona)
+        config.write_json(out / "report.json", report)
 
 
 def validation_size(count, share):
@@ -503,131 +695,91 @@ def validation_size(count, share):
     return min(max(round(count * share), 20), max(1, count // 5))
 
 
-def main():
-    options = config.parse(Config)
-    check_days(options)
-    if not options.dry_run:
-        config.check_folder(options.out, options.overwrite)
-    me = find_me(options.export, options.me)
-    with tempfile.TemporaryFile() as spool:
-        index, people, report = gather(options.export, me, options, spool)
-        check_enough(options, me, index, report)
-        names, held_out = unique_names(people), validation_size(len(index), options.val)
-        parts = {"train": index[:-held_out], "val": index[-held_out:]}
-        report["sessions_kept"] = {part: len(places) for part, places in parts.items()}
-        with tempfile.TemporaryDirectory(dir=None if options.dry_run else config.private_folder(options.out)) as beside:
-            contacts = write_sessions(Path(beside), parts, spool, names)
-            if options.tokenizer:
-                report["tokens"] = count_tokens(Path(beside), options)
-            if not options.dry_run:
-                for part in parts:
-                    (Path(beside) / f"{part}.jsonl").replace(Path(options.out) / f"{part}.jsonl")
-                config.write_json(Path(options.out) / "persona.json", {"me": names[me], "contacts": contacts})
-                config.write_json(Path(options.out) / "report.json", report)
-        show(report, read_session(spool, parts["train"][-1], names), options)
-
-
-def check_days(options):
-    for name in ("since", "until"):
-        try:
-            datetime.datetime.strptime(getattr(options, name) or "2000-01-01", "%Y-%m-%d")
-        except ValueError:
-            raise UserError(f"--{name} {getattr(options, name)} is no day", "Write it as 2021-12-31.") from None
-
-
-def check_enough(options, me, index, report):
-    path = options.export
-    if not report["messages"]:
-        raise UserError(
-            f"{path} holds no messages in chats that belong", "Export again with the personal chats ticked, or --include a chat."
-        )
-    if not report["my_messages"]:
-        raise UserError(f"{path} holds no message by {me}", "Say who you are with --me NAME, or export your own messages too.")
-    if len(index) < 2:
-        raise UserError(
-            f"{path}: {len(index)} sessions in which I answer, 2 are the least", "Export more chats, or try a larger --gap-minutes."
-        )
-
-
-def read_session(spool, place, names):
-    """A session as `gather` spooled it, with names for ids."""
-    _, begin, length = place
-    spool.seek(begin)
-    session = Session.from_json(spool.read(length))
-    for turn in session.turns:
-        turn.author = names[turn.author]
-    return session
-
-
-def write_sessions(folder, parts, spool, names):
-    """Write {part: places in the spool} to part.jsonl. → [{name, messages}] of whom I talk with, personal chats first, then by messages."""
-    private, total, mine = collections.Counter(), collections.Counter(), set()
-    for part, places in parts.items():
-        with open(folder / f"{part}.jsonl", "w", encoding="utf-8") as file:
-            for place in places:
-                session = read_session(spool, place, names)
-                file.write(session.to_json() + "\n")
-                for turn in session.turns:
-                    total[turn.author] += len(turn.messages)
-                    private[turn.author] += len(turn.messages) * (session.type == "personal_chat")
-                    mine |= {turn.author} if turn.me else set()
-    order = sorted(set(total) - mine, key=lambda name: (-private[name], -total[name], name))
-    return [{"name": name, "messages": total[name]} for name in order]
-
-
-def count_tokens(folder, options):
+def count_tokens(path, options):
     """Tokens, rows and how full they are, with the tokenizer that --tokenizer names."""
     import tokenizer
 
     words = tokenizer.load(options.tokenizer)
-    packed = rows(folder / "train.jsonl", words, options.seq_len)
-    written = (render(talk.turns, specials=words.specials).text for talk in load_sessions(folder / "train.jsonl"))
+    packed, talks = rows(path, words, options.seq_len), load_sessions(path)
+    mine = [text for talk in talks for turn in talk.turns if turn.me for text in turn.messages if not MARK.fullmatch(text)]
     return {
-        "written": sum(len(words.encode(text)[0]) for text in written),
+        "written": sum(len(words.encode(render(talk.turns, specials=words.specials).text)[0]) for talk in talks),
         "computed": sum(len(row.ids) for row in packed),
         "trained": sum(int((row.labels != IGNORED).sum()) for row in packed),
         "rows": len(packed),
         "filled": filled(packed, options.seq_len),
+        "per_1000_characters": doctor.density(random.Random(0).sample(mine, min(len(mine), doctor.SAMPLE)), words),
     }
 
 
-def show(report, example, options):
-    """The report for a person, and one session with what will be trained in colour."""
-
-    def line(count, what, reasons=()):
-        left = "".join(f"\n{'':>10}- {n:,} {why}" for why, n in sorted(dict(reasons).items(), key=lambda item: -item[1]))
-        print(f"{count:>9,} {what}{left}")
-
-    line(report["chats"], "chats", report["chats_left_out"])
-    line(report["messages"], "messages in the chats that belong", report["messages_left_out"])
-    line(report["my_messages"], "of them mine")
-    line(report["sessions"], f"sessions (cut at {options.gap_minutes:g} minutes of silence)", report["sessions_left_out"])
-    kept = report["sessions_kept"]
-    line(sum(kept.values()), f"sessions kept: {kept['train']:,} to train on, the latest {kept['val']:,} to validate")
-    if tokens := report.get("tokens"):
-        line(tokens["written"], "tokens in the sessions to train on")
-        line(tokens["computed"], "tokens computed: none behind my last word or far before the next, some twice as context")
-        line(
-            tokens["rows"],
-            f"rows of {options.seq_len:,} tokens, {tokens['filled']:.1%} filled; {tokens['trained']:,} of their tokens trained",
-        )
-    if report["only_mine"]:
-        print(f"\nOnly my own messages were exported from: {', '.join(report['only_mine'][:5])}. There is nothing to answer in them:\n"
-              "export again and untick 'Only my messages'.")  # fmt: skip
-    document = render(example.turns)
-    coloured, end = "", 0
-    paint = "\033[32m{}\033[0m" if sys.stdout.isatty() else "{}"
+def show(session):
+    """Print a session with what will be trained in colour."""
+    document, green = render(session.turns), sys.stdout.isatty()
+    text, end = "", 0
     for begin, stop in document.targets:
-        coloured += document.text[end:begin] + paint.format(document.text[begin:stop])
+        text += document.text[end:begin] + ("\033[32m{}\033[0m" if green else "{}").format(document.text[begin:stop])
         end = stop
-    print(
-        f"\nOne session, with what is trained {'in green' if sys.stdout.isatty() else 'being my turns'}:\n\n{coloured}{document.text[end:]}"
-    )
-    if not options.dry_run:
-        print(
-            f"Written to {options.out}/. Read it, edit it; then: python train.py --lora"
-            + ("" if options.out == "data" else f" --data {options.out}")
-        )
+    print(f"One session, with what is trained {'in green' if green else 'being my turns'}:\n\n{text}{document.text[end:]}")
+
+
+# --- what people want gone
+
+
+def forget(folder, names):
+    """Take people out of data/ itself: their personal chats, their messages in groups, their name in the persona."""
+    persona, parts = config.read_json(folder / "persona.json"), {}
+    people = {contact["name"]: contact["name"] for contact in persona["contacts"]}
+    gone = set()
+    for said in names:
+        if not (matches := called(said, people)):
+            raise UserError(f"--forget {said}: {folder}/persona.json knows nobody of that name", "Write it as it stands there.")
+        gone |= set(matches)
+    before = after = 0
+    for part in ("train", "val"):
+        kept = []
+        for talk in load_sessions(folder / f"{part}.jsonl"):
+            before += 1
+            theirs = any(turn.author in gone for turn in talk.turns)
+            talk.turns = [turn for turn in talk.turns if turn.author not in gone]
+            if not theirs or (talk.type != "personal_chat" and not why_not(talk)):
+                kept.append(talk.to_json() + "\n")
+        parts[part] = kept
+        after += len(kept)
+    for part, lines in parts.items():
+        config.write_text(folder / f"{part}.jsonl", "".join(lines))
+    config.write_json(folder / "persona.json", persona | {"contacts": [c for c in persona["contacts"] if c["name"] not in gone]})
+    for path in [folder / "report.json", *(folder / "cache").glob("*")]:
+        path.unlink(missing_ok=True)
+    print(f"{', '.join(sorted(gone))} forgotten in {folder}/: {before - after:,} of {before:,} sessions went.")
+    print(AFTER_FORGETTING)
+
+
+def wipe(root):
+    """List the folders below `root` that hold chats or what was made of them, ask, and delete what our programs wrote in them."""
+    found = {}
+    for folder, inner, files in os.walk(root):
+        inner[:] = [name for name in inner if name not in (".git", ".venv")]
+        if {"train.jsonl", "val.jsonl"} <= {*files} or {"run.json", "metrics.jsonl"} <= {*files} or "persona.json" in files:
+            ours = {path for pattern in OURS for path in Path(folder).glob(pattern)}
+            found[Path(folder)] = sorted(path for one in ours for path in ([one, *one.rglob("*")] if one.is_dir() else [one]))
+            inner[:] = [name for name in inner if Path(folder) / name not in ours]
+    if not found:
+        print(f"Nothing below {root.resolve()} holds chats, as far as our own files go.")
+        return
+    for folder, paths in found.items():
+        size = sum(path.lstat().st_size for path in paths) / 1e6
+        print(f"{size:>10,.1f} MB  {folder}/  {', '.join(sorted({path.relative_to(folder).parts[0] for path in paths}))}")
+    if input("Delete all of these? They can't be brought back. Type yes: ").strip().lower() != "yes":
+        print("Nothing was deleted.")
+        return
+    for folder, paths in found.items():
+        for path in reversed(paths):  # what is in a folder before the folder
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        if folder != root and not any(folder.iterdir()):
+            folder.rmdir()
+        elif left := sorted(path.name for path in folder.iterdir()):
+            print(f"Left in {folder}/, for it isn't ours: {', '.join(left[:8])}")
+    print("Deleted. The exports themselves, and copies elsewhere (a rented machine, a backup), are yours to delete.")
 
 
 if __name__ == "__main__":

@@ -1,218 +1,231 @@
-"""Telegram Desktop's `result.json`, full or of a single chat, read as a stream."""
+"""Telegram Desktop's `result.json`, full or of a single chat, read as a stream and, where it is damaged, as far as it goes."""
 
 import datetime
 import json
+import re
 
 from config import UserError
-from exports import DELETED, Chat, Message
+from exports import DELETED, WHAT_TO_GIVE, Chat, Message, forward
+from exports.repair import Cursor, Damaged, mend
 
-PIECE = 1 << 20  # characters read at a time
+PASSES = 1  # over the file
+# Telegram writes these keys first, in this order; nothing that people typed can look like it, for their quotes are escaped.
+BEGINS = re.compile(
+    r"""\{\s*"id"\s*:\s*-?\d+\s*,\s*"type"\s*:\s*"(?:message|service|unsupported)"
+    |(?:\{\s*(?:"name"\s*:\s*(?P<name>null|"(?:[^"\\]|\\.)*+")\s*,\s*)?)?
+     "type"\s*:\s*(?P<type>null|"\w*")\s*,\s*"id"\s*:\s*(?P<id>-?\d+)\s*,\s*"messages"\s*:\s*(?=\[)""",
+    re.VERBOSE,
+)
+ISO = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", re.ASCII).fullmatch
 MEDIA = {"voice_message": "<voice>", "video_message": "<video>", "video_file": "<video>", "animation": "<gif>", "audio_file": "<audio>"}
-WHAT_TO_GIVE = "Give the result.json that Telegram Desktop wrote (Settings > Advanced > Export, format JSON)."
+MARKS = (
+    ("photo", "<photo>"),
+    ("file", "<file>"),
+    ("poll", "<poll>"),
+    ("todo_list", "<list>"),
+    ("contact_information", "<contact>"),
+    ("location_information", "<location>"),
+    ("place_name", "<location>"),
+    ("game_title", "<game>"),
+)
+NAMELESS = {"saved_messages": "Saved Messages", "replies": "Replies", "verification_codes": "Verification Codes"}
+KINDS = {
+    "user": ("personal_chat", "bot_chat", "saved_messages", "replies", "verification_codes"),
+    "chat": ("private_group",),
+    "channel": ("private_supergroup", "public_supergroup", "private_channel", "public_channel"),
+}
 
 
-class Cursor:
-    """A place in a JSON file. Containers are walked, values are decoded whole; a value may be cut by the end of what was read so far."""
-
-    def __init__(self, file, path):
-        self.file, self.path, self.text, self.at, self.ended = file, path, "", 0, False
-        self.decode = json.JSONDecoder(strict=False).raw_decode
-
-    def more(self):
-        try:
-            piece = self.file.read(PIECE)
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self.path} is not UTF-8 text: {error.reason}",
-                WHAT_TO_GIVE,
-            ) from None
-        self.text, self.at, self.ended = self.text[self.at :] + piece, 0, not piece
-
-    def peek(self):
-        """The next character that isn't white space; "" at the end of the file."""
-        while True:
-            while self.at < len(self.text) and self.text[self.at] in " \n\r\t":
-                self.at += 1
-            if self.at < len(self.text) or self.ended:
-                return self.text[self.at : self.at + 1]
-            self.more()
-
-    def expect(self, characters):
-        found = self.peek()
-        if not found or found not in characters:
-            raise UserError(
-                f"{self.path} breaks off or is damaged: {found or 'its end'!r} where one of {characters!r} belongs",
-                "Export again, or cut the file after its last whole chat.",
-            )
-        self.at += 1
-        return found
-
-    def value(self):
-        """Decode the value that begins here."""
-        self.peek()
-        while True:
-            try:
-                value, end = self.decode(self.text, self.at)
-                if end < len(self.text) or self.ended:  # a number that ends with the text may go on
-                    self.at = end
-                    return value
-            except json.JSONDecodeError as error:
-                cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - 16  # `tru`, `\\u00`: the rest is still unread
-                if self.ended or not cut:
-                    raise UserError(
-                        f"{self.path} breaks off or is damaged: {error.msg}",
-                        "Export again.",
-                    ) from None
-            self.more()
-
-    def keys(self):
-        """Walk an object: yield each key with the cursor on its value, which the caller must consume."""
-        self.expect("{")
-        if self.peek() == "}":
-            self.at += 1
-            return
-        while True:
-            key = self.value()
-            self.expect(":")
-            yield key
-            if self.expect(",}") == "}":
-                return
-
-    def elements(self):
-        """Walk an array: yield with the cursor on each element, which the caller must consume."""
-        self.expect("[")
-        if self.peek() == "]":
-            self.at += 1
-            return
-        while True:
-            yield
-            if self.expect(",]") == "]":
-                return
-
-    def items(self):
-        """Walk an array: yield its elements, decoded."""
-        for _ in self.elements():
-            yield self.value()
+def recognises(head):
+    return head.lstrip("\ufeff \t\r\n").startswith("{")
 
 
-def read(path):
-    """See `exports.read`."""
-    with open(path, encoding="utf-8-sig") as file:
-        cursor = Cursor(file, path)
-        if cursor.peek() != "{":
-            raise UserError(
-                f"{path} is not a Telegram export: it doesn't begin with {{",
-                WHAT_TO_GIVE,
-            )
-        owner, found = None, False
-        chat = {}  # a single-chat export is a chat at the root
+def read(source, notes):
+    """See `exports.read`. A file that is damaged between its messages is read on chat by chat, wherever one plainly begins."""
+    cursor, account = Cursor(source.pieces(notes), BEGINS, notes), {}
+    try:
+        yield from chats(cursor, source, account)
+    except Damaged:
+        notes["places where a file breaks off or is damaged between messages"] += 1
+        yield from rest(cursor, source, account)
+    if "found" not in account:
+        raise UserError(f"{source} is not a Telegram export: neither chats nor messages in it", WHAT_TO_GIVE)
+
+
+def chats(cursor, source, account):
+    """Walk the whole file. The root of a single chat's export is that chat."""
+
+    def one():
+        header, held = {}, None
         for key in cursor.keys():
-            if key == "personal_information":
-                owner = peer((cursor.value() or {}).get("user_id"))
+            if key == "messages" and "type" in header:
+                yield from messages_here(cursor, source, header, account)
+            elif key == "messages":  # another tool has sorted the keys: the messages are held until it is known whose they are
+                held = list(cursor.messages())
+            elif key in ("name", "type", "id"):
+                header[key] = cursor.value()
+            elif key == "personal_information":
+                account["owner"] = owner(cursor)
             elif key in ("chats", "left_chats"):
-                found = True
-                for inner in cursor.keys():
-                    if inner != "list":
-                        cursor.value()
-                        continue
-                    for _ in cursor.elements():
-                        yield from chats(cursor, {}, owner)
-            elif key == "messages":
-                found = True
-                yield from messages_here(cursor, chat, None)
+                account["found"] = True
+                yield from listed()
             else:
-                chat[key] = cursor.value()
-        if not found:
-            raise UserError(
-                f"{path} is not a Telegram export: neither chats nor messages in it",
-                WHAT_TO_GIVE,
-            )
+                cursor.skip()
+        if held is not None:
+            account["found"] = True
+            yield describe(header, account), messages(held, source)
+
+    def listed():
+        for key in cursor.keys():
+            if key == "list":
+                for _ in cursor.elements():
+                    yield from one()
+            else:
+                cursor.skip()
+
+    yield from one()
 
 
-def chats(cursor, header, owner):
-    """One chat of the list, when its messages are reached; they are held where another tool has put them before the type."""
-    held = None
-    for key in cursor.keys():
-        if key != "messages":
-            header[key] = cursor.value()
-        elif "type" in header:
-            yield from messages_here(cursor, header, owner)
+def rest(cursor, source, account):
+    """Read on behind a damage: every chat whose head is whole."""
+    while True:
+        cursor.at = cursor.find(0)
+        begins = BEGINS.match(cursor.text, cursor.at)
+        if not begins and cursor.ended:
+            return
+        if not begins:
+            cursor.more()
+        elif not begins["type"]:
+            cursor.notes["messages of chats whose head is damaged, left out"] += 1
+            cursor.at = begins.end()
         else:
-            held = list(cursor.items())
-    if held is not None:
-        yield describe(header, owner), map(message, held)
+            cursor.at = begins.end()
+            header = {key: json.loads(mend(begins[key] or "null"), strict=False) for key in ("name", "type", "id")}
+            try:
+                yield from messages_here(cursor, source, header, account)
+            except Damaged:
+                continue
 
 
-def messages_here(cursor, header, owner):
+def messages_here(cursor, source, header, account):
     """Yield the (Chat, messages) whose array begins at the cursor, then move behind what the caller left unread."""
-    raw = cursor.items()
-    yield describe(header, owner), map(message, raw)
+    account["found"] = True
+    raw = cursor.messages()
+    yield describe(header, account), messages(raw, source)
     for _ in raw:
         pass
+    if cursor.lost:
+        raise Damaged
 
 
-def describe(header, owner):
-    return Chat(str(header.get("id")), header.get("type") or "unknown", whole(header.get("name") or DELETED), owner)
+def owner(cursor):
+    found = re.compile(r'\{\s*"user_id"\s*:\s*(\d+)').match(cursor.text, cursor.at)  # of use where the rest is damaged
+    try:
+        number = cursor.value().get("user_id")
+    except (Damaged, AttributeError):
+        number = found and found[1]
+    return f"user{number}" if number else None
+
+
+def describe(header, account):
+    kind, number = header.get("type") or "unknown", str(header.get("id"))
+    if kind == "saved_messages" and not account.get("owner"):
+        account["owner"] = f"user{number}"
+    key = next((peer for peer, kinds in KINDS.items() if kind in kinds), kind) + number  # a group that turns public stays itself
+    name = header.get("name") or NAMELESS.get(kind)
+    return Chat(key, number, kind, whole(name) if isinstance(name, str) else DELETED, account.get("owner"))
 
 
 def peer(value):
-    """`user123` for `user123`, `123` or 123 (bare numbers were written before 2021-04); None stays None."""
-    return f"user{value}" if value is not None and str(value).isdigit() else value
+    """`user123` for `user123`, `123` or 123; None for what is no id. A bare number (before 2021-04) says the kind of peer above 32 bits."""
+    if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()):
+        kind, number = divmod(int(value), 1 << 32)
+        return f"{ {1: 'chat', 2: 'channel'}.get(kind, 'user') }{number if kind in (1, 2) else value}"
+    return value if isinstance(value, str) and value.isalnum() else None
 
 
 def flat(text):
     """A string, or a list that mixes strings and `{type, text}`, of whatever type."""
-    return text if isinstance(text, str) else "".join(part if isinstance(part, str) else part.get("text", "") for part in text or ())
+    if isinstance(text, list):
+        return "".join(part if isinstance(part, str) else str(part.get("text", "")) if isinstance(part, dict) else "" for part in text)
+    return text if isinstance(text, str) else ""
 
 
 def whole(text):
     """Text without half characters (lone surrogates, which JSON can spell and no file can hold)."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def seconds(raw):
-    """When a message was sent, in seconds since 1970; None where neither of its dates can be read."""
     try:
-        if "date_unixtime" in raw:
-            return int(raw["date_unixtime"])
-        return int(datetime.datetime.fromisoformat(raw["date"]).replace(tzinfo=datetime.UTC).timestamp())
-    except (KeyError, TypeError, ValueError):
-        return None
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def message(raw):
+def messages(found, source):
+    """Decoded objects → Messages. One without a date is as late as the one before it."""
+    last = 0
+    for raw in found:
+        one = message(raw, last, source)
+        last = one.at
+        yield one
+
+
+def message(raw, last, source):
     """One JSON object → Message. What is no message of somebody's own says so in `left_out`."""
     if not isinstance(raw, dict):
-        raw = {}
-    at, text, kind = seconds(raw), whole(flat(raw.get("text", ""))).strip(), raw.get("type")
+        return Message(None, None, None, last, iso(last), "", "damaged messages")
+    get = raw.get
+    number, author, name, date, kind = get("id"), get("from_id"), get("from"), get("date"), get("type")
+    text, left_out = "", ""
+    at = seconds(get("date_unixtime"), date, last)
+    if author.__class__ is not str or author.isdecimal() or not author.isalnum():
+        author = peer(author)
     if kind != "message":
         left_out = "service messages" if kind == "service" else "messages of an unsupported kind"
     elif "forwarded_from" in raw or "saved_from" in raw:
         left_out = "forwards"
-    elif "via_bot" in raw:
-        left_out = "written via a bot"
-    elif at is None or raw.get("from_id") is None:
+    elif "via_bot" in raw or "inline_bot_buttons" in raw:
+        left_out = "written by or via a bot"
+    elif at is None or author is None:
         left_out = "messages without author or date"
     else:
-        text = text or mark(raw)
+        text = get("text")
+        text = whole(text if text.__class__ is str else flat(text)).strip() or mark(raw, source)
         left_out = "" if text else "messages without text"
-    date = raw.get("date") or datetime.datetime.fromtimestamp(at or 0, datetime.UTC).isoformat()[:19]
-    return Message(peer(raw.get("from_id")), whole(raw.get("from") or "") or None, at or 0, date, text, left_out)
+    at = last if at is None else at
+    if date.__class__ is not str or not ISO(date):
+        date = iso(at)
+    if name is not None:
+        name = whole(name) if isinstance(name, str) else None
+    return Message(number if isinstance(number, int) and abs(number) < 1 << 62 else None, author, name, at, date, text, left_out)
 
 
-def mark(raw):
-    """What stands for a message without words: a sticker is its emoji, other media are a mark."""
-    if raw.get("media_type") == "sticker":
-        return raw.get("sticker_emoji") or "<sticker>"
-    if raw.get("media_type") in MEDIA:
-        return MEDIA[raw["media_type"]]
-    for key, shown in (
-        ("photo", "<photo>"),
-        ("file", "<file>"),
-        ("poll", "<poll>"),
-        ("contact_information", "<contact>"),
-        ("location_information", "<location>"),
-    ):
-        if key in raw:
-            return shown
-    return ""
+def seconds(unixtime, date, last):
+    """When a message was sent, in seconds since 1970; where only its local time is known, that. None when neither can be read."""
+    try:
+        at = int(unixtime)
+        if 0 <= at < 1 << 37:  # the year 6325
+            return at
+    except (TypeError, ValueError):
+        pass
+    try:
+        return forward(int(datetime.datetime.fromisoformat(date).replace(tzinfo=datetime.UTC).timestamp()), last)
+    except (TypeError, ValueError):
+        return None
+
+
+def iso(at):
+    return datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat()[:19]
+
+
+def mark(raw, source):
+    """What stands for a message without words: a transcript that lies beside a voice message, a sticker's emoji, else a mark."""
+    media, file = raw.get("media_type"), raw.get("file")
+    if media in ("voice_message", "video_message") and isinstance(file, str):
+        said = source.beside(file.rpartition(".")[0] + ".txt") or source.beside(file + ".txt")
+        if said and said.strip():
+            return said.strip()
+    if media == "sticker":
+        return whole(flat(raw.get("sticker_emoji"))) or "<sticker>"
+    if isinstance(media, str) and media in MEDIA:
+        return MEDIA[media]
+    return next((shown for key, shown in MARKS if key in raw), "")

@@ -1,8 +1,10 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import command, refused
+from conftest import ROOT, command, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,12 +14,14 @@ from data import IGNORED, Session, Turn
 from exports import Chat, Message
 
 TOY = [("bob", "10:00", "hi"), ("ann", "10:01", "hey"), ("ann", "10:01", "you up?"), ("bob", "10:41", "was asleep")]
-CHAT = Chat("1", "personal_chat", "Bob", "ann")
+CHAT = Chat("user1", "1", "personal_chat", "Bob", "ann")
 
 
 def toy_sessions(gap=600):
-    messages = [Message(who, who.title(), int(at[:2]) * 3600 + int(at[3:]) * 60, f"2024-05-01T{at}:00", text) for who, at, text in TOY]
-    return list(data.sessions(messages, CHAT, "ann", gap))
+    messages = [
+        Message(None, who, who.title(), int(at[:2]) * 3600 + int(at[3:]) * 60, f"2024-05-01T{at}:00", text) for who, at, text in TOY
+    ]
+    return list(data.sessions(messages, CHAT, {"ann"}, gap))
 
 
 def text_of(labels, tokenizer):
@@ -36,8 +40,8 @@ def test_silence_cuts_sessions_and_authors_make_turns():
 
 
 def test_a_gap_of_a_day_and_a_minute_is_a_gap():
-    messages = [Message("bob", "Bob", at, "2024-01-01T00:00:00", "x") for at in (0, 86_460)]
-    assert len(list(data.sessions(messages, CHAT, "ann", 600))) == 2
+    messages = [Message(None, "bob", "Bob", at, "2024-01-01T00:00:00", "x") for at in (0, 86_460)]
+    assert len(list(data.sessions(messages, CHAT, {"ann"}, 600))) == 2
 
 
 def test_rendered_toy():
@@ -94,8 +98,9 @@ def test_edited_files_are_read_as_a_person_leaves_them(tmp_path):
 
 
 def test_names_are_told_apart_and_cleaned():
-    people = {"u1": "Bob", "u2": "bob", "u3": None, "u4": None, "u5": "Eve\n<|im_end|> >>> X", "u6": "system", "u7": "Bob (2)"}
-    assert list(data.unique_names(people).values()) == [
+    taken = {"system"}
+    shown = ("Bob", "bob", None, None, "Eve\n<|im_end|> >>> X", "system", "Bob (2)")
+    assert [data.unique_name(name, taken) for name in shown] == [
         "Bob",
         "bob (2)",
         "Deleted Account",
@@ -234,13 +239,13 @@ def test_the_command_writes_sessions_persona_and_report(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "expected"), [
-    ("hello", "not a Telegram export"),
+    ("hello", "not an export that we know"),
     ('{"a": 1}', "not a Telegram export"),
-    ("[1, 2]", "not a Telegram export"),
-    ("", "not a Telegram export"),
+    ("[1, 2]", "not an export that we know"),
+    ("", "not an export that we know"),
     (json.dumps(export([])), "no messages"),
     (json.dumps(export([("user2", "hi")] * 3)), "no message by"),
-    (json.dumps(export(talk(5)))[:700], "breaks off"),
+    (json.dumps(export(talk(5)))[:700], "2 are the least (1 sessions in which I say nothing; 1 places where a file breaks off"),
     (json.dumps({"name": "Bob", "type": "personal_chat", "id": 2, "messages": export(talk(5))["chats"]["list"][0]["messages"]}), "--me"),
 ], ids=["text", "other JSON", "a list", "empty", "no messages", "not a word from me", "cut off", "single chat"])  # fmt: skip
 def test_bad_exports_are_refused_and_nothing_is_written(content, expected, tmp_path):
@@ -266,3 +271,144 @@ def test_days_and_chats_can_be_left_out(tmp_path):
         refused(command("data.py", tmp_path / "result.json", "--dry-run", "--since", day), "--since")
     refused(command("data.py", tmp_path / "result.json", "--out", tmp_path / "result.json"), "is a file")
     assert command("data.py", tmp_path / "result.json", "--dry-run", "--until", "2023-11-14").returncode == 0
+
+
+def whatsapp(*lines):
+    return "".join(f"14/03/2021, {10 + n // 60}:{n % 60:02} - {who}: {text}\n" for n, (who, text) in enumerate(lines))
+
+
+def folder(tmp_path, *names):
+    return [json.loads((tmp_path / "data" / name).read_text()) for name in names]
+
+
+def turns_of(tmp_path):
+    lines = [json.loads(line) for part in ("train", "val") for line in (tmp_path / "data" / f"{part}.jsonl").read_text().splitlines()]
+    return [(talk["chat"], turn["author"], turn["me"], text) for talk in lines for turn in talk["turns"] for text in turn["messages"]]
+
+
+def made(tmp_path, *words):
+    done = command("data.py", *words, "--out", tmp_path / "data")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_several_exports_and_messengers_are_one_voice(tmp_path):
+    everything = talk(12)
+    (tmp_path / "old.json").write_text(json.dumps(export(everything[:16])))
+    new = export(everything)
+    del new["chats"]["list"][0]["messages"][:8]
+    (tmp_path / "new.json").write_text(json.dumps(new))
+    (tmp_path / "WhatsApp Chat with Zoe.txt").write_text(whatsapp(*[("Zoe", "tea?"), ("Ann M.", "yes")] * 3))
+    given = (tmp_path / "old.json", tmp_path / "new.json", tmp_path / "WhatsApp Chat with Zoe.txt")
+    refused(command("data.py", *given, "--dry-run"), "Zoe.txt: the export doesn't say whose it is", "Ann M.")
+    made(tmp_path, *given, "--me", "Ann M.")
+    found = turns_of(tmp_path)
+    assert sorted(text for chat, *_, text in found if chat == "Bob") == sorted(text["text"] for _, text in everything)
+    assert {(author, me) for _, author, me, _ in found} == {("Ann", True), ("Bob", False), ("Zoe", False)}
+    persona, report = folder(tmp_path, "persona.json", "report.json")
+    assert persona["me"] == "Ann" and report["my_messages"] == 15 and report["messages"] == 30
+
+
+def test_two_contacts_of_one_name_stay_apart_and_me_must_say_which(tmp_path):
+    both = export(talk(10))
+    for message in both["chats"]["list"][0]["messages"]:
+        message["from"] = "Sam"
+    (tmp_path / "result.json").write_text(json.dumps(both))
+    refused(command("data.py", tmp_path / "result.json", "--dry-run", "--me", "Sam"), "several people", "user1", "user2")
+    made(tmp_path, tmp_path / "result.json")
+    assert {(author, me) for _, author, me, _ in turns_of(tmp_path)} == {("Sam", True), ("Sam (2)", False)}
+
+
+def test_secrets_are_replaced_before_anything_is_written_and_counted(tmp_path):
+    spoken = talk(10)
+    spoken[0][1]["text"], spoken[1][1]["text"] = "call +49 170 1234567 or bob@example.org", "пароль: qwerty12"
+    (tmp_path / "result.json").write_text(json.dumps(export(spoken)))
+    said = made(tmp_path, tmp_path / "result.json")
+    everything = "".join(path.read_text() for path in (tmp_path / "data").glob("*.json*")) + said
+    assert "1234567" not in everything and "bob@" not in everything and "qwerty" not in everything
+    assert "call <phone> or <email>" in everything and "пароль: <password>" in everything
+    assert folder(tmp_path, "report.json")[0]["secrets"] == {"phone": 1, "email": 1, "password": 1}
+    kept = command("data.py", tmp_path / "result.json", "--out", tmp_path / "data", "--overwrite", "--keep-secrets")
+    assert kept.returncode == 0 and "qwerty12" in (tmp_path / "data" / "train.jsonl").read_text()
+
+
+def group(*messages):
+    listed = [
+        {
+            "id": n,
+            "type": "message",
+            "date": "2023-11-14T22:13:20",
+            "date_unixtime": str(1_700_000_000 + n),
+            "from": name,
+            "from_id": who,
+            "text": text,
+        }
+        for n, (who, name, text) in enumerate(messages)
+    ]
+    return {"name": "Club", "type": "private_group", "id": 9, "messages": listed}
+
+
+def test_a_person_is_forgotten_in_chats_groups_and_the_persona(tmp_path):
+    value = export(talk(10))
+    eve = json.loads(json.dumps(value["chats"]["list"][0]).replace("Bob", "Eve").replace("user2", "user3"))
+    value["chats"]["list"] += [
+        eve | {"name": "Eve", "id": 3},
+        group(("user3", "Eve", "psst"), ("user2", "Bob", "hello"), ("user1", "Ann", "hi")),
+    ]
+    (tmp_path / "result.json").write_text(json.dumps(value))
+    refused(command("data.py", tmp_path / "result.json", "--dry-run", "--forget", "Ev"), "nobody has that name", "Eve (user3")
+    refused(command("data.py", tmp_path / "result.json", "--dry-run", "--forget", "Ann"), "that is me")
+    said = made(tmp_path, tmp_path / "result.json", "--forget", "eve")
+    files = "".join(path.read_text() for path in (tmp_path / "data").iterdir())
+    assert "Eve" not in files and "psst" not in files and "hello" in files and "trained anew" in said
+
+    made(tmp_path / "again", tmp_path / "result.json")  # and the same where data/ is there already
+    data_folder = tmp_path / "again" / "data"
+    refused(command("data.py", "--out", data_folder, "--forget", "Zed"), "knows nobody")
+    assert command("data.py", "--out", data_folder, "--forget", "Eve").returncode == 0
+    files = "".join(path.read_text() for path in data_folder.iterdir())
+    assert "Eve" not in files and "psst" not in files and "hello" in files and "Bob" in (data_folder / "persona.json").read_text()
+
+
+def test_wipe_lists_asks_and_deletes_only_what_is_ours(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps(export(talk(10))))
+    made(tmp_path, tmp_path / "result.json")
+    (tmp_path / "ckpt" / "resume").mkdir(parents=True)
+    for name in ("run.json", "metrics.jsonl", "adapter_model.safetensors", "resume/0.safetensors", "diary.txt"):
+        (tmp_path / "ckpt" / name).write_text("x")
+    run = [sys.executable, ROOT / "data.py", "--wipe"]
+    no = subprocess.run(run, cwd=tmp_path, input="no\n", capture_output=True, text=True)
+    assert no.returncode == 0 and "train.jsonl" in no.stdout and (tmp_path / "data" / "train.jsonl").exists()
+    yes = subprocess.run(run, cwd=tmp_path, input="yes\n", capture_output=True, text=True)
+    assert yes.returncode == 0 and "diary.txt" in yes.stdout, yes.stderr
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert left == ["ckpt/diary.txt", "result.json"] and not (tmp_path / "data").exists()
+
+
+def test_the_report_says_what_is_lopsided_and_whether_it_is_enough(tmp_path):
+    value = export(
+        [(who, {"text": text, "later": 3600 * (i // 2)}) for i, (who, text) in enumerate([("user2", "how are you?"), ("user1", "ок")] * 20)]
+    )
+    value["chats"]["list"].append(group(("user1", "Ann", "am I alone here?")))
+    (tmp_path / "result.json").write_text(json.dumps(value))
+    said = made(tmp_path, tmp_path / "result.json")
+    (report,) = folder(tmp_path, "report.json")
+    assert (
+        report["only_mine"] == ["Club"] and report["largest_chat"] == {"name": "Bob", "share": 1.0} and report["scripts"]["Cyrillic"] == 40
+    )
+    assert report["short_share"] > 0.9 and report["trained_messages"] == 16 and report["days"] == ["2023-11-14", "2023-11-14"]
+    for words in ("too little", "100% of your turns", "at most 3 letters", "untick 'Only my messages'"):
+        assert words in said and any(words in line for line in report["verdict"])
+
+
+def test_left_out_chats_can_be_asked_for(tmp_path):
+    value = export(talk(10))
+    notes = export([("user1", {"text": f"note {i}", "later": 3600 * i}) for i in range(20)])["chats"]["list"][0]
+    value["chats"]["list"].append(notes | {"name": None, "type": "saved_messages", "id": 1})
+    (tmp_path / "result.json").write_text(json.dumps(value))
+    made(tmp_path, tmp_path / "result.json")
+    assert folder(tmp_path, "report.json")[0]["chats_left_out"] == {"saved_messages": 1}
+    for asked in ("Saved messages", "saved_messages", "1"):
+        made(tmp_path, tmp_path / "result.json", "--overwrite", "--include", asked)
+        assert ("Saved Messages", "Ann", True, "note 3") in turns_of(tmp_path)
+    refused(command("data.py", tmp_path / "result.json", "--dry-run", "--exclude", "personal_chat"), "1 excluded")

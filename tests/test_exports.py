@@ -1,9 +1,14 @@
+import collections
 import json
+import re
+import zipfile
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import exports
-from exports import telegram
+from config import UserError
 
 
 def write(tmp_path, value, **dump):
@@ -58,9 +63,9 @@ def test_a_single_chat_is_an_export_without_an_owner(tmp_path):
 
 
 @pytest.mark.parametrize("indent", [None, 0, 1, 4])
-@pytest.mark.parametrize("piece", [7, 1 << 20])
+@pytest.mark.parametrize("piece", [7, 1 << 16])
 def test_layout_and_reading_size_change_nothing(tmp_path, indent, piece, monkeypatch):
-    monkeypatch.setattr(telegram, "PIECE", piece)
+    monkeypatch.setattr(exports, "PIECE", piece)
     value = full(chat({"text": 'ö\u2028"\\ 🦆 }]'}, {"text": "b" * 50}), chat(id=12345))
     found = read(write(tmp_path, value, indent=indent, ensure_ascii=indent == 4))
     assert [m.text for _, messages in found for m in messages] == ['ö\u2028"\\ 🦆 }]', "b" * 50]
@@ -83,9 +88,15 @@ def test_text_is_a_string_or_a_list_of_any_entities(tmp_path):
     ({"photo": "(File not included.)", "text": "the sea"}, "the sea"),
     ({"file": "a.zip"}, "<file>"),
     ({"location_information": None}, "<location>"),
+    ({"place_name": "x", "address": "y"}, "<location>"),
+    ({"poll": {"question": ["a", {"type": "bold", "text": "b"}]}}, "<poll>"),
+    ({"todo_list": {"title": "x"}}, "<list>"),
+    ({"contact_information": {"phone_number": "1"}}, "<contact>"),
+    ({"game_title": "x"}, "<game>"),
     ({"forwarded_from": None, "text": "a"}, "forwards"),
     ({"forwarded_from": "Eve", "text": "a"}, "forwards"),
-    ({"via_bot": "@gif", "text": "a"}, "written via a bot"),
+    ({"via_bot": "@gif", "text": "a"}, "written by or via a bot"),
+    ({"inline_bot_buttons": [[{"type": "callback"}]], "text": "a"}, "written by or via a bot"),
     ({"type": "service", "action": "phone_call"}, "service messages"),
     ({"from": None, "text": "a"}, "a"),
     ({"text": ""}, "messages without text"),
@@ -118,3 +129,197 @@ def test_what_is_damaged_inside_a_message_costs_that_message_alone(tmp_path):
 def test_sorted_keys_are_read_too(tmp_path):
     found = read(write(tmp_path, full(chat({"text": "a"}), chat({"text": "b"}, name="Eve")), sort_keys=True))
     assert [(c.name, c.type, m[0].text) for c, m in found] == [("Bob", "personal_chat", "a"), ("Eve", "personal_chat", "b")]
+
+
+# --- what isn't JSON, and what is broken
+
+
+def texts(path, notes=None):
+    return [m.left_out or m.text for _, messages in exports.read(path, notes) for m in messages]
+
+
+def written(tmp_path, text):
+    path = tmp_path / "result.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+SAID = [{"text": f"message {n}"} for n in range(4)]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(("old", "new", "expected"), [
+    ("message 1", r"bell\x07 rings", "bell\a rings"),
+    ("message 1", r"\\x41 and \x1f, \\\x1f.", "\\x41 and \x1f, \\\x1f."),
+    ("message 1", r"C:\windows", r"C:\windows"),
+    ("message 1", "a\nb\tc", "a\nb\tc"),
+    ('"text": "message 1"', '"document_id": video_files/s.webm, "text": "m"', "m"),
+    ('"text": "message 1"', '"document_id": (File not included. Change data exporting settings to download.), "text": "m"', "m"),
+    ('"text": "message 1"', '"text": "first", "text": "second"', "second"),
+    ('"text": "message 1"', '"text": "m", "document_id": true_story.webm', "m"),
+])  # fmt: skip
+def test_what_is_no_json_is_mended_and_counted(tmp_path, indent, old, new, expected):
+    text = json.dumps(full(chat(*SAID), chat(*SAID)), indent=indent)
+    notes = collections.Counter()
+    found = texts(written(tmp_path, text.replace(old, new, 1)), notes)
+    assert found == ["message 0", expected, "message 2", "message 3"] + [m["text"] for m in SAID] and notes.total() == 1
+
+
+def test_a_byte_order_mark_utf_16_and_damaged_bytes_are_read(tmp_path):
+    text = json.dumps(full(chat(*SAID, {"text": "ю"})), ensure_ascii=False)
+    for data in (text.encode("utf-8-sig"), text.encode("utf-16")):
+        assert len(texts(written(tmp_path, data))) == 5
+    notes = collections.Counter()
+    assert texts(written(tmp_path, text.encode().replace("ю".encode(), b"\xff\xfe")), notes)[4] == "\ufffd\ufffd"
+    assert notes == {"bytes that are no text": 2}
+
+
+def test_a_cut_off_export_gives_every_message_before_the_cut(tmp_path):
+    text = json.dumps(full(chat(*SAID), chat(*SAID)), indent=1)
+    ends = [m.end() for m in re.finditer(r"\n {4}\}", text)]
+    for cut in range(text.index('"messages"') + 12, len(text) - 3):
+        notes = collections.Counter()
+        found = [t for t in texts(written(tmp_path, text[:cut]), notes) if t.startswith("message")]
+        whole = re.findall(r'"text": "(message \d)"\n    \s?', text[:cut])
+        assert found == [f"message {n % 4}" for n in range(len(found))] and len(found) in (len(whole), len(whole) - 1), (cut, ends)
+        assert notes["places where a file breaks off or is damaged between messages"] == 1
+
+
+@pytest.mark.parametrize(("old", "new", "lost"), [
+    ('"message 1"', '"message 1', 1),
+    ('"date"', '}"date"', 1),
+    (r'"from_id": "user2",\s+"text": "message 1"', '"fr', 1),
+    (r'"message 3"\s+\}\s+\]', '"message 3"', 1),
+    (r'"message 0"\s+\},', '"message 0"}],', 0),
+    ('"message 1"', '"mess\0\0\0\0ge 1"', 1),
+])  # fmt: skip
+def test_damage_inside_a_chat_costs_the_messages_it_hit(tmp_path, old, new, lost):
+    broken, n = re.subn(old, new, json.dumps(full(chat(*SAID), chat(*SAID, name="Eve", id=3)), indent=1), count=1)
+    found = read(written(tmp_path, broken))
+    assert n == 1 and [c.name for c, _ in found] == ["Bob", "Eve"] and [m.text for m in found[1][1]] == [m["text"] for m in SAID]
+    kept = [m.text for m in found[0][1] if not m.left_out]
+    assert len(kept) >= 4 - lost and set(kept) <= {m["text"] for m in SAID}
+
+
+def test_messages_behind_a_damaged_head_are_given_to_nobody(tmp_path):
+    text = json.dumps(full(chat(*SAID), chat({"text": "to Eve"}, name="Eve", id=33), chat({"text": "to Zed"}, name="Zed", id=4)), indent=1)
+    notes = collections.Counter()
+    chats = exports.read(written(tmp_path, text.replace('"id": 33,', '"id" 33,')), notes)
+    assert [(c.name, m.text) for c, messages in chats for m in messages] == [("Bob", m["text"]) for m in SAID] + [("Zed", "to Zed")]
+    assert notes["messages of chats whose head is damaged, left out"] == 1
+
+
+def test_what_stands_before_the_chats_may_be_broken(tmp_path):
+    text = json.dumps(full(chat(*SAID), left=[chat(*SAID, id=3)]), indent=1)
+    for broken in (text.replace('"a": [', '"a": \\x01 [['), text.replace('"user_id": 1', '"user_id": 1, "bio": "\\x01"')):
+        found = read(written(tmp_path, broken))
+        assert [(c.owner, len(m)) for c, m in found] == [("user1", 4)] * 2
+
+
+def test_hostile_files_end(tmp_path):
+    for text in (
+        '{"messages": ' + "[" * 100_000,
+        '{"a": "' + "x" * 3_000_000,
+        '{"id": ' + "9" * 100_000 + "}",
+        "{" * 1000,
+        '{"chats": {"list": [1, 2',
+    ):
+        with pytest.raises(UserError):
+            if not read(written(tmp_path, text)):
+                raise UserError("", "")
+    deep = json.dumps(full(chat(*SAID))).replace('"message 1"', "[" * 50_000)
+    assert texts(written(tmp_path, deep))[0] == "message 0"
+
+
+# --- who, when, and what lies beside
+
+
+@pytest.mark.parametrize(("written_id", "author"), [
+    (2, "user2"), ("2", "user2"), ("user2", "user2"), ("channel7", "channel7"), (4294967296 + 7, "chat7"), (8589934592 + 7, "channel7"),
+])  # fmt: skip
+def test_bare_ids_say_which_kind_of_peer_they_are(tmp_path, written_id, author):
+    ((_, (only,)),) = read(write(tmp_path, full(chat({"from_id": written_id, "text": "a"}))))
+    assert only.author == author
+
+
+def test_ids_of_different_kinds_do_not_collide_and_a_group_that_turns_public_stays_itself(tmp_path):
+    kinds = ("personal_chat", "private_group", "private_supergroup", "public_supergroup")
+    keys = [c.key for c, _ in read(write(tmp_path, full(*(chat(type=kind, id=5) for kind in kinds))))]
+    assert keys == ["user5", "chat5", "channel5", "channel5"]
+
+
+def test_the_hour_that_summer_time_repeats_is_no_way_back(tmp_path):
+    days = ["2021-10-31T02:50:00", "2021-10-31T02:10:00", "2021-10-31T02:55:00", "2021-11-02T10:00:00", "2021-11-02T09:30:00"]
+    ((_, messages),) = read(write(tmp_path, full(chat(*({"date": day, "text": "a"} for day in days)))))
+    first = messages[0].at
+    assert [m.at - first for m in messages] == [0, 0, 300, 198600, 196800] and [m.date for m in messages] == days
+
+
+def test_a_transcript_beside_a_voice_message_is_its_text(tmp_path):
+    (tmp_path / "voice_messages").mkdir()
+    (tmp_path / "voice_messages" / "audio_1.txt").write_text(" hello there\n")
+    (tmp_path / "secret.txt").write_text("no")
+    voice = {"media_type": "voice_message", "text": ""}
+    path = write(
+        tmp_path / "",
+        full(
+            chat(
+                *(
+                    {**voice, "file": f}
+                    for f in ("voice_messages/audio_1.ogg", "voice_messages/audio_2.ogg", "x/../secret.ogg", "(File not included)")
+                )
+            )
+        ),
+    )
+    assert texts(path) == ["hello there", "<voice>", "<voice>", "<voice>"]
+    with zipfile.ZipFile(tmp_path / "chat.zip", "w") as archive:
+        archive.write(path, "ChatExport/result.json")
+        archive.write(tmp_path / "voice_messages" / "audio_1.txt", "ChatExport/voice_messages/audio_1.txt")
+    path.unlink()
+    assert texts(tmp_path / "chat.zip") == ["hello there", "<voice>", "<voice>", "<voice>"]
+
+
+# --- what is generated comes back
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+PARTS = TEXTS | st.lists(TEXTS | st.fixed_dictionaries({"type": st.sampled_from(["bold", "link", "new"]), "text": TEXTS}), max_size=4)
+SPOKEN = st.fixed_dictionaries(
+    {"from_id": st.sampled_from(["user1", "user2", "user33", "channel2"]), "text": PARTS, "later": st.integers(0, 90_000)}
+)
+CHATS = st.lists(
+    st.tuples(st.sampled_from(["personal_chat", "private_group", "public_supergroup"]), st.lists(SPOKEN, max_size=12)),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(CHATS, st.sampled_from([None, 0, 1, 3]), st.booleans(), st.booleans(), st.booleans(), st.sampled_from([5, 64, 1 << 16]))
+def test_what_is_generated_comes_back_message_for_message(tmp_path_factory, chats, indent, ascii_only, sort, mark, piece):
+    listed, expected = [], []
+    for number, (kind, spoken) in enumerate(chats):
+        at, there = 1_600_000_000, []
+        for i, one in enumerate(spoken):
+            at += one["later"]
+            flat = one["text"] if isinstance(one["text"], str) else "".join(p if isinstance(p, str) else p["text"] for p in one["text"])
+            there.append(
+                {
+                    "id": i,
+                    "type": "message",
+                    "date": "2020-09-13T12:26:40",
+                    "date_unixtime": str(at),
+                    "from": None,
+                    "from_id": one["from_id"],
+                    "text": one["text"],
+                }
+            )
+            expected.append((kind, str(number), one["from_id"], at, flat.strip()))
+        listed.append({"name": f"chat {number}", "type": kind, "id": number, "messages": there})
+    path = tmp_path_factory.mktemp("generated") / "result.json"
+    text = json.dumps(full(*listed), indent=indent, ensure_ascii=ascii_only, sort_keys=sort)
+    path.write_text(text, encoding="utf-8-sig" if mark else "utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exports, "PIECE", piece)
+        notes = collections.Counter()
+        found = [(c.type, c.id, m.author, m.at, m.text) for c, messages in exports.read(path, notes) for m in messages]
+    assert found == expected and not notes

@@ -11,7 +11,8 @@ MAY = {
     "config": set(),
     "exports": {"config"},
     "tokenizer": {"config"},
-    "data": {"config", "exports", "tokenizer"},
+    "doctor": set(),
+    "data": {"config", "doctor", "exports", "tokenizer"},
     "model": set(),
     "lora": {"config", "model", "checkpoint", "tokenizer"},  # the last two inside main
     "checkpoint": {"config", "model", "lora"},

@@ -1,0 +1,128 @@
+"""What `data.py` says at its end about the chats it read: `report.json` for programs, and the same in words for a person."""
+
+import collections
+import functools
+import sys
+import unicodedata
+
+import numpy as np
+
+LETTERS = 1 << 20  # counted at once
+SAMPLE = 2_000  # of my messages, from which tokens per 1,000 characters are told
+ENOUGH = (  # my messages that are trained, and what to expect of fewer than that
+    (300, "too little: the base model with a few of your favourite words. Export more chats, or every year of them."),
+    (2_000, "little: your tone, your length and your favourite words; what you know and think hardly."),
+    (15_000, "enough for your style and for what you speak of often; rare facts it will make up."),
+    (float("inf"), "plenty, for style and background alike: `--epochs 2` may do, `python train.py` (full fine-tuning) is worth a look."),
+)
+
+
+@functools.cache
+def script(character):
+    """`Latin`, `Cyrillic`, `Cjk`…; "" for what is no letter."""
+    return unicodedata.name(character, "").split(" ")[0].title() if character.isalpha() else ""
+
+
+def scripts(characters):
+    """{character: how often} → {script: how many letters}, most first."""
+    counts = collections.Counter()
+    for character, n in characters.items():
+        counts[script(character)] += n
+    del counts[""]
+    return dict(counts.most_common())
+
+
+class Mine:
+    """What is counted over all of my messages, in little time: letters a megabyte at a time."""
+
+    def __init__(self):
+        self.messages = self.characters = self.short = 0
+        self.letters, self.waiting, self.room = np.zeros(sys.maxunicode + 1, dtype=np.int64), [], LETTERS
+
+    def add(self, texts):
+        text = "".join(texts)
+        self.messages += len(texts)
+        self.characters += len(text)
+        self.short += sum(len(text) <= 3 for text in texts)
+        self.waiting.append(text)
+        self.room -= len(text)
+        if self.room < 0:
+            self.count()
+
+    def count(self):
+        codes = np.frombuffer("".join(self.waiting).encode("utf-32-le"), dtype=np.uint32)
+        self.letters += np.bincount(codes, minlength=len(self.letters))
+        self.waiting, self.room = [], LETTERS
+
+    def scripts(self):
+        self.count()
+        return scripts({chr(code): int(self.letters[code]) for code in np.flatnonzero(self.letters)})
+
+
+def density(messages, tokenizer):
+    """Tokens per 1,000 characters of messages, by the script that most of a message's letters are of."""
+    tokens, characters = collections.Counter(), collections.Counter()
+    for text in messages:
+        if mostly := next(iter(scripts(collections.Counter(text))), ""):
+            tokens[mostly] += len(tokenizer.encode(text)[0])
+            characters[mostly] += len(text)
+    return {name: round(1000 * tokens[name] / n) for name, n in characters.most_common() if n >= 100}
+
+
+def verdict(report):
+    """Is it enough, and for what; what is lopsided, and the way out. → lines"""
+    mine = report["trained_messages"]
+    said = [f"Your {mine:,} messages that will be trained are " + next(words for most, words in ENOUGH if mine < most)]
+    chat = report["largest_chat"]
+    if chat["share"] > 0.5 and report["chats"] > 1:
+        said.append(
+            f"{chat['share']:.0%} of your turns are from one chat, {chat['name']}: it will talk as you do there. More chats, or --exclude."
+        )
+    if report["short_share"] > 0.4:
+        said.append(f"{report['short_share']:.0%} of your messages are of at most 3 letters: so will its answers be.")
+    if report["only_mine"]:
+        said.append(
+            f"Only your own messages were exported from {', '.join(report['only_mine'][:5])}: there is nothing to answer in them. "
+            "Export again and untick 'Only my messages'."
+        )
+    dense = (report["tokens"] or {}).get("per_1000_characters", {})
+    if len(report["scripts"]) > 1 and not dense:
+        said.append(f"You write {' and '.join(list(report['scripts'])[:2])}: --tokenizer FOLDER says how well a base fits each.")
+    for name, n in dense.items():
+        if n > 450 and report["scripts"].get(name, 0) > 1_000:
+            said.append(f"This tokenizer needs {n} tokens for 1,000 characters of your {name}: another base may know it better.")
+    return said
+
+
+def show(report, options):
+    """Print the report for a person."""
+
+    def line(count, what, reasons=()):
+        left = "".join(f"\n{'':>12}- {n:,} {why}" for why, n in sorted(dict(reasons).items(), key=lambda item: -item[1]))
+        print(f"{count:>11,} {what}{left}")
+
+    line(report["chats"], "chats", report["chats_left_out"])
+    line(report["messages"], "messages in the chats that belong", report["messages_left_out"])
+    voice = report["share_of_voice"]
+    line(report["my_messages"], f"of them mine ({voice['messages']:.0%}; of the letters {voice['characters']:.0%})")
+    line(report["sessions"], f"sessions (cut at {options.gap_minutes:g} minutes of silence)", report["sessions_left_out"])
+    kept = report["sessions_kept"]
+    line(sum(kept.values()), f"sessions kept: {kept['train']:,} to train on, the latest {kept['val']:,} to validate")
+    if tokens := report["tokens"]:
+        line(tokens["written"], "tokens in the sessions to train on")
+        line(tokens["computed"], "tokens computed: none behind my last word or far before the next, some twice as context")
+        line(
+            tokens["rows"],
+            f"rows of {options.seq_len:,} tokens, {tokens['filled']:.1%} filled; {tokens['trained']:,} of their tokens trained",
+        )
+        dense = ", ".join(f"{n} of {name}" for name, n in tokens["per_1000_characters"].items())
+        print(f"{'':>11} tokens for 1,000 characters of mine: {dense}")
+    elif report["scripts"]:
+        print(f"{'':>11} what I write: " + ", ".join(f"{n:,} letters {name}" for name, n in list(report["scripts"].items())[:3]))
+    if report["secrets"]:
+        line(sum(report["secrets"].values()), "secrets replaced by marks", {f"<{kind}>": n for kind, n in report["secrets"].items()})
+    for what, n in report["repairs"].items():
+        line(n, what)
+    print()
+    for words in report["verdict"]:
+        print(words)
