@@ -19,6 +19,7 @@ import bisect
 import collections
 import dataclasses
 import datetime
+import functools
 import gc
 import hashlib
 import json
@@ -28,6 +29,7 @@ import re
 import sys
 import tempfile
 from array import array
+from json.encoder import encode_basestring as quoted
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +60,6 @@ MARK = re.compile(
     r"<(voice|video|gif|audio|photo|file|poll|list|contact|location|game|sticker|phone|email|card|iban|key|password)>"
 )  # what `exports` writes for media, and for secrets
 TALKS = ("personal_chat", "private_group", "private_supergroup", "public_supergroup", "unknown")  # kept by default
-ENCODE = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
-NO_DIGIT = dict.fromkeys(map(ord, "-:T"))
 CONTEXT = 4  # a piece of a long session repeats at most 1 / CONTEXT of a row as context
 
 
@@ -84,8 +84,13 @@ class Session:
     turns: list[Turn]
 
     def to_json(self):
-        turns = [{"author": t.author, "me": t.me, "at": t.at, "messages": t.messages} for t in self.turns]
-        return ENCODE({"chat": self.chat, "chat_id": self.chat_id, "type": self.type, "start": self.start, "turns": turns})
+        turns = ", ".join([
+            f'{{"author": {quoted(t.author)}, "me": {"true" if t.me else "false"}, "at": {quoted(t.at)}, '
+            f'"messages": [{", ".join(map(quoted, t.messages))}]}}'
+            for t in self.turns
+        ])  # fmt: skip
+        head = f'"chat": {quoted(self.chat)}, "chat_id": {quoted(self.chat_id)}, "type": {quoted(self.type)}, "start": {quoted(self.start)}'
+        return f'{{{head}, "turns": [{turns}]}}'
 
     @classmethod
     def from_json(cls, line):
@@ -141,23 +146,29 @@ class Row:
 
 def sessions(messages, chat, me, gap):
     """A chat's messages → its sessions, cut where nobody wrote for more than `gap` seconds. Authors are ids; `me`: those that are mine."""
-    session, last = None, None
-    for message in messages:
-        if session is None or message.at - last > gap:
+    session, turn, last = None, None, None
+    for _, author, _, at, date, text, _ in messages:
+        if session is None or at - last > gap:
             if session:
                 yield session
-            session = Session(chat.name, chat.id, chat.type, message.date, [])
-        last = message.at
-        if not session.turns or session.turns[-1].author != message.author:
-            session.turns.append(Turn(message.author, message.author in me, message.date, []))
-        session.turns[-1].messages.append(message.text)
+            session, turn = Session(chat.name, chat.id, chat.type, date, []), None
+        last = at
+        if turn is None or author != turn.author:
+            turn = Turn(author, author in me, date, [])
+            session.turns.append(turn)
+        turn.messages.append(text)
     if session:
         yield session
 
 
+def spoken(turn):
+    """A turn's messages but for those that are only a mark."""
+    return [text for text in turn.messages if text[0] != "<" or not MARK.fullmatch(text)]
+
+
 def why_not(session):
     """Why a session teaches nothing of how I answer; "" when it does. A chat of another kind than talks was asked for as it is."""
-    mine = [i for i, turn in enumerate(session.turns) if turn.me and not all(map(MARK.fullmatch, turn.messages))]
+    mine = [i for i, turn in enumerate(session.turns) if turn.me and spoken(turn)]
     if not mine:
         return "sessions in which I say nothing"
     return "" if mine[-1] > 0 or session.type not in TALKS else "sessions in which nobody speaks before me"
@@ -248,9 +259,7 @@ def split(session, tokenizer, seq_len, loss_on="me", number=0):
     A long session is cut on turn borders, a long turn on message borders, a long message on tokens; each piece begins with what
     preceded it, without targets, up to a quarter of the row.
     """
-    taught = [
-        i for i, turn in enumerate(session.turns) if (turn.me or loss_on == "everyone") and not all(map(MARK.fullmatch, turn.messages))
-    ]
+    taught = [i for i, turn in enumerate(session.turns) if (turn.me or loss_on == "everyone") and spoken(turn)]
     if not taught:
         return
     turns = session.turns[: taught[-1] + 1]
@@ -440,7 +449,7 @@ def main():
     secrets, repairs = collections.Counter(), collections.Counter()
     near = None if options.dry_run else next(folder for folder in Path(options.out).absolute().parents if folder.is_dir())
     with tempfile.TemporaryFile(dir=near) as messages, tempfile.TemporaryFile(dir=near) as spool:
-        joined = Joined(messages, str if options.keep_secrets else lambda text: redact(text, secrets))
+        joined = Joined(messages, str if options.keep_secrets else functools.partial(redact, counts=secrets))
         gc.disable()  # records hold no cycles; looking for some among millions of them takes as long as reading them
         left_out, owners = read(options, joined, repairs)
         me = find_me(joined, owners, options)
@@ -562,11 +571,12 @@ def kept(messages, options, forgotten, left_out):
     """The messages that are somebody's own words, of the days asked for and of nobody to forget."""
     since, until = options.since or "", options.until or "9999"
     for message in messages:
-        if message.left_out:
-            left_out[message.left_out] += 1
-        elif message.author in forgotten:
+        _, author, _, _, date, _, why = message
+        if why:
+            left_out[why] += 1
+        elif author in forgotten:
             left_out["of people to forget"] += 1
-        elif not since <= message.date[:10] <= until:
+        elif not since <= date[:10] <= until:
             left_out["outside --since and --until"] += 1
         else:
             yield message
@@ -578,74 +588,39 @@ def gather(joined, me, forgotten, chats_left_out, options, spool):
     → (index: an array with each session's start, offset, length and how many messages it trains, in order of time; persona; report).
     Memory grows with the index alone.
     """
-    left_out = {"chats": collections.Counter(chats_left_out.values()), "messages": collections.Counter(), "sessions": collections.Counter()}
-    chats = messages_read = characters = 0
-    mine = doctor.Mine()
-    by_chat, private, total = collections.Counter(), collections.Counter(), collections.Counter()  # my turns; messages of each contact
-    index, only_mine, days = array("q"), [], ("9999", "0000")
+    census = doctor.Census()
+    census.left_out["chats"].update(chats_left_out.values())
     taken = {"system"}
     names = dict.fromkeys(me, unique_name(next((joined.people[i] for i in me if joined.people.get(i)), "Me"), taken))
-    bar = tqdm(total=sum(wrote.total() for wrote in joined.wrote.values()), unit=" messages", desc="sessions", disable=None, leave=False)
-    for chat, messages in joined.chats():
-        if chat.type == "personal_chat" and chat.key in forgotten:
-            left_out["chats"]["of people to forget"] += 1
-            continue
-        chats += 1
-        authors = set()
-        for session in sessions(kept(messages, options, forgotten, left_out["messages"]), chat, me, options.gap_minutes * 60):
-            before = messages_read
-            for turn in session.turns:
-                authors.add(turn.author)
-                messages_read += len(turn.messages)
-                characters += sum(map(len, turn.messages))
-                if turn.me:
-                    mine.add(turn.messages)
-            bar.update(messages_read - before)
-            why = why_not(session)
-            left_out["sessions"][why] += 1
-            if why:
+    index, count = array("q"), sum(wrote.total() for wrote in joined.wrote.values())
+    with tqdm(total=count, unit=" messages", unit_scale=True, desc="sessions", disable=None, leave=False) as bar:
+        for chat, messages in joined.chats():
+            if chat.type == "personal_chat" and chat.key in forgotten:
+                census.left_out["chats"]["of people to forget"] += 1
                 continue
-            trained = 0
-            for turn in session.turns:
-                if turn.author not in names:
-                    names[turn.author] = unique_name(joined.people.get(turn.author), taken)
-                name = turn.author = names[turn.author]
-                if turn.me:
-                    trained += len(turn.messages) - sum(map(bool, map(MARK.fullmatch, turn.messages)))
-                    by_chat[chat.name] += 1
-                else:
-                    total[name] += len(turn.messages)
-                    if chat.type == "personal_chat":
-                        private[name] += len(turn.messages)
-            days = (min(days[0], session.start), max(days[1], session.turns[-1].at))
-            written = session.to_json().encode() + b"\n"
-            index.extend((int(session.start.translate(NO_DIGIT)), spool.tell(), len(written), trained))
-            spool.write(written)
-        if chat.type != "personal_chat" and authors and authors <= me:
-            only_mine.append(chat.name)
-    bar.close()
+            own = kept(messages, options, forgotten, census.left_out["messages"])
+            for session in sessions(own, chat, me, options.gap_minutes * 60):
+                why = why_not(session)
+                bar.update(census.add(session, why))
+                if why:
+                    continue
+                for turn in session.turns:
+                    if turn.author not in names:
+                        names[turn.author] = unique_name(joined.people.get(turn.author), taken)
+                    turn.author = names[turn.author]
+                written = session.to_json().encode() + b"\n"
+                start, trained = (
+                    int("0" + re.sub(r"\D", "", session.start)[:14]),
+                    sum(len(spoken(turn)) for turn in session.turns if turn.me),
+                )
+                index.extend((start, spool.tell(), len(written), trained))
+                spool.write(written)
+            census.end_of(chat)
     spool.flush()
     index = np.array(index, dtype=np.int64).reshape(-1, 4)
-    contacts = sorted(total, key=lambda name: (-private[name], -total[name], name))
-    largest = by_chat.most_common(1) or [("", 0)]
-    found = left_out["sessions"].total()
-    del left_out["sessions"][""]
-    report = {
-        "exports": [Path(path).name for path in options.exports],
-        "chats": chats + left_out["chats"].total(),
-        "messages": messages_read + left_out["messages"].total(),
-        "sessions": found,
-        **{f"{what}_left_out": dict(reasons.most_common()) for what, reasons in left_out.items()},
-        "my_messages": mine.messages,
-        "share_of_voice": {"messages": mine.messages / max(1, messages_read), "characters": mine.characters / max(1, characters)},
-        "short_share": mine.short / max(1, mine.messages),
-        "scripts": mine.scripts(),
-        "largest_chat": {"name": largest[0][0], "share": largest[0][1] / max(1, by_chat.total())},
-        "only_mine": only_mine,
-        "days": [day[:10] for day in days],
-    }
-    persona = {"me": names[next(iter(me))], "contacts": [{"name": name, "messages": total[name]} for name in contacts]}
-    return index[np.argsort(index[:, 0], kind="stable")], persona, report
+    report = {"exports": [Path(path).name for path in options.exports], **census.report()}
+    contacts = [{"name": names[i], "messages": n} for i, n in census.contacts()]
+    return index[np.argsort(index[:, 0], kind="stable")], {"me": names[next(iter(me))], "contacts": contacts}, report
 
 
 def check_enough(options, index, report):
@@ -701,7 +676,7 @@ def count_tokens(path, options):
 
     words = tokenizer.load(options.tokenizer)
     packed, talks = rows(path, words, options.seq_len), load_sessions(path)
-    mine = [text for talk in talks for turn in talk.turns if turn.me for text in turn.messages if not MARK.fullmatch(text)]
+    mine = [text for talk in talks for turn in talk.turns if turn.me for text in spoken(turn)]
     return {
         "written": sum(len(words.encode(render(talk.turns, specials=words.specials).text)[0]) for talk in talks),
         "computed": sum(len(row.ids) for row in packed),

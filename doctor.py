@@ -32,31 +32,77 @@ def scripts(characters):
     return dict(counts.most_common())
 
 
-class Mine:
-    """What is counted over all of my messages, in little time: letters a megabyte at a time."""
+class Census:
+    """What is counted over all sessions as they are cut, their authors still ids."""
 
     def __init__(self):
-        self.messages = self.characters = self.short = 0
+        self.left_out = {what: collections.Counter() for what in ("chats", "messages", "sessions")}
+        self.chats = self.sessions = self.messages = self.characters = self.mine = self.my_characters = self.short = 0
+        self.turns, self.private, self.total = collections.Counter(), collections.Counter(), collections.Counter()
+        self.authors, self.only_mine, self.days = set(), [], ("9999", "0000")
         self.letters, self.waiting, self.room = np.zeros(sys.maxunicode + 1, dtype=np.int64), [], LETTERS
 
-    def add(self, texts):
-        text = "".join(texts)
-        self.messages += len(texts)
-        self.characters += len(text)
-        self.short += sum(len(text) <= 3 for text in texts)
-        self.waiting.append(text)
-        self.room -= len(text)
+    def add(self, session, why):
+        """Count a session, left out for the reason `why` if there is one. → its messages"""
+        before, count = self.messages, self.total if not why else collections.Counter()
+        for turn in session.turns:
+            texts = turn.messages
+            n, characters = len(texts), sum(map(len, texts))
+            self.messages += n
+            self.characters += characters
+            if turn.me:
+                self.mine += n
+                self.my_characters += characters
+                self.short += sum(len(text) <= 3 for text in texts)
+                self.waiting += texts
+                self.room -= characters
+                self.turns[session.chat] += not why
+                self.authors.add(True)
+            else:
+                count[turn.author] += n
+                self.authors.add(turn.author)
+                if not why and session.type == "personal_chat":
+                    self.private[turn.author] += n
         if self.room < 0:
-            self.count()
+            self.count_letters()
+        self.sessions += 1
+        if why:
+            self.left_out["sessions"][why] += 1
+        else:
+            self.days = (min(self.days[0], session.start), max(self.days[1], session.turns[-1].at))
+        return self.messages - before
 
-    def count(self):
+    def end_of(self, chat):
+        self.chats += 1
+        if chat.type != "personal_chat" and self.authors == {True}:
+            self.only_mine.append(chat.name)
+        self.authors = set()
+
+    def count_letters(self):
         codes = np.frombuffer("".join(self.waiting).encode("utf-32-le"), dtype=np.uint32)
         self.letters += np.bincount(codes, minlength=len(self.letters))
         self.waiting, self.room = [], LETTERS
 
-    def scripts(self):
-        self.count()
-        return scripts({chr(code): int(self.letters[code]) for code in np.flatnonzero(self.letters)})
+    def contacts(self):
+        """[(id, messages)] of whom I talk with, personal chats first, then by messages."""
+        return sorted(self.total.items(), key=lambda item: (-self.private[item[0]], -item[1]))
+
+    def report(self):
+        self.count_letters()
+        chat, turns = (self.turns.most_common(1) or [("", 0)])[0]
+        return {
+            "chats": self.chats + self.left_out["chats"].total(),
+            "messages": self.messages + self.left_out["messages"].total(),
+            "sessions": self.sessions,
+            **{f"{what}_left_out": dict(reasons.most_common()) for what, reasons in self.left_out.items()},
+            "my_messages": self.mine,
+            "share_of_voice": {"messages": self.mine / max(1, self.messages), "characters": self.my_characters / max(1, self.characters)},
+            "short_share": self.short / max(1, self.mine),
+            "scripts": scripts({chr(code): int(self.letters[code]) for code in np.flatnonzero(self.letters)}),
+            "largest_chat": {"name": chat, "share": turns / max(1, self.turns.total())},
+            "only_mine": self.only_mine,
+            "days": [day[:10] for day in self.days],
+        }
 
 
 def density(messages, tokenizer):

@@ -191,7 +191,7 @@ NUMBER, TOKEN, EITHER = ("|".join(f"{digit}(?:{then})" for digit in "0123456789"
 AT = r"@(?<=\S@)\w"
 NAMES = r"k(?:ey|ia|en(?<=token))|кен(?<=токен)|cret(?<=secret)|beare|z(?<=authoriz)"
 WORDS = (
-    r"p(?:ass|aro|wd?\b|in(?:\b|-?c)|(?<=\bmdp)\b)|па(?:рол|с)|пин|contrase|ve(?<=clave)|h(?:a(?<=senha)|as[lł])|fre(?<=[sş]ifre)|wachtw"
+    r"p(?:ass|aro|wd?\b|in(?:\b|-?c)|(?<=\bmdp)\b)|па(?:рол|с[св])|пин|contrase|ve(?<=clave)|h(?:a(?<=senha)|as[lł])|fre(?<=[sş]ifre)|wachtw"
     r"|k(?:ennw|serv)|ql(?<=mysql)|b(?<=mariadb)"
 )
 RULES = [

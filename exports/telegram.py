@@ -5,7 +5,7 @@ import json
 import re
 
 from config import UserError
-from exports import DELETED, WHAT_TO_GIVE, Chat, Message, forward
+from exports import DELETED, WHAT_TO_GIVE, Chat, Message, forward, make
 from exports.repair import Cursor, Damaged, mend
 
 PASSES = 1  # over the file
@@ -16,7 +16,6 @@ BEGINS = re.compile(
      "type"\s*:\s*(?P<type>null|"\w*")\s*,\s*"id"\s*:\s*(?P<id>-?\d+)\s*,\s*"messages"\s*:\s*(?=\[)""",
     re.VERBOSE,
 )
-ISO = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", re.ASCII).fullmatch
 MEDIA = {"voice_message": "<voice>", "video_message": "<video>", "video_file": "<video>", "animation": "<gif>", "audio_file": "<audio>"}
 MARKS = (
     ("photo", "<photo>"),
@@ -189,14 +188,19 @@ def message(raw, last, source):
         left_out = "messages without author or date"
     else:
         text = get("text")
-        text = whole(text if text.__class__ is str else flat(text)).strip() or mark(raw, source)
+        if text.__class__ is not str:
+            text = flat(text)
+        text = (text if text.isascii() else whole(text)).strip() or mark(raw, source)
         left_out = "" if text else "messages without text"
-    at = last if at is None else at
-    if date.__class__ is not str or not ISO(date):
+    if at is None:
+        at = last
+    if date.__class__ is not str or len(date) < 19 or not date.isascii():
         date = iso(at)
-    if name is not None:
+    if name is not None and (name.__class__ is not str or not name.isascii()):
         name = whole(name) if isinstance(name, str) else None
-    return Message(number if isinstance(number, int) and abs(number) < 1 << 62 else None, author, name, at, date, text, left_out)
+    if number.__class__ is not int or abs(number) >= 1 << 62:
+        number = None
+    return make((number, author, name, at, date, text, left_out))
 
 
 def seconds(unixtime, date, last):
