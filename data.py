@@ -567,8 +567,8 @@ def find_forgotten(joined, me, names):
     return forgotten
 
 
-def kept(messages, options, forgotten, left_out):
-    """The messages that are somebody's own words, of the days asked for and of nobody to forget."""
+def kept(messages, options, forgotten, bots, left_out):
+    """The messages that are somebody's own words, of the days asked for, of no bot and of nobody to forget."""
     since, until = options.since or "", options.until or "9999"
     for message in messages:
         _, author, _, _, date, _, why = message
@@ -576,6 +576,8 @@ def kept(messages, options, forgotten, left_out):
             left_out[why] += 1
         elif author in forgotten:
             left_out["of people to forget"] += 1
+        elif author in bots:
+            left_out["written by or via a bot"] += 1
         elif not since <= date[:10] <= until:
             left_out["outside --since and --until"] += 1
         else:
@@ -590,6 +592,7 @@ def gather(joined, me, forgotten, chats_left_out, options, spool):
     """
     census = doctor.Census()
     census.left_out["chats"].update(chats_left_out.values())
+    bots = {key for key, why in chats_left_out.items() if why == "bot_chat"}  # known by the chats with them, they speak in groups too
     taken = {"system"}
     names = dict.fromkeys(me, unique_name(next((joined.people[i] for i in me if joined.people.get(i)), "Me"), taken))
     index, count = array("q"), sum(wrote.total() for wrote in joined.wrote.values())
@@ -598,7 +601,7 @@ def gather(joined, me, forgotten, chats_left_out, options, spool):
             if chat.type == "personal_chat" and chat.key in forgotten:
                 census.left_out["chats"]["of people to forget"] += 1
                 continue
-            own = kept(messages, options, forgotten, census.left_out["messages"])
+            own = kept(messages, options, forgotten, bots, census.left_out["messages"])
             for session in sessions(own, chat, me, options.gap_minutes * 60):
                 why = why_not(session)
                 bar.update(census.add(session, why))

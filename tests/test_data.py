@@ -385,6 +385,16 @@ def test_wipe_lists_asks_and_deletes_only_what_is_ours(tmp_path):
     assert left == ["ckpt/diary.txt", "result.json"] and not (tmp_path / "data").exists()
 
 
+def test_a_bot_known_by_its_chat_is_no_voice_in_a_group_either(tmp_path):
+    value = export(talk(10))
+    value["chats"]["list"].append({"name": "Quiz", "type": "bot_chat", "id": 7, "messages": []})
+    value["chats"]["list"].append(group(("user7", "Quiz", "question 1!"), ("user2", "Bob", "what is it"), ("user1", "Ann", "a bot")))
+    (tmp_path / "result.json").write_text(json.dumps(value))
+    made(tmp_path, tmp_path / "result.json")
+    assert {author for chat, author, *_ in turns_of(tmp_path) if chat == "Club"} == {"Bob", "Ann"}
+    assert folder(tmp_path, "report.json")[0]["messages_left_out"] == {"written by or via a bot": 1}
+
+
 def test_the_report_says_what_is_lopsided_and_whether_it_is_enough(tmp_path):
     value = export(
         [(who, {"text": text, "later": 3600 * (i // 2)}) for i, (who, text) in enumerate([("user2", "how are you?"), ("user1", "ок")] * 20)]
