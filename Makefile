@@ -1,13 +1,16 @@
 PYTHON ?= python3
 VENV = .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 demo: .venv/run  ## an export becomes someone you can talk to, in four minutes on two CPU cores
 	$(VENV)/python examples/demo.py
 
 test: .venv/dev  ## the whole suite
 	$(VENV)/python -m pytest -q tests
+
+soak: .venv/dev  ## what takes long: 10,000 damaged exports
+	MUTANTS=10000 $(VENV)/python -m pytest -q -s tests/test_damage.py
 
 lint: .venv/dev
 	$(VENV)/ruff check .

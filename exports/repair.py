@@ -18,7 +18,8 @@ TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|[{}\[\]]|[^\s"{}\[\],:]+', re.DOTALL)  #
 HEAD = re.compile(r'"messages"\s*:')
 ESCAPE = re.compile(r'\\(?:(["\\/bfnrt]|u[0-9a-fA-F]{4})|x([0-9a-fA-F]{2}))?')  # pair by pair: in `\\x41` the x is behind a whole `\\`
 UNQUOTED = re.compile(
-    r'("\w+"\s*:\s*+)(?!["{\[]|(?:-?\d[\d.eE+-]*|true|false|null)\s*(?:[,}\]]|$))([^"\n]*?)(?=\s*(?:,\s*"\w+"\s*:|,?\s*[}\]\n]|$))'
+    r'("\w+"\s*:\s*+)(?!["{\[]|(?:-?\d[\d.eE+-]*|true|false|null)\s*(?:[,}\]]|$))([^"\n]{0,1000}?)'
+    r'(?=\s{0,200}(?:,\s{0,200}"\w+"\s*:|,?\s{0,200}[}\]\n]|$))'
 )
 
 

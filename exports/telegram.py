@@ -13,7 +13,7 @@ PASSES = 1  # over the file
 BEGINS = re.compile(
     r"""\{\s*"id"\s*:\s*-?\d+\s*,\s*"type"\s*:\s*"(?:message|service|unsupported)"
     |(?:\{\s*(?:"name"\s*:\s*(?P<name>null|"(?:[^"\\]|\\.)*+")\s*,\s*)?)?
-     "type"\s*:\s*(?P<type>null|"\w*")\s*,\s*"id"\s*:\s*(?P<id>-?\d+)\s*,\s*"messages"\s*:\s*(?=\[)""",
+     "type"\s*:\s*(?P<type>null|"\w*")\s*,\s*"id"\s*:\s*(?P<id>-?\d{1,18})\s*,\s*"messages"\s*:\s*(?=\[)""",
     re.VERBOSE,
 )
 MEDIA = {"voice_message": "<voice>", "video_message": "<video>", "video_file": "<video>", "animation": "<gif>", "audio_file": "<audio>"}
@@ -127,7 +127,8 @@ def owner(cursor):
 
 
 def describe(header, account):
-    kind, number = header.get("type") or "unknown", str(header.get("id"))
+    kind, number = header.get("type"), str(header.get("id"))
+    kind = kind if isinstance(kind, str) else "unknown"
     if kind == "saved_messages" and not account.get("owner"):
         account["owner"] = f"user{number}"
     key = next((peer for peer, kinds in KINDS.items() if kind in kinds), kind) + number  # a group that turns public stays itself
