@@ -479,6 +479,10 @@ def check(options):
             datetime.datetime.strptime(getattr(options, name) or "2000-01-01", "%Y-%m-%d")
         except ValueError:
             raise UserError(f"--{name} {getattr(options, name)} is no day", "Write it as 2021-12-31.") from None
+    if options.tokenizer:
+        import tokenizer
+
+        tokenizer.load(options.tokenizer)  # what is wrong with it is said before the export is read
     if not options.dry_run:
         config.check_folder(options.out, options.overwrite)
 
@@ -521,7 +525,7 @@ def listed(people, wrote):
 
 def find_me(joined, owners, options):
     """The ids that are mine: in each export those whom --me names, else its owner. UserError lists the candidates."""
-    me, unheard, unclear = {}, set(options.me), []
+    me, unheard, replaced = {}, set(options.me), set()
     for export, wrote in joined.wrote.items():
         people = {author: joined.people.get(author) for author in wrote}
         for said in options.me:
@@ -531,24 +535,22 @@ def find_me(joined, owners, options):
                     f"{export}: --me {said}: several people have that name",
                     f"Say --me ID, one of: {listed({i: people[i] for i in matches}, wrote)}",
                 )
-            me |= dict.fromkeys(matches)
-            unheard -= {said} if matches else set()
-        if not me.keys() & people.keys() and owners[export]:
-            me[owners[export]] = None
-        elif not me.keys() & people.keys():
-            unclear.append(export)
+            if matches:
+                me |= dict.fromkeys(matches)
+                replaced.add(owners[export])
+                unheard.discard(said)
     everyone = sum(joined.wrote.values(), collections.Counter())
     if unheard:
         candidates = listed({i: joined.people.get(i) for i in everyone}, everyone)
         raise UserError(f"--me {min(unheard)}: nobody has that name", f"Say --me NAME or --me ID, one of: {candidates}")
-    for export in unclear:
-        if not me.keys() & joined.wrote[export].keys():
-            wrote = joined.wrote[export]
+    me = dict.fromkeys(owner for owner in owners.values() if owner and owner not in replaced) | me
+    for export, wrote in joined.wrote.items():
+        if not owners[export] and not me.keys() & wrote.keys():
             raise UserError(
                 f"{export}: the export doesn't say whose it is",
                 f"Say --me NAME or --me ID, one of: {listed({i: joined.people.get(i) for i in wrote}, wrote)}",
             )
-    return me.keys() or {owner for owner in owners.values() if owner}
+    return me.keys()
 
 
 def find_forgotten(joined, me, names):
@@ -594,7 +596,8 @@ def gather(joined, me, forgotten, chats_left_out, options, spool):
     census.left_out["chats"].update(chats_left_out.values())
     bots = {key for key, why in chats_left_out.items() if why == "bot_chat"}  # known by the chats with them, they speak in groups too
     taken = {"system"}
-    names = dict.fromkeys(me, unique_name(next((joined.people[i] for i in me if joined.people.get(i)), "Me"), taken))
+    my_name = unique_name(next((joined.people[i] for i in me if joined.people.get(i)), "Me"), taken)
+    names = dict.fromkeys(me, my_name)
     index, count = array("q"), sum(wrote.total() for wrote in joined.wrote.values())
     with tqdm(total=count, unit=" messages", unit_scale=True, desc="sessions", disable=None, leave=False) as bar:
         for chat, messages in joined.chats():
@@ -621,9 +624,8 @@ def gather(joined, me, forgotten, chats_left_out, options, spool):
             census.end_of(chat)
     spool.flush()
     index = np.array(index, dtype=np.int64).reshape(-1, 4)
-    report = {"exports": [Path(path).name for path in options.exports], **census.report()}
     contacts = [{"name": names[i], "messages": n} for i, n in census.contacts()]
-    return index[np.argsort(index[:, 0], kind="stable")], {"me": names[next(iter(me))], "contacts": contacts}, report
+    return index[np.argsort(index[:, 0], kind="stable")], {"me": my_name, "contacts": contacts}, census.report()
 
 
 def check_enough(options, index, report):
@@ -747,7 +749,8 @@ def wipe(root):
     for folder, paths in found.items():
         size = sum(path.lstat().st_size for path in paths) / 1e6
         print(f"{size:>10,.1f} MB  {folder}/  {', '.join(sorted({path.relative_to(folder).parts[0] for path in paths}))}")
-    if input("Delete all of these? They can't be brought back. Type yes: ").strip().lower() != "yes":
+    print("Delete all of these? They can't be brought back. Type yes: ", end="", flush=True)
+    if sys.stdin.readline().strip().lower() != "yes":
         print("Nothing was deleted.")
         return
     for folder, paths in found.items():

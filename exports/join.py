@@ -7,6 +7,7 @@ reading, and one that isn't is sorted all the same.
 
 import bisect
 import collections
+import functools
 import hashlib
 import heapq
 import itertools
@@ -33,18 +34,19 @@ class Run:
 class Joined:
     """Chats by their key: `add` them as they are read, export by export, then take them from `chats`.
 
-    `file`: where the messages go, a binary file open for writing and reading. `clean`: what happens to a text or a name before that.
+    `file`: where the messages go, a binary file open for writing and reading. `clean`: what happens to texts and names before that.
     `people`: {id: display name}, `wrote`: {export: Counter of the messages of each id}.
     """
 
     def __init__(self, file, clean=lambda text: text):
-        self.file, self.clean = file, clean
+        self.file, self.clean, self.clean_name = file, clean, functools.cache(clean)
         self.heads, self.copies = {}, {}  # by key: the chat, and for each time it was added its runs
         self.people, self.wrote = {}, collections.defaultdict(collections.Counter)
 
     def add(self, export, chat, messages):
         """Write a chat's messages. When it was added before: of a message in both, and of the chat's head, the one added last counts."""
-        self.heads[chat.key] = chat._replace(name=self.clean(chat.name))
+        number = chat.id.lstrip("-").isdecimal()  # else a name
+        self.heads[chat.key] = chat._replace(name=self.clean_name(chat.name), id=chat.id if number else self.clean_name(chat.id))
         runs, shown = [], {}
         self.copies.setdefault(chat.key, []).append(runs)
         while batch := list(itertools.islice(messages, BATCH)):
@@ -59,7 +61,7 @@ class Joined:
             data = marshal.dumps((numbers, authors, times, dates, texts, left_out))  # nobody else can write to this file
             runs[-1].places.append((self.file.tell(), len(data)))
             self.file.write(data)
-        self.people |= {author: self.clean(name) for author, name in shown if name}
+        self.people |= {author: self.clean_name(name) for author, name in shown if name}
 
     def chats(self):
         """Yield (Chat, iterator of its Messages, without names) in the order in which the chats were first added."""

@@ -1,5 +1,6 @@
 """Telegram Desktop's `result.json`, full or of a single chat, read as a stream and, where it is damaged, as far as it goes."""
 
+import collections
 import datetime
 import json
 import re
@@ -51,16 +52,18 @@ def read(source, notes):
         raise UserError(f"{source} is not a Telegram export: neither chats nor messages in it", WHAT_TO_GIVE)
 
 
-def chats(cursor, source, account):
-    """Walk the whole file. The root of a single chat's export is that chat."""
+def chats(cursor, source, account, skim=False):
+    """Walk the whole file. The root of a single chat's export is that chat. `skim`: only note each chat's head in `account`."""
 
     def one():
-        header, held = {}, None
+        header = {}
         for key in cursor.keys():
-            if key == "messages" and "type" in header:
-                yield from messages_here(cursor, source, header, account)
-            elif key == "messages":  # another tool has sorted the keys: the messages are held until it is known whose they are
-                held = list(cursor.messages())
+            if key == "messages" and skim:
+                account["heads"].append(header)  # of which some keys may still follow
+                cursor.skip()
+            elif key == "messages":
+                account["read"] = account.get("read", 0) + 1
+                yield from messages_here(cursor, source, header if "type" in header else following(source, account), account)
             elif key in ("name", "type", "id"):
                 header[key] = cursor.value()
             elif key == "personal_information":
@@ -70,9 +73,6 @@ def chats(cursor, source, account):
                 yield from listed()
             else:
                 cursor.skip()
-        if held is not None:
-            account["found"] = True
-            yield describe(header, account), messages(held, source)
 
     def listed():
         for key in cursor.keys():
@@ -83,6 +83,17 @@ def chats(cursor, source, account):
                 cursor.skip()
 
     yield from one()
+
+
+def following(source, account):
+    """The head of a chat whose messages come first, for some tool sorted the keys: the file is walked once more, for all such heads."""
+    if "heads" not in account:
+        account["heads"] = []
+        try:
+            collections.deque(chats(Cursor(source.pieces(collections.Counter()), BEGINS, collections.Counter()), source, account, True), 0)
+        except Damaged:
+            pass
+    return account["heads"][account["read"] - 1] if account["read"] <= len(account["heads"]) else {}
 
 
 def rest(cursor, source, account):

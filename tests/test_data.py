@@ -244,10 +244,11 @@ def test_the_command_writes_sessions_persona_and_report(tmp_path):
     ("[1, 2]", "not an export that we know"),
     ("", "not an export that we know"),
     (json.dumps(export([])), "no messages"),
+    (json.dumps({"name": "Bob", "type": "personal_chat", "id": 2, "messages": []}), "no messages"),
     (json.dumps(export([("user2", "hi")] * 3)), "no message by"),
     (json.dumps(export(talk(5)))[:700], "2 are the least (1 sessions in which I say nothing; 1 places where a file breaks off"),
     (json.dumps({"name": "Bob", "type": "personal_chat", "id": 2, "messages": export(talk(5))["chats"]["list"][0]["messages"]}), "--me"),
-], ids=["text", "other JSON", "a list", "empty", "no messages", "not a word from me", "cut off", "single chat"])  # fmt: skip
+], ids=["text", "other JSON", "a list", "empty", "no messages", "an empty chat", "not a word from me", "cut off", "single chat"])  # fmt: skip
 def test_bad_exports_are_refused_and_nothing_is_written(content, expected, tmp_path):
     (tmp_path / "result.json").write_text(content)
     refused(command("data.py", tmp_path / "result.json", "--out", tmp_path / "data"), expected)
@@ -332,6 +333,15 @@ def test_secrets_are_replaced_before_anything_is_written_and_counted(tmp_path):
     assert kept.returncode == 0 and "qwerty12" in (tmp_path / "data" / "train.jsonl").read_text()
 
 
+def test_a_contact_known_by_a_number_alone_leaves_no_number_behind(tmp_path):
+    path = tmp_path / "WhatsApp Chat with +49 170 1234567.txt"
+    path.write_text("".join(f"{n}/03/2021, 10:00 - +49 170 1234567: tea?\n{n}/03/2021, 10:01 - Ann: yes\n" for n in range(1, 9)))
+    said = made(tmp_path, path, "--me", "Ann")
+    files = "".join(path.read_text() for path in (tmp_path / "data").iterdir())
+    assert "1234567" not in files + said and folder(tmp_path, "persona.json")[0]["contacts"][0]["name"] == "<phone>"
+    assert folder(tmp_path, "report.json")[0]["secrets"] == {"phone": 2}  # the contact's name and the chat's, however often
+
+
 def group(*messages):
     listed = [
         {
@@ -361,6 +371,8 @@ def test_a_person_is_forgotten_in_chats_groups_and_the_persona(tmp_path):
     said = made(tmp_path, tmp_path / "result.json", "--forget", "eve")
     files = "".join(path.read_text() for path in (tmp_path / "data").iterdir())
     assert "Eve" not in files and "psst" not in files and "hello" in files and "trained anew" in said
+    refused(command("data.py", tmp_path / "result.json", "--out", tmp_path / "none", "--tokenizer", tmp_path), "tokenizer")
+    assert not (tmp_path / "none").exists()
 
     made(tmp_path / "again", tmp_path / "result.json")  # and the same where data/ is there already
     data_folder = tmp_path / "again" / "data"
