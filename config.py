@@ -22,9 +22,14 @@ def flag(default, help, choices=None, short=None, positional=False):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "short": short, "positional": positional})
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{self.prog}: {message}", f"python {self.prog} --help lists what it takes.")
+
+
 def parse(cls, argv=None, prog=None):
     """Fill dataclass `cls` from `argv` (default: the command line); its docstring heads `--help`."""
-    parser = argparse.ArgumentParser(prog=prog, description=cls.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description=cls.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         hint, meta = hints[field.name], field.metadata
@@ -45,18 +50,20 @@ def parse(cls, argv=None, prog=None):
         else:
             metavar = None if meta["choices"] else {int: "N", float: "X"}.get(kind, "TEXT")
             parser.add_argument(*names, dest=field.name, type=kind, choices=meta["choices"], metavar=metavar, **options)
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_intermixed_args(argv))
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None})
 
 
 def run(main):
     """Call `main()`; end with its UserError on stderr and exit code 2, with 130 on Ctrl-C. Under torchrun one rank a host speaks."""
+    os.umask(0o077)  # what our programs write is chats, or was made of them: for its owner's eyes
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
         leave(error)
     except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `python data.py … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

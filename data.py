@@ -19,6 +19,7 @@ import bisect
 import collections
 import dataclasses
 import datetime
+import difflib
 import functools
 import gc
 import hashlib
@@ -26,6 +27,8 @@ import json
 import os
 import random
 import re
+import shlex
+import signal
 import sys
 import tempfile
 from array import array
@@ -45,9 +48,10 @@ from exports.redact import redact
 from tokenizer import IM_END, IM_START
 
 OURS = (  # what data.py, train.py, evaluate.py and lora.py merge write, for --wipe
-    "train.jsonl", "val.jsonl", "persona.json", "report.json", "report.html", "cache", "run.json", "metrics.jsonl", "loss.png",
-    "resume", "adapter_*", "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
-    "*.new", "new-*",
+    "train.jsonl", "val.jsonl", "persona.json", "report.json", "report.html", "cache/train-*", "cache/val-*", "cache", "run.json",
+    "metrics.jsonl", "loss.png", "resume/*.safetensors", "resume/*.json", "resume", "adapter_config.json", "adapter_model.safetensors",
+    "config.json", "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "tokenizer.json",
+    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "new-*/*.jsonl", "new-*",
 )  # fmt: skip
 AFTER_FORGETTING = (
     "Others may still name them in their own words. A model that was trained on them must be trained anew, "
@@ -59,7 +63,8 @@ WORD_JOINER = "\u2060"
 MARK = re.compile(
     r"<(voice|video|gif|audio|photo|file|poll|list|contact|location|game|sticker|phone|email|card|iban|key|password)>"
 )  # what `exports` writes for media, and for secrets
-TALKS = ("personal_chat", "private_group", "private_supergroup", "public_supergroup", "unknown")  # kept by default
+TALKS = ("personal_chat", "private_group", "private_supergroup", "public_supergroup", "unknown")  # taken by default
+SHOWN = 16  # turns of the session that is shown at the end
 CONTEXT = 4  # a piece of a long session repeats at most 1 / CONTEXT of a row as context
 
 
@@ -153,7 +158,7 @@ def sessions(messages, chat, me, gap):
                 yield session
             session, turn = Session(chat.name, chat.id, chat.type, date, []), None
         last = at
-        if turn is None or author != turn.author:
+        if turn is None or (author != turn.author and not (turn.me and author in me)):  # what I write under two ids is one turn
             turn = Turn(author, author in me, date, [])
             session.turns.append(turn)
         turn.messages.append(text)
@@ -171,7 +176,8 @@ def why_not(session):
     mine = [i for i, turn in enumerate(session.turns) if turn.me and spoken(turn)]
     if not mine:
         return "sessions in which I say nothing"
-    return "" if mine[-1] > 0 or session.type not in TALKS else "sessions in which nobody speaks before me"
+    spoken_to = session.type not in TALKS or not all(turn.me for turn in session.turns[: mine[-1]])
+    return "" if spoken_to else "sessions in which nobody speaks before me"
 
 
 def unique_name(shown, taken):
@@ -395,7 +401,7 @@ def rows(path, tokenizer, seq_len, loss_on="me"):
     talks = load_sessions(path)
     samples = [
         s
-        for number, talk in enumerate(tqdm(talks, f"tokenising {path.name}", leave=False))
+        for number, talk in enumerate(tqdm(talks, f"tokenising {path.name}", leave=False, disable=None))
         for s in split(talk, tokenizer, seq_len, loss_on, number)
     ]
     packed = pack(samples, seq_len)
@@ -442,32 +448,36 @@ class Config:
 def main():
     options = config.parse(Config)
     if options.wipe:
-        return wipe(Path())
+        return wipe(Path(), options.dry_run)
     if options.forget and not options.exports:
-        return forget(Path(options.out), options.forget)
+        return forget(Path(options.out), options.forget, options.dry_run)
     check(options)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
     secrets, repairs = collections.Counter(), collections.Counter()
-    near = None if options.dry_run else next(folder for folder in Path(options.out).absolute().parents if folder.is_dir())
+    near = None if options.dry_run else next(p for p in (Path(options.out).absolute(), *Path(options.out).absolute().parents) if p.is_dir())
     with tempfile.TemporaryFile(dir=near) as messages, tempfile.TemporaryFile(dir=near) as spool:
         joined = Joined(messages, str if options.keep_secrets else functools.partial(redact, counts=secrets))
         gc.disable()  # records hold no cycles; looking for some among millions of them takes as long as reading them
-        left_out, owners = read(options, joined, repairs)
-        me = find_me(joined, owners, options)
-        index, persona, report = gather(joined, me, find_forgotten(joined, me, options.forget), left_out, options, spool)
-        gc.enable()
+        try:
+            left_out, bots, owners = read(options, joined, repairs)
+            me = find_me(joined, owners, options)
+            forgotten = find_forgotten(joined, me, options.forget)
+            index, persona, report = gather(joined, me, forgotten, bots, left_out, options, spool)
+        finally:
+            gc.enable()
         report |= {"secrets": dict(secrets), "repairs": dict(repairs)}
         check_enough(options, index, report)
         held_out = validation_size(len(index), options.val)
         parts = {"train": index[:-held_out], "val": index[-held_out:]}
         report["sessions_kept"] = {part: len(places) for part, places in parts.items()}
         report["trained_messages"] = int(parts["train"][:, 3].sum())
-        write(parts, spool, persona, report, options)
+        write(parts, spool, persona, report, options, near)
         show(Session.from_json(line(spool, parts["train"][-1])))
     doctor.show(report, options)
     if options.forget:
         print(f"\nForgotten: {', '.join(options.forget)}. {AFTER_FORGETTING}")
     if not options.dry_run:
-        where = "" if options.out == "data" else f" --data {options.out}"
+        where = "" if options.out == "data" else f" --data {shlex.quote(options.out)}"
         print(f"\nWritten to {options.out}/. Read it, edit it; then: python train.py --lora{where}")
 
 
@@ -475,10 +485,18 @@ def check(options):
     if not options.exports:
         raise UserError("no export given", "python data.py path/to/result.json (Telegram, JSON), or a WhatsApp chat (.txt or .zip)")
     for name in ("since", "until"):
+        day = getattr(options, name) or "2000-01-01"
         try:
-            datetime.datetime.strptime(getattr(options, name) or "2000-01-01", "%Y-%m-%d")
+            if datetime.date.fromisoformat(day).isoformat() != day:
+                raise ValueError
         except ValueError:
-            raise UserError(f"--{name} {getattr(options, name)} is no day", "Write it as 2021-12-31.") from None
+            raise UserError(f"--{name} {day} is no day", "Write it as 2021-12-31.") from None
+    if not 0 <= options.val <= 0.2:
+        raise UserError(f"--val {options.val:g}", "It is a share of the sessions: from 0 to 0.2.")
+    if not 0 < options.gap_minutes < 1e6:
+        raise UserError(f"--gap-minutes {options.gap_minutes:g}", "Give a number of minutes, such as 10.")
+    if options.seq_len < 16:
+        raise UserError(f"--seq-len {options.seq_len} is too short for a message", "Give 16 or more; training's default is 1024.")
     if options.tokenizer:
         import tokenizer
 
@@ -487,35 +505,51 @@ def check(options):
         config.check_folder(options.out, options.overwrite)
 
 
-def wanted(chat, options):
-    """Why a chat is left out by its kind or by --include and --exclude; "" when it belongs."""
-    names = {chat.name.casefold(), chat.id.casefold(), chat.type}
-    if names & {n.casefold() for n in options.exclude}:
+def wanted(chat, options, heard):
+    """Why a chat is left out by its kind or by --include and --exclude; "" when it belongs. `heard`: the words of theirs that named one."""
+    names = {chat.name.casefold(), chat.id.casefold(), chat.key.casefold(), chat.type}
+    included, excluded = ({said for said in given if said.casefold() in names} for given in (options.include, options.exclude))
+    heard |= included | excluded
+    if excluded:
         return "excluded"
-    if chat.type in TALKS or names & {n.casefold() for n in options.include}:
-        return ""
-    return chat.type
+    return "" if chat.type in TALKS or included else chat.type
 
 
 def read(options, joined, repairs):
-    """Read the exports' chats into `joined`, but for those left out. → ({chat: why it is left out}, {export: owner's id})."""
-    left_out, owners = {}, {}
+    """Read the exports' chats into `joined`, but for those left out.
+
+    → ({chat's key: why it is left out}, ids of bots, {export: owner's id}). UserError when --include or --exclude name no chat.
+    """
+    left_out, bots, owners, heard, chats = {}, set(), {}, set(), {}
     with tqdm(unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:
         found = [pair for path in options.exports for pair in exports.sources(path, bar.update)]
         bar.reset(sum(source.size * reader.PASSES for reader, source in found))
         for reader, source in found:
             for chat, messages in reader.read(source, repairs):
-                owners[str(source)] = chat.owner
-                if why := wanted(chat, options):
+                owners[str(source)], chats[chat.key] = chat.owner, chat.name
+                if chat.type == "bot_chat":
+                    bots.add(chat.key)
+                if why := wanted(chat, options, heard):
                     left_out[chat.key] = why
                 else:
                     joined.add(str(source), chat, messages)
-    return left_out, owners
+    for name, given in (("include", options.include), ("exclude", options.exclude)):
+        for said in given:
+            if said not in heard:
+                near = difflib.get_close_matches(said, chats.values(), 5, 0.5)
+                raise UserError(
+                    f"--{name} {said}: no chat has that name, id or kind",
+                    f"Perhaps one of: {', '.join(near)}" if near else "Write the name as the messenger shows it.",
+                )
+    for key in [key for key, why in left_out.items() if why == "excluded"]:
+        joined.copies.pop(key, None)  # under another name, in another export, it was read
+    return left_out, bots, owners
 
 
 def called(said, people):
-    """The ids among `people` ({id: display name}) that --me or --forget names, by id or by name."""
-    return [i for i, name in people.items() if said.casefold() in (i.casefold(), (name or "").casefold())]
+    """The ids among `people` ({id: display name}) that --me or --forget names: by id, with or without its kind in front, or by name."""
+    said = said.casefold()
+    return [i for i, name in people.items() if said in (i.casefold(), re.sub(r"^[a-z]+:?", "", i).casefold(), (name or "").casefold())]
 
 
 def listed(people, wrote):
@@ -524,47 +558,50 @@ def listed(people, wrote):
 
 
 def find_me(joined, owners, options):
-    """The ids that are mine: in each export those whom --me names, else its owner. UserError lists the candidates."""
-    me, unheard, replaced = {}, set(options.me), set()
-    for export, wrote in joined.wrote.items():
-        people = {author: joined.people.get(author) for author in wrote}
-        for said in options.me:
-            matches = called(said, people)
-            if len(matches) > 1:
-                raise UserError(
-                    f"{export}: --me {said}: several people have that name",
-                    f"Say --me ID, one of: {listed({i: people[i] for i in matches}, wrote)}",
-                )
-            if matches:
-                me |= dict.fromkeys(matches)
-                replaced.add(owners[export])
-                unheard.discard(said)
+    """The ids that are mine: the exports' owners, and whom --me names in exports that have none; where it names nobody there, --me
+    replaces the owner of the exports in which it names somebody. UserError lists the candidates."""
+    me, replaced = {}, set()
+    people = {export: {author: joined.people.get(author) for author in wrote} for export, wrote in joined.wrote.items()}
     everyone = sum(joined.wrote.values(), collections.Counter())
-    if unheard:
-        candidates = listed({i: joined.people.get(i) for i in everyone}, everyone)
-        raise UserError(f"--me {min(unheard)}: nobody has that name", f"Say --me NAME or --me ID, one of: {candidates}")
+    for said in options.me:
+        found = {export: matches for export in people if (matches := called(said, people[export]))}
+        found = {export: matches for export, matches in found.items() if not owners[export]} or found
+        if not found:
+            raise UserError(
+                f"--me {said}: nobody has that name",
+                f"Say --me NAME or --me ID, one of: {listed({i: joined.people.get(i) for i in everyone}, everyone)}",
+            )
+        for export, matches in found.items():
+            if len(matches) > 1:
+                several = listed({i: people[export][i] for i in matches}, joined.wrote[export])
+                raise UserError(f"{export}: --me {said}: several people have that name", f"Say --me ID, one of: {several}")
+            me |= dict.fromkeys(matches)
+            replaced.add(owners[export])
     me = dict.fromkeys(owner for owner in owners.values() if owner and owner not in replaced) | me
     for export, wrote in joined.wrote.items():
-        if not owners[export] and not me.keys() & wrote.keys():
-            raise UserError(
-                f"{export}: the export doesn't say whose it is",
-                f"Say --me NAME or --me ID, one of: {listed({i: joined.people.get(i) for i in wrote}, wrote)}",
-            )
+        if wrote and not owners[export] and not me.keys() & wrote.keys():
+            candidates = listed(people[export], wrote)
+            raise UserError(f"{export}: the export doesn't say whose it is", f"Say --me NAME or --me ID, one of: {candidates}")
     return me.keys()
 
 
 def find_forgotten(joined, me, names):
-    """The ids of those whom --forget names: people who wrote, and people (not groups) who never did. UserError when there is none."""
+    """The ids of those whom --forget names: people who wrote, and people (not groups) who never did. UserError when it isn't clear who."""
     everyone = sum(joined.wrote.values(), collections.Counter())
-    people = {chat.key: chat.name for chat in joined.heads.values() if chat.type == "personal_chat"}
+    people = {chat.key: chat.name for copies in joined.copies.values() for chat, _ in copies if chat.type == "personal_chat"}
     people |= {author: joined.people.get(author) or people.get(author) for author in everyone}
     forgotten = set()
     for said in names:
         matches = called(said, people)
-        if not matches or set(matches) & me:
+        if set(matches) & me:
+            raise UserError(f"--forget {said}: that is you", "--exclude leaves whole chats out.")
+        if len(matches) > 1:
+            several = listed({i: people[i] for i in matches}, everyone)
+            raise UserError(f"--forget {said}: several people have that name", f"Say --forget ID, one or more of: {several}")
+        if not matches:
             near = {i: name for i, name in people.items() if i not in me and said.casefold() in (name or "").casefold()}
             way_out = f"Perhaps one of: {listed(near, everyone)}" if near else "Write the name as the messenger shows it, or the id."
-            raise UserError(f"--forget {said}: {'that is me' if matches else 'nobody has that name'}", way_out)
+            raise UserError(f"--forget {said}: nobody has that name", way_out)
         forgotten |= set(matches)
     return forgotten
 
@@ -586,7 +623,7 @@ def kept(messages, options, forgotten, bots, left_out):
             yield message
 
 
-def gather(joined, me, forgotten, chats_left_out, options, spool):
+def gather(joined, me, forgotten, bots, chats_left_out, options, spool):
     """Cut the joined chats into sessions, and write each that teaches something to `spool`, a line of data/*.jsonl.
 
     → (index: an array with each session's start, offset, length and how many messages it trains, in order of time; persona; report).
@@ -594,7 +631,6 @@ def gather(joined, me, forgotten, chats_left_out, options, spool):
     """
     census = doctor.Census()
     census.left_out["chats"].update(chats_left_out.values())
-    bots = {key for key, why in chats_left_out.items() if why == "bot_chat"}  # known by the chats with them, they speak in groups too
     taken = {"system"}
     my_name = unique_name(next((joined.people[i] for i in me if joined.people.get(i)), "Me"), taken)
     names = dict.fromkeys(me, my_name)
@@ -621,7 +657,7 @@ def gather(joined, me, forgotten, chats_left_out, options, spool):
                 )
                 index.extend((start, spool.tell(), len(written), trained))
                 spool.write(written)
-            census.end_of(chat)
+            census.end_of(chat, not forgotten)
     spool.flush()
     index = np.array(index, dtype=np.int64).reshape(-1, 4)
     contacts = [{"name": names[i], "messages": n} for i, n in census.contacts()]
@@ -629,20 +665,23 @@ def gather(joined, me, forgotten, chats_left_out, options, spool):
 
 
 def check_enough(options, index, report):
-    path = ", ".join(options.exports)
+    """UserError, with the likeliest reason and its way out, when there is nothing to learn from."""
+    path, outside = ", ".join(options.exports), report["messages_left_out"].get("outside --since and --until", 0)
     if not report["messages"]:
-        kinds = ", ".join(f"{n} {why}" for why, n in report["chats_left_out"].items())
+        kinds = ", ".join(f"{n} {doctor.kind(why)}" for why, n in report["chats_left_out"].items())
         raise UserError(
-            f"{path} holds no messages in chats that belong" + (f" (left out: {kinds})" if kinds else ""),
+            f"{path} holds no messages in chats that are taken" + (f" (left out: {kinds})" if kinds else ""),
             "Export again with the personal chats ticked, or --include a chat.",
         )
+    if report["messages"] == outside:
+        raise UserError(f"none of the {outside:,} messages in {path} is of the days asked for", "Look at --since and --until.")
     if not report["my_messages"]:
         raise UserError(f"{path} holds no message by me", "Say who you are with --me NAME, or export your own messages too.")
     if len(index) < 2:
         why = "; ".join(f"{n} {why}" for why, n in [*report["sessions_left_out"].items(), *report["repairs"].items()])
         raise UserError(
-            f"{path}: {len(index)} sessions in which I answer, 2 are the least" + (f" ({why})" if why else ""),
-            "Export more chats, or try a larger --gap-minutes.",
+            f"{path}: sessions in which I answer somebody: {len(index)}; two are needed" + (f" ({why})" if why else ""),
+            doctor.ONLY_MINE if report["only_mine"] else "Export more chats, or try a larger --gap-minutes.",
         )
 
 
@@ -651,10 +690,10 @@ def line(spool, place):
     return os.pread(spool.fileno(), length, offset)
 
 
-def write(parts, spool, persona, report, options):
-    """Write data/: all of it beside, then renamed. With --dry-run only `report` is filled in."""
-    out = Path(options.out)
-    with tempfile.TemporaryDirectory(dir=None if options.dry_run else config.private_folder(out)) as beside:
+def write(parts, spool, persona, report, options, near):
+    """Write data/: all of it beside, in `near`, then renamed. With --dry-run only `report` is filled in."""
+    out, parts = Path(options.out), {part: parts[part] for part in parts if not options.dry_run or (part == "train" and options.tokenizer)}
+    with tempfile.TemporaryDirectory(prefix="new-", dir=near) as beside:
         for part, places in parts.items():
             with open(Path(beside) / f"{part}.jsonl", "wb") as file:
                 file.writelines(line(spool, place) for place in places)
@@ -662,6 +701,7 @@ def write(parts, spool, persona, report, options):
         report["verdict"] = doctor.verdict(report)
         if options.dry_run:
             return
+        config.private_folder(out)
         for cached in (out / "cache").glob("*"):
             cached.unlink()
         for part in parts:
@@ -693,73 +733,118 @@ def count_tokens(path, options):
 
 
 def show(session):
-    """Print a session with what will be trained in colour."""
-    document, green = render(session.turns), sys.stdout.isatty()
+    """Print the end of a session, with what will be trained in colour."""
+    document, green = render(session.turns[-SHOWN:]), sys.stdout.isatty()
     text, end = "", 0
     for begin, stop in document.targets:
-        text += document.text[end:begin] + ("\033[32m{}\033[0m" if green else "{}").format(document.text[begin:stop])
+        text += document.text[end:begin] + ("\033[32m{}\033[0m" if green else "{}").format(plain(document.text[begin:stop]))
         end = stop
-    print(f"One session, with what is trained {'in green' if green else 'being my turns'}:\n\n{text}{document.text[end:]}")
+    print(f"One session, with what is trained {'in green' if green else 'being my turns'}:\n\n{text}{plain(document.text[end:])}")
+
+
+def plain(text):
+    """Without what would command a terminal."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 # --- what people want gone
 
 
-def forget(folder, names):
+def forget(folder, names, dry_run):
     """Take people out of data/ itself: their personal chats, their messages in groups, their name in the persona."""
-    persona, parts = config.read_json(folder / "persona.json"), {}
-    people = {contact["name"]: contact["name"] for contact in persona["contacts"]}
+    persona = config.read_json(folder / "persona.json")
+    people = {str(contact.get("name")): None for contact in persona.get("contacts", []) if isinstance(contact, dict)}
     gone = set()
     for said in names:
-        if not (matches := called(said, people)):
+        matches = [name for name in people if name.casefold() == said.casefold()]
+        if not matches:
             raise UserError(f"--forget {said}: {folder}/persona.json knows nobody of that name", "Write it as it stands there.")
         gone |= set(matches)
-    before = after = 0
+    before, after, parts, total = 0, 0, {}, collections.Counter()
     for part in ("train", "val"):
-        kept = []
+        parts[part] = []
         for talk in load_sessions(folder / f"{part}.jsonl"):
-            before += 1
-            theirs = any(turn.author in gone for turn in talk.turns)
-            talk.turns = [turn for turn in talk.turns if turn.author not in gone]
-            if not theirs or (talk.type != "personal_chat" and not why_not(talk)):
-                kept.append(talk.to_json() + "\n")
-        parts[part] = kept
-        after += len(kept)
-    for part, lines in parts.items():
-        config.write_text(folder / f"{part}.jsonl", "".join(lines))
-    config.write_json(folder / "persona.json", persona | {"contacts": [c for c in persona["contacts"] if c["name"] not in gone]})
-    for path in [folder / "report.json", *(folder / "cache").glob("*")]:
-        path.unlink(missing_ok=True)
-    print(f"{', '.join(sorted(gone))} forgotten in {folder}/: {before - after:,} of {before:,} sessions went.")
+            before += sum(len(turn.messages) for turn in talk.turns)
+            if any(turn.author in gone for turn in talk.turns):
+                talk.turns = without(talk.turns, gone)
+                if talk.type == "personal_chat" or why_not(talk):
+                    continue
+            for turn in talk.turns:
+                total[turn.author] += len(turn.messages)
+            parts[part].append(talk.to_json() + "\n")
+    after = total.total()
+    if not dry_run:
+        for part, lines in parts.items():
+            config.write_text(folder / f"{part}.jsonl", "".join(lines))
+        contacts = [{"name": name, "messages": total[name]} for name in people if total[name]]
+        config.write_json(folder / "persona.json", persona | {"contacts": contacts})
+        for path in [folder / "report.json", *(folder / "cache").glob("*")]:
+            path.unlink(missing_ok=True)
+    would, count = "would be forgotten" if dry_run else "forgotten", f"{before - after:,} of {before:,} messages"
+    print(f"{', '.join(sorted(gone))} {would} in {folder}/: {count}, theirs and what was said to them alone.")
     print(AFTER_FORGETTING)
 
 
-def wipe(root):
+def without(turns, gone):
+    """Turns but for those of people to forget; what one author wrote before and behind them becomes one turn."""
+    left = []
+    for turn in turns:
+        if turn.author not in gone:
+            if left and left[-1].author == turn.author:
+                left[-1].messages += turn.messages
+            else:
+                left.append(turn)
+    return left
+
+
+def ours(folder):
+    """Whether one of our programs wrote into this folder."""
+    try:
+        with open(folder / "train.jsonl", encoding="utf-8") as file:
+            Session.from_json(file.readline())
+        return True
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pass
+    for name, keys in (("persona.json", {"me", "contacts"}), ("run.json", {"config", "commit", "versions"})):
+        try:
+            if keys <= config.read_json(folder / name, {}).keys():
+                return True
+        except (UserError, OSError):
+            pass
+    return False
+
+
+def wipe(root, dry_run):
     """List the folders below `root` that hold chats or what was made of them, ask, and delete what our programs wrote in them."""
-    found = {}
-    for folder, inner, files in os.walk(root):
-        inner[:] = [name for name in inner if name not in (".git", ".venv")]
-        if {"train.jsonl", "val.jsonl"} <= {*files} or {"run.json", "metrics.jsonl"} <= {*files} or "persona.json" in files:
-            ours = {path for pattern in OURS for path in Path(folder).glob(pattern)}
-            found[Path(folder)] = sorted(path for one in ours for path in ([one, *one.rglob("*")] if one.is_dir() else [one]))
-            inner[:] = [name for name in inner if Path(folder) / name not in ours]
+    found, seen = {}, set()
+    for name, inner, _ in os.walk(root, followlinks=True):
+        folder = Path(name)
+        inner[:] = [] if folder.resolve() in seen else [n for n in inner if n not in (".git", ".venv", "cache", "resume")]
+        if folder.resolve() not in seen and ours(folder):
+            found[folder] = [path for pattern in OURS for path in sorted(folder.glob(pattern))]
+        seen.add(folder.resolve())
     if not found:
         print(f"Nothing below {root.resolve()} holds chats, as far as our own files go.")
         return
     for folder, paths in found.items():
-        size = sum(path.lstat().st_size for path in paths) / 1e6
-        print(f"{size:>10,.1f} MB  {folder}/  {', '.join(sorted({path.relative_to(folder).parts[0] for path in paths}))}")
+        size = sum(path.stat().st_size for path in paths if path.is_file()) / 1e3
+        print(f"{size:>12,.0f} kB  {folder}/  {', '.join(sorted({path.relative_to(folder).parts[0] for path in paths}))}")
+    if dry_run:
+        return
     print("Delete all of these? They can't be brought back. Type yes: ", end="", flush=True)
     if sys.stdin.readline().strip().lower() != "yes":
         print("Nothing was deleted.")
         return
     for folder, paths in found.items():
-        for path in reversed(paths):  # what is in a folder before the folder
-            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-        if folder != root and not any(folder.iterdir()):
-            folder.rmdir()
-        elif left := sorted(path.name for path in folder.iterdir()):
+        for path in paths:  # what is in a folder stands before the folder
+            if not path.is_dir():
+                path.unlink()
+            elif not any(path.iterdir()):
+                path.rmdir()
+        if left := sorted(path.name for path in folder.iterdir()):
             print(f"Left in {folder}/, for it isn't ours: {', '.join(left[:8])}")
+        elif folder != root and not folder.is_symlink():
+            folder.rmdir()
     print("Deleted. The exports themselves, and copies elsewhere (a rented machine, a backup), are yours to delete.")
 
 

@@ -2,16 +2,20 @@
 
 import collections
 import functools
+import re
 import sys
 import unicodedata
 
 import numpy as np
 
 LETTERS = 1 << 20  # counted at once
+ONLY_MINE = "Export again and untick 'Only my messages'."
+KINDS = {"saved_messages": "Saved Messages", "bot_chat": "chats with bots", "private_channel": "private channels",
+         "public_channel": "public channels", "replies": "Replies", "verification_codes": "sign-in codes"}  # fmt: skip
 SAMPLE = 2_000  # of my messages, from which tokens per 1,000 characters are told
 ENOUGH = (  # my messages that are trained, and what to expect of fewer than that
-    (300, "too little: the base model with a few of your favourite words. Export more chats, or every year of them."),
-    (2_000, "little: your tone, your length and your favourite words; what you know and think hardly."),
+    (300, "too few: the base model with a few of your favourite words. Export more chats, or every year of them."),
+    (2_000, "few: your tone, your length and your favourite words; what you know and think hardly."),
     (15_000, "enough for your style and for what you speak of often; rare facts it will make up."),
     (float("inf"), "plenty, for style and background alike: `--epochs 2` may do, `python train.py` (full fine-tuning) is worth a look."),
 )
@@ -56,7 +60,7 @@ class Census:
                 self.short += sum(len(text) <= 3 for text in texts)
                 self.waiting += texts
                 self.room -= characters
-                self.turns[session.chat] += not why
+                self.turns[session.chat, session.chat_id] += not why
                 self.authors.add(True)
             else:
                 count[turn.author] += n
@@ -72,14 +76,16 @@ class Census:
             self.days = (min(self.days[0], session.start), max(self.days[1], session.turns[-1].at))
         return self.messages - before
 
-    def end_of(self, chat):
+    def end_of(self, chat, whole):
+        """`whole`: nobody was taken out of the chat."""
         self.chats += 1
-        if chat.type != "personal_chat" and self.authors == {True}:
+        if whole and "group" in chat.type and self.authors == {True}:
             self.only_mine.append(chat.name)
         self.authors = set()
 
     def count_letters(self):
-        codes = np.frombuffer("".join(self.waiting).encode("utf-32-le"), dtype=np.uint32)
+        text = re.sub("<[a-z]+>", "", "\n".join(self.waiting))  # without marks
+        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
         self.letters += np.bincount(codes, minlength=len(self.letters))
         self.waiting, self.room = [], LETTERS
 
@@ -89,7 +95,7 @@ class Census:
 
     def report(self):
         self.count_letters()
-        chat, turns = (self.turns.most_common(1) or [("", 0)])[0]
+        (chat, _), turns = (self.turns.most_common(1) or [(("", ""), 0)])[0]
         return {
             "chats": self.chats + self.left_out["chats"].total(),
             "messages": self.messages + self.left_out["messages"].total(),
@@ -115,27 +121,28 @@ def density(messages, tokenizer):
     return {name: round(1000 * tokens[name] / n) for name, n in characters.most_common() if n >= 100}
 
 
+def kind(why):
+    """Why a chat is left out, for a person."""
+    return f"{KINDS[why]} (--include takes it)" if why in KINDS else why
+
+
 def verdict(report):
     """Is it enough, and for what; what is lopsided, and the way out. → lines"""
     mine = report["trained_messages"]
-    said = [f"Your {mine:,} messages that will be trained are " + next(words for most, words in ENOUGH if mine < most)]
+    said = [f"{mine:,} of your messages will be trained: " + next(words for most, words in ENOUGH if mine < most)]
     chat = report["largest_chat"]
-    if chat["share"] > 0.5 and report["chats"] > 1:
-        said.append(
-            f"{chat['share']:.0%} of your turns are from one chat, {chat['name']}: it will talk as you do there. More chats, or --exclude."
-        )
+    if chat["share"] > 0.5 and report["chats"] - sum(report["chats_left_out"].values()) > 1:
+        said.append(f"{chat['share']:.0%} of your turns are from one chat, {chat['name']}: it will talk as you do there.")
     if report["short_share"] > 0.4:
         said.append(f"{report['short_share']:.0%} of your messages are of at most 3 letters: so will its answers be.")
     if report["only_mine"]:
-        said.append(
-            f"Only your own messages were exported from {', '.join(report['only_mine'][:5])}: there is nothing to answer in them. "
-            "Export again and untick 'Only my messages'."
-        )
-    dense = (report["tokens"] or {}).get("per_1000_characters", {})
-    if len(report["scripts"]) > 1 and not dense:
-        said.append(f"You write {' and '.join(list(report['scripts'])[:2])}: --tokenizer FOLDER says how well a base fits each.")
+        said.append(f"Only your own messages are in {', '.join(report['only_mine'][:5])}: there is nothing to answer. {ONLY_MINE}")
+    dense, letters = (report["tokens"] or {}).get("per_1000_characters", {}), report["scripts"]
+    mixed = [name for name, n in letters.items() if n > 0.05 * sum(letters.values())]
+    if len(mixed) > 1 and not dense:
+        said.append(f"You write {' and '.join(mixed[:2])}: --tokenizer FOLDER says how well a base fits each.")
     for name, n in dense.items():
-        if n > 450 and report["scripts"].get(name, 0) > 1_000:
+        if n > 450 and letters.get(name, 0) > 1_000:
             said.append(f"This tokenizer needs {n} tokens for 1,000 characters of your {name}: another base may know it better.")
     return said
 
@@ -145,10 +152,11 @@ def show(report, options):
 
     def line(count, what, reasons=()):
         left = "".join(f"\n{'':>12}- {n:,} {why}" for why, n in sorted(dict(reasons).items(), key=lambda item: -item[1]))
-        print(f"{count:>11,} {what}{left}")
+        noun, _, rest = what.partition(" ")
+        print(f"{count:>11,} {noun.removesuffix('s') if count == 1 else noun} {rest}".rstrip() + left)
 
-    line(report["chats"], "chats", report["chats_left_out"])
-    line(report["messages"], "messages in the chats that belong", report["messages_left_out"])
+    line(report["chats"], "chats", {kind(why): n for why, n in report["chats_left_out"].items()})
+    line(report["messages"], "messages in the chats that are taken", report["messages_left_out"])
     voice = report["share_of_voice"]
     line(report["my_messages"], f"of them mine ({voice['messages']:.0%}; of the letters {voice['characters']:.0%})")
     line(report["sessions"], f"sessions (cut at {options.gap_minutes:g} minutes of silence)", report["sessions_left_out"])
@@ -156,7 +164,7 @@ def show(report, options):
     line(sum(kept.values()), f"sessions kept: {kept['train']:,} to train on, the latest {kept['val']:,} to validate")
     if tokens := report["tokens"]:
         line(tokens["written"], "tokens in the sessions to train on")
-        line(tokens["computed"], "tokens computed: none behind my last word or far before the next, some twice as context")
+        line(tokens["computed"], "tokens computed (the rest stands behind my last word; some count twice, as context)")
         line(
             tokens["rows"],
             f"rows of {options.seq_len:,} tokens, {tokens['filled']:.1%} filled; {tokens['trained']:,} of their tokens trained",
@@ -166,7 +174,8 @@ def show(report, options):
     elif report["scripts"]:
         print(f"{'':>11} what I write: " + ", ".join(f"{n:,} letters {name}" for name, n in list(report["scripts"].items())[:3]))
     if report["secrets"]:
-        line(sum(report["secrets"].values()), "secrets replaced by marks", {f"<{kind}>": n for kind, n in report["secrets"].items()})
+        what = {f"<{name}>": n for name, n in report["secrets"].items()}
+        line(sum(report["secrets"].values()), "secrets replaced by marks as the exports were read", what)
     for what, n in report["repairs"].items():
         line(n, what)
     print()

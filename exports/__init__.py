@@ -1,8 +1,9 @@
-"""What a messenger wrote, as one stream of records. The next messenger is a module here with `recognises` and `read`, named in READERS."""
+"""What messengers wrote, as streams of records. The next messenger is a module here with `recognises` and `read`, named in `sources`."""
 
 import codecs
 import collections
 import functools
+import itertools
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -13,7 +14,9 @@ from config import UserError
 DELETED = "Deleted Account"
 PIECE = 1 << 16  # bytes read at a time; from 128 KiB on, each costs fresh memory
 ENCODINGS = ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"), (b"", "utf-8-sig"))
-BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeDecodeError)
+HEAD = 1 << 16  # bytes by which a messenger's file is recognised
+DAMAGED_ZIP = "Copy it again, or unpack it as far as it goes and give the folder."
 WHAT_TO_GIVE = "Give the result.json that Telegram Desktop wrote (Export, format JSON), or a WhatsApp chat (Export chat: .txt or .zip)."
 
 
@@ -45,10 +48,10 @@ make = functools.partial(tuple.__new__, Message)  # of a tuple of its fields: Me
 class Source:
     """One file of an export, on disk or in a zip. `watch(n)` is called as bytes are read."""
 
-    def __init__(self, path, archive=None, watch=lambda read: None):
-        self.path, self.archive, self.watch = path, archive, watch
-        self.zip = zipfile.ZipFile(archive) if archive else None
-        self.size = self.zip.getinfo(str(path)).file_size if archive else path.stat().st_size
+    def __init__(self, path, watch=lambda read: None, archive=None, member=None):
+        self.path, self.watch, self.zip, self.member = PurePosixPath(member.filename) if archive else path, watch, archive, member
+        self.archive = Path(archive.filename) if archive else None
+        self.size = member.file_size if archive else path.stat().st_size
 
     def __str__(self):
         return f"{self.archive}: {self.path}" if self.archive else str(self.path)
@@ -56,15 +59,15 @@ class Source:
     def blocks(self, notes):
         """The bytes, a block at a time; of a damaged zip those before the damage."""
         try:
-            with self.zip.open(str(self.path)) if self.zip else open(self.path, "rb", buffering=0) as file:
+            with self.zip.open(self.member) if self.zip else open(self.path, "rb", buffering=0) as file:
                 while block := file.read(PIECE):
                     yield block
         except BROKEN_ZIP:
-            notes["a damaged zip: the rest of a file in it"] += 1
+            notes["files in damaged zips, read up to the damage"] += 1
 
     def head(self):
         """Its first characters."""
-        data = next(self.blocks(collections.Counter()), b"")
+        data = b"".join(itertools.islice(self.blocks(collections.Counter()), 1 + HEAD // PIECE))
         return decoder(data).decode(data)
 
     def pieces(self, notes):
@@ -101,35 +104,46 @@ def sources(path, watch=lambda read: None):
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: there is no such file", WHAT_TO_GIVE)
+    if not path.is_dir() and not path.is_file():
+        raise UserError(f"{path} is neither a file nor a folder", "Save what it gives to a file: it is read more than once.")
     found = []
     for source in candidates(path, watch):
         found += [(reader, source) for reader in (telegram, whatsapp) if reader.recognises(source.head())][:1]
+    if not found and path.is_dir() and not any(path.iterdir()):
+        raise UserError(f"{path} is empty", WHAT_TO_GIVE)
+    if not found and any("messages" in name and name.endswith(".html") for name in names(path)):
+        raise UserError(f"{path} is an export in HTML", "Export again, format JSON.")
     if not found:
-        if path.suffix == ".html" or any(path.glob("messages*.html")):
-            raise UserError(f"{path} is an export in HTML", "Export again, format JSON.")
         raise UserError(f"{path} is not an export that we know", WHAT_TO_GIVE)
     return found
 
 
-def candidates(path, watch):
-    """The files in which chats may be: the one given, or a folder's or a zip's result.json, else all of its .json and .txt files."""
+def names(path):
+    """The names of the files in a folder or a zip; of a file its own."""
     if path.is_dir():
-        if (path / "result.json").is_file():
-            return [Source(path / "result.json", None, watch)]
-        zips = [inner for archive in sorted(path.glob("*.zip")) for inner in candidates(archive, watch)]
-        return [Source(p, None, watch) for p in sorted(path.iterdir()) if p.suffix in (".json", ".txt") and p.is_file()] + zips
+        return [str(inner) for inner in path.rglob("*")]
+    return zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else [str(path)]
+
+
+def candidates(path, watch):
+    """The files in which chats may be: the one given; of a folder its .json, .txt and .zip and the result.json of folders in it."""
+    if path.is_dir():
+        files = [p for p in sorted(path.iterdir()) if p.suffix in (".json", ".txt") and p.is_file()] + sorted(path.glob("*/result.json"))
+        return [Source(p, watch) for p in files] + [source for inner in sorted(path.glob("*.zip")) for source in candidates(inner, watch)]
     if not zipfile.is_zipfile(path):
-        return [Source(path, None, watch)]  # a zip that was cut off too: nobody recognises it
+        with open(path, "rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                raise UserError(f"{path} is a damaged zip", DAMAGED_ZIP)
+        return [Source(path, watch)]
     try:
         archive = zipfile.ZipFile(path)
     except BROKEN_ZIP:
-        raise UserError(f"{path} is a damaged zip", "Copy it again, or unpack it as far as it goes and give the folder.") from None
-    with archive:
-        members = [m for m in archive.infolist() if m.filename.endswith((".json", ".txt")) and not m.filename.startswith("__MACOSX/")]
+        raise UserError(f"{path} is a damaged zip", DAMAGED_ZIP) from None
+    members = [m for m in archive.infolist() if m.filename.endswith((".json", ".txt")) and not m.filename.startswith("__MACOSX/")]
     if any(m.flag_bits & 1 for m in members):
         raise UserError(f"{path} is encrypted", "Unpack it, then give the folder.")
-    named = [m for m in members if m.filename.rpartition("/")[2] in ("result.json", "_chat.txt")]
-    return [Source(PurePosixPath(m.filename), path, watch) for m in named or members]
+    named = [m for m in members if m.filename.rpartition("/")[2] in ("result.json", "_chat.txt") or "/" not in m.filename]
+    return [Source(None, watch, archive, member) for member in named or members]
 
 
 def read(path, notes=None, watch=lambda read: None):

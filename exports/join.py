@@ -40,15 +40,14 @@ class Joined:
 
     def __init__(self, file, clean=lambda text: text):
         self.file, self.clean, self.clean_name = file, clean, functools.cache(clean)
-        self.heads, self.copies = {}, {}  # by key: the chat, and for each time it was added its runs
+        self.copies = {}  # by key: (chat, runs) for each time it was added
         self.people, self.wrote = {}, collections.defaultdict(collections.Counter)
 
     def add(self, export, chat, messages):
         """Write a chat's messages. When it was added before: of a message in both, and of the chat's head, the one added last counts."""
-        number = chat.id.lstrip("-").isdecimal()  # else a name
-        self.heads[chat.key] = chat._replace(name=self.clean_name(chat.name), id=chat.id if number else self.clean_name(chat.id))
+        chat = chat._replace(name=self.clean_name(chat.name))
         runs, shown = [], {}
-        self.copies.setdefault(chat.key, []).append(runs)
+        self.copies.setdefault(chat.key, []).append((chat, runs))
         while batch := list(itertools.islice(messages, BATCH)):
             batch.sort(key=TIME)  # stable: what was written in one second stays in its order
             numbers, authors, names, times, dates, texts, left_out = zip(*batch)
@@ -66,14 +65,14 @@ class Joined:
     def chats(self):
         """Yield (Chat, iterator of its Messages, without names) in the order in which the chats were first added."""
         self.file.flush()
-        for key, chat in self.heads.items():
-            copies, newer, streams = self.copies[key], array("q"), []
-            for runs in reversed(copies):
+        for copies in itertools.chain.from_iterable(map(by_account, self.copies.values())):
+            newer, streams = array("q"), []
+            for _, runs in reversed(copies):
                 streams.append(absent(self.merged(runs), newer))
-                if runs is not copies[0]:
+                if runs is not copies[0][1]:
                     found = np.array(newer + array("q", (number for number, _ in numbered(self.merged(runs)))))
                     newer = array("q", np.unique(found).tobytes())
-            yield chat, heapq.merge(*streams, key=lambda m: (m.at, m.id or 0)) if len(streams) > 1 else streams[0]
+            yield copies[-1][0], heapq.merge(*streams, key=lambda m: (m.at, m.id or 0)) if len(streams) > 1 else streams[0]
 
     def merged(self, runs):
         """The messages of runs in order. A run is opened when its turn has come: memory holds a batch of each of those that overlap."""
@@ -82,16 +81,16 @@ class Joined:
             if waiting < len(runs) and (not heap or runs[waiting].first <= heap[0][0]):
                 stream = self.messages(runs[waiting])
                 message = next(stream)
-                heapq.heappush(heap, (message.at, waiting, message, stream))
+                heapq.heappush(heap, (message.at, message.id or 0, waiting, message, stream))
                 waiting += 1
                 continue
-            _, run, message, stream = heap[0]
+            _, _, run, message, stream = heap[0]
             yield message
             if len(heap) == 1 and (waiting == len(runs) or runs[run].last < runs[waiting].first):
                 yield from stream  # alone, as nearly always
                 heap.clear()
             elif message := next(stream, None):
-                heapq.heapreplace(heap, (message.at, run, message, stream))
+                heapq.heapreplace(heap, (message.at, message.id or 0, run, message, stream))
             else:
                 heapq.heappop(heap)
 
@@ -101,14 +100,22 @@ class Joined:
             yield from map(make, zip(numbers, authors, itertools.repeat(None), *rest))
 
 
+def by_account(copies):
+    """The copies of a chat, apart where they are of several accounts: what two people wrote to Bob is not one chat. Supergroups are."""
+    owners = dict.fromkeys(chat.owner for chat, _ in copies if chat.owner)
+    if len(owners) < 2 or "supergroup" in copies[-1][0].type or "channel" in copies[-1][0].type:
+        return [copies]
+    return [part for owner in [*owners, None] if (part := [copy for copy in copies if copy[0].owner == owner])]
+
+
 def numbered(messages):
-    """(what a message is known by, Message): its id, or else what it says and when (the second "ok" of a minute is another)."""
-    minute, said = None, collections.Counter()
+    """(what a message is known by, Message): its id, or else what it says and when (the second "ok" of one moment is another)."""
+    moment, said = None, collections.Counter()
     for message in messages:
         number = message.id
         if number is None:
-            if message.at != minute:
-                minute, said = message.at, collections.Counter()
+            if message.at != moment:
+                moment, said = message.at, collections.Counter()
             said[message.author, message.text] += 1
             known = f"{message.at} {message.author} {said[message.author, message.text]} {message.text}"
             number = int.from_bytes(hashlib.blake2b(known.encode(), digest_size=8).digest(), "big", signed=True)

@@ -151,7 +151,7 @@ COMMAND = re.compile(r"""(?xi)
           | \bnickserv\s+(?:id|identify)\s )["']?(?P<secret>[^\s<$"'-][^\s<"']{2,127})""")
 PASSWORD = re.compile(r"""(?xi)
     (?<![^\W_])(?<![<@])
-    (?: passwor[dt]s? | pass\s?phrase | passcode | pass | pw | kennwort | wachtwoord | mot\s+de\s+passe | mdp | palavra-passe
+    (?: passwor[dt]s? | pass\s?phrase | passcode | pass | pswd? | pw | kennwort | wachtwoord | mot\s+de\s+passe | mdp | palavra-passe
       | contrase[ñn]a | senha | parola\s+d['’]ordine | has[łl](?:o|a|em) | [şs]ifre(?:m|si|n|niz)? | парол\w{0,3} | пасс(?:ворд)? | пасворд
       | (?P<weak>(?<!/)passwd|pwd|clave|parola(?:m|sı|n|nız)?) )[0-9]?["'*`)]{0,2}  # weak: commands, and words with another meaning
     (?P<gap> \s*\([^()\n]{1,30}\) | \s+(?:wi-?fi|wlan|вай-?фа\w{1,3})
@@ -165,6 +165,7 @@ PASSWORD = re.compile(r"""(?xi)
 PIN = re.compile(r"""(?xi)
     (?<![^\W_])(?:pin|пин)(?:[ -]?(?:code|number|код\w{0,2}))?(?:\s*[:=–—-]\s*|\s+(?:(?:is|это|ist|lautet|es|est|é|è)\s+)?)
         (?P<secret>[0-9]{4,8})(?!\w|\.\w)""")
+MENTION = re.compile(r"(?<!\w)@(?P<secret>[1-9][0-9]{9,14})(?!\w)")  # whom WhatsApp's phone has no name for
 EMAIL = re.compile(r"""(?x)  # left: what git clones from, images for two densities, systemd's units, where scp copies to
     (?<!\w)(?<![^\s>]/)(?<!\w[.+%-])(?!git@)(?P<secret>\w[\w.+%'-]{0,63}+@(?![23]x\.)
         (?:[\w-]{1,63}\.){1,6}(?:xn--[\w-]{2,30}|[^\W\d_]{2,24}))(?<!\.service)(?![\w-]|\.[^\W\d_]|:[~/]|:\w+/)""")
@@ -191,7 +192,7 @@ NUMBER, TOKEN, EITHER = ("|".join(f"{digit}(?:{then})" for digit in "0123456789"
 AT = r"@(?<=\S@)\w"
 NAMES = r"k(?:ey|ia|en(?<=token))|кен(?<=токен)|cret(?<=secret)|beare|z(?<=authoriz)"
 WORDS = (
-    r"p(?:ass|aro|wd?\b|in(?:\b|-?c)|(?<=\bmdp)\b)|па(?:рол|с[св])|пин|contrase|ve(?<=clave)|h(?:a(?<=senha)|as[lł])|fre(?<=[sş]ifre)|wachtw"
+    r"p(?:ass|sw|aro|wd?\b|in(?:\b|-?c)|(?<=\bmdp)\b)|па(?:рол|с[св])|пин|contrase|ve(?<=clave)|h(?:a(?<=senha)|as[lł])|fre(?<=[sş]ifre)|wachtw"
     r"|k(?:ennw|serv)|ql(?<=mysql)|b(?<=mariadb)"
 )
 RULES = [
@@ -205,6 +206,7 @@ RULES = [
     ("password", WORDS, PASSWORD, password),
     ("password", WORDS, PIN, whole),
     ("email", AT, EMAIL, whole),  # after passwords, which may hold an @
+    ("phone", NUMBER, MENTION, whole),
     ("phone", NUMBER, PHONE, phone),
 ]
 SUSPECT = re.compile("|".join([NAMES, WORDS, AT, EITHER])).search

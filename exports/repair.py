@@ -11,16 +11,14 @@ import re
 LIMIT = 1 << 24  # characters of one value: whatever is longer is damage that swallows the rest
 TAIL = 1 << 12  # characters in which the beginning of a message or a chat must fit
 
-SPACE = re.compile(r"\s*")
+SPACE = re.compile(r"[\s\ufeff]*")
 SEPARATORS = re.compile(r"[\s,:]*")
 GAP = re.compile(r"[\s,]*")  # between elements: a comma too many or too few costs nothing
 TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|[{}\[\]]|[^\s"{}\[\],:]+', re.DOTALL)  # strings whatever their escapes, brackets, bare words
 HEAD = re.compile(r'"messages"\s*:')
 ESCAPE = re.compile(r'\\(?:(["\\/bfnrt]|u[0-9a-fA-F]{4})|x([0-9a-fA-F]{2}))?')  # pair by pair: in `\\x41` the x is behind a whole `\\`
-UNQUOTED = re.compile(
-    r'("\w+"\s*:\s*+)(?!["{\[]|(?:-?\d[\d.eE+-]*|true|false|null)\s*(?:[,}\]]|$))([^"\n]{0,1000}?)'
-    r'(?=\s{0,200}(?:,\s{0,200}"\w+"\s*:|,?\s{0,200}[}\]\n]|$))'
-)
+UNQUOTED = re.compile(r'("\w+"\s*+:\s*+)(?!["{\[]|(?:-?\d[\d.eE+-]*+|true|false|null)\s*+(?:[,}\]]|$))([^"\n]++)')
+HOLE = "\0" * 40  # lost bytes in which a chat's head may have stood
 
 
 class Damaged(Exception):
@@ -31,7 +29,12 @@ def mend(text):
     """Escapes that JSON doesn't know, and values without quotes, as JSON. (Control characters inside strings: the decoder is lenient.)"""
     if "\\" in text:
         text = ESCAPE.sub(lambda m: m[0] if m[1] else f"\\u00{m[2]}" if m[2] else "\\\\", text)
-    return UNQUOTED.sub(lambda m: m[1] + json.dumps(m[2]), text)
+    return UNQUOTED.sub(quote, text)
+
+
+def quote(found):
+    value = found[2].rstrip(" \t\r,{}[]")
+    return found[1] + (json.dumps(value) if value else "") + found[2][len(value) :]
 
 
 class Cursor:
@@ -39,7 +42,7 @@ class Cursor:
 
     def __init__(self, pieces, begins, notes):
         self.pieces, self.begins, self.notes = pieces, begins, notes
-        self.text, self.at, self.ended, self.lost = "", 0, False, False
+        self.text, self.at, self.ended, self.lost, self.reads = "", 0, False, False, 0
         self.strict = json.JSONDecoder(object_pairs_hook=self.object).scan_once
         self.lenient = json.JSONDecoder(object_pairs_hook=self.object, strict=False).scan_once
 
@@ -58,7 +61,7 @@ class Cursor:
             self.ended = piece is None
             unread.append(piece or "")
             room -= len(unread[-1])
-        self.text, self.at = "".join(unread), 0
+        self.text, self.at, self.reads = "".join(unread), 0, self.reads + 1
 
     def peek(self, between=SPACE):
         """The next character that isn't white space; "" at the end of the text."""
@@ -108,7 +111,7 @@ class Cursor:
         except Damaged:
             self.text, self.at = broken + rest, 0
             raise
-        self.notes["values that were no JSON and were mended"] += 1
+        self.notes["values without valid JSON, mended"] += 1
         return value
 
     def find(self, start):
@@ -122,17 +125,22 @@ class Cursor:
             self.more()
 
     def skip(self):
-        """Move behind the value that begins here without decoding it, whatever its size and its escapes."""
-        depth = 0
+        """Move behind the value that begins here without decoding it, whatever its size and escapes. Damaged when a chat begins in it."""
+        depth, reads, chat = 0, None, 0
         while True:
             self.peek(SEPARATORS)
+            if reads != self.reads:
+                reads, heads = self.reads, (found.start() for found in self.begins.finditer(self.text, self.at) if found["type"])
+                chat = next(heads, len(self.text) + 1)
             token = TOKEN.match(self.text, self.at)
-            if not self.ended and (token is None or token.end() == len(self.text)) and len(self.text) - self.at <= LIMIT:
+            open_end = token is None or token.end() == len(self.text)
+            if open_end and not self.ended and chat > len(self.text) and len(self.text) - self.at <= LIMIT:
                 self.more()  # the token may go on there
                 continue
-            begins = token and token[0] in ("{", '"type"') and self.begins.match(self.text, self.at)
-            depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(token and token[0], 0)
-            if token is None or depth < 0 or (begins and begins["type"]):  # a chat in here: a bracket is missing somewhere
+            if token is None or token.end() > chat or (token[0][0] == '"' and "\n" in token[0]):
+                raise Damaged  # a bracket or a quotation mark is missing somewhere
+            depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(token[0], 0)
+            if depth < 0:
                 raise Damaged
             self.at = token.end()
             if depth == 0:
@@ -187,8 +195,9 @@ class Cursor:
                 yield None
                 end = self.find(1)
                 begins = self.begins.match(self.text, end)
-                # a damaged head of another chat: its messages are not to be taken for this one's
-                self.lost = not begins or bool(begins["type"]) or bool(HEAD.search(self.text, self.at, end))
+                # the damaged head of another chat may lie between: its messages are not to be taken for this one's
+                between = self.text[self.at : end]
+                self.lost = not begins or bool(begins["type"]) or bool(HEAD.search(between)) or HOLE in between
                 self.at = end
 
     def goes_on(self):

@@ -17,6 +17,7 @@ BEGINS = re.compile(
      "type"\s*:\s*(?P<type>null|"\w*")\s*,\s*"id"\s*:\s*(?P<id>-?\d{1,18})\s*,\s*"messages"\s*:\s*(?=\[)""",
     re.VERBOSE,
 )
+USER = re.compile(r'\{\s*"user_id"\s*:\s*(\d{1,18})')
 MEDIA = {"voice_message": "<voice>", "video_message": "<video>", "video_file": "<video>", "animation": "<gif>", "audio_file": "<audio>"}
 MARKS = (
     ("photo", "<photo>"),
@@ -37,7 +38,7 @@ KINDS = {
 
 
 def recognises(head):
-    return head.lstrip("\ufeff \t\r\n").startswith("{")
+    return head.lstrip("\ufeff \t\r\n").startswith("{") and bool(re.search(r'"(?:personal_information|chats|left_chats|messages)"', head))
 
 
 def read(source, notes):
@@ -45,8 +46,10 @@ def read(source, notes):
     cursor, account = Cursor(source.pieces(notes), BEGINS, notes), {}
     try:
         yield from chats(cursor, source, account)
+        if cursor.peek():  # something behind the end: a bracket was missing
+            raise Damaged
     except Damaged:
-        notes["places where a file breaks off or is damaged between messages"] += 1
+        notes["files that end early or are damaged between messages, read as far as they go"] += 1
         yield from rest(cursor, source, account)
     if "found" not in account:
         raise UserError(f"{source} is not a Telegram export: neither chats nor messages in it", WHAT_TO_GIVE)
@@ -63,11 +66,16 @@ def chats(cursor, source, account, skim=False):
                 cursor.skip()
             elif key == "messages":
                 account["read"] = account.get("read", 0) + 1
-                yield from messages_here(cursor, source, header if "type" in header else following(source, account), account)
+                head = header if {"type", "id"} <= header.keys() else following(source, account)
+                if head:
+                    yield from messages_here(cursor, source, head, account)
+                else:
+                    cursor.notes["chats whose head is damaged, left out"] += 1
+                    cursor.skip()
             elif key in ("name", "type", "id"):
                 header[key] = cursor.value()
             elif key == "personal_information":
-                account["owner"] = owner(cursor)
+                owner(cursor, account)
             elif key in ("chats", "left_chats"):
                 account["found"] = True
                 yield from listed()
@@ -93,7 +101,8 @@ def following(source, account):
             collections.deque(chats(Cursor(source.pieces(collections.Counter()), BEGINS, collections.Counter()), source, account, True), 0)
         except Damaged:
             pass
-    return account["heads"][account["read"] - 1] if account["read"] <= len(account["heads"]) else {}
+    head = account["heads"][account["read"] - 1] if account["read"] <= len(account["heads"]) else {}
+    return head if {"type", "id"} <= head.keys() else None
 
 
 def rest(cursor, source, account):
@@ -128,17 +137,19 @@ def messages_here(cursor, source, header, account):
         raise Damaged
 
 
-def owner(cursor):
-    found = re.compile(r'\{\s*"user_id"\s*:\s*(\d+)').match(cursor.text, cursor.at)  # of use where the rest is damaged
-    try:
-        number = cursor.value().get("user_id")
-    except (Damaged, AttributeError):
-        number = found and found[1]
-    return f"user{number}" if number else None
+def owner(cursor, account):
+    """Note whose account it is. The number is taken before the rest is read, which may be damaged."""
+    if found := USER.match(cursor.text, cursor.at):
+        account["owner"] = f"user{found[1]}"
+        cursor.skip()
+    else:
+        value = cursor.value()
+        if isinstance(value, dict) and peer(value.get("user_id")):
+            account["owner"] = f"user{value['user_id']}"
 
 
 def describe(header, account):
-    kind, number = header.get("type"), str(header.get("id"))
+    kind, number = header.get("type"), whole(str(header.get("id")))
     kind = kind if isinstance(kind, str) else "unknown"
     if kind == "saved_messages" and not account.get("owner"):
         account["owner"] = f"user{number}"
@@ -149,16 +160,17 @@ def describe(header, account):
 
 def peer(value):
     """`user123` for `user123`, `123` or 123; None for what is no id. A bare number (before 2021-04) says the kind of peer above 32 bits."""
-    if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()):
-        kind, number = divmod(int(value), 1 << 32)
-        return f"{ {1: 'chat', 2: 'channel'}.get(kind, 'user') }{number if kind in (1, 2) else value}"
-    return value if isinstance(value, str) and value.isalnum() else None
+    text = str(value) if isinstance(value, (str, int)) else ""
+    if re.fullmatch(r"\d{1,18}", text, re.ASCII):
+        kind, number = divmod(int(text), 1 << 32)
+        return {1: f"chat{number}", 2: f"channel{number}"}.get(kind, f"user{text}")
+    return text if re.fullmatch(r"(user|chat|channel)\d{1,18}", text, re.ASCII) else None
 
 
 def flat(text):
     """A string, or a list that mixes strings and `{type, text}`, of whatever type."""
     if isinstance(text, list):
-        return "".join(part if isinstance(part, str) else str(part.get("text", "")) if isinstance(part, dict) else "" for part in text)
+        return "".join(part if isinstance(part, str) else flat(part.get("text")) if isinstance(part, dict) else "" for part in text)
     return text if isinstance(text, str) else ""
 
 
@@ -188,7 +200,7 @@ def message(raw, last, source):
     number, author, name, date, kind = get("id"), get("from_id"), get("from"), get("date"), get("type")
     text, left_out = "", ""
     at = seconds(get("date_unixtime"), date, last)
-    if author.__class__ is not str or author.isdecimal() or not author.isalnum():
+    if author.__class__ is not str or author[:4] != "user" or not author[4:].isdecimal():
         author = peer(author)
     if kind != "message":
         left_out = "service messages" if kind == "service" else "messages of an unsupported kind"
@@ -206,7 +218,7 @@ def message(raw, last, source):
         left_out = "" if text else "messages without text"
     if at is None:
         at = last
-    if date.__class__ is not str or len(date) < 19 or not date.isascii():
+    if date.__class__ is not str or date[4:5] != "-" or date[10:11] != "T" or not date.isascii():
         date = iso(at)
     if name is not None and (name.__class__ is not str or not name.isascii()):
         name = whole(name) if isinstance(name, str) else None
@@ -221,11 +233,11 @@ def seconds(unixtime, date, last):
         at = int(unixtime)
         if 0 <= at < 1 << 37:  # the year 6325
             return at
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     try:
         return forward(int(datetime.datetime.fromisoformat(date).replace(tzinfo=datetime.UTC).timestamp()), last)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

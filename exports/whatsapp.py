@@ -19,6 +19,7 @@ of the commonest shape. A line that begins otherwise continues the message befor
 
 import collections
 import datetime
+import hashlib
 import re
 import unicodedata
 from pathlib import PurePath
@@ -306,8 +307,11 @@ def read(source, notes):
             surveys[found.shape].add(found)
     shape, survey = max(surveys.items(), key=lambda item: item[1].count, default=(None, Survey()))
     people = survey.people()
-    name = chat_name(source) or ", ".join(sorted(people))[:200] or "WhatsApp"
-    chat = Chat(f"whatsapp:{name}", f"whatsapp:{name}", "personal_chat" if len(people) < 3 else "private_group", name, None)
+    name = chat_name(source)
+    known = name or ", ".join(sorted(people))
+    number = hashlib.blake2b(known.encode(), digest_size=8).hexdigest()  # the id is written into data/: no name, no number of a contact
+    kind = "personal_chat" if len(people) < 3 else "private_group"
+    chat = Chat(f"whatsapp:{known}", f"whatsapp:{number}", kind, name or "WhatsApp", None)
     yield chat, messages(source, notes, shape, survey.order(), people)
 
 
@@ -318,13 +322,13 @@ def blocks(source, notes, shape, order):
         found = front(line)
         new = moment(found, order) if found and found.shape == shape else None
         if found and not new:
-            notes["dated lines that are not the chat's"] += 1
+            notes["lines with a date of another format, kept as text"] += 1
         if new:
             if time:
                 yield time, "\n".join(parts)
             time, parts, size, line = new, [], 0, found.rest
         elif not time:
-            notes["lines above the chat"] += 1
+            notes["lines before the first message"] += 1
             continue
         if size <= LONGEST:
             parts.append(line[: LONGEST - size])

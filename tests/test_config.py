@@ -25,9 +25,8 @@ def test_a_dataclass_is_the_command_line(capsys):
         "x", True, 1e-3, ("a", "b"), "a", "hi"
     )
     for wrong in (["x", "--mode", "c"], [], ["x", "--rate", "much"]):
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(UserError, match="--help"):
             config.parse(Options, wrong)
-        assert ended.value.code == 2
     with pytest.raises(SystemExit):
         config.parse(Options, ["--help"])
     assert "how much, in %" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Mutated exports: no traceback, no hang, never another person's words under someone's name. `make soak` runs 10,000 of them."""
+"""Mutated exports: no traceback, no hang, never another person's words under someone's name or in a chat not theirs. `make soak` runs 10,000 of them."""
 
 import collections
 import contextlib
@@ -19,6 +19,7 @@ import exports
 
 MUTANTS = int(os.environ.get("MUTANTS", 400))
 AUTHORS = ("user1111", "user2222", "user3333", "channel4444")  # no one mutation makes one of another
+CHATS = (5000, 5011, 5122, 5233)
 STRUCTURE = '{}[]",:\\\n 0'
 
 
@@ -30,7 +31,7 @@ def healthy(rng):
         for i in range(rng.randint(0, 25)):
             at += rng.choice((5, 60, 4000))
             who = rng.choice(AUTHORS)
-            text = rng.choice((f"[{who}] says {i}", f'[{who}] \\ " \u20ac\n \U0001f986 {i}'))
+            text = f"[{who} in {CHATS[number]}] " + rng.choice((f"says {i}", f'\\ " \u20ac\n \U0001f986 {i}'))
             one = {"id": i, "type": "message", "date": "2020-09-13T12:26:40", "date_unixtime": str(at), "from": "N", "from_id": who}
             one |= rng.choice(({}, {"reply_to_message_id": 1}, {"media_type": "sticker", "document_id": "video_files/a.webm"}))
             said.append(
@@ -41,7 +42,7 @@ def healthy(rng):
                 }
             )
         kind = rng.choice(("personal_chat", "private_group", "public_supergroup", "bot_chat"))
-        listed.append({"name": f"chat {number}", "type": kind, "id": 5000 + number, "messages": said})
+        listed.append({"name": f"chat {number}", "type": kind, "id": CHATS[number], "messages": said})
     root = {"about": "x", "personal_information": {"user_id": 1111, "bio": "y"}, "contacts": {"list": [{"name": "z"}]}}
     value = rng.choice((root | {"chats": {"about": "", "list": listed[:-1]}, "left_chats": {"list": listed[-1:]}}, listed[0]))
     return json.dumps(value, indent=rng.choice((None, 1, 1, 1)), ensure_ascii=False)
@@ -86,7 +87,7 @@ def spoken(path):
         return []
 
 
-def test_mutated_exports_have_no_traceback_no_hang_and_no_wrong_author(tmp_path):
+def test_mutated_exports_have_no_traceback_no_hang_and_no_wrong_author_or_chat(tmp_path):
     path, longest, kept, whole = tmp_path / "result.json", 0, 0, 0
     for number in range(MUTANTS):
         rng = random.Random(number)
@@ -95,10 +96,11 @@ def test_mutated_exports_have_no_traceback_no_hang_and_no_wrong_author(tmp_path)
         began = time.monotonic()
         found = spoken(path)
         longest = max(longest, time.monotonic() - began)
-        for _, message in found:
-            tag = re.match(r"\[(\w+)\] ", message.text)
+        for chat, message in found:
+            tag = re.match(r"\[(\w+) in (\d+)\] ", message.text)
             if tag and tag[1] in AUTHORS and not message.left_out:
                 assert message.author == tag[1] or message.author not in AUTHORS, f"mutant {number}: {message}"
+                assert chat.id == tag[2] or int(chat.id) not in CHATS or int(tag[2]) not in CHATS, f"mutant {number}: {chat} {message}"
                 kept += 1
         whole += text.count('"date_unixtime"')
     print(f"{MUTANTS:,} mutants, {kept / whole:.1%} of their messages read, longest {longest:.2f} s")

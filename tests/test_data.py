@@ -240,15 +240,17 @@ def test_the_command_writes_sessions_persona_and_report(tmp_path):
 
 @pytest.mark.parametrize(("content", "expected"), [
     ("hello", "not an export that we know"),
-    ('{"a": 1}', "not a Telegram export"),
+    ('{"a": 1}', "not an export that we know"),
+    ('{"chats": {"list": []}}', "no messages"),
+    ('{"chats": {}}', "no messages"),
     ("[1, 2]", "not an export that we know"),
     ("", "not an export that we know"),
     (json.dumps(export([])), "no messages"),
     (json.dumps({"name": "Bob", "type": "personal_chat", "id": 2, "messages": []}), "no messages"),
     (json.dumps(export([("user2", "hi")] * 3)), "no message by"),
-    (json.dumps(export(talk(5)))[:700], "2 are the least (1 sessions in which I say nothing; 1 places where a file breaks off"),
+    (json.dumps(export(talk(5)))[:700], "two are needed (1 sessions in which I say nothing; 1 files that end early"),
     (json.dumps({"name": "Bob", "type": "personal_chat", "id": 2, "messages": export(talk(5))["chats"]["list"][0]["messages"]}), "--me"),
-], ids=["text", "other JSON", "a list", "empty", "no messages", "an empty chat", "not a word from me", "cut off", "single chat"])  # fmt: skip
+], ids=["text", "other JSON", "no chats", "no list of chats", "a list", "empty", "no messages", "an empty chat", "not a word from me", "cut off", "single chat"])  # fmt: skip
 def test_bad_exports_are_refused_and_nothing_is_written(content, expected, tmp_path):
     (tmp_path / "result.json").write_text(content)
     refused(command("data.py", tmp_path / "result.json", "--out", tmp_path / "data"), expected)
@@ -267,8 +269,8 @@ def test_me_is_found_by_name_or_id_and_candidates_are_listed(tmp_path):
 def test_days_and_chats_can_be_left_out(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(export(talk(10))))
     refused(command("data.py", tmp_path / "result.json", "--dry-run", "--exclude", "bob"), "no messages")
-    refused(command("data.py", tmp_path / "result.json", "--dry-run", "--since", "2024-01-01"), "no message by")
-    for day in ("yesterday", "20240101"):
+    refused(command("data.py", tmp_path / "result.json", "--dry-run", "--since", "2024-01-01"), "none of the 20 messages")
+    for day in ("yesterday", "20240101", "2024-1-1", "2023-02-30"):
         refused(command("data.py", tmp_path / "result.json", "--dry-run", "--since", day), "--since")
     refused(command("data.py", tmp_path / "result.json", "--out", tmp_path / "result.json"), "is a file")
     assert command("data.py", tmp_path / "result.json", "--dry-run", "--until", "2023-11-14").returncode == 0
@@ -339,7 +341,7 @@ def test_a_contact_known_by_a_number_alone_leaves_no_number_behind(tmp_path):
     said = made(tmp_path, path, "--me", "Ann")
     files = "".join(path.read_text() for path in (tmp_path / "data").iterdir())
     assert "1234567" not in files + said and folder(tmp_path, "persona.json")[0]["contacts"][0]["name"] == "<phone>"
-    assert folder(tmp_path, "report.json")[0]["secrets"] == {"phone": 2}  # the contact's name and the chat's, however often
+    assert folder(tmp_path, "report.json")[0]["secrets"] == {"phone": 1}  # the contact's name, however often
 
 
 def group(*messages):
@@ -367,7 +369,7 @@ def test_a_person_is_forgotten_in_chats_groups_and_the_persona(tmp_path):
     ]
     (tmp_path / "result.json").write_text(json.dumps(value))
     refused(command("data.py", tmp_path / "result.json", "--dry-run", "--forget", "Ev"), "nobody has that name", "Eve (user3")
-    refused(command("data.py", tmp_path / "result.json", "--dry-run", "--forget", "Ann"), "that is me")
+    refused(command("data.py", tmp_path / "result.json", "--dry-run", "--forget", "Ann"), "that is you")
     said = made(tmp_path, tmp_path / "result.json", "--forget", "eve")
     files = "".join(path.read_text() for path in (tmp_path / "data").iterdir())
     assert "Eve" not in files and "psst" not in files and "hello" in files and "trained anew" in said
@@ -386,15 +388,25 @@ def test_wipe_lists_asks_and_deletes_only_what_is_ours(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(export(talk(10))))
     made(tmp_path, tmp_path / "result.json")
     (tmp_path / "ckpt" / "resume").mkdir(parents=True)
-    for name in ("run.json", "metrics.jsonl", "adapter_model.safetensors", "resume/0.safetensors", "diary.txt"):
+    for name in ("metrics.jsonl", "adapter_model.safetensors", "resume/0.safetensors", "diary.txt", "tokenizer_notes.md"):
         (tmp_path / "ckpt" / name).write_text("x")
+    (tmp_path / "ckpt" / "run.json").write_text('{"config": {}, "commit": "", "versions": {}}')
+    (tmp_path / "theirs").mkdir()  # any fine-tuning project's folder
+    for name in ("train.jsonl", "val.jsonl", "model.safetensors", "config.json"):
+        (tmp_path / "theirs" / name).write_text('{"text": "x"}')
+    (tmp_path / "away").mkdir()
+    (tmp_path / "data").rename(tmp_path / "away" / "data")
+    (tmp_path / "data").symlink_to(tmp_path / "away" / "data")
     run = [sys.executable, ROOT / "data.py", "--wipe"]
     no = subprocess.run(run, cwd=tmp_path, input="no\n", capture_output=True, text=True)
     assert no.returncode == 0 and "train.jsonl" in no.stdout and (tmp_path / "data" / "train.jsonl").exists()
     yes = subprocess.run(run, cwd=tmp_path, input="yes\n", capture_output=True, text=True)
     assert yes.returncode == 0 and "diary.txt" in yes.stdout, yes.stderr
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    assert left == ["ckpt/diary.txt", "result.json"] and not (tmp_path / "data").exists()
+    theirs = ["theirs/config.json", "theirs/model.safetensors", "theirs/train.jsonl", "theirs/val.jsonl"]
+    assert left == ["ckpt/diary.txt", "ckpt/tokenizer_notes.md", "result.json", *theirs]
+    nothing = subprocess.run(run, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert nothing.returncode == 0 and "Nothing below" in nothing.stdout
 
 
 def test_a_bot_known_by_its_chat_is_no_voice_in_a_group_either(tmp_path):
@@ -419,7 +431,7 @@ def test_the_report_says_what_is_lopsided_and_whether_it_is_enough(tmp_path):
         report["only_mine"] == ["Club"] and report["largest_chat"] == {"name": "Bob", "share": 1.0} and report["scripts"]["Cyrillic"] == 40
     )
     assert report["short_share"] > 0.9 and report["trained_messages"] == 16 and report["days"] == ["2023-11-14", "2023-11-14"]
-    for words in ("too little", "100% of your turns", "at most 3 letters", "untick 'Only my messages'"):
+    for words in ("too few", "100% of your turns", "at most 3 letters", "untick 'Only my messages'"):
         assert words in said and any(words in line for line in report["verdict"])
 
 
@@ -434,3 +446,90 @@ def test_left_out_chats_can_be_asked_for(tmp_path):
         made(tmp_path, tmp_path / "result.json", "--overwrite", "--include", asked)
         assert ("Saved Messages", "Ann", True, "note 3") in turns_of(tmp_path)
     refused(command("data.py", tmp_path / "result.json", "--dry-run", "--exclude", "personal_chat"), "1 excluded")
+
+
+def owned(number, name, friend, count, start=1_700_000_000):
+    """The export of account `number`: its talk with user 5, whose message ids begin at 1 as they do in every account."""
+    said = [("user5", friend), (f"user{number}", name)] * count
+    listed = [
+        {"id": n, "type": "message", "date": "2023-11-14T22:13:20", "date_unixtime": str(start + 3600 * (n // 4)), "from": shown, "from_id": who,
+         "text": f"{name} and {friend} {n}"}
+        for n, (who, shown) in enumerate(said)
+    ]  # fmt: skip
+    chat = {"name": friend, "type": "personal_chat", "id": 5, "messages": listed}
+    return {"personal_information": {"user_id": number}, "chats": {"list": [chat]}}
+
+
+def test_two_accounts_of_mine_are_one_voice_and_lose_nothing(tmp_path):
+    for number, name, start in ((1, "Ann", 1_700_000_000), (9, "Annie", 1_710_000_000)):
+        (tmp_path / f"{number}.json").write_text(json.dumps(owned(number, name, "Bob", 10, start)))
+    for order in ((1, 9), (9, 1)):
+        made(tmp_path, *(tmp_path / f"{n}.json" for n in order), "--overwrite")
+        (report,) = folder(tmp_path, "report.json")
+        assert (report["messages"], report["my_messages"], report["sessions"]) == (40, 20, 10)
+
+
+def test_me_of_whatsapp_is_no_namesake_in_telegram(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps(owned(1, "Ann Lee", "Alex", 10)))
+    (tmp_path / "WhatsApp Chat with Zoe.txt").write_text(whatsapp(*[("Zoe", "tea?"), ("Alex", "yes")] * 3))
+    made(tmp_path, tmp_path / "result.json", tmp_path / "WhatsApp Chat with Zoe.txt", "--me", "Alex")
+    found = turns_of(tmp_path)
+    assert {(chat, author, me) for chat, author, me, _ in found} == {
+        ("Alex", "Alex", False), ("Alex", "Ann Lee", True), ("Zoe", "Zoe", False), ("Zoe", "Ann Lee", True)
+    }  # fmt: skip
+    made(tmp_path, tmp_path / "result.json", "--me", "Alex", "--overwrite")  # alone it asks for the clone of that friend
+    assert {(author, me) for _, author, me, _ in turns_of(tmp_path)} == {("Alex", True), ("Ann Lee", False)}
+
+
+def test_a_mistyped_chat_is_refused_and_ids_are_taken_in_both_spellings(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps(export(talk(10))))
+    refused(command("data.py", tmp_path / "result.json", "--dry-run", "--exclude", "Bbo"), "--exclude Bbo", "Bob")
+    for asked in ("2", "user2", "bob"):
+        refused(command("data.py", tmp_path / "result.json", "--dry-run", "--exclude", asked), "1 excluded")
+    for asked in ("1", "user1"):
+        assert command("data.py", tmp_path / "result.json", "--dry-run", "--me", asked).returncode == 0
+
+
+def test_numbers_out_of_range_are_refused(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps(export(talk(10))))
+    for words in (("--val", "nan"), ("--val", "5"), ("--gap-minutes", "nan"), ("--gap-minutes", "-5"), ("--seq-len", "0"), ("--val", "x")):
+        refused(command("data.py", tmp_path / "result.json", "--dry-run", *words), words[0])
+
+
+def test_only_my_messages_exported_is_said_when_nothing_is_left_to_learn(tmp_path):
+    value = export([])
+    value["chats"]["list"].append(group(*[("user1", "Ann", f"hi {n}") for n in range(9)]))
+    (tmp_path / "result.json").write_text(json.dumps(value))
+    refused(command("data.py", tmp_path / "result.json", "--dry-run"), "untick 'Only my messages'")
+
+
+def test_forgetting_in_data_leaves_turns_as_they_are_made_and_a_dry_run_leaves_all(tmp_path):
+    turns = [("Bob", "psst"), ("Eve", "hi"), ("Ann", "yes"), ("Bob", "no"), ("Ann", "sure")]
+    alone = [("Ann", "one"), ("Bob", "two"), ("Ann", "three")]
+    lines = [
+        {"chat": "Club", "chat_id": "9", "type": "private_group", "start": "2023-11-14T22:13:20",
+         "turns": [{"author": who, "me": who == "Ann", "at": "2023-11-14T22:13:20", "messages": [text]} for who, text in said]}
+        for said in (turns, alone)
+    ]  # fmt: skip
+    for name, text in (("train.jsonl", "".join(json.dumps(line) + "\n" for line in lines)), ("val.jsonl", "")):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "persona.json").write_text('{"me": "Ann", "contacts": [{"name": "Bob", "messages": 3}, {"name": "Eve", "messages": 1}]}')
+    before = (tmp_path / "train.jsonl").read_text()
+    assert command("data.py", "--out", tmp_path, "--forget", "Bob", "--dry-run").returncode == 0
+    assert (tmp_path / "train.jsonl").read_text() == before
+    assert command("data.py", "--out", tmp_path, "--forget", "Bob").returncode == 0
+    (left,) = data.load_sessions(tmp_path / "train.jsonl")  # nobody speaks before me in the other
+    assert [(turn.author, turn.messages) for turn in left.turns] == [("Eve", ["hi"]), ("Ann", ["yes", "sure"])]
+    assert json.loads((tmp_path / "persona.json").read_text()) == {"me": "Ann", "contacts": [{"name": "Eve", "messages": 1}]}
+    (tmp_path / "persona.json").write_text("{}")
+    refused(command("data.py", "--out", tmp_path, "--forget", "Bob"), "knows nobody")
+
+
+def test_a_dry_run_leaves_nothing_and_what_is_written_is_for_its_owner_alone(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps(export(talk(10))))
+    (tmp_path / "temporary").mkdir()
+    done = command("data.py", tmp_path / "result.json", "--dry-run", env={"TMPDIR": str(tmp_path / "temporary")})
+    assert done.returncode == 0 and not list((tmp_path / "temporary").iterdir())
+    (tmp_path / "data").mkdir(mode=0o755)
+    made(tmp_path, tmp_path / "result.json")
+    assert {path.stat().st_mode & 0o077 for path in (tmp_path / "data").iterdir()} == {0}

@@ -1,6 +1,8 @@
 import collections
 import json
+import os
 import re
+import time
 import zipfile
 
 import pytest
@@ -189,7 +191,7 @@ def test_a_cut_off_export_gives_every_message_before_the_cut(tmp_path):
         found = [t for t in texts(written(tmp_path, text[:cut]), notes) if t.startswith("message")]
         whole = re.findall(r'"text": "(message \d)"\n    \s?', text[:cut])
         assert found == [f"message {n % 4}" for n in range(len(found))] and len(found) in (len(whole), len(whole) - 1), (cut, ends)
-        assert notes["places where a file breaks off or is damaged between messages"] == 1
+        assert notes["files that end early or are damaged between messages, read as far as they go"] == 1
 
 
 @pytest.mark.parametrize(("old", "new", "lost"), [
@@ -223,6 +225,92 @@ def test_what_stands_before_the_chats_may_be_broken(tmp_path):
         assert [(c.owner, len(m)) for c, m in found] == [("user1", 4)] * 2
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_lost_byte_before_the_chats_loses_no_chat(tmp_path, indent):
+    people = [{"first_name": f"Friend {n}", "phone_number": "00", "date": "2020-01-01T00:00:00"} for n in range(20)]
+    text = json.dumps(full(chat(*SAID), chat(*SAID, id=3)) | {"contacts": {"about": "x", "list": people}}, indent=indent)
+    begin, end = text.index('"contacts"') - 3, text.index('"chats"')
+    for at in range(begin, end, 7):
+        assert len(texts(written(tmp_path, text[:at] + text[at + 1 :]))) == 8, at
+    for at in range(begin, end - 512, 99):
+        assert len(texts(written(tmp_path, text[:at] + "\0" * 512 + text[at + 512 :]))) == 8, at
+
+
+def test_a_hole_over_a_head_gives_no_chat_the_messages_of_the_next(tmp_path):
+    value = full(
+        chat(*SAID), chat(*({"text": f"to Eve {n}"} for n in range(8)), name="Eve", id=33), chat({"text": "to Zed"}, id=4, name="Zed")
+    )
+    text = json.dumps(value, indent=1)
+    for length in (100, 200, 512):
+        for at in range(text.index('"Eve"') - 150, text.index('"Eve"'), 10):
+            found = read(written(tmp_path, text[:at] + "\0" * length + text[at + length :]))
+            said = {c.name: [m.text for m in messages if not m.left_out] for c, messages in found}
+            assert set(said["Bob"]) <= {m["text"] for m in SAID} and said["Zed"] == ["to Zed"], (length, at)
+
+
+def test_odd_values_are_no_traceback(tmp_path):
+    odd = [
+        {"date_unixtime": 1e400},
+        {"from_id": 10**4200},
+        {"from_id": True},
+        {"from_id": "group7"},
+        {"text": [{"text": None}]},
+        {"id": 10**99},
+    ]
+    value = full(
+        chat(*({"text": "a"} | one for one in odd)),
+        chat({"text": "b"}, id="\ud800"),
+        chat({"text": "c", "date": "14.11.2023 at ten o'clock"}),
+    )
+    text = json.dumps(value).replace("1e400", "1e999")
+    found = read(written(tmp_path, text))
+    assert [m.left_out or m.text for m in found[0][1]] == ["a", *["messages without author or date"] * 3, "messages without text", "a"]
+    assert [m.text for m in found[1][1]] == ["b"] and found[2][1][0].left_out
+
+
+def test_missing_quotes_are_found_in_time(tmp_path):
+    text = json.dumps(full(chat({"text": "a"}))).replace('"text": "a"', '"text": "a", "x": a' + " " * 200_000 + "!")
+    began = time.monotonic()
+    assert texts(written(tmp_path, text)) == ["a"] and time.monotonic() - began < 1
+
+
+def test_a_folder_gives_all_its_exports_and_strangers_are_no_harm(tmp_path):
+    for name in ("ChatExport_1", "ChatExport_2"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, full(chat({"text": name})))
+    (tmp_path / "settings.json").write_text('{"type": "x"}')
+    (tmp_path / "WhatsApp Chat with Zoe.txt").write_text("14/03/2021, 10:00 - Zoe: tea?\n14/03/2021, 10:01 - Ann: yes\n")
+    with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
+        archive.writestr("./result.json", json.dumps(full(chat({"text": "zipped"}))))
+        archive.writestr("__MACOSX/result.json", "{}")
+    assert sorted(texts(tmp_path)) == ["ChatExport_1", "ChatExport_2", "tea?", "yes", "zipped"]
+
+
+@pytest.mark.parametrize(("name", "content", "expected"), [
+    ("messages.html", b"<!DOCTYPE html>", "HTML"), ("x.zip", b"PK\x03\x04broken", "damaged zip"), ("x.png", b"\x89PNG", "not an export"),
+    ("chats/chat_001/messages.html", b"<!DOCTYPE html>", "HTML"),
+])  # fmt: skip
+def test_what_is_no_export_says_what_it_is(tmp_path, name, content, expected):
+    with pytest.raises(UserError, match="is empty"):
+        exports.sources(tmp_path)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=expected):
+        exports.sources(tmp_path if name.endswith("html") else tmp_path / name)
+
+
+def test_a_pipe_is_refused_for_it_can_be_read_once_only(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="neither a file nor a folder"):
+        exports.sources(tmp_path / "pipe")
+
+
+def test_saved_messages_tell_the_owner_where_nothing_else_does(tmp_path):
+    value = full(chat({"text": "a"}, name=None, type="saved_messages", id=77), chat({"text": "b"}))
+    del value["personal_information"]
+    assert [(c.name, c.owner) for c, _ in read(write(tmp_path, value))] == [("Saved Messages", "user77"), ("Bob", "user77")]
+
+
 def test_hostile_files_end(tmp_path):
     for text in (
         '{"messages": ' + "[" * 100_000,
@@ -234,7 +322,7 @@ def test_hostile_files_end(tmp_path):
         try:
             assert set(texts(written(tmp_path, text))) <= {"damaged messages"}
         except UserError as error:
-            assert "not a Telegram export" in str(error)
+            assert "not an export" in str(error) or "not a Telegram export" in str(error)
     deep = json.dumps(full(chat(*SAID))).replace('"message 1"', "[" * 50_000)
     assert texts(written(tmp_path, deep))[0] == "message 0"
 

@@ -36,6 +36,17 @@ def test_messages_in_any_order_come_back_in_order_of_time(times, batch):
 
 def test_in_one_second_messages_stay_in_their_order():
     assert [m.id for m in joined([said(i, 7) for i in range(20)])] == list(range(20))
+    found = joined([said(i, at) for i, at in enumerate((10, 11, 12, 20, 5, 13, 20, 21))])  # over several runs too
+    assert [m.id for m in found] == [4, 0, 1, 2, 5, 3, 6, 7]
+
+
+def test_the_same_chat_of_two_accounts_is_two_chats_but_for_a_supergroup():
+    for kind, expected in (("personal_chat", [["a"], ["b"]]), ("private_group", [["a"], ["b"]]), ("private_supergroup", [["b"]])):
+        with tempfile.TemporaryFile() as file:
+            together = Joined(file)
+            together.add("one", CHAT._replace(type=kind), iter([said(1, 1, "a")]))
+            together.add("two", CHAT._replace(type=kind, owner="annie"), iter([said(1, 1, "b")]))
+            assert [[m.text for m in messages] for _, messages in together.chats()] == expected
 
 
 @settings(max_examples=150, deadline=None)
