@@ -15,7 +15,9 @@ SPACE = re.compile(r"[\s\ufeff]*")
 SEPARATORS = re.compile(r"[\s,:]*")
 GAP = re.compile(r"[\s,]*")  # between elements: a comma too many or too few costs nothing
 TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|[{}\[\]]|[^\s"{}\[\],:]+', re.DOTALL)  # strings whatever their escapes, brackets, bare words
-HEAD = re.compile(r'"messages"\s*:')
+HEAD = re.compile(
+    r'"messages"|"name"\s*:|"(?:\w+_(?:chat|group|supergroup|channel|messages|codes)|replies)"'
+)  # what is left of a chat's head
 ESCAPE = re.compile(r'\\(?:(["\\/bfnrt]|u[0-9a-fA-F]{4})|x([0-9a-fA-F]{2}))?')  # pair by pair: in `\\x41` the x is behind a whole `\\`
 UNQUOTED = re.compile(r'("\w+"\s*+:\s*+)(?!["{\[]|(?:-?\d[\d.eE+-]*+|true|false|null)\s*+(?:[,}\]]|$))([^"\n]++)')
 HOLE = "\0" * 40  # lost bytes in which a chat's head may have stood
