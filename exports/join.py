@@ -109,17 +109,17 @@ def by_account(copies):
 
 
 def numbered(messages):
-    """(what a message is known by, Message): its id, or else what it says and when (the second "ok" of one moment is another)."""
+    """(a 64-bit number by which a message is known, Message): of its id and author; where it has no id, of what it says and when, and of
+    how often that was said (the second "ok" of one moment is another)."""
     moment, said = None, collections.Counter()
     for message in messages:
-        number = message.id
-        if number is None:
+        known = f"{message.id} {message.author}"
+        if message.id is None:
             if message.at != moment:
                 moment, said = message.at, collections.Counter()
             said[message.author, message.text] += 1
             known = f"{message.at} {message.author} {said[message.author, message.text]} {message.text}"
-            number = int.from_bytes(hashlib.blake2b(known.encode(), digest_size=8).digest(), "big", signed=True)
-        yield number, message
+        yield int.from_bytes(hashlib.blake2b(known.encode(), digest_size=8).digest(), "big", signed=True), message
 
 
 def absent(messages, newer):

@@ -57,6 +57,11 @@ def test_several_exports_of_a_chat_are_one_none_of_its_messages_twice(exports, b
     assert [(m.id, m.text) for m in found] == [(i, f"of export {last[i]}") for i in sorted(last)]  # the latest export's wording counts
 
 
+def test_one_id_of_two_authors_is_two_messages():
+    """Other tools number each export on their own."""
+    assert [m.text for m in joined([said(1, 1, "a"), said(2, 2, "b")], [said(1, 1, "c"), said(2, 3, "d", "ann")])] == ["c", "b", "d"]
+
+
 def test_next_months_export_continues_this_ones():
     old, new = [said(i, 60 * i) for i in range(30)], [said(i, 60 * i) for i in range(20, 50)]
     assert [m.id for m in joined(old, new)] == [m.id for m in joined(new, old)] == list(range(50))
