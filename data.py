@@ -651,10 +651,8 @@ def gather(joined, me, forgotten, bots, chats_left_out, options, spool):
                         names[turn.author] = unique_name(joined.people.get(turn.author), taken)
                     turn.author = names[turn.author]
                 written = session.to_json().encode() + b"\n"
-                start, trained = (
-                    int("0" + re.sub(r"\D", "", session.start)[:14]),
-                    sum(len(spoken(turn)) for turn in session.turns if turn.me),
-                )
+                start = int("0" + re.sub(r"\D", "", session.start)[:14])
+                trained = sum(len(spoken(turn)) for turn in session.turns if turn.me)
                 index.extend((start, spool.tell(), len(written), trained))
                 spool.write(written)
             census.end_of(chat, not forgotten)
