@@ -36,7 +36,7 @@ from json.encoder import encode_basestring as quoted
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
 import config
@@ -386,7 +386,7 @@ def load_sessions(path):
 
 
 def rows(path, tokenizer, seq_len, loss_on="me"):
-    """The packed rows of a data/*.jsonl, cached beside it by content. → list of Row."""
+    """The packed rows of a data/*.jsonl, made once and cached beside it by content. → list of Row, left on disk until they are read."""
     path = Path(path)
     if not path.exists():
         load_sessions(path)
@@ -394,18 +394,15 @@ def rows(path, tokenizer, seq_len, loss_on="me"):
     key.update(path.read_bytes() + Path(__file__).read_bytes())
     cache = path.parent / "cache" / f"{path.stem}-{key.hexdigest()[:16]}.safetensors"
     names = [field.name for field in dataclasses.fields(Row)]
-    if cache.exists():
-        stored = load_file(cache)
-        ends = {n: np.cumsum(stored[f"{n}.lengths"]) for n in names}
-        return [Row(*(stored[n][ends[n][i] - stored[f"{n}.lengths"][i] : ends[n][i]] for n in names)) for i in range(len(ends["ids"]))]
-    talks = load_sessions(path)
-    samples = [
-        s
-        for number, talk in enumerate(tqdm(talks, f"tokenising {path.name}", leave=False, disable=None))
-        for s in split(talk, tokenizer, seq_len, loss_on, number)
-    ]
-    packed = pack(samples, seq_len)
-    if packed:
+    if not cache.exists():
+        samples = [
+            sample
+            for number, talk in enumerate(tqdm(load_sessions(path), f"tokenising {path.name}", leave=False, disable=None))
+            for sample in split(talk, tokenizer, seq_len, loss_on, number)
+        ]
+        packed = pack(samples, seq_len)
+        if not packed:
+            return []
         cache.parent.mkdir(exist_ok=True)
         for old in cache.parent.glob(f"{path.stem}-*.safetensors"):
             old.unlink()
@@ -413,7 +410,19 @@ def rows(path, tokenizer, seq_len, loss_on="me"):
         lengths = {f"{n}.lengths": np.array([len(getattr(r, n)) for r in packed]) for n in names}
         save_file(stored | lengths, cache.with_suffix(".new"))
         cache.with_suffix(".new").replace(cache)
-    return packed
+    stored = mapped(cache)
+    ends = {n: np.cumsum(stored[f"{n}.lengths"]) for n in names}
+    return [Row(*(stored[n][ends[n][i] - stored[f"{n}.lengths"][i] : ends[n][i]] for n in names)) for i in range(len(ends["ids"]))]
+
+
+def mapped(path):
+    """{name: array (n,)} of a safetensors file as `rows` writes it; the system reads a page when it is touched, once for all ranks."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    data = np.asarray(np.memmap(path, np.uint8, "c", 8 + size))  # "c": torch warns of arrays that can't be written
+    kinds = {"I32": np.int32, "I64": np.int64, "BOOL": np.bool_}
+    return {name: data[slice(*field["data_offsets"])].view(kinds[field["dtype"]]) for name, field in header.items()}
 
 
 # --- the command

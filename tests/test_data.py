@@ -1,4 +1,5 @@
 import json
+import mmap
 import subprocess
 import sys
 
@@ -188,6 +189,10 @@ def test_rows_are_cached_by_content(chats, words, tmp_path):
     assert [r.ids.tolist() for r in first] == [r.ids.tolist() for r in again] and [r.chars.tolist() for r in first] == [
         r.chars.tolist() for r in again
     ]
+    memory = again[0].ids
+    while isinstance(memory, np.ndarray):
+        memory = memory.base
+    assert isinstance(memory, mmap.mmap)  # not read before it is needed
     path.write_text("".join(path.read_text().splitlines(True)[:5]))  # edited by hand
     assert sum(len(r.doc_lengths) for r in data.rows(path, words, 128)) == 5
     assert not cache.exists()
