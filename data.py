@@ -46,12 +46,13 @@ from config import UserError, flag
 from exports.join import Joined
 from exports.redact import redact
 from tokenizer import IM_END, IM_START
+from tokenizer import load as load_tokenizer
 
 OURS = (  # what data.py, train.py, evaluate.py and lora.py merge write, for --wipe
     "train.jsonl", "val.jsonl", "persona.json", "report.json", "report.html", "cache/train-*", "cache/val-*", "cache", "run.json",
     "metrics.jsonl", "loss.png", "resume/*.safetensors", "resume/*.json", "resume", "adapter_config.json", "adapter_model.safetensors",
     "config.json", "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "tokenizer.json",
-    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "new-*/*.jsonl", "new-*",
+    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "new-*.safetensors", "*.json.new", "*.jsonl.new",
 )  # fmt: skip
 AFTER_FORGETTING = (
     "Others may still name them in their own words. A model that was trained on them must be trained anew, "
@@ -461,6 +462,7 @@ def main():
     if options.forget and not options.exports:
         return forget(Path(options.out), options.forget, options.dry_run)
     check(options)
+    words = load_tokenizer(options.tokenizer) if options.tokenizer else None  # what is wrong with it is said before the export is read
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
     secrets, repairs = collections.Counter(), collections.Counter()
     near = None if options.dry_run else next(p for p in (Path(options.out).absolute(), *Path(options.out).absolute().parents) if p.is_dir())
@@ -480,7 +482,7 @@ def main():
         parts = {"train": index[:-held_out], "val": index[-held_out:]}
         report["sessions_kept"] = {part: len(places) for part, places in parts.items()}
         report["trained_messages"] = int(parts["train"][:, 3].sum())
-        write(parts, spool, persona, report, options, near)
+        write(parts, spool, persona, report, options, words, near)
         show(Session.from_json(line(spool, parts["train"][-1])))
     doctor.show(report, options)
     if options.forget:
@@ -506,10 +508,6 @@ def check(options):
         raise UserError(f"--gap-minutes {options.gap_minutes:g}", "Give a number of minutes, such as 10.")
     if options.seq_len < 16:
         raise UserError(f"--seq-len {options.seq_len} is too short for a message", "Give 16 or more; training's default is 1024.")
-    if options.tokenizer:
-        import tokenizer
-
-        tokenizer.load(options.tokenizer)  # what is wrong with it is said before the export is read
     if not options.dry_run:
         config.check_folder(options.out, options.overwrite)
 
@@ -697,14 +695,14 @@ def line(spool, place):
     return os.pread(spool.fileno(), length, offset)
 
 
-def write(parts, spool, persona, report, options, near):
+def write(parts, spool, persona, report, options, words, near):
     """Write data/: all of it beside, in `near`, then renamed. With --dry-run only `report` is filled in."""
-    out, parts = Path(options.out), {part: parts[part] for part in parts if not options.dry_run or (part == "train" and options.tokenizer)}
+    out, parts = Path(options.out), {part: parts[part] for part in parts if not options.dry_run or (part == "train" and words)}
     with tempfile.TemporaryDirectory(prefix="new-", dir=near) as beside:
         for part, places in parts.items():
             with open(Path(beside) / f"{part}.jsonl", "wb") as file:
                 file.writelines(line(spool, place) for place in places)
-        report["tokens"] = count_tokens(Path(beside) / "train.jsonl", options) if options.tokenizer else None
+        report["tokens"] = count_tokens(Path(beside) / "train.jsonl", words, options.seq_len) if words else None
         report["verdict"] = doctor.verdict(report)
         if options.dry_run:
             return
@@ -722,19 +720,16 @@ def validation_size(count, share):
     return min(max(round(count * share), 20), max(1, count // 5))
 
 
-def count_tokens(path, options):
+def count_tokens(path, words, seq_len):
     """Tokens, rows and how full they are, with the tokenizer that --tokenizer names."""
-    import tokenizer
-
-    words = tokenizer.load(options.tokenizer)
-    packed, talks = rows(path, words, options.seq_len), load_sessions(path)
+    packed, talks = rows(path, words, seq_len), load_sessions(path)
     mine = [text for talk in talks for turn in talk.turns if turn.me for text in spoken(turn)]
     return {
         "written": sum(len(words.encode(render(talk.turns, specials=words.specials).text)[0]) for talk in talks),
         "computed": sum(len(row.ids) for row in packed),
         "trained": sum(int((row.labels != IGNORED).sum()) for row in packed),
         "rows": len(packed),
-        "filled": filled(packed, options.seq_len),
+        "filled": filled(packed, seq_len),
         "per_1000_characters": doctor.density(random.Random(0).sample(mine, min(len(mine), doctor.SAMPLE)), words),
     }
 
@@ -842,8 +837,8 @@ def wipe(root, dry_run):
     if sys.stdin.readline().strip().lower() != "yes":
         print("Nothing was deleted.")
         return
-    for folder, paths in found.items():
-        for path in paths:  # what is in a folder stands before the folder
+    for folder, paths in reversed(found.items()):  # a folder's own folders first
+        for path in paths:  # and what is in `cache` and `resume` before them
             if not path.is_dir():
                 path.unlink()
             elif not any(path.iterdir()):

@@ -48,7 +48,7 @@ class Census:
 
     def add(self, session, why):
         """Count a session, left out for the reason `why` if there is one. → its messages"""
-        before, count = self.messages, self.total if not why else collections.Counter()
+        before = self.messages
         for turn in session.turns:
             texts = turn.messages
             n, characters = len(texts), sum(map(len, texts))
@@ -63,10 +63,10 @@ class Census:
                 self.turns[session.chat, session.chat_id] += not why
                 self.authors.add(True)
             else:
-                count[turn.author] += n
                 self.authors.add(turn.author)
-                if not why and session.type == "personal_chat":
-                    self.private[turn.author] += n
+                if not why:
+                    self.total[turn.author] += n
+                    self.private[turn.author] += n * (session.type == "personal_chat")
         if self.room < 0:
             self.count_letters()
         self.sessions += 1

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import config
 import data
 from data import IGNORED, Session, Turn
-from exports import Chat, Message
+from exports import Chat, Message, redact, telegram, whatsapp
 
 TOY = [("bob", "10:00", "hi"), ("ann", "10:01", "hey"), ("ann", "10:01", "you up?"), ("bob", "10:41", "was asleep")]
 CHAT = Chat("user1", "1", "personal_chat", "Bob", "ann")
@@ -78,6 +78,13 @@ def test_labels_of_the_toy_are_what_ann_wrote_shifted_by_one(words):
 def test_a_message_that_is_only_a_mark_is_context_never_a_target(messages, trained):
     document = data.render([Turn("Ann", True, "", messages)])
     assert "".join(document.text[b:e] for b, e in document.targets) == trained
+
+
+def test_every_mark_that_readers_and_redaction_write_is_known_as_one():
+    kinds = {kind for kind, *_ in redact.RULES}
+    marks = {*telegram.MEDIA.values(), *dict(telegram.MARKS).values(), "<sticker>", *(f"<{kind}>" for kind in kinds)}
+    marks |= {mark for mark, _ in (*whatsapp.KINDS, *whatsapp.FILES)} | {"<location>", "<poll>"}
+    assert len(marks) > 15 and all(map(data.MARK.fullmatch, marks))
 
 
 def test_a_line_that_looks_like_a_mark_of_ours_gets_a_space():
@@ -281,7 +288,7 @@ def test_days_and_chats_can_be_left_out(tmp_path):
     assert command("data.py", tmp_path / "result.json", "--dry-run", "--until", "2023-11-14").returncode == 0
 
 
-def whatsapp(*lines):
+def whatsapp_chat(*lines):
     return "".join(f"14/03/2021, {10 + n // 60}:{n % 60:02} - {who}: {text}\n" for n, (who, text) in enumerate(lines))
 
 
@@ -306,7 +313,7 @@ def test_several_exports_and_messengers_are_one_voice(tmp_path):
     new = export(everything)
     del new["chats"]["list"][0]["messages"][:8]
     (tmp_path / "new.json").write_text(json.dumps(new))
-    (tmp_path / "WhatsApp Chat with Zoe.txt").write_text(whatsapp(*[("Zoe", "tea?"), ("Ann M.", "yes")] * 3))
+    (tmp_path / "WhatsApp Chat with Zoe.txt").write_text(whatsapp_chat(*[("Zoe", "tea?"), ("Ann M.", "yes")] * 3))
     given = (tmp_path / "old.json", tmp_path / "new.json", tmp_path / "WhatsApp Chat with Zoe.txt")
     refused(command("data.py", *given, "--dry-run"), "Zoe.txt: the export doesn't say whose it is", "Ann M.")
     made(tmp_path, *given, "--me", "Ann M.")
@@ -402,6 +409,10 @@ def test_wipe_lists_asks_and_deletes_only_what_is_ours(tmp_path):
     (tmp_path / "away").mkdir()
     (tmp_path / "data").rename(tmp_path / "away" / "data")
     (tmp_path / "data").symlink_to(tmp_path / "away" / "data")
+    (tmp_path / "data" / "new-x").mkdir()  # what a killed run left
+    for name in ("new-x/train.jsonl", "persona.json.new"):
+        (tmp_path / "data" / name).write_text((tmp_path / "data" / "train.jsonl").read_text())
+    (tmp_path / "ckpt" / "new-ideas.txt").write_text("x")
     run = [sys.executable, ROOT / "data.py", "--wipe"]
     no = subprocess.run(run, cwd=tmp_path, input="no\n", capture_output=True, text=True)
     assert no.returncode == 0 and "train.jsonl" in no.stdout and (tmp_path / "data" / "train.jsonl").exists()
@@ -409,7 +420,7 @@ def test_wipe_lists_asks_and_deletes_only_what_is_ours(tmp_path):
     assert yes.returncode == 0 and "diary.txt" in yes.stdout, yes.stderr
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     theirs = ["theirs/config.json", "theirs/model.safetensors", "theirs/train.jsonl", "theirs/val.jsonl"]
-    assert left == ["ckpt/diary.txt", "ckpt/tokenizer_notes.md", "result.json", *theirs]
+    assert left == ["ckpt/diary.txt", "ckpt/new-ideas.txt", "ckpt/tokenizer_notes.md", "result.json", *theirs]
     nothing = subprocess.run(run, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert nothing.returncode == 0 and "Nothing below" in nothing.stdout
 
@@ -476,7 +487,7 @@ def test_two_accounts_of_mine_are_one_voice_and_lose_nothing(tmp_path):
 
 def test_me_of_whatsapp_is_no_namesake_in_telegram(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(owned(1, "Ann Lee", "Alex", 10)))
-    (tmp_path / "WhatsApp Chat with Zoe.txt").write_text(whatsapp(*[("Zoe", "tea?"), ("Alex", "yes")] * 3))
+    (tmp_path / "WhatsApp Chat with Zoe.txt").write_text(whatsapp_chat(*[("Zoe", "tea?"), ("Alex", "yes")] * 3))
     made(tmp_path, tmp_path / "result.json", tmp_path / "WhatsApp Chat with Zoe.txt", "--me", "Alex")
     found = turns_of(tmp_path)
     assert {(chat, author, me) for chat, author, me, _ in found} == {
