@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 import lora
+import quantize
 from config import UserError, read_json, write_json
 from model import ModelConfig, Transformer
 
@@ -196,10 +197,23 @@ def shard(tensor):
     return tensor.detach().to_local(), min(rows * tensor.device_mesh.get_local_rank(), len(tensor))
 
 
-def write(tensor, value):
-    """Set a parameter from its whole value (or a file's slice of it); each rank takes its own rows."""
-    local, first = shard(tensor)
+def write(target, value):
+    """Set a parameter, or the weight of an NF4Linear, from its whole value (or a file's slice of it); each rank takes its own rows."""
+    if isinstance(target, quantize.NF4Linear):
+        local, first = shard(target.codes)
+        rows = value[first : first + len(local)].to(local.device)
+        for parameter, part in zip(target.stored(), quantize.quantise(rows)):
+            shard(parameter)[0].copy_(part)
+        return
+    local, first = shard(target)
     local.copy_(value[first : first + len(local)])
+
+
+def weights(model):
+    """{name in a checkpoint: parameter, or NF4Linear} for everything but adapters."""
+    found = {name: p for name, p in model.named_parameters() if name.endswith(".weight")}
+    packed = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, quantize.NF4Linear)}
+    return found | packed
 
 
 def allocate(model, device):
@@ -211,6 +225,10 @@ def allocate(model, device):
             model.lm_head.row_values = model.model.embed_tokens.row_values
 
 
+def shape_of(target):
+    return (target.out_features, target.in_features) if isinstance(target, quantize.NF4Linear) else tuple(target.shape)
+
+
 @torch.no_grad()
 def fill(model, folder):
     """Read the weights of `folder` into an allocated model, each rank only its rows, one tensor in memory at a time.
@@ -218,7 +236,7 @@ def fill(model, folder):
     A vocabulary larger than the files' (new ChatML tokens) gets the mean of the old rows. UserError names a tensor that is missing,
     unknown or of the wrong shape, before anything else is done.
     """
-    wanted = {name: p for name, p in model.named_parameters() if ".lora_" not in name and not name.endswith(".row_values")}
+    wanted = weights(model)
     files = open_files(folder)
     found = {name: f for f in files for name in f.keys() if not name.endswith("rotary_emb.inv_freq")}
     if model.config.tie_word_embeddings:
@@ -231,8 +249,8 @@ def fill(model, folder):
             "Does config.json belong to these files? Copy the folder again.",
         )
     old = read_config(folder).vocab_size
-    for name, parameter in wanted.items():
-        have, want = found[name].get_slice(name).get_shape(), list(parameter.shape)
+    for name, target in wanted.items():
+        have, want = found[name].get_slice(name).get_shape(), list(shape_of(target))
         if name in VOCABULARY:
             want[0] = old
         if have != want:
@@ -240,13 +258,13 @@ def fill(model, folder):
                 f"{folder}: tensor {name} is {have}, config.json makes it {want}",
                 "Does config.json belong to these files? Copy the folder again.",
             )
-    for name, parameter in wanted.items():
-        if name in VOCABULARY and len(parameter) > old:
+    for name, target in wanted.items():
+        if name in VOCABULARY and len(target) > old:
             rows = found[name].get_tensor(name)
             mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
-            write(parameter, torch.cat([rows, mean.expand(len(parameter) - old, -1)]))
+            write(target, torch.cat([rows, mean.expand(len(target) - old, -1)]))
         else:
-            write(parameter, found[name].get_slice(name))
+            write(target, found[name].get_slice(name))
 
 
 def open_files(folder):

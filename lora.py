@@ -16,7 +16,7 @@ from torch import nn
 
 import config
 from config import UserError, flag, read_json, write_json
-from model import Linear
+from model import KEPT, Linear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."  # PEFT's, before our own names
@@ -27,14 +27,52 @@ class LoRALinear(Linear):
 
     def attach(self, rank, alpha, dropout):
         self.scale, self.dropout = alpha / rank, dropout
-        device = self.weight.device
+        device = self.stored()[0].device
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, device=device))
 
     def forward(self, x):
-        low = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        low = F.linear(low, self.lora_A.to(x.dtype))  # (…, rank)
-        return super().forward(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
+        if self.dropout and self.training:
+            low = F.linear(F.dropout(x, self.dropout), self.lora_A.to(x.dtype))  # (…, rank)
+            return super().forward(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
+        return Adapted.apply(x, self.lora_A, self.lora_B, self.scale, self.unpack, *self.stored())
+
+
+class Adapted(torch.autograd.Function):
+    """x W' + scale * x A' B' in the dtype of x, W = unpack(*stored, dtype); keeps x, x A' and what is stored for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, A, B, scale, unpack, *stored):
+        A, B = A.to(x.dtype), B.to(x.dtype)
+        flat = x.flatten(0, -2)  # (N, in)
+        low = flat @ A.T  # (N, rank)
+        ctx.save_for_backward(flat, low, A, B, *stored)
+        ctx.scale, ctx.unpack = scale, unpack
+        return project(flat, unpack(*stored, x.dtype), low, B, scale).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, low, A, B, *stored = ctx.saved_tensors
+        flat = grad.flatten(0, -2)  # (N, out)
+        back = (flat @ B).mul_(ctx.scale)  # (N, rank)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (flat @ ctx.unpack(*stored, x.dtype)).addmm_(back, A).view(*grad.shape[:-1], -1)
+        return grad_x, (back.T @ x).float(), (flat.T @ low).float().mul_(ctx.scale), None, None, *(None for _ in stored)
+
+
+@torch.library.custom_op("doppelganger::project", mutates_args=())
+def project(x: torch.Tensor, weight: torch.Tensor, low: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
+    """x W' + scale * low B', the second product added into the first: one op, whose result selective recomputation can keep."""
+    return (x @ weight.T).addmm_(low, B.T, alpha=scale)
+
+
+@project.register_fake
+def _(x, weight, low, B, scale):
+    return x.new_empty(len(x), len(weight))
+
+
+KEPT.add(torch.ops.doppelganger.project.default)
 
 
 class RowsEmbedding(nn.Embedding):
@@ -72,7 +110,8 @@ def inject(model, rank=32, alpha=16, dropout=0.0, targets=TARGETS, rows=()):
     matched = [name for name in linears if name.rpartition(".")[2] in targets]
     model.requires_grad_(False)
     for name in matched:
-        linears[name].__class__ = LoRALinear  # the weight stays where it is, under its own name
+        kind = type(linears[name])  # the weight stays where it is, under its own name
+        linears[name].__class__ = LoRALinear if kind is Linear else type(f"LoRA{kind.__name__}", (LoRALinear, kind), {})
         linears[name].attach(rank, alpha, dropout)
     model.lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": list(targets), "rows": list(rows)}
     if rows:

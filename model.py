@@ -7,15 +7,22 @@ Letters: B batch, T tokens, S tokens seen (cache included), H query heads, G key
 """
 
 import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 IGNORED = -100  # the label of a position that is no target, as in F.cross_entropy
 GROUPS_WITH_A_MASK = ("cpu",)  # devices whose attention takes both; CUDA's memory-efficient kernel takes a mask but no groups
-HEAD_CHUNK = 1024  # labelled tokens whose logits exist at one time: 1024 x 32k floats are 131 MB
+HEAD_CHUNK = {"cpu": 256, "cuda": 1024}  # labelled tokens whose logits exist at one time: 1024 x 32k floats are 131 MB
+RECOMPUTE = ("none", "selective", "full")
+QUERIES = 128  # attention's block on a CPU: short enough to skip most of what causality hides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +55,26 @@ class ModelConfig:
         return self.num_hidden_layers * block + embeddings + self.hidden_size
 
 
+class Normalise(torch.autograd.Function):
+    """x / rms(x) * weight, computed in fp32 because squares overflow in bf16; keeps x and one number a token for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = torch.rsqrt(norm * norm / x.shape[-1] + eps)  # (…, 1)
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, inverse = ctx.saved_tensors
+        scaled = (grad * weight).float()
+        along = (scaled * x).sum(-1, keepdim=True) * (inverse**3 / x.shape[-1])
+        grad_x = (scaled * inverse - x * along).to(x.dtype)
+        grad_weight = (grad * (x * inverse)).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
         super().__init__()
@@ -55,28 +82,51 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        wide = x.float()  # fp32: squares overflow in bf16
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight.to(x.dtype) * wide.to(x.dtype)
+        return Normalise.apply(x, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
-    """Computes in the dtype of its input, so fp32 masters serve bf16; autograd keeps the cast weight unless blocks recompute."""
+    """Computes in the dtype of its input, so fp32 masters serve bf16; autograd keeps the cast weight unless blocks recompute.
+
+    `unpack(*stored(), dtype)` is its weight (out, in), in whatever way a subclass keeps it.
+    """
+
+    def stored(self):
+        return (self.weight,)
+
+    @staticmethod
+    def unpack(weight, dtype):
+        return weight.to(dtype)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.unpack(*self.stored(), x.dtype))
 
 
 def rope(positions, head_dim, theta):
-    """cos and sin for HF's half-split rotation, each (B, 1, T, D); fp32, because bf16 cannot tell position 257 from 258."""
+    """cos and signed sin for HF's half-split rotation, each (B, T, 1, D); fp32, because bf16 cannot tell position 257 from 258."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angle = positions[:, None, :, None].float() * torch.cat([frequency, frequency])  # (B, 1, T, D)
-    return angle.cos(), angle.sin()
+    angle = positions[:, :, None, None].float() * frequency  # (B, T, 1, D / 2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
-def rotate(x, cos, sin):
-    left, right = x.float().chunk(2, dim=-1)
-    return (x.float() * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
+class Rotate(torch.autograd.Function):
+    """x (B, T, H, D) turned by `rope`'s angles; the gradient is turned back, so nothing is kept of x."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return Rotate.turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return Rotate.turn(grad, cos, -sin), None, None
+
+    @staticmethod
+    def turn(x, cos, sin):
+        wide = x.float()
+        return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class KVCache:
@@ -91,53 +141,156 @@ class KVCache:
         self.size, self.length = size, 0
 
     def extend(self, layer, k, v):
-        """Write k, v (B, G, T, D) after what is known and return all of it, (B, G, S, D) each."""
-        end = self.length + k.shape[2]
+        """Write k, v (B, T, G, D) after what is known and return all of it, (B, S, G, D) each."""
+        end = self.length + k.shape[1]
         assert end <= self.size, f"the cache holds {self.size} tokens, {end} were asked for"
-        self.layers[layer][:, :, :, self.length : end] = torch.stack([k, v])
-        return self.layers[layer][0, :, :, :end], self.layers[layer][1, :, :, :end]
+        self.layers[layer][:, :, :, self.length : end] = torch.stack([k, v]).transpose(2, 3)
+        return self.layers[layer][0, :, :, :end].transpose(1, 2), self.layers[layer][1, :, :, :end].transpose(1, 2)
 
 
-def layout(positions, window, cached):
-    """Who may attend to whom, worked out once for all layers; None is plain causal attention.
+class Documents(NamedTuple):
+    """Where the documents of a batch lie among its B * T tokens: `edges` are their borders, a list on a CPU, an int32 tensor on CUDA.
 
-    On CPU: a list of documents (row, begin, end), for one small attention each (a block-diagonal mask takes twice the time).
-    Elsewhere, and with a cache of `cached` tokens: a boolean mask (B, 1, T, S), True where query t sees key s.
-    A document starts wherever `positions` is 0. A window of W lets a token see itself and the W - 1 before it, as in HF.
+    Two documents of 3 and 5 tokens: [0, 3, 8]. A tensor may repeat its last border, to be of one size for every batch. `longest`: no
+    document is longer. `hidden` (CPU): row i is what the i-th query of a block adds to its scores, with its own key in column longest + i.
+    `kernel(q, k, v, documents)`: q (N, H, D), k, v (N, G, D) → (N, H, D).
+    """
+
+    kernel: Callable
+    edges: list | torch.Tensor
+    longest: int
+    window: int | None
+    hidden: torch.Tensor | None = None
+
+
+def layout(positions, window, cached, dtype, edges=None):
+    """Who may attend to whom, worked out once for all layers; the one place that decides by which kernel.
+
+    A document starts wherever `positions` (B, T) is 0, and with each row; `edges` says so without a look at the GPU. A window of W lets a
+    token see itself and the W - 1 before it, as in HF. → Documents; with a cache of `cached` tokens, and on devices without a kernel for
+    documents, a mask (B or 1, 1, T, S), True where query t sees key s.
     """
     B, T = positions.shape
-    starts = positions == 0
-    if cached == 0 and positions.device.type == "cpu" and (window is None or window >= T):
-        documents = []
-        for row in range(B):
-            edges = [0, *(i for i in starts[row].nonzero().flatten().tolist() if i > 0), T]
-            documents += [(row, begin, end) for begin, end in zip(edges, edges[1:])]
-        return None if len(documents) == B else documents
+    if cached == 0 and (edges is not None or positions.device.type in ("cpu", "cuda")):
+        if edges is None:
+            starts = positions == 0
+            starts[:, 0] = True
+            edges = F.pad(starts.flatten().nonzero().flatten().int(), (0, 1), value=B * T)
+            edges = edges.tolist() if positions.device.type == "cpu" else edges
+        if not isinstance(edges, list):
+            return Documents(varlen(), edges, T, window)
+        ahead = torch.arange(-T, QUERIES) - torch.arange(QUERIES)[:, None]  # how far a key lies beyond its query
+        unseen = (ahead > 0) | (ahead <= -(window or T))
+        return Documents(by_document, edges, T, window, torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -math.inf))
     query = torch.arange(cached, cached + T, device=positions.device)[:, None]
     key = torch.arange(cached + T, device=positions.device)
     mask = (key <= query)[None, None]
     if window is not None:
         mask = mask & (query - key < window)
     if cached == 0:
-        document = starts.cumsum(-1)
+        document = (positions == 0).cumsum(-1)
         mask = mask & (document[:, None, :, None] == document[:, None, None, :])
     return mask  # (B or 1, 1, T, S)
 
 
 def attend(q, k, v, where):
-    """Scaled dot-product attention of q (B, H, T, D) over k, v (B, G, S, D), as `layout` said; the one place that decides how."""
-    if where is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    if isinstance(where, list):
-        outs = [
-            F.scaled_dot_product_attention(*(x[row : row + 1, :, begin:end] for x in (q, k, v)), is_causal=True, enable_gqa=True)
-            for row, begin, end in where
-        ]  # documents, in order, each (1, H, length, D)
-        return torch.cat(outs, dim=2).unflatten(2, (len(q), -1)).squeeze(0).transpose(0, 1)  # (B, H, T, D)
-    if q.device.type in GROUPS_WITH_A_MASK:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=where, enable_gqa=True)
-    groups = q.shape[1] // k.shape[1]
-    return F.scaled_dot_product_attention(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), attn_mask=where)
+    """Scaled dot-product attention of q (B, T, H, D) over k, v (B, S, G, D), as `layout` said."""
+    if isinstance(where, Documents):
+        return where.kernel(*(x.flatten(0, 1) for x in (q, k, v)), where).view(q.shape)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or G, T or S, D)
+    grouped = q.device.type in GROUPS_WITH_A_MASK
+    if not grouped:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=where, enable_gqa=grouped).transpose(1, 2)
+
+
+@functools.cache
+def varlen():
+    """torch's kernel for documents on CUDA (bf16). Up to 2.11 it has no word for groups: keys and values are repeated."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+    def with_groups(q, k, v, where):
+        size = (-1 if where.window is None else where.window - 1, 0)
+        return varlen_attn(q, k, v, where.edges, where.edges, where.longest, where.longest, window_size=size, enable_gqa=True)
+
+    def repeated(q, k, v, where):
+        size = (-1 if where.window is None else where.window - 1, 0)
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        return varlen_attn(q, k, v, where.edges, where.edges, where.longest, where.longest, window_size=size)
+
+    return with_groups if grouped else repeated
+
+
+def by_document(q, k, v, where):
+    return DocumentAttention.apply(q, k, v, where.edges, where.window, where.hidden)
+
+
+class DocumentAttention(torch.autograd.Function):
+    """Attention within each document, QUERIES tokens at a time over the keys that they see: less than half the time of SDPA's CPU kernel.
+
+    q (N, H, D), k, v (N, G, D), the rest as in Documents → (N, H, D). Probabilities are kept for the backward pass: at 1024 tokens
+    a small part of what a block keeps, and a fifth of attention's time.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, edges, window, hidden):
+        out, groups, kept = torch.empty_like(q), k.shape[1], []
+        heads = q.shape[1] // groups
+        for begin, end in zip(edges, edges[1:]):
+            queries, keys, values = (by_group(x[begin:end], groups) for x in (q, k, v))
+            parts = []
+            for asks, seen in blocks(end - begin, heads, window):
+                kept.append(probabilities(queries[:, asks], keys[:, seen], heads, hidden))
+                parts.append(kept[-1] @ values[:, seen])
+            out[begin:end] = by_token(torch.cat(parts, 1), end - begin)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.edges, ctx.window = edges, window
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, *kept = ctx.saved_tensors
+        groups, heads, scale = k.shape[1], q.shape[1] // k.shape[1], q.shape[2] ** -0.5
+        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
+        for begin, end in zip(ctx.edges, ctx.edges[1:]):
+            queries, keys, values, grads = (by_group(x[begin:end], groups) for x in (q, k, v, grad))
+            parts, sum_k, sum_v = [], torch.zeros(keys.shape), torch.zeros(keys.shape)  # sums over blocks, in fp32
+            for asks, seen in blocks(end - begin, heads, ctx.window):
+                chosen = kept.pop(0)  # (G, n heads, m)
+                scores = torch._softmax_backward_data(grads[:, asks] @ values[:, seen].mT, chosen, -1, chosen.dtype)
+                parts.append(scores @ keys[:, seen])
+                sum_k[:, seen] += scores.mT @ queries[:, asks]
+                sum_v[:, seen] += chosen.mT @ grads[:, asks]
+            grad_q[begin:end] = by_token(torch.cat(parts, 1), end - begin).mul_(scale)
+            grad_k[begin:end], grad_v[begin:end] = sum_k.mul_(scale).transpose(0, 1), sum_v.transpose(0, 1)
+        return grad_q, grad_k, grad_v, None, None, None
+
+
+def by_group(x, groups):
+    """(n, H, D) → (G, n H / G, D): token after token, the heads that share a key."""
+    return x.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def by_token(x, length):
+    """(G, n H / G, D) → (n, H, D)."""
+    return x.unflatten(1, (length, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def blocks(length, heads, window):
+    """Cut a document into blocks of queries: yield (slice of `by_group`'s second dimension, slice of the keys that they see)."""
+    for first in range(0, length, QUERIES):
+        last = min(first + QUERIES, length)
+        yield slice(first * heads, last * heads), slice(max(0, first - (window or length) + 1), last)
+
+
+def probabilities(q, k, heads, hidden):
+    """softmax(q k / sqrt(D)) of n tokens' queries (G, n heads, D) over keys (G, m, D), the last n of them their own → (G, n heads, m)."""
+    n, m = q.shape[1] // heads, k.shape[1]
+    end = hidden.shape[1] - QUERIES + n
+    scores = (q @ k.mT).unflatten(1, (n, heads))  # (G, n, heads, m)
+    return torch.add(hidden[:n, None, end - m : end], scores, alpha=q.shape[2] ** -0.5).softmax(-1).flatten(1, 2)
 
 
 class Attention(nn.Module):
@@ -150,12 +303,12 @@ class Attention(nn.Module):
         self.v_proj = Linear(E, config.num_key_value_heads * D, bias=False)
         self.o_proj = Linear(config.num_attention_heads * D, E, bias=False)
 
-    def forward(self, x, rotation, where, cache, layer):
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rotation), rotate(k, *rotation)  # (B, H, T, D), (B, G, T, D)
+    def forward(self, x, rotation, where, kept, cache, layer):
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = Rotate.apply(q, *rotation), Rotate.apply(k, *rotation)  # (B, T, H, D), (B, T, G, D)
         if cache is not None:
-            k, v = cache.extend(layer, k, v)  # (B, G, S, D)
-        return self.o_proj(attend(q, k, v, where).transpose(1, 2).flatten(2))
+            k, v = cache.extend(layer, k, v)  # (B, S, G, D)
+        return self.o_proj(chosen(attend(q, k, v, where).flatten(2), kept))
 
 
 class FeedForward(nn.Module):
@@ -169,71 +322,105 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def policy(context, op, *args, **kwargs):
+    return CheckpointPolicy.MUST_SAVE if op in KEPT or "varlen_attn" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+SELECTIVE = functools.partial(create_selective_checkpoint_contexts, policy)
+KEPT = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}  # matmuls, whoever brings one of its own adds it
+
+
 class Block(nn.Module):
-    def __init__(self, config):
+    """`recompute`: what the backward pass makes anew: nothing, all but the outputs of matmuls and attention, or everything."""
+
+    def __init__(self, config, recompute="none"):
         super().__init__()
+        self.recompute = recompute
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x, rotation, where, cache=None, layer=0):
-        x = x + self.self_attn(self.input_layernorm(x), rotation, where, cache, layer)
+    def forward(self, x, rotation, where, kept=None, cache=None, layer=0):
+        """x (B, T, E) → (B, T, E); with `kept`, positions among the B * T, theirs alone (N, E)."""
+        return self.run(x, rotation, where, kept, cache, layer)
+
+    def run(self, *given):  # apart from forward, so that it can be compiled while FSDP2's hooks stay outside
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self.compute(*given)
+        options = {"context_fn": SELECTIVE} if self.recompute == "selective" else {}
+        return checkpoint(self.compute, *given, use_reentrant=False, **options)
+
+    def compute(self, x, rotation, where, kept, cache, layer):
+        x = chosen(x, kept) + self.self_attn(self.input_layernorm(x), rotation, where, kept, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def chosen(x, kept):
+    return x if kept is None else x.flatten(0, 1).index_select(0, kept)
 
 
 class Stack(nn.Module):
     """HF's `model.`: embeddings, blocks and the last norm."""
 
-    def __init__(self, config):
+    def __init__(self, config, recompute):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, recompute) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Transformer(nn.Module):
-    """`dtype`: what it computes in (None: what its weights are in). `recompute`: keep only each block's input for the backward pass."""
+    """`dtype`: what it computes in (None: what its weights are in). `recompute`: what the backward pass makes anew (RECOMPUTE)."""
 
-    def __init__(self, config, dtype=None, recompute=False):
+    def __init__(self, config, dtype=None, recompute="none"):
         super().__init__()
-        self.config, self.dtype, self.recompute = config, dtype, recompute
-        self.model = Stack(config)
+        self.config, self.dtype, self.recompute, self.compiled = config, dtype, recompute, False
+        self.model = Stack(config, recompute)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens, positions=None, labels=None, cache=None, reduction="sum"):
+    def compile_blocks(self):
+        """For batches of one shape; another shape compiles anew."""
+        self.compiled = True
+        for block in self.model.layers:
+            block.run = torch.compile(block.run, dynamic=False)
+
+    def forward(self, tokens, positions=None, labels=None, cache=None, reduction="sum", edges=None, kept=None):
         """tokens, positions, labels (B, T) int64 → logits (B, T, V); with labels → (loss sum in float32, count).
 
         Labels are already shifted (labels[t] is the target after tokens[t]); IGNORED ones cost no logits. `reduction="none"` gives the
-        losses of the labelled tokens one by one, in order, in place of their sum. With a cache, tokens continue it.
+        losses of the labelled tokens one by one, in order, in place of their sum. With a cache, tokens continue it. `edges` (as in
+        Documents) and `kept`, the labelled positions (N,) among the B * T, are worked out where they aren't given; a GPU waits for that.
         """
         cached = cache.length if cache is not None else 0
         if positions is None:
             positions = torch.arange(cached, cached + tokens.shape[1], device=tokens.device).expand_as(tokens)
+        if labels is not None and kept is None:
+            kept = (labels != IGNORED).flatten().nonzero().flatten()
         rotation = rope(positions, self.config.head_dim, self.config.rope_theta)
-        where = layout(positions, self.config.sliding_window, cached)
         x = self.model.embed_tokens(tokens)  # (B, T, E)
         x = x.to(self.dtype or x.dtype)
+        where = layout(positions, self.config.sliding_window, cached, x.dtype, edges)
+        last = self.model.layers[-1]
         for index, block in enumerate(self.model.layers):
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotation, where, use_reentrant=False)
-            else:
-                x = block(x, rotation, where, cache, index)
+            late = kept if block is last and not self.compiled else None  # behind the last attention only labelled tokens matter
+            x = block(x, rotation, where, late, cache, 0 if cache is None else index)
         if cache is not None:
             cache.length += tokens.shape[1]
+        if self.compiled:
+            x = chosen(x, kept)
         x = self.model.norm(x)
         if labels is None:
             return self.lm_head(x)  # (B, T, V)
-        kept = labels != IGNORED
         weights = [p for p in self.lm_head.parameters() if p.requires_grad and torch.is_grad_enabled()]
-        losses = HeadLoss.apply(self.lm_head, x[kept], labels[kept], *weights)
-        return (losses.sum() if reduction == "sum" else losses), kept.sum()
+        losses = HeadLoss.apply(self.lm_head, x, labels.flatten()[kept], *weights)
+        return (losses.sum() if reduction == "sum" else losses), len(kept)
 
 
 class HeadLoss(torch.autograd.Function):
-    """Cross-entropy of `head(hidden)`, exact in float32, with the logits of HEAD_CHUNK tokens at a time.
+    """Cross-entropy of `head(hidden)`, exact in float32, with the logits of a chunk of tokens at a time.
 
     hidden (N, E), labels (N,) → losses (N,) float32. Each chunk's gradient is made beside its loss, so that the head's matmul runs
     once; they are the gradients of the sum, and backward scales them: whoever needs gradients must sum the losses.
@@ -244,19 +431,18 @@ class HeadLoss(torch.autograd.Function):
         losses = torch.zeros(len(hidden), device=hidden.device)
         train = any(ctx.needs_input_grad)
         grads = [torch.zeros_like(x) for x in (hidden, *weights)] if train else []
-        for begin in range(0, len(hidden), HEAD_CHUNK):
-            part = slice(begin, begin + HEAD_CHUNK)
+        chunk = HEAD_CHUNK.get(hidden.device.type, 256)
+        for begin in range(0, len(hidden), chunk):
+            part = slice(begin, begin + chunk)
             with torch.set_grad_enabled(train):
                 x = hidden[part].detach().requires_grad_(train)
                 logits = head(x)  # (n, V)
-            probability = logits.detach().float()
-            target = labels[part, None]
-            chosen = probability.gather(1, target)  # (n, 1), copied before the logits are overwritten
-            normaliser = probability.logsumexp(1, keepdim=True)
-            losses[part] = (normaliser - chosen).squeeze(1)
+            target, known = labels[part, None], logits.detach()
+            probability = torch.softmax(known, 1, dtype=torch.float32)
+            top = known.amax(1, keepdim=True).float()  # log of the normaliser = top - log(its probability), which is never small
+            losses[part] = (top - known.gather(1, target) - probability.amax(1, keepdim=True).log()).squeeze(1)
             if train:
-                probability.sub_(normaliser).exp_()
-                probability.scatter_add_(1, target, torch.full_like(chosen, -1.0))  # d loss / d logits
+                probability.scatter_add_(1, target, torch.full_like(top, -1.0))  # d loss / d logits
                 part_grads = torch.autograd.grad(logits, (x, *weights), probability.to(logits.dtype))
                 grads[0][part] = part_grads[0]
                 for total, grad in zip(grads[1:], part_grads[1:]):

@@ -5,21 +5,31 @@ Loss = sum over targets / their count over all micro-batches and ranks, so that 
 
 import dataclasses
 import datetime
+import functools
 import math
 import os
 import time
+import weakref
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import checkpoint
 import lora
+import quantize
 from data import IGNORED
 from model import Transformer
+
+BETAS = (0.9, 0.95)  # AdamW's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +39,10 @@ class Ranks:
     device: torch.device
     rank: int = 0
     world: int = 1
+
+    @functools.cached_property
+    def mesh(self):
+        return init_device_mesh(self.device.type, (self.world,))  # the default would take a GPU whatever --device says
 
     @property
     def first(self):
@@ -66,19 +80,14 @@ def start(device=None):
     return Ranks(device, dist.get_rank(), dist.get_world_size())
 
 
-def build(shape, ranks, folder=None, adapter=None, dtype=torch.bfloat16, recompute=False, seed=0):
+def build(shape, ranks, folder=None, adapter=None, dtype=torch.bfloat16, recompute="none", nf4=False, pure=False, seed=0):
     """A model ready to train: sharded over the ranks, each rank reading only its own rows of `folder`'s tensors.
 
     `adapter`: the arguments of `lora.inject`; the base is then frozen in `dtype` and the adapter fp32. Without it everything is trained,
-    as fp32 masters. `folder=None`: random weights, N(0, 0.02), the same on any number of ranks.
+    as fp32 masters, or in `dtype` itself if `pure`. `nf4`: the blocks' linear layers are quantised as they are read, tensor by tensor.
+    `folder=None`: random weights, N(0, 0.02), the same on any number of ranks.
     """
-    with torch.device("meta"):
-        model = Transformer(shape, dtype, recompute)
-    if adapter:
-        model.to(dtype)
-        lora.inject(model, **adapter)
-    if ranks.world > 1:
-        shard_model(model, ranks, dtype)
+    model = outline(shape, ranks, adapter, dtype, recompute, nf4, pure)
     checkpoint.allocate(model, ranks.device)
     if folder:
         checkpoint.fill(model, folder)
@@ -91,51 +100,136 @@ def build(shape, ranks, folder=None, adapter=None, dtype=torch.bfloat16, recompu
     return model.train()
 
 
+def outline(shape, ranks, adapter, dtype, recompute, nf4, pure, device="meta"):
+    """The model with its adapter, sharded, without memory."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype if adapter or pure else torch.float32)
+    try:
+        with torch.device(device):
+            model = Transformer(shape, dtype, recompute)
+    finally:
+        torch.set_default_dtype(usual)
+    if nf4:
+        quantize.pack(model)
+    if adapter:
+        lora.inject(model, **adapter)
+    if ranks.world > 1:
+        shard_model(model, ranks, dtype)
+    return model
+
+
 def shard_model(model, ranks, dtype):
     """FSDP2 full shard, a unit per block: parameters gathered in `dtype`, gradients reduced in fp32."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # cos and sin stay fp32
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))  # the default would take a GPU whatever --device says
     for unit in (*model.model.layers, model):
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        fully_shard(unit, mesh=ranks.mesh, mp_policy=policy)
 
 
 @torch.no_grad()
 def randomise(model, seed):
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            checkpoint.write(parameter, torch.ones(parameter.shape))
-        else:
-            checkpoint.write(parameter, torch.empty(parameter.shape).normal_(0, 0.02, generator=generator))
+    for target in checkpoint.weights(model).values():
+        shape = checkpoint.shape_of(target)
+        checkpoint.write(target, torch.ones(shape) if len(shape) == 1 else torch.empty(shape).normal_(0, 0.02, generator=generator))
 
 
-def make_optimizer(model, lr, weight_decay):
-    return torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
-    )
+def make_optimizer(model, lr, weight_decay, pure=False):
+    """AdamW over what is trained; `pure`: for bf16 weights without fp32 masters."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    if pure:
+        return PureAdamW(weights, lr=lr, weight_decay=weight_decay)
+    return torch.optim.AdamW(weights, lr=lr, betas=BETAS, weight_decay=weight_decay, fused=True)
+
+
+class PureAdamW(torch.optim.Optimizer):
+    """AdamW whose weights and moments are all bf16: 8 bytes a parameter, gradient included, where fp32 masters take 16.
+
+    Updates far below a weight's last bit would be lost in rounding to nearest; rounded at random, up or down in proportion to the
+    distance, they arrive on average (arXiv 1502.02551). Computed in fp32, some million weights at a time.
+    """
+
+    PIECE = 1 << 24
+
+    def __init__(self, weights, lr, weight_decay, betas=BETAS, eps=1e-8):
+        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state |= {"step": 0, "mean": torch.zeros_like(parameter), "square": torch.zeros_like(parameter)}
+                state["step"] += 1
+                tensors = (parameter, parameter.grad, state["mean"], state["square"])
+                for part in zip(*(checkpoint.shard(tensor)[0].flatten().split(self.PIECE) for tensor in tensors)):
+                    self.update(*part, state["step"], **group)
+
+    @staticmethod
+    def update(weight, grad, mean, square, step, *, lr, weight_decay, betas, eps, **_):
+        grad = grad.float()
+        new_mean, new_square = mean.float().lerp_(grad, 1 - betas[0]), square.float().lerp_(grad * grad, 1 - betas[1])
+        mean.copy_(new_mean)
+        square.copy_(new_square)
+        new_mean.div_(new_square.div_(1 - betas[1] ** step).sqrt_().add_(eps)).div_(1 - betas[0] ** step)
+        weight.copy_(round_at_random(weight.float().mul_(1 - lr * weight_decay).sub_(new_mean, alpha=lr)))
+
+
+def round_at_random(x):
+    """fp32 → the bf16 just below or above in size, as fp32, in proportion to how near they are: a bf16 is an fp32's first 16 bits."""
+    bits = x.view(torch.int32)
+    return torch.randint_like(bits, 1 << 16).add_(bits).bitwise_and_(-1 << 16).view(torch.float32)
 
 
 # --- rows → tensors
 
 
-def collate(rows, device):
-    """Rows → tokens, positions, labels (B, T) int64, as long as the longest row; the rest of a shorter one is a document of its own."""
-    length = max([len(row.ids) for row in rows], default=1)
-    tokens, labels, positions = (np.full((max(1, len(rows)), length), fill, dtype=np.int64) for fill in (0, IGNORED, 0))
-    for i, row in enumerate(rows):
-        tokens[i, : len(row.ids)], labels[i, : len(row.ids)] = row.ids, row.labels
-        lengths = [*row.doc_lengths, length - len(row.ids)]
+class Batch(NamedTuple):
+    """What `model.forward` takes, under its names: tokens, positions, labels (B, T) int64; edges and kept as there."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    labels: torch.Tensor
+    edges: list | torch.Tensor
+    kept: torch.Tensor
+
+
+def collate(rows, device, shape=(1, 1)):
+    """Rows → Batch, as long as the longest row and at least of `shape`; what a row lacks is a document of its own, without targets.
+
+    On CUDA the number of edges is a power of two, so that compiled blocks see few sizes.
+    """
+    device = torch.device(device)
+    count, length = max(shape[0], len(rows)), max([shape[1], *(len(row.ids) for row in rows)])
+    tokens, labels, positions = (np.full((count, length), fill, dtype=np.int64) for fill in (0, IGNORED, 0))
+    edges = []
+    for i, row in enumerate([*rows, *[None] * (count - len(rows))]):
+        lengths = [length]
+        if row is not None:
+            tokens[i, : len(row.ids)], labels[i, : len(row.ids)] = row.ids, row.labels
+            lengths = [n for n in (*row.doc_lengths.tolist(), length - len(row.ids)) if n]
         positions[i] = np.concatenate([np.arange(n) for n in lengths])
-    if not rows:
-        positions[0] = np.arange(length)
-    return tuple(torch.from_numpy(x).to(device, non_blocking=True) for x in (tokens, positions, labels))
+        edges.extend(i * length + np.cumsum([0, *lengths[:-1]]))
+    edges = [*map(int, edges), count * length]
+    kept = torch.from_numpy(np.flatnonzero(labels != IGNORED))
+    if device.type == "cuda":
+        edges += edges[-1:] * ((1 << max(6, (len(edges) - 1).bit_length())) + 1 - len(edges))
+        edges = torch.tensor(edges, dtype=torch.int32)
+    tensors = (*map(torch.from_numpy, (tokens, positions, labels)), edges, kept)
+    return Batch(*(x if isinstance(x, list) else x.to(device, non_blocking=True) for x in tensors))
 
 
-def micro_batches(rows, size, ranks):
-    """This rank's share of a step's rows, `size` rows at a time; every rank gets as many micro-batches, empty ones if need be."""
+def micro_batches(rows, size, ranks, length=1):
+    """This rank's share of a step's rows, `size` rows at a time; every rank gets as many micro-batches, empty ones if need be.
+
+    On CUDA all are of one shape, (size, length) at least.
+    """
     count = math.ceil(math.ceil(len(rows) / ranks.world) / size)
     mine = rows[ranks.rank :: ranks.world]
-    return [collate(mine[i * size : (i + 1) * size], ranks.device) for i in range(count)]
+    shape = (size, length) if ranks.device.type == "cuda" else (1, 1)
+    return [collate(mine[i * size : (i + 1) * size], ranks.device, shape) for i in range(count)]
 
 
 # --- one step
@@ -146,19 +240,14 @@ class NotFinite(Exception):
 
 
 def train_step(model, optimizer, batches, ranks, clip=1.0):
-    """Forward, backward and update over micro-batches (tokens, positions, labels). → (loss per target, gradient norm, targets)
+    """Forward, backward and update over micro-batches. → (loss per target, gradient norm, targets)
 
     A step without targets changes nothing. Raises NotFinite before the weights are touched.
     """
-    count = ranks.sum(sum((labels != IGNORED).sum() for *_, labels in batches)).item()
+    count = ranks.sum(torch.tensor(sum(len(batch.kept) for batch in batches), device=ranks.device)).item()
     if count == 0:
         return 0.0, 0.0, 0
-    total = torch.zeros((), device=ranks.device)
-    for tokens, positions, labels in batches:
-        loss, _ = model(tokens, positions, labels)
-        (loss * (ranks.world / count)).backward()  # FSDP averages over ranks: times world makes it the sum
-        total += loss.detach()
-    total = ranks.sum(total).item() / count
+    total = ranks.sum(gradients(model, batches, ranks, count)).item() / count
     norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
     norm = checkpoint.full(norm).item()
     if not math.isfinite(total) or not math.isfinite(norm):
@@ -167,6 +256,16 @@ def train_step(model, optimizer, batches, ranks, clip=1.0):
     optimizer.step()
     optimizer.zero_grad()
     return total, norm, count
+
+
+def gradients(model, batches, ranks, count):
+    """Add the gradients of a step with `count` targets; → this rank's sum of losses."""
+    total = torch.zeros((), device=ranks.device)
+    for batch in batches:
+        loss, _ = model(**batch._asdict())
+        (loss * (ranks.world / count)).backward()  # FSDP averages over ranks: times world makes it the sum
+        total += loss.detach()
+    return total
 
 
 # --- held-out loss
@@ -193,8 +292,9 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model, rows, ranks, micro_batch):
-    """The loss of every target of `rows`, summed over the ranks. → Evaluation"""
+def evaluate(model, rows, ranks, micro_batch, length=1):
+    """The loss of every target of `rows`, summed over the ranks. `length` as in `micro_batches`. → Evaluation"""
+    shape = (micro_batch, length) if ranks.device.type == "cuda" else (1, 1)
     model.eval()
     sessions = 1 + max(int(row.sessions.max()) for row in rows)
     sums = torch.zeros(4 + 2 * sessions, dtype=torch.float64)
@@ -202,7 +302,7 @@ def evaluate(model, rows, ranks, micro_batch):
     mine = rows[ranks.rank :: ranks.world]
     for i in range(0, math.ceil(len(rows) / ranks.world), micro_batch):
         part = mine[i : i + micro_batch]
-        losses, _ = model(*collate(part, ranks.device), reduction="none")
+        losses, _ = model(**collate(part, ranks.device, shape)._asdict(), reduction="none")
         if not part:
             continue
         losses = losses.cpu().double()
@@ -223,6 +323,80 @@ def evaluate(model, rows, ranks, micro_batch):
 # --- speed and memory
 
 
+class Live(TorchDispatchMode):
+    """Bytes in live storages, `now` and at their `peak`; with fake tensors it needs neither the memory nor a GPU.
+
+    `resized`: look at every storage again after each op, because FSDP2 frees what it gathered by making storages empty.
+    """
+
+    def __init__(self, resized=False):
+        super().__init__()
+        self.now = self.peak = 0
+        self.resized, self.known = resized, {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.add((tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage())
+        if self.resized:
+            self.now = sum(storage.nbytes() for _, known in [*self.known.values()] if (storage := known()) is not None)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def add(self, storage):
+        if storage._cdata not in self.known:
+            self.known[storage._cdata] = storage.nbytes(), weakref.ref(storage)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.drop, storage._cdata)
+
+    def drop(self, key):
+        self.now -= self.known.pop(key)[0]
+
+
+def predict(
+    shape,
+    micro_batch,
+    length,
+    micro_batches=1,
+    world=1,
+    adapter=None,
+    dtype=torch.bfloat16,
+    recompute="none",
+    nf4=False,
+    pure=False,
+    labelled=0.4,
+):
+    """The most bytes that one of `world` GPUs holds in a training step, found by running two steps on fake tensors.
+
+    `build_options` as for `build`. Real runs need more: CUDA's context and libraries, and what the allocator can't use (about a GiB).
+    """
+    if world > 1:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        ranks = Ranks(torch.device("cpu"), 0, world)
+        if world > 1:
+            assert ranks.mesh  # made before tensors are fake
+        with FakeTensorMode(), Live(resized=world > 1) as live:
+            model = outline(shape, ranks, adapter, dtype, recompute, nf4, pure, "cpu").train()
+            optimizer = make_optimizer(model, 1e-4, 0.0, pure)
+            tokens = torch.zeros(micro_batch, length, dtype=torch.int64)
+            edges = torch.zeros(65, dtype=torch.int32)  # a tensor: attention as on CUDA
+            kept = torch.zeros(int(micro_batch * length * labelled), dtype=torch.int64)
+            for _ in range(2):  # the first makes the optimizer's state
+                live.peak = live.now
+                gradients(model, [Batch(tokens, tokens, tokens, edges, kept)] * micro_batches, ranks, 1)
+                nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        return live.peak
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
 def flops(model, rows):
     """(model, hardware) FLOPs of a training step over `rows`: exact matmul counts. The hardware also recomputes blocks; the model doesn't.
 
@@ -232,15 +406,20 @@ def flops(model, rows):
     shape = model.config
     tokens, labelled = sum(len(row.ids) for row in rows), sum(int((row.labels != IGNORED).sum()) for row in rows)
     pairs = sum(float((n * (n + 1) / 2).sum()) for n in (row.doc_lengths.astype(np.float64) for row in rows))
-    attention = 4 * shape.num_attention_heads * shape.head_dim * pairs * shape.num_hidden_layers
-    matrices = {n: p for n, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in n}
-    blocks = [p for n, p in matrices.items() if "lm_head" not in n]
+    forward = backward = 0
+    for block in model.model.layers:
+        late = labelled if block is model.model.layers[-1] and not model.compiled else tokens  # where model.forward drops the others
+        attention = 4 * shape.num_attention_heads * shape.head_dim * pairs
+        forward, backward = forward + attention, backward + 2 * attention
+        for name, linear in block.named_modules():
+            if isinstance(linear, nn.Linear):
+                n = tokens if name.endswith(("q_proj", "k_proj", "v_proj")) else late
+                trained = sum(p.numel() for p in linear.parameters() if p.requires_grad)
+                frozen = 0 if linear.stored()[0].requires_grad else linear.in_features * linear.out_features
+                forward, backward = forward + 2 * n * (frozen + trained), backward + 2 * n * (frozen + 2 * trained)
     head = 2 * shape.vocab_size * shape.hidden_size * labelled
-    trains_head = model.lm_head.weight.requires_grad
-    forward = 2 * tokens * sum(p.numel() for p in blocks) + attention
-    backward = 2 * tokens * sum(p.numel() * (2 if p.requires_grad else 1) for p in blocks) + 2 * attention
-    needed = forward + backward + head * (3 if trains_head else 2)
-    return needed, needed + (forward if model.recompute else 0)
+    needed = forward + backward + head * (3 if model.lm_head.weight.requires_grad else 2)
+    return needed, needed + (forward if model.recompute == "full" else 0)
 
 
 def measured_peak(device, dtype):
@@ -255,6 +434,13 @@ def measured_peak(device, dtype):
         synchronise(device)
         best = min(best, time.perf_counter() - begin)
     return 2 * n**3 / best
+
+
+def compiled_graphs():
+    """How many graphs torch.compile has made in this process: it should stop growing after the first steps."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
 
 
 def synchronise(device):

@@ -6,9 +6,12 @@
 What the best evaluation saw is what `ckpt/` ends as; whatever came after it was overfitting.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -25,16 +28,19 @@ import config
 import data
 import generate
 import lora
+import quantize
 import step
 import tokenizer as tokenizers
 from config import UserError, flag
+from model import RECOMPUTE
 
 FEWEST_STEPS = 50  # however little data there is
 EVALUATIONS = 4  # an epoch, at least
 LITTLE = 20_000  # trained tokens, below which a word is said on what to expect
 PACKAGES = ("torch", "tokenizers", "sentencepiece", "safetensors", "numpy")
 ALL_LINEAR = ",".join(lora.TARGETS)
-BIG = 1_000_000_000  # parameters: beyond it a CPU would need weeks, and a GPU recomputes blocks to save memory
+BIG = 1_000_000_000  # parameters: beyond it a CPU would need weeks
+RESERVE = 2 << 30  # bytes of a GPU that predictions don't know of: kernels' workspaces, and what the allocator can't use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Config:
     """Fine-tune a Mistral-style model on data/ (made by data.py): all of its weights, or a LoRA adapter with --lora."""
 
     lora: bool = flag(False, "train a low-rank adapter, the base stays as it is")
+    qlora: bool = flag(False, "the same over a base kept in 4 bits (NF4): half the memory, somewhat slower")
     model: str = flag(checkpoint.NO_ACCOUNT, "the base: a folder or a hub id")
     from_scratch: bool = flag(False, "random weights of --model's config.json, to pretrain a small base")
     data: str = flag("data", "the folder that data.py wrote")
@@ -51,7 +58,7 @@ class Config:
     max_steps: int | None = flag(None, "exactly so many steps, in place of --epochs and --patience")
     patience: int = flag(3, "stop after so many evaluations without a better one")
     batch: int = flag(8, "rows a step, over all ranks")
-    micro_batch: int = flag(2, "rows at a time on one rank: less memory, the same result")
+    micro_batch: int | None = flag(None, "rows at a time on one rank: less memory, the same result (default: 2, on a CPU 1)")
     seq_len: int = flag(1024, "tokens a row")
     lr: float | None = flag(None, "peak learning rate (default: 2e-4 with --lora, else 2e-5)")
     warmup: float = flag(0.03, "share of the steps in which the rate climbs")
@@ -62,9 +69,13 @@ class Config:
     lora_dropout: float = flag(0.0, "share of the adapter's inputs dropped in training")
     lora_targets: str = flag(ALL_LINEAR, "linear layers that get an adapter")
     loss_on: str = flag("me", "whose turns are targets", choices=("me", "everyone"))
+    pure_bf16: bool = flag(False, "full fine-tuning without fp32 masters: half the memory; updates are rounded at random")
     recompute: str = flag(
-        "auto", "recompute blocks in the backward pass, for memory (auto: from 1B parameters on)", choices=("auto", "full", "none")
+        "auto",
+        "what the backward pass makes anew, for memory: selective keeps matmuls and attention (auto: what fits)",
+        choices=("auto", *RECOMPUTE),
     )
+    compile: str = flag("auto", "compile the blocks (auto: on CUDA)", choices=("auto", "on", "off"))
     dtype: str = flag("auto", "what is computed in (auto: bf16; fp32 on CPUs without bf16 instructions)", choices=("auto", "bf16", "fp32"))
     device: str | None = flag(None, "cuda, mps or cpu (default: the first there is)")
     seed: int = flag(0, "order of the rows, first values of the adapter, samples")
@@ -74,10 +85,12 @@ class Config:
 
 def main():
     options = config.parse(Config)
+    options = dataclasses.replace(options, lora=options.lora or options.qlora)
     if options.download_only:
         print(f"{options.model} is in {checkpoint.resolve(options.model)}")
         return
     folder, shape, ranks, words = prepare(options)
+    options = dataclasses.replace(options, micro_batch=options.micro_batch or (1 if ranks.device.type == "cpu" else 2))
     train_rows, val_rows = in_turn(ranks, lambda: [rows_of(options, part, words) for part in ("train", "val")])
     plan = schedule(len(train_rows), options)
     dtype = {"auto": checkpoint.compute_dtype(ranks.device), "bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
@@ -85,14 +98,17 @@ def main():
     say(describe(options, shape, ranks, dtype, train_rows, val_rows, plan))
 
     torch.manual_seed(options.seed + ranks.rank)  # dropout
-    recompute = options.recompute == "full" or options.recompute == "auto" and shape.num_parameters > BIG
-    model = step.build(shape, ranks, None if options.from_scratch else folder, adapter(options, words), dtype, recompute, options.seed)
-    optimizer = step.make_optimizer(model, 0.0, options.weight_decay)
+    ways = {"adapter": adapter(options, words), "dtype": dtype, "nf4": options.qlora, "pure": options.pure_bf16}
+    ways["recompute"] = recompute(options, shape, ranks, plan, ways)
+    model = step.build(shape, ranks, None if options.from_scratch else folder, seed=options.seed, **ways)
+    if options.compile == "on" or options.compile == "auto" and ranks.device.type == "cuda":
+        model.compile_blocks()
+    optimizer = step.make_optimizer(model, 0.0, options.weight_decay, options.pure_bf16)
     record = Record(options, plan, folder, words, model, ranks, dtype)
     peak = ranks.world * step.measured_peak(ranks.device, dtype)
     asked = contexts(options)
 
-    record.evaluation(0, 0.0, step.evaluate(model, val_rows, ranks, options.micro_batch))
+    record.evaluation(0, 0.0, step.evaluate(model, val_rows, ranks, options.micro_batch, options.seq_len))
     say(f"before training: held-out loss {record.before.loss:.4f} nats a target, {record.before.bits:.4f} bits per character of mine")
     bar = tqdm(total=plan.steps, unit="step", disable=not ranks.first, dynamic_ncols=True)
     for number, rows in enumerate(batches(train_rows, plan, options.seed), 1):
@@ -101,7 +117,7 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
         try:
-            micro = step.micro_batches(rows, options.micro_batch, ranks)
+            micro = step.micro_batches(rows, options.micro_batch, ranks, options.seq_len)
             loss, norm, targets = step.train_step(model, optimizer, micro, ranks, options.clip)
         except step.NotFinite as error:
             if record.best is None:
@@ -113,14 +129,18 @@ def main():
         except torch.OutOfMemoryError:
             raise UserError(
                 f"step {number}: the GPU has no room for {options.micro_batch} rows of {options.seq_len} tokens",
-                "Take fewer at a time: --micro-batch 1 (the result is the same), --recompute full, or a shorter --seq-len.",
+                "Take fewer at a time: --micro-batch 1 (the result is the same), --recompute full, --qlora, or a shorter --seq-len.",
             ) from None
         line = measure(number, loss, lr, norm, targets, rows, model, time.perf_counter() - began, peak, ranks.device)
         record.write(line)
+        if model.compiled:
+            record.count_graphs(number)
         bar.set_postfix_str(POSTFIX.format(**line))
         bar.update()
         if number in plan.evaluate_at:
-            point = record.evaluation(number, number / plan.epoch, step.evaluate(model, val_rows, ranks, options.micro_batch))
+            point = record.evaluation(
+                number, number / plan.epoch, step.evaluate(model, val_rows, ranks, options.micro_batch, options.seq_len)
+            )
             say(f"epoch {point.epoch:.2f}: held-out loss {point.loss:.4f}, {point.bits:.4f} bits per character{record.compare(point)}")
             for who, said, wrote, answer in answers(model, words, asked, ranks, options.seed):
                 say(f"    {who}: {said}\n      you wrote: {wrote}\n      it writes: {answer}")
@@ -129,6 +149,8 @@ def main():
             elif options.max_steps is None and record.since_best >= options.patience:
                 break
     bar.close()
+    if model.compiled:
+        say(f"{step.compiled_graphs()} graphs were compiled, the last in step {record.compiled_at}")
     say(record.finish())
     if ranks.world > 1:
         torch.distributed.destroy_process_group()
@@ -154,6 +176,8 @@ def prepare(options):
             raise UserError(f"{flag_} {value}: {bound} is needed", f"Leave {flag_} out for the default.")
     if not 0 <= options.lora_dropout < 1:
         raise UserError(f"--lora-dropout {options.lora_dropout} is no share", "0 drops nothing, 0.1 every tenth input.")
+    if options.lora and options.pure_bf16:
+        raise UserError("--pure-bf16 is for full fine-tuning: an adapter's fp32 masters are small", "Leave one of them out.")
     if options.from_scratch and options.lora:
         raise UserError("--from-scratch trains all weights, --lora none of the base's", "Leave one of them out.")
     config.keep_apart(options.out, options.model, options.data)
@@ -174,6 +198,9 @@ def prepare(options):
     shape, words = checkpoint.read_config(folder), tokenizers.load(folder)
     if not options.from_scratch:
         checkpoint.open_files(folder)
+    uneven = [n for n in (shape.hidden_size, shape.intermediate_size, shape.num_attention_heads * shape.head_dim) if n % quantize.BLOCK]
+    if options.qlora and uneven:
+        raise UserError(f"--qlora keeps weights in blocks of {quantize.BLOCK}; {folder} has layers {uneven[0]} wide", "Take --lora.")
     if options.seq_len > shape.max_position_embeddings:
         raise UserError(f"--seq-len {options.seq_len}: {folder} was made for {shape.max_position_embeddings} tokens", "Take shorter rows.")
     return folder, checkpoint.with_vocabulary(shape, words.rows_needed), ranks, words
@@ -197,6 +224,23 @@ def adapter(options, words):
     targets = [target.strip() for target in options.lora_targets.split(",") if target.strip()]
     sizes = {"rank": options.lora_rank, "alpha": options.lora_alpha, "dropout": options.lora_dropout}
     return {**sizes, "targets": targets, "rows": words.added}
+
+
+def recompute(options, shape, ranks, plan, ways):
+    """What the backward pass makes anew: as asked, or as little as the GPU's free memory allows, by prediction."""
+    if options.recompute != "auto":
+        return options.recompute
+    if ranks.device.type != "cuda":
+        return "full" if shape.num_parameters > BIG else "none"
+    best = "full"
+    if ranks.first:
+        free = torch.cuda.mem_get_info(ranks.device)[0] - RESERVE
+        times = min(2, math.ceil(plan.batch / ranks.world / options.micro_batch))
+        ask = functools.partial(step.predict, shape, options.micro_batch, options.seq_len, times, ranks.world, **ways)
+        with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:  # own process groups
+            needs = {kind: pool.submit(ask, recompute=kind) for kind in RECOMPUTE}
+            best = next((kind for kind, need in needs.items() if need.result() < free), best)
+    return RECOMPUTE[ranks.share(RECOMPUTE.index(best))]
 
 
 def in_turn(ranks, work):
@@ -232,7 +276,8 @@ def schedule(rows, options):
 
 def describe(options, shape, ranks, dtype, train_rows, val_rows, plan):
     targets = sum(int((row.labels != data.IGNORED).sum()) for row in train_rows)
-    what = f"{'LoRA' if options.lora else 'full fine-tuning'} of {options.model} ({shape.num_parameters / 1e6:,.1f}M parameters)"
+    kind = "QLoRA" if options.qlora else "LoRA" if options.lora else "full fine-tuning"
+    what = f"{kind} of {options.model} ({shape.num_parameters / 1e6:,.1f}M parameters)"
     full = data.filled(train_rows, options.seq_len)
     text = (
         f"{what} on {ranks.world} x {ranks.device.type}, {short(dtype)}\n"
@@ -335,7 +380,7 @@ class Record:
     def __init__(self, options, plan, folder, words, model, ranks, dtype):
         self.options, self.folder, self.words, self.model, self.ranks = options, folder, words, model, ranks
         self.out, self.began, self.before, self.best, self.last = Path(options.out), time.time(), None, None, None
-        self.since_best = 0
+        self.since_best = self.graphs = self.compiled_at = 0
         if not ranks.first:
             return
         config.private_folder(self.out)
@@ -353,6 +398,7 @@ class Record:
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{ranks.device.type} ({platform.machine()})",
             "world": ranks.world,
+            "compiled": model.compiled,
             "dtype": short(dtype),
         }
         config.write_json(self.out / "run.json", self.run)
@@ -361,6 +407,10 @@ class Record:
         if self.ranks.first:
             self.metrics.write(json.dumps(line) + "\n")
             self.metrics.flush()
+
+    def count_graphs(self, number):
+        if self.graphs != step.compiled_graphs():
+            self.graphs, self.compiled_at = step.compiled_graphs(), number
 
     def evaluation(self, number, epoch, found):
         """Note an Evaluation after step `number`; the one at step 0 is what the others are compared with, never the best. → Point"""

@@ -24,7 +24,7 @@ def save_mistral(folder, **changes):
     import transformers
 
     torch.manual_seed(0)
-    sizes = dict(vocab_size=32000, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    sizes = dict(vocab_size=32000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                  head_dim=16, max_position_embeddings=512, sliding_window=None, initializer_range=0.2, rms_norm_eps=1e-5)  # fmt: skip
     settings = transformers.MistralConfig(**{**sizes, **changes})
     model = transformers.MistralForCausalLM(settings)

@@ -14,11 +14,12 @@ MAY = {
     "doctor": set(),
     "data": {"config", "doctor", "exports", "tokenizer"},
     "model": set(),
+    "quantize": {"model"},
     "lora": {"config", "model", "checkpoint", "tokenizer"},  # the last two inside main
-    "checkpoint": {"config", "model", "lora"},
+    "checkpoint": {"config", "model", "lora", "quantize"},
     "generate": {"model", "data"},
-    "step": {"checkpoint", "lora", "model", "data"},
-    "train": {"config", "data", "step", "generate", "checkpoint", "lora", "tokenizer"},
+    "step": {"checkpoint", "lora", "model", "data", "quantize"},
+    "train": {"config", "data", "step", "generate", "checkpoint", "lora", "model", "quantize", "tokenizer"},
     "chat": {"config", "data", "generate", "checkpoint", "tokenizer"},
 }
 

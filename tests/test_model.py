@@ -5,6 +5,7 @@ import transformers
 from conftest import save_mistral
 
 import checkpoint
+import lora
 import model as model_
 from model import HeadLoss, KVCache
 
@@ -82,15 +83,32 @@ def test_cached_decoding_equals_the_full_forward(pair):
         torch.testing.assert_close(ours(tokens[:, 8:20], cache=cache), full[:, 8:20], atol=1e-4, rtol=1e-4)
 
 
-def test_mask_and_document_list_attend_alike(monkeypatch):
-    """What a GPU computes by a mask (here: a window so wide that it cuts nothing), a CPU computes document by document."""
-    positions = torch.cat([torch.arange(5), torch.arange(20)])[None].repeat(2, 1)
-    q, k, v = (torch.randn(2, heads, 25, 16) for heads in (4, 2, 2))
-    by_list, mask = model_.layout(positions, None, 0), model_.layout(positions, 24, 0)
-    assert [(row, end - begin) for row, begin, end in by_list] == [(0, 5), (0, 20), (1, 5), (1, 20)]
-    expected = model_.attend(q, k, v, by_list)
-    torch.testing.assert_close(model_.attend(q, k, v, mask), expected, atol=1e-5, rtol=1e-4)
-    monkeypatch.setattr(model_, "GROUPS_WITH_A_MASK", ())  # as on a GPU: key and value heads repeated
+@pytest.mark.parametrize("window", [None, 1, 7, 150, 900])
+def test_attention_by_document_equals_the_plain_formula_and_so_do_its_gradients(window):
+    """Documents shorter and longer than a block of queries, and the reference is torch's own attention under a mask."""
+    lengths = [1, 5, 127, 128, 129, 300, 40]
+    positions = torch.cat([torch.arange(n) for n in lengths]).view(2, -1)
+    positions = torch.cat([positions[0], torch.arange(positions.shape[1])]).view(2, -1)  # the second row is one document
+    where = model_.layout(positions, window, 0, torch.float32)
+    T = positions.shape[1]
+    document = torch.stack([(positions[0] == 0).cumsum(0), torch.ones(T, dtype=torch.long)])
+    query, key = torch.arange(T)[:, None], torch.arange(T)
+    sees = (key <= query) & (query - key < (window or T)) & (document[:, None, :, None] == document[:, None, None, :])
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, T, heads, 16, requires_grad=True) for heads in (6, 2, 2))
+    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=sees, enable_gqa=True).transpose(1, 2)
+    got, direction = model_.attend(q, k, v, where), torch.randn(2, T, 6, 16)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    for one, other in zip(*(torch.autograd.grad(x, (q, k, v), direction) for x in (got, expected))):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_a_mask_with_repeated_heads_attends_alike(monkeypatch):
+    """On a GPU a cache is read with a mask and without groups."""
+    mask = model_.layout(torch.arange(20, 25)[None], 7, 20, torch.float32)
+    q, k, v = (torch.randn(1, n, heads, 16) for n, heads in ((5, 4), (25, 2), (25, 2)))
+    expected = model_.attend(q, k, v, mask)
+    monkeypatch.setattr(model_, "GROUPS_WITH_A_MASK", ())
     torch.testing.assert_close(model_.attend(q, k, v, mask), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -104,21 +122,26 @@ def test_saved_folder_loads_in_transformers_with_equal_logits(pair, tmp_path, wo
         torch.testing.assert_close(ours(tokens), checkpoint.load_model(str(tmp_path))(tokens), atol=1e-6, rtol=1e-6)
 
 
-def test_recomputed_blocks_give_the_same_gradient(base):
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_recomputed_blocks_give_the_same_gradient(base, adapter):
     grads = []
-    for recompute in (False, True):
+    for recompute in model_.RECOMPUTE:
         ours = checkpoint.load_model(str(base), torch.float32).requires_grad_(True)
-        ours.recompute = recompute
+        if adapter:
+            lora.inject(ours)
+        for block in ours.model.layers:
+            block.recompute = recompute
         tokens = tokens_like(ours, 1, 12)
         ours(tokens, labels=tokens)[0].backward()
-        grads.append([p.grad for p in ours.parameters()])
-    for one, other in zip(*grads):
-        torch.testing.assert_close(one, other)
+        grads.append([p.grad for p in ours.parameters() if p.requires_grad])
+    for others in grads[1:]:
+        for one, other in zip(others, grads[0]):
+            torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7, 2500])  # none, one, several chunks
 def test_loss_is_exact_in_float32_whatever_the_head_computes_in(tokens, monkeypatch):
-    monkeypatch.setattr(model_, "HEAD_CHUNK", 1000)
+    monkeypatch.setitem(model_.HEAD_CHUNK, "cpu", 1000)
     torch.manual_seed(0)
     head = torch.nn.Linear(16, 300, bias=False, dtype=torch.bfloat16)
     hidden = (torch.randn(tokens, 16, dtype=torch.bfloat16) * 4).requires_grad_()

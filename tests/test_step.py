@@ -27,7 +27,7 @@ def build(base, **adapter):
 
 def test_collated_rows_keep_their_documents_apart_and_pad_with_a_document_without_targets(rows):
     some = rows[:3]
-    tokens, positions, labels = step.collate(some, "cpu")
+    tokens, positions, labels, *_ = step.collate(some, "cpu")
     for i, row in enumerate(some):
         n = len(row.ids)
         assert tokens[i, :n].tolist() == row.ids.tolist() and labels[i, :n].tolist() == row.labels.tolist()
@@ -45,7 +45,7 @@ def test_every_rank_gets_as_many_micro_batches_and_each_row_once(rows):
     for world in (1, 2, 3, 8):
         shares = [step.micro_batches(rows[:7], 2, step.Ranks(torch.device("cpu"), rank, world)) for rank in range(world)]
         assert len({len(share) for share in shares}) == 1
-        trained = sum(int((labels != IGNORED).sum()) for share in shares for _, _, labels in share)
+        trained = sum(int((labels != IGNORED).sum()) for share in shares for _, _, labels, *_ in share)
         assert trained == sum(int((row.labels != IGNORED).sum()) for row in rows[:7])
 
 
@@ -88,8 +88,8 @@ def test_a_step_without_targets_changes_nothing(base, rows):
     model = build(base)
     optimizer = step.make_optimizer(model, 0.1, 0.1)
     before = copy.deepcopy(model.state_dict())
-    tokens, positions, labels = step.collate(rows[:2], "cpu")
-    assert step.train_step(model, optimizer, [(tokens, positions, torch.full_like(labels, IGNORED))], ALONE) == (0.0, 0.0, 0)
+    batch = step.collate([dataclasses.replace(row, labels=np.full_like(row.labels, IGNORED)) for row in rows[:2]], "cpu")
+    assert step.train_step(model, optimizer, [batch], ALONE) == (0.0, 0.0, 0)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
@@ -109,10 +109,10 @@ def test_evaluation_counts_bits_on_the_words_of_my_messages_alone(base, chats, w
     found = step.evaluate(model, rows, ALONE, 3)
     talks = data.load_sessions(chats / "val.jsonl")
     assert found.chars.tolist() == [sum(len(m) for t in talk.turns if t.me for m in t.messages) for talk in talks]
-    loss = sum(model(*step.collate([row], "cpu"))[0].item() for row in rows)
+    loss = sum(model(**step.collate([row], "cpu")._asdict())[0].item() for row in rows)
     assert found.nats == pytest.approx(loss, rel=1e-5) and found.count == sum(int((r.labels != IGNORED).sum()) for r in rows)
     words_only = [dataclasses.replace(r, labels=np.where(r.words, r.labels, IGNORED)) for r in rows]
-    bits = sum(model(*step.collate([row], "cpu"))[0].item() for row in words_only) / math.log(2)
+    bits = sum(model(**step.collate([row], "cpu")._asdict())[0].item() for row in words_only) / math.log(2)
     assert found.metrics["val_bits_per_char"] == pytest.approx(bits / found.chars.sum(), rel=1e-5)
     assert found.metrics["val_format_loss"] == pytest.approx((loss - bits * math.log(2)) / (found.count - found.words), rel=1e-4)
 
@@ -137,9 +137,9 @@ def test_flops_are_those_that_torch_counts(base, rows):
         with FlopCounterMode(display=False) as counter:
             model(*step.collate([row], "cpu")[:2]).sum().backward()
         needed, done = step.flops(model, [row])
-        model.recompute = True
+        model.recompute = "full"
         assert step.flops(model, [row])[1] > needed == done
-        counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+        counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op) and "bmm" not in str(op))
         H, D, layers = 4, 16, 2
         attention = layers * 12 * H * D * float((row.doc_lengths * (row.doc_lengths + 1) / 2).sum())
         # the first block's input needs no gradient in LoRA, and we count it: within a twentieth

@@ -46,10 +46,10 @@ def fine_tune(base, chats, out, *flags, ranks=1):
     return done
 
 
-@pytest.fixture(scope="module", params=["lora", "full"])
+@pytest.fixture(scope="module", params=["lora", "qlora", "full"])
 def alone(request, base, chats, tmp_path_factory):
     """(flags, out) of a run in one process with one micro-batch; a base without ChatML tokens, so that rows are added and trained."""
-    flags = ("--lora", "--lr", 1e-2) if request.param == "lora" else ("--lr", 3e-3)
+    flags = ("--lr", 3e-3) if request.param == "full" else (f"--{request.param}", "--lr", 1e-2)
     flags = (*flags, "--max-steps", 6, "--micro-batch", 8)
     out = tmp_path_factory.mktemp("alone") / "ckpt"
     return flags, out, fine_tune(base, chats, out, *flags)
@@ -103,12 +103,12 @@ def test_what_training_leaves_is_complete_and_says_what_it_computes(alone, base,
     assert {"val_loss", "val_bits_per_char", "val_format_loss"} <= set(lines[0]) and lines[0]["step"] == 0
     run = json.loads((out / "run.json").read_text())
     assert (
-        run["config"]["lora"] == ("--lora" in flags)
+        run["config"]["lora"] == ("--lora" in flags or "--qlora" in flags)
         and torch.__version__.startswith(run["versions"]["torch"])
         and run["result"]["steps"] == 6
     )
     assert "you wrote" in done.stderr + done.stdout and "best at epoch" in done.stderr + done.stdout
-    if "--lora" in flags:
+    if "--lora" in flags or "--qlora" in flags:
         rows = json.loads((out / "adapter_config.json").read_text())["trainable_token_indices"]
         assert rows == {"embed_tokens": words.added, "lm_head": words.added}
 
