@@ -167,11 +167,11 @@ def layout(positions, window, cached, dtype, edges=None):
     """Who may attend to whom, worked out once for all layers; the one place that decides by which kernel.
 
     A document starts wherever `positions` (B, T) is 0, and with each row; `edges` says so without a look at the GPU. A window of W lets a
-    token see itself and the W - 1 before it, as in HF. → Documents; with a cache of `cached` tokens, and on devices without a kernel for
-    documents, a mask (B or 1, 1, T, S), True where query t sees key s.
+    token see itself and the W - 1 before it, as in HF. → Documents; for a cache of `cached` tokens (None: no cache), and for devices and
+    dtypes without a kernel for documents, a mask (B or 1, 1, T, S), True where query t sees key s.
     """
     B, T = positions.shape
-    if cached == 0 and (edges is not None or positions.device.type in ("cpu", "cuda")):
+    if positions.device.type == "cpu" and not cached or cached is None and has_varlen(positions.device, dtype):
         if edges is None:
             starts = positions == 0
             starts[:, 0] = True
@@ -182,12 +182,13 @@ def layout(positions, window, cached, dtype, edges=None):
         ahead = torch.arange(-T, QUERIES) - torch.arange(QUERIES)[:, None]  # how far a key lies beyond its query
         unseen = (ahead > 0) | (ahead <= -(window or T))
         return Documents(by_document, edges, T, window, torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -math.inf))
-    query = torch.arange(cached, cached + T, device=positions.device)[:, None]
-    key = torch.arange(cached + T, device=positions.device)
+    before = cached or 0
+    query = torch.arange(before, before + T, device=positions.device)[:, None]
+    key = torch.arange(before + T, device=positions.device)
     mask = (key <= query)[None, None]
     if window is not None:
         mask = mask & (query - key < window)
-    if cached == 0:
+    if before == 0:
         document = (positions == 0).cumsum(-1)
         mask = mask & (document[:, None, :, None] == document[:, None, None, :])
     return mask  # (B or 1, 1, T, S)
@@ -204,9 +205,14 @@ def attend(q, k, v, where):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=where, enable_gqa=grouped).transpose(1, 2)
 
 
+def has_varlen(device, dtype):
+    """Whether `varlen` computes there: on NVIDIA cards from Ampere on, in 16 bits."""
+    return device.type == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 @functools.cache
 def varlen():
-    """torch's kernel for documents on CUDA (bf16). Up to 2.11 it has no word for groups: keys and values are repeated."""
+    """torch's kernel for documents on CUDA. Up to 2.11 it has no word for groups: keys and values are repeated."""
     from torch.nn.attention.varlen import varlen_attn
 
     grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -236,33 +242,33 @@ class DocumentAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, edges, window, hidden):
-        out, groups, kept = torch.empty_like(q), k.shape[1], []
+        out, groups, saved = torch.empty_like(q), k.shape[1], []
         heads = q.shape[1] // groups
         for begin, end in zip(edges, edges[1:]):
             queries, keys, values = (by_group(x[begin:end], groups) for x in (q, k, v))
             parts = []
             for asks, seen in blocks(end - begin, heads, window):
-                kept.append(probabilities(queries[:, asks], keys[:, seen], heads, hidden))
-                parts.append(kept[-1] @ values[:, seen])
+                saved.append(probabilities(queries[:, asks], keys[:, seen], heads, hidden))
+                parts.append(saved[-1] @ values[:, seen])
             out[begin:end] = by_token(torch.cat(parts, 1), end - begin)
-        ctx.save_for_backward(q, k, v, *kept)
+        ctx.save_for_backward(q, k, v, *saved)
         ctx.edges, ctx.window = edges, window
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, *kept = ctx.saved_tensors
+        q, k, v, *saved = ctx.saved_tensors
         groups, heads, scale = k.shape[1], q.shape[1] // k.shape[1], q.shape[2] ** -0.5
         grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
         for begin, end in zip(ctx.edges, ctx.edges[1:]):
             queries, keys, values, grads = (by_group(x[begin:end], groups) for x in (q, k, v, grad))
             parts, sum_k, sum_v = [], torch.zeros(keys.shape), torch.zeros(keys.shape)  # sums over blocks, in fp32
             for asks, seen in blocks(end - begin, heads, ctx.window):
-                chosen = kept.pop(0)  # (G, n heads, m)
-                scores = torch._softmax_backward_data(grads[:, asks] @ values[:, seen].mT, chosen, -1, chosen.dtype)
+                shares = saved.pop(0)  # (G, n heads, m)
+                scores = torch._softmax_backward_data(grads[:, asks] @ values[:, seen].mT, shares, -1, shares.dtype)
                 parts.append(scores @ keys[:, seen])
                 sum_k[:, seen] += scores.mT @ queries[:, asks]
-                sum_v[:, seen] += chosen.mT @ grads[:, asks]
+                sum_v[:, seen] += shares.mT @ grads[:, asks]
             grad_q[begin:end] = by_token(torch.cat(parts, 1), end - begin).mul_(scale)
             grad_k[begin:end], grad_v[begin:end] = sum_k.mul_(scale).transpose(0, 1), sum_v.transpose(0, 1)
         return grad_q, grad_k, grad_v, None, None, None
@@ -394,9 +400,9 @@ class Transformer(nn.Module):
         losses of the labelled tokens one by one, in order, in place of their sum. With a cache, tokens continue it. `edges` (as in
         Documents) and `kept`, the labelled positions (N,) among the B * T, are worked out where they aren't given; a GPU waits for that.
         """
-        cached = cache.length if cache is not None else 0
+        cached = cache.length if cache is not None else None
         if positions is None:
-            positions = torch.arange(cached, cached + tokens.shape[1], device=tokens.device).expand_as(tokens)
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens) + (cached or 0)
         if labels is not None and kept is None:
             kept = (labels != IGNORED).flatten().nonzero().flatten()
         rotation = rope(positions, self.config.head_dim, self.config.rope_theta)

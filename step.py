@@ -121,8 +121,12 @@ def outline(shape, ranks, adapter, dtype, recompute, nf4, pure, device="meta"):
 def shard_model(model, ranks, dtype):
     """FSDP2 full shard, a unit per block: parameters gathered in `dtype`, gradients reduced in fp32."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # cos and sin stay fp32
-    for unit in (*model.model.layers, model):
+    blocks = list(model.model.layers)
+    for unit in (*blocks, model):
         fully_shard(unit, mesh=ranks.mesh, mp_policy=policy)
+    for one, following in zip(blocks, blocks[1:]):  # the next block is gathered while this one computes
+        one.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([one])
 
 
 @torch.no_grad()

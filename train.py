@@ -75,7 +75,7 @@ class Config:
         "what the backward pass makes anew, for memory: selective keeps matmuls and attention (auto: what fits)",
         choices=("auto", *RECOMPUTE),
     )
-    compile: str = flag("auto", "compile the blocks (auto: on CUDA)", choices=("auto", "on", "off"))
+    no_compile: bool = flag(False, "on CUDA, don't compile the blocks: slower, but it starts at once")
     dtype: str = flag("auto", "what is computed in (auto: bf16; fp32 on CPUs without bf16 instructions)", choices=("auto", "bf16", "fp32"))
     device: str | None = flag(None, "cuda, mps or cpu (default: the first there is)")
     seed: int = flag(0, "order of the rows, first values of the adapter, samples")
@@ -101,7 +101,7 @@ def main():
     ways = {"adapter": adapter(options, words), "dtype": dtype, "nf4": options.qlora, "pure": options.pure_bf16}
     ways["recompute"] = recompute(options, shape, ranks, plan, ways)
     model = step.build(shape, ranks, None if options.from_scratch else folder, seed=options.seed, **ways)
-    if options.compile == "on" or options.compile == "auto" and ranks.device.type == "cuda":
+    if ranks.device.type == "cuda" and not options.no_compile:
         model.compile_blocks()
     optimizer = step.make_optimizer(model, 0.0, options.weight_decay, options.pure_bf16)
     record = Record(options, plan, folder, words, model, ranks, dtype)
