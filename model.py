@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 IGNORED = -100  # the label of a position that is no target, as in F.cross_entropy
 GROUPS_WITH_A_MASK = ("cpu",)  # devices whose attention takes both; CUDA's memory-efficient kernel takes a mask but no groups
-HEAD_CHUNK = {"cpu": 256, "cuda": 1024}  # labelled tokens whose logits exist at one time: 1024 x 32k floats are 131 MB
+HEAD_CHUNK = {"cpu": 256, "gpu": 1024}  # labelled tokens whose logits exist at one time: 1024 x 32k floats are 131 MB
 RECOMPUTE = ("none", "selective", "full")
 QUERIES = 128  # attention's block on a CPU: short enough to skip most of what causality hides
 
@@ -349,7 +349,8 @@ class Block(nn.Module):
 
     def forward(self, x, rotation, where, kept=None, cache=None, layer=0):
         """x (B, T, E) → (B, T, E); with `kept`, positions among the B * T, theirs alone (N, E)."""
-        return self.run(x, rotation, where, kept, cache, layer)
+        run = self.run if cache is None else self.compute  # decoding has a new shape at every token: nothing to compile
+        return run(x, rotation, where, kept, cache, layer)
 
     def run(self, *given):  # apart from forward, so that it can be compiled while FSDP2's hooks stay outside
         if self.recompute == "none" or not torch.is_grad_enabled():
@@ -421,23 +422,23 @@ class Transformer(nn.Module):
         if labels is None:
             return self.lm_head(x)  # (B, T, V)
         weights = [p for p in self.lm_head.parameters() if p.requires_grad and torch.is_grad_enabled()]
-        losses = HeadLoss.apply(self.lm_head, x, labels.flatten()[kept], *weights)
+        chunk = HEAD_CHUNK["cpu" if isinstance(where, Documents) and where.kernel is by_document else "gpu"]
+        losses = HeadLoss.apply(self.lm_head, x, labels.flatten()[kept], chunk, *weights)
         return (losses.sum() if reduction == "sum" else losses), len(kept)
 
 
 class HeadLoss(torch.autograd.Function):
-    """Cross-entropy of `head(hidden)`, exact in float32, with the logits of a chunk of tokens at a time.
+    """Cross-entropy of `head(hidden)`, exact in float32, with the logits of `chunk` tokens at a time.
 
     hidden (N, E), labels (N,) → losses (N,) float32. Each chunk's gradient is made beside its loss, so that the head's matmul runs
     once; they are the gradients of the sum, and backward scales them: whoever needs gradients must sum the losses.
     """
 
     @staticmethod
-    def forward(ctx, head, hidden, labels, *weights):
+    def forward(ctx, head, hidden, labels, chunk, *weights):
         losses = torch.zeros(len(hidden), device=hidden.device)
         train = any(ctx.needs_input_grad)
-        grads = [torch.zeros_like(x) for x in (hidden, *weights)] if train else []
-        chunk = HEAD_CHUNK.get(hidden.device.type, 256)
+        grads = [torch.zeros_like(hidden), *(torch.zeros_like(w, dtype=torch.float32) for w in weights)] if train else []
         for begin in range(0, len(hidden), chunk):
             part = slice(begin, begin + chunk)
             with torch.set_grad_enabled(train):
@@ -459,4 +460,5 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_losses):
         scale = grad_losses[0] if len(grad_losses) else grad_losses.new_zeros(())
-        return None, *(scale * g for g in ctx.saved_tensors[:1]), None, *(scale * g for g in ctx.saved_tensors[1:])
+        hidden, *weights = (grad.mul_(scale) for grad in ctx.saved_tensors)
+        return None, hidden, None, None, *weights

@@ -174,11 +174,11 @@ class PureAdamW(torch.optim.Optimizer):
     @staticmethod
     def update(weight, grad, mean, square, step, *, lr, weight_decay, betas, eps, **_):
         grad = grad.float()
-        new_mean, new_square = mean.float().lerp_(grad, 1 - betas[0]), square.float().lerp_(grad * grad, 1 - betas[1])
+        new_mean, new_square = mean.float().lerp(grad, 1 - betas[0]), square.float().lerp(grad * grad, 1 - betas[1])
         mean.copy_(new_mean)
         square.copy_(new_square)
         new_mean.div_(new_square.div_(1 - betas[1] ** step).sqrt_().add_(eps)).div_(1 - betas[0] ** step)
-        weight.copy_(round_at_random(weight.float().mul_(1 - lr * weight_decay).sub_(new_mean, alpha=lr)))
+        weight.copy_(round_at_random((weight.float() * (1 - lr * weight_decay)).sub_(new_mean, alpha=lr)))
 
 
 def round_at_random(x):

@@ -93,7 +93,9 @@ def main():
     options = dataclasses.replace(options, micro_batch=options.micro_batch or (1 if ranks.device.type == "cpu" else 2))
     train_rows, val_rows = in_turn(ranks, lambda: [rows_of(options, part, words) for part in ("train", "val")])
     plan = schedule(len(train_rows), options)
-    dtype = {"auto": checkpoint.compute_dtype(ranks.device), "bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
+    dtype = {"auto": checkpoint.compute_dtype(ranks.device), "bf16": torch.bfloat16, "fp32": torch.float32}[
+        "bf16" if options.pure_bf16 else options.dtype
+    ]
     say = tqdm.write if ranks.first else lambda text: None
     say(describe(options, shape, ranks, dtype, train_rows, val_rows, plan))
 
@@ -178,6 +180,8 @@ def prepare(options):
         raise UserError(f"--lora-dropout {options.lora_dropout} is no share", "0 drops nothing, 0.1 every tenth input.")
     if options.lora and options.pure_bf16:
         raise UserError("--pure-bf16 is for full fine-tuning: an adapter's fp32 masters are small", "Leave one of them out.")
+    if options.pure_bf16 and options.dtype == "fp32":
+        raise UserError("--pure-bf16 computes in bf16, --dtype fp32 does not", "Leave one of them out.")
     if options.from_scratch and options.lora:
         raise UserError("--from-scratch trains all weights, --lora none of the base's", "Leave one of them out.")
     config.keep_apart(options.out, options.model, options.data)

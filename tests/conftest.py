@@ -67,6 +67,67 @@ def chats(tmp_path_factory):
     return folder
 
 
+# --- CUDA's attention by document, on a CPU
+
+
+@torch.library.custom_op("standin::varlen_attn", mutates_args=())
+def varlen_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, edges: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The plain formula, as an op that keeps what torch's varlen_attn keeps: q, k, v, the output and a float32 a query and head."""
+    chances, _, values = plain(q, k, v, edges, window)
+    return torch.einsum("hnm,mhd->nhd", chances, values).contiguous(), chances.new_zeros(q.shape[1], len(q), dtype=torch.float32)
+
+
+@torch.library.custom_op("standin::varlen_attn_backward", mutates_args=())
+def varlen_attn_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, edges: torch.Tensor, window: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    chances, keys, values = plain(q, k, v, edges, window)
+    along = torch.einsum("nhd,mhd->hnm", grad, values)
+    scores = chances * (along - (along * chances).sum(-1, keepdim=True)) * q.shape[2] ** -0.5
+    grad_k, grad_v = (torch.einsum("hnm,nhd->mhd", one, other) for one, other in ((scores, q), (chances, grad)))
+    grads = torch.einsum("hnm,mhd->nhd", scores, keys), *(x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (grad_k, grad_v))
+    return tuple(x.contiguous() for x in grads)
+
+
+def plain(q, k, v, edges, window):
+    """→ probabilities (H, N, N), keys and values (N, H, D)"""
+    keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    token = torch.arange(len(q), device=q.device)
+    document = torch.searchsorted(edges, token, right=True)
+    ahead = token - token[:, None]
+    sees = (ahead <= 0) & (ahead > -window) & (document == document[:, None])
+    scores = torch.einsum("nhd,mhd->hnm", q, keys).float() * q.shape[2] ** -0.5
+    return scores.masked_fill(~sees, -torch.inf).softmax(-1).to(q.dtype), keys, values
+
+
+varlen_attn.register_fake(lambda q, k, v, edges, window: (torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)))
+varlen_attn_backward.register_fake(lambda grad, q, k, v, edges, window: tuple(map(torch.empty_like, (q, k, v))))
+
+
+def keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.window = inputs[4]
+
+
+def back(ctx, grad, _):
+    return *varlen_attn_backward(grad.contiguous(), *ctx.saved_tensors[:4], ctx.window), None, None
+
+
+varlen_attn.register_autograd(back, setup_context=keep)
+
+
+@pytest.fixture
+def edges_in_a_tensor(monkeypatch):
+    """A batch whose `edges` are a tensor, as on CUDA, gets the stand-in for CUDA's kernel."""
+    import model
+
+    kernel = lambda q, k, v, where: varlen_attn(q, k, v, where.edges, where.window or len(q))[0]
+    monkeypatch.setattr(model, "varlen", lambda: kernel)
+
+
+# --- programs
+
+
 def command(*words, env=None, stdin=None):
     """Run one of the project's programs as a person does. → CompletedProcess with text"""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}

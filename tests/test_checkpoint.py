@@ -32,9 +32,9 @@ NORM = "model.layers.1.input_layernorm.weight"
 
 @pytest.mark.parametrize(("edit", "expected"), [
     (lambda t: t.pop(NORM), f"{NORM} is missing"),
-    (lambda t: t.update({NORM: torch.ones(3)}), r"layers.1.input_layernorm.weight is \[3\], config.json makes it \[48\]"),
+    (lambda t: t.update({NORM: torch.ones(3)}), r"layers.1.input_layernorm.weight is \[3\], config.json makes it \[64\]"),
     (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(3)}), "layers.2.mlp.up_proj.weight belongs to no part"),
-    (lambda t: t.update({"lm_head.weight": torch.ones(32005, 48)}), r"lm_head.weight is \[32005, 48\]"),
+    (lambda t: t.update({"lm_head.weight": torch.ones(32005, 64)}), r"lm_head.weight is \[32005, 64\]"),
 ], ids=["missing", "wrong shape", "unknown", "larger vocabulary"])  # fmt: skip
 def test_a_folder_with_a_wrong_tensor_is_refused_by_name(broken, edit, expected):
     change(broken, edit)
@@ -80,7 +80,7 @@ def test_new_rows_are_the_mean_of_the_old_and_the_size_is_not_padded(base):
     model = checkpoint.Transformer(shape)
     checkpoint.fill(model, base)
     old = load_file(base / "model.safetensors")["lm_head.weight"]
-    assert model.lm_head.weight.shape == (32002, 48) and torch.equal(model.lm_head.weight[:32000], old)
+    assert model.lm_head.weight.shape == (32002, 64) and torch.equal(model.lm_head.weight[:32000], old)
     torch.testing.assert_close(model.lm_head.weight[32001], old.mean(0))
 
 

@@ -1,12 +1,17 @@
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import save_mistral
+from conftest import save_mistral, varlen_attn
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import lora
 import model as model_
+import step
 from model import HeadLoss, KVCache
 
 VARIANTS = {
@@ -89,7 +94,7 @@ def test_attention_by_document_equals_the_plain_formula_and_so_do_its_gradients(
     lengths = [1, 5, 127, 128, 129, 300, 40]
     positions = torch.cat([torch.arange(n) for n in lengths]).view(2, -1)
     positions = torch.cat([positions[0], torch.arange(positions.shape[1])]).view(2, -1)  # the second row is one document
-    where = model_.layout(positions, window, 0, torch.float32)
+    where = model_.layout(positions, window, None, torch.float32)
     T = positions.shape[1]
     document = torch.stack([(positions[0] == 0).cumsum(0), torch.ones(T, dtype=torch.long)])
     query, key = torch.arange(T)[:, None], torch.arange(T)
@@ -139,14 +144,145 @@ def test_recomputed_blocks_give_the_same_gradient(base, adapter):
             torch.testing.assert_close(one, other)
 
 
+# --- as on CUDA
+
+
+def small(recompute, adapter):
+    """Three random layers to train in float32, whole or by an adapter; the same whenever it is called."""
+    torch.manual_seed(0)
+    model = model_.Transformer(model_.ModelConfig(100, 64, 128, 3, 4, 2, 16, sliding_window=20), recompute=recompute)
+    if adapter:
+        lora.inject(model, 8)
+    for parameter in lora.trained(model).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def batch_of(seed, documents, rows=2, length=64):
+    """Some documents in `rows` rows, their edges in a tensor of one size."""
+    generator = torch.Generator().manual_seed(seed)
+    size = rows * length
+    tokens = torch.randint(0, 100, (rows, length), generator=generator)
+    labels = tokens.where(torch.rand(rows, length, generator=generator) < 0.4, model_.IGNORED)
+    edges = sorted({*range(0, size + 1, length), *torch.randint(1, size, (documents,), generator=generator).tolist()})
+    positions = torch.cat([torch.arange(end - begin) for begin, end in zip(edges, edges[1:])]).view(rows, length)
+    edges = torch.tensor(edges + [size] * (65 - len(edges)), dtype=torch.int32)
+    return step.Batch(tokens, positions, labels, edges, (labels != model_.IGNORED).flatten().nonzero().flatten())
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_stand_in_for_cudas_kernel_attends_as_the_cpus_kernel_does(window):
+    batch = batch_of(0, 7)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 64, heads, 16, requires_grad=True) for heads in (4, 2, 2))
+    expected = model_.attend(q, k, v, model_.layout(batch.positions, window, 0, torch.float32))
+    got = varlen_attn(*(x.flatten(0, 1) for x in (q, k, v)), batch.edges, window or 128)[0].view_as(q)
+    direction = torch.randn_like(q)
+    torch.testing.assert_close(got, expected)
+    for one, other in zip(*(torch.autograd.grad(x, (q, k, v), direction) for x in (got, expected))):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", model_.RECOMPUTE)
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_compiled_blocks_train_as_others_do_and_are_compiled_once(recompute, adapter, edges_in_a_tensor, monkeypatch):
+    """Once for all layers, but for a first one whose input needs no gradient; and never again for other documents."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    curves, graphs = [], []
+    for compiled in (False, True):
+        model = small(recompute, adapter)
+        if compiled:
+            model.compile_blocks()
+        optimizer, curve = step.make_optimizer(model, 1e-2, 0.0), []
+        for seed in range(4):
+            curve.append(step.train_step(model, optimizer, [batch_of(seed, 3 + 4 * seed)], step.Ranks(torch.device("cpu"))))
+            graphs.append(step.compiled_graphs())
+        curves.append(torch.tensor(curve))
+    torch.testing.assert_close(curves[1], curves[0], atol=1e-5, rtol=1e-5)
+    assert graphs == [0] * 4 + [2 if adapter else 1] * 4
+
+
+def test_sampling_between_steps_compiles_nothing(edges_in_a_tensor, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    model = small("none", True)
+    model.compile_blocks()
+    cache = KVCache(model.config, 8)
+    with torch.inference_mode():
+        for _ in range(3):
+            model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
+    assert step.compiled_graphs() == 0
+
+
+class Matmuls(TorchDispatchMode):
+    """Counts them: the blocks' and their gradients'."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += op in {*model_.KEPT, torch.ops.aten.addmm_.default}
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_selective_recomputation_keeps_less_and_does_no_matmul_twice(adapter, edges_in_a_tensor):
+    kept, matmuls = {}, {}
+    for recompute in model_.RECOMPUTE:
+        model, batch = small(recompute, adapter), batch_of(0, 5)
+        with Matmuls() as counted:
+            with step.Live() as live:
+                loss, _ = model(**batch._asdict())
+                kept[recompute] = live.now
+            loss.backward()
+        matmuls[recompute] = counted.count
+    assert kept["none"] > 1.2 * kept["selective"] > 1.2**2 * kept["full"] > 0
+    assert matmuls["selective"] == matmuls["none"] < matmuls["full"]
+
+
+def new_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False):
+    """The signature of torch 2.13's."""
+    return query, key, value, (cu_seq_q, cu_seq_k, max_q, max_k), (return_aux, scale, window_size), enable_gqa
+
+
+def old_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    """The signature of torch 2.11's."""
+    return query, key, value, (cu_seq_q, cu_seq_k, max_q, max_k), (return_aux, scale, window_size), False
+
+
+@pytest.mark.parametrize(("window", "size"), [(None, (-1, 0)), (1, (0, 0)), (7, (6, 0))])
+@pytest.mark.parametrize("kernel", [new_kernel, old_kernel])
+def test_cudas_kernel_gets_its_window_and_heads_in_its_own_words(kernel, window, size, monkeypatch):
+    """It counts a window without the token itself, and knows groups of heads or not."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    model_.varlen.cache_clear()
+    try:
+        where = model_.Documents(model_.varlen(), torch.tensor([0, 3, 8, 8]), 8, window)
+    finally:
+        model_.varlen.cache_clear()
+    q, k, v = (torch.randn(8, heads, 16) for heads in (6, 2, 2))
+    query, key, value, lengths, options, grouped = where.kernel(q, k, v, where)
+    assert query is q and lengths == (where.edges, where.edges, 8, 8) and options == (None, None, size)
+    if grouped:
+        assert key is k and value is v
+    else:
+        for head in range(6):
+            assert torch.equal(key[:, head], k[:, head // 3]) and torch.equal(value[:, head], v[:, head // 3])
+    assert grouped == (kernel is new_kernel)
+
+
+# --- the head
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 7, 2500])  # none, one, several chunks
-def test_loss_is_exact_in_float32_whatever_the_head_computes_in(tokens, monkeypatch):
-    monkeypatch.setitem(model_.HEAD_CHUNK, "cpu", 1000)
+def test_loss_is_exact_in_float32_whatever_the_head_computes_in(tokens):
     torch.manual_seed(0)
     head = torch.nn.Linear(16, 300, bias=False, dtype=torch.bfloat16)
     hidden = (torch.randn(tokens, 16, dtype=torch.bfloat16) * 4).requires_grad_()
     labels = torch.randint(0, 300, (tokens,))
-    losses = HeadLoss.apply(head, hidden, labels, head.weight)
+    losses = HeadLoss.apply(head, hidden, labels, 1000, head.weight)
     expected = F.cross_entropy(head(hidden).float(), labels, reduction="none")
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, expected, atol=1e-6, rtol=1e-6)

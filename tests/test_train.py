@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT, command, refused, save_mistral
 from safetensors.torch import load_file
 
@@ -149,6 +150,17 @@ def test_tied_weights_stay_tied_on_two_ranks(chats, tmp_path):
         assert curve(tmp_path / f"one{n}")[0] == pytest.approx(curve(tmp_path / f"two{n}")[0], rel=2e-4)
 
 
+def test_pure_bf16_trains_and_leaves_a_bf16_folder(base, chats, tmp_path):
+    fine_tune(base, chats, tmp_path / "ckpt", "--pure-bf16", "--lr", 1e-3, "--max-steps", 5, "--dtype", "bf16", "--samples", 0)
+    losses, _ = curve(tmp_path / "ckpt")
+    assert losses[-1] < losses[0] - 0.5
+    saved = load_file(tmp_path / "ckpt" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    assert checkpoint.stored_dtype(tmp_path / "ckpt") == torch.bfloat16
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ckpt")
+    assert theirs.dtype == torch.bfloat16 and torch.equal(theirs.model.norm.weight, saved["model.norm.weight"])
+
+
 @pytest.mark.parametrize(("rows", "batch", "steps"), [(1000, 8, 375), (200, 8, 75), (52, 8, 50), (20, 1, 60), (3, 1, 51), (1, 1, 50)])
 def test_too_little_data_still_gets_fifty_steps(rows, batch, steps):
     plan = train.schedule(rows, train.Config())
@@ -190,6 +202,9 @@ def test_bad_flags_and_folders_write_nothing(base, chats, tmp_path):
     for flag, value in (("--micro-batch", 0), ("--max-steps", -1), ("--lr", 0), ("--lora-dropout", 1.5), ("--device", "abacus")):
         refused(command("train.py", *common, flag, value), flag)
     refused(command("train.py", *common, "--seq-len", 1024), "512 tokens")
+    refused(command("train.py", *common, "--lora", "--pure-bf16"), "--pure-bf16", "adapter")
+    uneven = save_mistral(tmp_path / "uneven", hidden_size=96)
+    refused(command("train.py", "--qlora", "--model", uneven, *common[2:]), "--qlora", "blocks of 64", "96 wide")
     refused(command("train.py", *common[:4], "--out", base, "--overwrite", *QUICK), "is read")
     assert not (tmp_path / "ckpt").exists()
     (tmp_path / "ckpt").mkdir()
