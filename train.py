@@ -58,7 +58,7 @@ class Config:
     max_steps: int | None = flag(None, "exactly so many steps, in place of --epochs and --patience")
     patience: int = flag(3, "stop after so many evaluations without a better one")
     batch: int = flag(8, "rows a step, over all ranks")
-    micro_batch: int | None = flag(None, "rows at a time on one rank: less memory, the same result (default: 2, on a CPU 1)")
+    micro_batch: int = flag(2, "rows at a time on one rank: less memory, the same result")
     seq_len: int = flag(1024, "tokens a row")
     lr: float | None = flag(None, "peak learning rate (default: 2e-4 with --lora, else 2e-5)")
     warmup: float = flag(0.03, "share of the steps in which the rate climbs")
@@ -90,7 +90,6 @@ def main():
         print(f"{options.model} is in {checkpoint.resolve(options.model)}")
         return
     folder, shape, ranks, words = prepare(options)
-    options = dataclasses.replace(options, micro_batch=options.micro_batch or (1 if ranks.device.type == "cpu" else 2))
     train_rows, val_rows = in_turn(ranks, lambda: [rows_of(options, part, words) for part in ("train", "val")])
     plan = schedule(len(train_rows), options)
     dtype = {"auto": checkpoint.compute_dtype(ranks.device), "bf16": torch.bfloat16, "fp32": torch.float32}[
