@@ -48,7 +48,7 @@ class Config:
     """Fine-tune a Mistral-style model on data/ (made by data.py): all of its weights, or a LoRA adapter with --lora."""
 
     lora: bool = flag(False, "train a low-rank adapter, the base stays as it is")
-    qlora: bool = flag(False, "the same over a base kept in 4 bits (NF4): half the memory, somewhat slower")
+    qlora: bool = flag(False, "the same over a base kept in 4 bits (NF4): less than half the memory")
     model: str = flag(checkpoint.NO_ACCOUNT, "the base: a folder or a hub id")
     from_scratch: bool = flag(False, "random weights of --model's config.json, to pretrain a small base")
     data: str = flag("data", "the folder that data.py wrote")
@@ -75,7 +75,7 @@ class Config:
         "what the backward pass makes anew, for memory: selective keeps matmuls and attention (auto: what fits)",
         choices=("auto", *RECOMPUTE),
     )
-    no_compile: bool = flag(False, "on CUDA, don't compile the blocks: slower, but it starts at once")
+    no_compile: bool = flag(False, "on CUDA, don't compile the blocks: it starts at once")
     dtype: str = flag("auto", "what is computed in (auto: bf16; fp32 on CPUs without bf16 instructions)", choices=("auto", "bf16", "fp32"))
     device: str | None = flag(None, "cuda, mps or cpu (default: the first there is)")
     seed: int = flag(0, "order of the rows, first values of the adapter, samples")
