@@ -373,7 +373,8 @@ def predict(
 ):
     """The most bytes that one of `world` GPUs holds in a training step, found by running two steps on fake tensors.
 
-    `labelled`: the share of tokens with a target; the rest as for `build`. Real runs need more: CUDA's context and libraries, and what the allocator can't use (about a GiB).
+    `labelled`: the share of tokens with a target; the rest as for `build`. Real runs need more: CUDA's context and libraries, and what
+    the allocator can't use (about a GiB).
     """
     if world > 1:
         from torch.testing._internal.distributed.fake_pg import FakeStore
