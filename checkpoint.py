@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+import config
 import lora
 import quantize
 from config import UserError, read_json, write_json
@@ -329,6 +330,7 @@ def clear(folder):
     )
     for path in (path for pattern in old for path in Path(folder).glob(pattern)):
         path.unlink()
+    shutil.rmtree(Path(folder) / "resume", ignore_errors=True)
 
 
 def copy_companions(source, target):
@@ -338,7 +340,11 @@ def copy_companions(source, target):
 
 
 def save_model(model, folder, tokenizer, dtype=torch.bfloat16):
-    """Write a HF model folder in `dtype`. A sharded model is gathered tensor by tensor: every rank must call, rank 0 writes."""
+    """Write a HF model folder in `dtype`. A sharded model is gathered tensor by tensor: every rank must call, rank 0 writes.
+
+    What the folder held stays whole until the last moment: a model of several files takes names that the old index doesn't have, and
+    the new index replaces the old one.
+    """
     folder, writes = Path(folder), not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     batch, size, total, files = {}, 0, 0, []
 
@@ -346,7 +352,11 @@ def save_model(model, folder, tokenizer, dtype=torch.bfloat16):
         nonlocal batch, size
         if writes and batch:
             files.append(list(batch))
-            save_file(batch, folder / f"new-{len(files)}.safetensors", metadata={"format": "pt"})
+            path = folder / f"new-{len(files)}.safetensors"
+            try:
+                save_file(batch, path, metadata={"format": "pt"})
+            except (OSError, SafetensorError) as error:
+                raise config.unwritten(path, error) from None
         batch, size = {}, 0
 
     for name, parameter in model.named_parameters():
@@ -360,12 +370,18 @@ def save_model(model, folder, tokenizer, dtype=torch.bfloat16):
     flush()
     if not writes:
         return
-    names = ["model.safetensors"] if len(files) == 1 else [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    old = {*read_json(index, {}).get("weight_map", {}).values()}
+    if len(files) > 1:
+        ways = [[f"model{way}-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)] for way in ("", "-anew")]
+        names = next(way for way in ways if not old & {*way})
     for number, name in enumerate(names, 1):
         os.replace(folder / f"new-{number}.safetensors", folder / name)
     if len(files) > 1:
         where = {tensor: name for name, tensors in zip(names, files) for tensor in tensors}
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": where})
+        for name in old - {*names}:
+            (folder / name).unlink(missing_ok=True)
     said = {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -77,6 +78,12 @@ def leave(error):
     sys.exit(2)
 
 
+def unwritten(path, error, way_out="Make room, or mend that, and run it again."):
+    """What kept a file from being written (an OSError, or safetensors' own) → UserError"""
+    full = getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)
+    return UserError(f"{path} can't be written: {'the disk is full' if full else error}", way_out)
+
+
 def check_folder(path, overwrite):
     """UserError when an output folder holds something already, unless `overwrite`."""
     path = Path(path)
@@ -97,7 +104,7 @@ def private_folder(path):
     """Make a folder for its owner's eyes only (0700): chats, or what was learned from them, will be in it."""
     path = Path(path)
     if not path.is_dir():
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)  # another rank may have been quicker
         path.chmod(0o700)
     return path
 

@@ -191,7 +191,10 @@ def save(model, folder, base, tensors=None):
         "inference_mode": True,
     }
     weights = {peft_name(name): t.detach().float().cpu().contiguous() for name, t in tensors.items()}
-    save_file(weights, folder / "adapter_model.safetensors.new", metadata={"format": "pt"})
+    try:
+        save_file(weights, folder / "adapter_model.safetensors.new", metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise config.unwritten(folder / "adapter_model.safetensors", error) from None
     (folder / "adapter_model.safetensors.new").replace(folder / "adapter_model.safetensors")
     write_json(folder / "adapter_config.json", settings)
 

@@ -39,6 +39,10 @@ class Ranks:
     device: torch.device
     rank: int = 0
     world: int = 1
+    moves: list = dataclasses.field(default_factory=lambda: [0], compare=False)  # how often this rank got on with its work
+
+    def move(self):
+        self.moves[0] += 1
 
     @functools.cached_property
     def mesh(self):
@@ -50,16 +54,26 @@ class Ranks:
 
     def sum(self, tensor):
         """`tensor` summed over all ranks, in place."""
+        self.move()
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def share(self, number):
         """Rank 0's int, on every rank."""
+        self.move()
         if self.world == 1:
             return number
         tensor = torch.tensor([number], device=self.device)
         dist.broadcast(tensor, 0)
+        return int(tensor)
+
+    def least(self, number):
+        """The smallest of all ranks' ints."""
+        if self.world == 1:
+            return number
+        tensor = torch.tensor([number], device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
         return int(tensor)
 
     def barrier(self):
@@ -76,8 +90,20 @@ def start(device=None):
         return Ranks(device)
     cuda = device.type == "cuda"
     patience = datetime.timedelta(hours=1)  # the other ranks wait while rank 0 downloads
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=patience)
+    given = {}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        given = {"store": open_store("group"), "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=patience, **given)
     return Ranks(device, dist.get_rank(), dist.get_world_size())
+
+
+def open_store(name):
+    """A connection of its own to the ranks' store, under a prefix of its own in each start of the job.
+
+    torchrun --max-restarts hands the same store to every start: without the prefix ranks find the addresses of those before them.
+    """
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
+    return dist.PrefixStore(f"{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def build(shape, ranks, folder=None, adapter=None, dtype=torch.bfloat16, recompute="none", nf4=False, pure=False, seed=0):
@@ -85,13 +111,13 @@ def build(shape, ranks, folder=None, adapter=None, dtype=torch.bfloat16, recompu
 
     `adapter`: the arguments of `lora.inject`; the base is then frozen in `dtype` and the adapter fp32. Without it everything is trained,
     as fp32 masters, or in `dtype` itself if `pure`. `nf4`: the blocks' linear layers are quantised as they are read, tensor by tensor.
-    `folder=None`: random weights, N(0, 0.02), the same on any number of ranks.
+    `folder=None`: random weights, N(0, 0.02), the same on any number of ranks; with `seed=None` too none at all, for who fills it.
     """
     model = outline(shape, ranks, adapter, dtype, recompute, nf4, pure)
     checkpoint.allocate(model, ranks.device)
     if folder:
         checkpoint.fill(model, folder)
-    else:
+    elif seed is not None:
         randomise(model, seed)
     if adapter:
         with torch.no_grad():
@@ -138,11 +164,21 @@ def randomise(model, seed):
 
 
 def make_optimizer(model, lr, weight_decay, pure=False):
-    """AdamW over what is trained; `pure`: for bf16 weights without fp32 masters."""
+    """AdamW over what is trained, its moments there from the start; `pure`: for bf16 weights without fp32 masters."""
     weights = [p for p in model.parameters() if p.requires_grad]
     if pure:
-        return PureAdamW(weights, lr=lr, weight_decay=weight_decay)
-    return torch.optim.AdamW(weights, lr=lr, betas=BETAS, weight_decay=weight_decay, fused=True)
+        optimizer = PureAdamW(weights, lr=lr, weight_decay=weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(weights, lr=lr, betas=BETAS, weight_decay=weight_decay, fused=True)
+    for p in weights:
+        optimizer.state[p] = no_moments(p)
+    return optimizer
+
+
+def no_moments(parameter):
+    """AdamW's state of a parameter before its first update, by torch's names."""
+    moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+    return {"step": torch.zeros((), dtype=torch.float32, device=parameter.device), **moments}
 
 
 class PureAdamW(torch.optim.Optimizer):
@@ -165,9 +201,9 @@ class PureAdamW(torch.optim.Optimizer):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state |= {"step": 0, "mean": torch.zeros_like(parameter), "square": torch.zeros_like(parameter)}
+                    state |= no_moments(parameter)
                 state["step"] += 1
-                tensors = (parameter, parameter.grad, state["mean"], state["square"])
+                tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
                 for part in zip(*(checkpoint.shard(tensor)[0].flatten().split(self.PIECE) for tensor in tensors)):
                     self.update(*part, state["step"], **group)
 
@@ -243,10 +279,14 @@ class NotFinite(Exception):
     """A loss or gradient that is no number: the weights were left as they were."""
 
 
+class NoRoom(Exception):
+    """The GPU has no room for the micro-batch: nothing was changed."""
+
+
 def train_step(model, optimizer, batches, ranks, clip=1.0):
     """Forward, backward and update over micro-batches. → (loss per target, gradient norm, targets)
 
-    A step without targets changes nothing. Raises NotFinite before the weights are touched.
+    A step without targets changes nothing. Raises NotFinite and NoRoom before the weights are touched.
     """
     count = ranks.sum(torch.tensor(sum(len(batch.kept) for batch in batches), device=ranks.device)).item()
     if count == 0:
@@ -263,13 +303,47 @@ def train_step(model, optimizer, batches, ranks, clip=1.0):
 
 
 def gradients(model, batches, ranks, count):
-    """Add the gradients of a step with `count` targets; → this rank's sum of losses."""
+    """Add the gradients of a step with `count` targets; → this rank's sum of losses. NoRoom: they are as if it had never begun."""
     total = torch.zeros((), device=ranks.device)
-    for batch in batches:
-        loss, _ = model(**batch._asdict())
-        (loss * (ranks.world / count)).backward()  # FSDP averages over ranks: times world makes it the sum
-        total += loss.detach()
-    return total
+    random = random_state(ranks.device)
+    try:
+        for batch in batches:
+            ranks.move()
+            loss, _ = model(**batch._asdict())
+            (loss * (ranks.world / count)).backward()  # FSDP averages over ranks: times world makes it the sum
+            total += loss.detach()
+        return total
+    except torch.OutOfMemoryError:
+        pass  # the error holds the frames, and they the tensors: leave it first
+    for parameter in model.parameters():
+        parameter.grad = None
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
+    set_random_state(random)
+    raise NoRoom
+
+
+def probe(model, rows, size, ranks, length, accumulates):
+    """NoRoom when a micro-batch of the `size` longest rows doesn't fit; `accumulates`: beside the gradients of another one."""
+    longest = sorted(rows, key=lambda row: -len(row.ids))[:size]
+    random = random_state(ranks.device)
+    gradients(model, micro_batches(longest * ranks.world, size, ranks, length) * (2 if accumulates else 1), ranks, 1)
+    for parameter in model.parameters():
+        parameter.grad = None
+    set_random_state(random)
+
+
+def random_state(device):
+    """What the generators draw next in a step, by device; → {"cpu": bytes as a tensor, …}"""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type in ("cuda", "mps"):
+        states[device.type] = getattr(torch, device.type).get_rng_state()
+    return states
+
+
+def set_random_state(states):
+    for name, state in states.items():
+        (torch if name == "cpu" else getattr(torch, name)).set_rng_state(state)
 
 
 # --- held-out loss
@@ -305,6 +379,7 @@ def evaluate(model, rows, ranks, micro_batch, length=1):
     bits, chars = sums[4 : 4 + sessions], sums[4 + sessions :]
     mine = rows[ranks.rank :: ranks.world]
     for i in range(0, math.ceil(len(rows) / ranks.world), micro_batch):
+        ranks.move()
         part = mine[i : i + micro_batch]
         losses, _ = model(**collate(part, ranks.device, shape)._asdict(), reduction="none")
         if not part:

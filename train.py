@@ -2,6 +2,7 @@
 
     python train.py --lora                      one GPU (or a CPU, with a small base)
     torchrun --nproc_per_node 8 train.py        full fine-tuning, sharded over eight
+    … the same command and --resume             go on after Ctrl-C, a lost machine, a full disk: what is lost is what no save holds
 
 What the best evaluation saw is what `ckpt/` ends as; whatever came after it was overfitting.
 """
@@ -9,12 +10,15 @@ What the best evaluation saw is what `ckpt/` ends as; whatever came after it was
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import multiprocessing
 import os
 import platform
+import signal
 import subprocess
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +33,7 @@ import data
 import generate
 import lora
 import quantize
+import resume
 import step
 import tokenizer as tokenizers
 from config import UserError, flag
@@ -40,6 +45,26 @@ LITTLE = 20_000  # trained tokens, below which a word is said on what to expect
 PACKAGES = ("torch", "tokenizers", "sentencepiece", "safetensors", "numpy")
 ALL_LINEAR = ",".join(lora.TARGETS)
 BIG = 1_000_000_000  # parameters: beyond it a CPU would need weeks
+FREE = {
+    "data",
+    "out",
+    "overwrite",
+    "resume",
+    "micro_batch",
+    "recompute",
+    "no_compile",
+    "device",
+    "samples",
+    "patience",
+    "keep",
+    "save_every",
+}
+FREE |= {
+    "save_minutes",
+    "max_minutes",
+    "skip_nonfinite",
+    "timeout",
+}  # flags that a resumed run may have changed; data is compared by itself
 RESERVE = 2 << 30  # bytes of a GPU that predictions don't know of: kernels' workspaces, and what the allocator can't use
 
 
@@ -54,6 +79,13 @@ class Config:
     data: str = flag("data", "the folder that data.py wrote")
     out: str = flag("ckpt", "the folder to write")
     overwrite: bool = flag(False, "replace what --out holds")
+    resume: bool = flag(False, "go on from the last save in --out; the other flags as before")
+    keep: int = flag(2, "saves to keep for --resume, and one more while it is written (0: none)")
+    save_every: int | None = flag(None, "save every so many steps, in place of --save-minutes")
+    save_minutes: float = flag(10.0, "minutes from save to save")
+    max_minutes: float | None = flag(None, "save and end before so many minutes are over")
+    skip_nonfinite: int = flag(0, "leave out so many steps at most whose loss or gradient is no number, in place of stopping")
+    timeout: float = flag(600.0, "seconds without a sign of progress after which a job of several ranks ends")
     epochs: float = flag(3.0, "times over the data, at most (--patience ends sooner)")
     max_steps: int | None = flag(None, "exactly so many steps, in place of --epochs and --patience")
     patience: int = flag(3, "stop after so many evaluations without a better one")
@@ -84,84 +116,145 @@ class Config:
 
 
 def main():
+    began = time.monotonic()
     options = config.parse(Config)
-    options = dataclasses.replace(options, lora=options.lora or options.qlora)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
+    options = dataclasses.replace(
+        options, lora=options.lora or options.qlora, resume=options.resume or restarted, overwrite=options.overwrite and not restarted
+    )
     if options.download_only:
         print(f"{options.model} is in {checkpoint.resolve(options.model)}")
         return
-    folder, shape, ranks, words = prepare(options)
+    folder, shape, ranks, words, save = prepare(options)
     train_rows, val_rows = in_turn(ranks, lambda: [rows_of(options, part, words) for part in ("train", "val")])
     plan = schedule(len(train_rows), options)
     dtype = {"auto": checkpoint.compute_dtype(ranks.device), "bf16": torch.bfloat16, "fp32": torch.float32}[
         "bf16" if options.pure_bf16 else options.dtype
     ]
     say = tqdm.write if ranks.first else lambda text: None
+    note = known(save, options, ranks, train_rows) if save else None
     say(describe(options, shape, ranks, dtype, train_rows, val_rows, plan))
 
     torch.manual_seed(options.seed + ranks.rank)  # dropout
     ways = {"adapter": adapter(options, words), "dtype": dtype, "nf4": options.qlora, "pure": options.pure_bf16}
     ways["recompute"] = recompute(options, shape, ranks, plan, ways)
-    model = step.build(shape, ranks, None if options.from_scratch else folder, seed=options.seed, **ways)
+    filled = save and not options.lora  # by the save: every weight is in it
+    model = step.build(shape, ranks, None if options.from_scratch or filled else folder, seed=None if filled else options.seed, **ways)
     if ranks.device.type == "cuda" and not options.no_compile:
         model.compile_blocks()
     optimizer = step.make_optimizer(model, 0.0, options.weight_decay, options.pure_bf16)
-    record = Record(options, plan, folder, words, model, ranks, dtype)
     peak = ranks.world * step.measured_peak(ranks.device, dtype)
+    record = Record(options, plan, folder, words, model, ranks, dtype, note, digest(train_rows))
+    limit = began + 60 * options.max_minutes if options.max_minutes is not None else None
+    keeper = resume.Keeper(record.out / "resume", model, optimizer, ranks, options.keep, options.save_every, options.save_minutes, limit)
+    keeper.check_room(sum(p.numel() * 4 for p in lora.trained(model).values()) if options.lora else 2 * shape.num_parameters)
+    done = 0
+    if save:
+        resume.restore(model, optimizer, save, ranks)
+        done = resume.step_of(save)
+        say(f"going on after step {done}, from {save}")
     asked = contexts(options)
 
-    record.evaluation(0, 0.0, step.evaluate(model, val_rows, ranks, options.micro_batch, options.seq_len))
-    say(f"before training: held-out loss {record.before.loss:.4f} nats a target, {record.before.bits:.4f} bits per character of mine")
-    bar = tqdm(total=plan.steps, unit="step", disable=not ranks.first, dynamic_ncols=True)
-    for number, rows in enumerate(batches(train_rows, plan, options.seed), 1):
-        began = time.perf_counter()
-        lr = lr_at(number, plan.steps, plan.lr, options.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        try:
-            micro = step.micro_batches(rows, options.micro_batch, ranks, options.seq_len)
-            loss, norm, targets = step.train_step(model, optimizer, micro, ranks, options.clip)
-        except step.NotFinite as error:
-            if record.best is None:
-                record.save()  # the weights are those of the step before
-            raise UserError(
-                f"step {number}: {error}; {options.out} holds the model as it was {'at its best' if record.best else 'before'}",
-                f"Try a smaller --lr, or look at train.jsonl, lines {sorted({int(s) + 1 for row in rows for s in row.sessions})}.",
-            ) from None
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"step {number}: the GPU has no room for {options.micro_batch} rows of {options.seq_len} tokens",
-                "Take fewer at a time: --micro-batch 1 (the result is the same), --recompute full, --qlora, or a shorter --seq-len.",
-            ) from None
-        line = measure(number, loss, lr, norm, targets, rows, model, time.perf_counter() - began, peak, ranks.device)
-        record.write(line)
-        if model.compiled:
-            record.count_graphs(number)
-        bar.set_postfix_str(POSTFIX.format(**line))
-        bar.update()
-        if number in plan.evaluate_at:
-            point = record.evaluation(
-                number, number / plan.epoch, step.evaluate(model, val_rows, ranks, options.micro_batch, options.seq_len)
-            )
-            say(f"epoch {point.epoch:.2f}: held-out loss {point.loss:.4f}, {point.bits:.4f} bits per character{record.compare(point)}")
-            for who, said, wrote, answer in answers(model, words, asked, ranks, options.seed):
-                say(f"    {who}: {said}\n      you wrote: {wrote}\n      it writes: {answer}")
-            if record.best is point:
-                record.save()
-            elif options.max_steps is None and record.since_best >= options.patience:
+    ends = None
+    bar = tqdm(total=plan.steps, initial=done, unit="step", disable=not ranks.first, dynamic_ncols=True)
+    with bar, keeper, resume.Watch(ranks, options.out, options.timeout) as watch:
+        size = probe(model, train_rows, plan, options, ranks, watch, say)
+
+        def evaluate():
+            return step.evaluate(model, val_rows, ranks, size, options.seq_len)
+
+        keeper.listen()
+        if not save:
+            record.evaluation(0, 0.0, evaluate())
+            before = record.before
+            say(f"before training: held-out loss {before.loss:.4f} nats a target, {before.bits:.4f} bits per character of mine")
+        for number, rows in enumerate(batches(train_rows, plan, options.seed, done), done + 1):
+            if ends := keeper.between(number - 1, record.state):
                 break
-    bar.close()
+            watch.step, began = number, time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(number, plan.steps, plan.lr, options.warmup)
+            try:
+                (loss, norm, targets), size = take_step(model, optimizer, rows, size, options, ranks, watch, say)
+                line = measure(number, loss, group["lr"], norm, targets, rows, model, time.perf_counter() - began, peak, ranks.device)
+                bar.set_postfix_str(POSTFIX.format(**line))
+            except step.NotFinite as error:
+                line = {"step": number, "skipped": str(error), "lines": sorted({int(s) + 1 for row in rows for s in row.sessions})}
+                if record.skipped >= options.skip_nonfinite:
+                    keeper.save(number - 1, record.state)
+                    raise record.unfit(line) from None
+                record.skipped += 1
+                say("step {step} is left out: {skipped}, on lines {lines} of train.jsonl".format(**line))
+            record.write(line)
+            if model.compiled:
+                record.count_graphs(number)
+            bar.update()
+            if number in plan.evaluate_at:
+                point = record.evaluation(number, number / plan.epoch, evaluate())
+                say(f"epoch {point.epoch:.2f}: held-out loss {point.loss:.4f}, {point.bits:.4f} bits per character{record.compare(point)}")
+                for who, said, wrote, answer in answers(model, words, asked, ranks, options.seed):
+                    say(f"    {who}: {said}\n      you wrote: {wrote}\n      it writes: {answer}")
+                if record.best is point:
+                    record.save()
+                elif options.max_steps is None and record.since_best >= options.patience:
+                    break
+        keeper.finish()
     if model.compiled:
         say(f"{step.compiled_graphs()} graphs were compiled, the last in step {record.compiled_at}")
-    say(record.finish())
     if ranks.world > 1:
         torch.distributed.destroy_process_group()
+    if not ends:
+        say(record.finish())
+        return
+    record.leave(ends, number - 1)
+    if ends != "time":
+        sys.exit(128 + ends)
+
+
+def probe(model, rows, plan, options, ranks, watch, say):
+    """How many rows at a time there is room for, --micro-batch at most: tried before the first step, on the longest rows."""
+    size = options.micro_batch
+    if options.resume:  # an earlier start may have found out
+        size = min(size, ranks.share(config.read_json(Path(options.out) / "micro-batch.json", {}).get("micro_batch", size)))
+    while ranks.device.type == "cuda":
+        try:
+            step.probe(model, rows, size, ranks, options.seq_len, plan.batch > size * ranks.world)
+            break
+        except step.NoRoom:
+            size = fewer(size, options, ranks, watch, say)
+    return size
+
+
+def take_step(model, optimizer, rows, size, options, ranks, watch, say):
+    """A training step of `size` rows at a time, or of fewer where there is no room. → (what step.train_step says, rows at a time)"""
+    while True:
+        try:
+            return step.train_step(model, optimizer, step.micro_batches(rows, size, ranks, options.seq_len), ranks, options.clip), size
+        except step.NoRoom:
+            size = fewer(size, options, ranks, watch, say)
+
+
+def fewer(size, options, ranks, watch, say):
+    """Half of `size` rows at a time. Several ranks can't go on once one of them failed: they end, with word of what to try."""
+    if ranks.world > 1:
+        watch.no_room(size, options.seq_len)
+    if size == 1:
+        raise UserError(
+            f"The {ranks.device.type.upper()} has no room for one row of {options.seq_len} tokens",
+            "Take --recompute full, --qlora, or a shorter --seq-len.",
+        )
+    say(f"no room for {size} rows at a time: {size // 2} from here on, twice as often (the result is the same)")
+    return size // 2
 
 
 # --- before the weights load
 
 
 def prepare(options):
-    """Everything a person may have to mend, checked before time is spent. → (base folder, ModelConfig, Ranks, Tokenizer)"""
+    """Everything a person may have to mend, checked before time is spent.
+
+    → (base folder, ModelConfig, Ranks, Tokenizer, the save to go on from or None)
+    """
     for part in ("train", "val"):
         if not (Path(options.data) / f"{part}.jsonl").is_file():
             raise UserError(
@@ -169,7 +262,8 @@ def prepare(options):
                 "Make it from your export: python data.py result.json",
             )
     least = {"batch": 1, "micro_batch": 1, "lora_rank": 1, "patience": 1, "max_steps": 1, "seq_len": 16, "samples": 0}
-    above = {"lr": 0, "epochs": 0, "clip": 0}
+    least |= {"keep": 0, "save_every": 1, "skip_nonfinite": 0}
+    above = {"lr": 0, "epochs": 0, "clip": 0, "save_minutes": 0, "max_minutes": 0, "timeout": 0}
     for name, limit in {**least, **above}.items():
         value, flag_ = getattr(options, name), f"--{name.replace('_', '-')}"
         if value is not None and not (value > limit if name in above else value >= limit):
@@ -183,9 +277,12 @@ def prepare(options):
         raise UserError("--pure-bf16 computes in bf16, --dtype fp32 does not", "Leave one of them out.")
     if options.from_scratch and options.lora:
         raise UserError("--from-scratch trains all weights, --lora none of the base's", "Leave one of them out.")
+    if options.resume and options.overwrite:
+        raise UserError("--resume goes on with what --out holds, --overwrite replaces it", "Leave one of them out.")
     config.keep_apart(options.out, options.model, options.data)
     ranks = step.start(options.device)
-    config.check_folder(options.out, options.overwrite or not ranks.first)
+    in_turn(ranks, lambda: look_at_out(options, ranks))
+    save = last_save(options, ranks)
     local = Path(options.model).is_dir()
     if ranks.device.type == "cpu" and not options.device and (not local or checkpoint.read_config(options.model).num_parameters > BIG):
         raise UserError(
@@ -206,7 +303,63 @@ def prepare(options):
         raise UserError(f"--qlora keeps weights in blocks of {quantize.BLOCK}; {folder} has layers {uneven[0]} wide", "Take --lora.")
     if options.seq_len > shape.max_position_embeddings:
         raise UserError(f"--seq-len {options.seq_len}: {folder} was made for {shape.max_position_embeddings} tokens", "Take shorter rows.")
-    return folder, checkpoint.with_vocabulary(shape, words.rows_needed), ranks, words
+    return folder, checkpoint.with_vocabulary(shape, words.rows_needed), ranks, words, save
+
+
+def last_save(options, ranks):
+    """The save to go on from, None to start at the beginning. A finished run is said to be one, and ends the program."""
+    if not options.resume:
+        return None
+    out = Path(options.out)
+    if ranks.share("result" in config.read_json(out / "run.json", {})):
+        if ranks.first:
+            print(f"{out} is finished: nothing is left to do. Talk to it: python chat.py {out}")
+        sys.exit()
+    kept = resume.saves(out / "resume")
+    newest = ranks.least(resume.step_of(kept[-1]) if kept else -1)  # hosts with disks of their own may differ by one save
+    if newest >= 0:
+        return out / "resume" / f"step-{newest:08}"
+    if ranks.first:
+        print(f"--resume: nothing is saved in {out} yet, so this starts at the beginning")
+    return None
+
+
+def look_at_out(options, ranks):
+    """UserError when --out holds work of which nothing was said."""
+    out = Path(options.out)
+    run, kept = config.read_json(out / "run.json", {}), resume.saves(out / "resume")
+    if kept and "result" not in run and not (options.resume or options.overwrite):
+        raise UserError(
+            f"{out} holds a run that was saved at step {resume.step_of(kept[-1])}",
+            "Go on with it: the same command and --resume. Or begin anew, and lose it: --overwrite",
+        )
+    config.check_folder(out, options.overwrite or options.resume and "config" in run or not ranks.first)
+
+
+def known(save, options, ranks, rows):
+    """What the save tells of the run. UserError when this is another run."""
+    note = resume.read(save, ranks.rank)
+    for name, value in dataclasses.asdict(options).items():
+        if name not in FREE and note["config"][name] != value:
+            flag_ = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{flag_} is {value} now, and was {note['config'][name]} when the run in {options.out} began",
+                "Give the same flags as then, or begin anew with --overwrite.",
+            )
+    if note["data"] != digest(rows):
+        raise UserError(
+            f"{options.data} isn't what the run in {options.out} was trained on",
+            "Bring the old files back, or begin anew with --overwrite.",
+        )
+    return note
+
+
+def digest(rows):
+    """What tells these rows from others."""
+    total = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        total.update(row.ids.tobytes() + row.labels.tobytes() + row.doc_lengths.tobytes())
+    return total.hexdigest()
 
 
 def rows_of(options, part, words):
@@ -247,9 +400,17 @@ def recompute(options, shape, ranks, plan, ways):
 
 
 def in_turn(ranks, work):
-    """`work()` on rank 0 first (it may download, write a cache), then on the others."""
-    result = work() if ranks.first else None
-    ranks.barrier()
+    """`work()` on rank 0 first (it may download, write a cache), then on the others. Rank 0's UserError ends them all."""
+    result = problem = None
+    if ranks.first:
+        try:
+            result = work()
+        except UserError as error:
+            problem = error
+    if ranks.share(problem is not None):
+        if problem:
+            raise problem
+        sys.exit(2)
     return result if ranks.first else work()
 
 
@@ -297,15 +458,16 @@ def short(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def batches(rows, plan, seed):
-    """Yield `plan.steps` lists of rows: every row once an epoch, each epoch in an order of its own."""
+def batches(rows, plan, seed, first=0):
+    """Yield `plan.steps` lists of rows but the `first`: every row once an epoch, each epoch in an order of its own."""
     done, epoch = 0, 0
     while True:
         order = np.random.default_rng([seed, epoch]).permutation(len(rows))
         for begin in range(0, len(rows), plan.batch):
             if done == plan.steps:
                 return
-            yield [rows[i] for i in order[begin : begin + plan.batch]]
+            if done >= first:
+                yield [rows[i] for i in order[begin : begin + plan.batch]]
             done += 1
         epoch += 1
 
@@ -378,21 +540,34 @@ class Point:
 
 
 class Record:
-    """The run's folder: metrics line by line, the best weights, `run.json`. Rank 0 writes; all know `before` and `best`."""
+    """The run's folder: metrics line by line, the best weights, `run.json`. Rank 0 writes; all know `before` and `best`.
 
-    def __init__(self, options, plan, folder, words, model, ranks, dtype):
+    `note`: what a save told of the run that goes on.
+    """
+
+    def __init__(self, options, plan, folder, words, model, ranks, dtype, note, data):
         self.options, self.folder, self.words, self.model, self.ranks = options, folder, words, model, ranks
         self.out, self.began, self.before, self.best, self.last = Path(options.out), time.time(), None, None, None
-        self.since_best = self.graphs = self.compiled_at = 0
+        self.since_best = self.graphs = self.compiled_at = self.skipped = 0
+        self.data = data
+        if note:
+            points = {name: Point(*note[name]) for name in ("before", "best", "last") if note[name]}
+            self.before, self.last = points["before"], points["last"]
+            self.best = self.last if note["best"] == note["last"] else points.get("best")
+            self.since_best, self.skipped, self.began = note["since_best"], note["skipped"], self.began - note["seconds"]
         if not ranks.first:
             return
         config.private_folder(self.out)
-        checkpoint.clear(self.out)
-        self.metrics = open(self.out / "metrics.jsonl", "w", encoding="utf-8")
+        if note:
+            self.cut_back(note["step"])
+        else:
+            checkpoint.clear(self.out)
         words.save(self.out)
         persona = Path(options.data) / "persona.json"
         if persona.exists():
             (self.out / "persona.json").write_bytes(persona.read_bytes())
+        self.run = config.read_json(self.out / "run.json", {}) if note else {}
+        resumed = self.run.get("resumed", []) + ([note["step"]] if note else [])
         self.run = {
             "config": dataclasses.asdict(options),
             "plan": {**dataclasses.asdict(plan), "evaluate_at": sorted(plan.evaluate_at), "recompute": model.recompute},
@@ -403,8 +578,26 @@ class Record:
             "world": ranks.world,
             "compiled": model.compiled,
             "dtype": short(dtype),
+            **({"resumed": resumed} if resumed else {}),
         }
         config.write_json(self.out / "run.json", self.run)
+        self.metrics = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
+
+    def cut_back(self, done):
+        """Forget what metrics.jsonl says of steps after `done`, and half a line."""
+        path, lines = self.out / "metrics.jsonl", []
+        for text in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
+            try:
+                lines += [text] if json.loads(text)["step"] <= done else []
+            except ValueError:
+                break
+        config.write_text(path, "".join(lines))
+
+    def state(self):
+        """The run so far, for a save."""
+        points = {name: point and dataclasses.astuple(point) for name, point in vars(self).items() if name in ("before", "best", "last")}
+        counts = {"since_best": self.since_best, "skipped": self.skipped, "seconds": time.time() - self.began}
+        return {**points, **counts, "config": dataclasses.asdict(self.options), "data": self.data}
 
     def write(self, line):
         if self.ranks.first:
@@ -417,6 +610,11 @@ class Record:
 
     def evaluation(self, number, epoch, found):
         """Note an Evaluation after step `number`; the one at step 0 is what the others are compared with, never the best. → Point"""
+        if not math.isfinite(found.nats):
+            raise UserError(
+                f"after step {number} the held-out loss is {found.nats}; {self.kept()}",
+                "Try a smaller --lr." if number else "Is the base whole? Try --dtype fp32.",
+            )
         self.write({"step": number, "epoch": epoch, **found.metrics})
         point = Point(number, epoch, found.metrics["val_loss"], found.metrics["val_bits_per_char"])
         if number == 0:
@@ -433,6 +631,8 @@ class Record:
 
     def save(self):
         """Make the folder what the model is now; every rank must call."""
+        if self.ranks.world > 1:
+            self.model.reshard()  # since the last forward pass FSDP2 shows the root's parameters gathered, and cast
         if not self.options.lora:
             checkpoint.save_model(self.model, self.out, self.words)
             return
@@ -440,6 +640,25 @@ class Record:
         if self.ranks.first:
             base = self.folder.resolve() if Path(self.options.model).is_dir() else self.options.model
             lora.save(self.model, self.out, base, tensors)
+
+    def kept(self):
+        return f"{self.out} holds the model at its best" if self.best else f"{self.out} holds no model yet"
+
+    def unfit(self, line):
+        """A step whose numbers are none → UserError"""
+        return UserError(
+            f"step {line['step']}: {line['skipped']}, on lines {line['lines']} of train.jsonl; {self.kept()}",
+            "Try a smaller --lr; or mend those lines; or leave such steps out: --resume --skip-nonfinite 3",
+        )
+
+    def leave(self, ends, done):
+        """Close the folder before the run is over, and say so."""
+        if not self.ranks.first:
+            return
+        self.metrics.close()
+        why = {"time": f"--max-minutes {self.options.max_minutes:g}" if self.options.max_minutes else "", signal.SIGINT: "Ctrl-C"}
+        saved = f"saved in {self.out}. {resume.AGAIN}" if self.options.keep else "not saved (--keep 0)."
+        print(f"{why.get(ends, 'SIGTERM')}: stopped after step {done}, {saved}", file=sys.stderr)
 
     def finish(self):
         """Close the folder. → what came of it, in words"""

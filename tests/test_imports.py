@@ -19,7 +19,8 @@ MAY = {
     "checkpoint": {"config", "model", "lora", "quantize"},
     "generate": {"model", "data"},
     "step": {"checkpoint", "lora", "model", "data", "quantize"},
-    "train": {"config", "data", "step", "generate", "checkpoint", "lora", "model", "quantize", "tokenizer"},
+    "resume": {"config", "checkpoint", "step"},
+    "train": {"config", "data", "step", "resume", "generate", "checkpoint", "lora", "model", "quantize", "tokenizer"},
     "chat": {"config", "data", "generate", "checkpoint", "tokenizer"},
 }
 

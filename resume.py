@@ -1,0 +1,415 @@
+"""A run that cannot be lost: saves written by a thread, signals that end a run saved, and a watch over the ranks.
+
+    ckpt/resume/step-00000120/rank-00003.safetensors    rank 3's rows of what is trained, and of AdamW's moments of it
+                              rank-00003.json           where they lie in the whole; step, random state, the run so far
+
+A save is written beside (`step-….new`) and renamed when every rank has written: what has its name is whole. Any number of ranks reads it.
+"""
+
+import base64
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+import checkpoint
+import config
+import step
+from config import UserError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
+DISK = 200e6  # bytes a second that a disk is trusted to write before it has shown its speed
+AGAIN = "Go on with the same command and --resume."
+
+
+# --- what a run is made of
+
+
+def state(model, optimizer):
+    """{name: tensor} of all that training changes but the number of updates. To be asked before the first forward pass: after one,
+
+    FSDP2 may show gathered parameters, which are others than the optimizer's.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found |= {name: parameter} | {f"{name}.{key}": optimizer.state[parameter][key] for key in MOMENTS}
+    return found
+
+
+def updates(optimizer):
+    return int(next(iter(optimizer.state.values()))["step"])
+
+
+def saves(folder):
+    """The whole saves in a `resume/` folder, oldest first."""
+    return sorted(path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
+
+
+def step_of(save):
+    return int(save.name.removeprefix("step-"))
+
+
+def read(save, rank=0):
+    """What `rank` noted in a save, or the first rank that is there."""
+    notes = sorted(save.glob("rank-*.json"))
+    if not notes:
+        raise UserError(f"{save} is empty", "Delete it: --resume then takes the save before.")
+    own = save / f"rank-{rank:05}.json"
+    return config.read_json(own if own in notes else notes[0])
+
+
+@torch.no_grad()
+def restore(model, optimizer, save, ranks):
+    """Fill what is trained, its moments and the random state from a save, whatever number of ranks wrote it.
+
+    UserError names a file that can't be read, or what is missing.
+    """
+    parts = []
+    for path in sorted(save.glob("rank-*.json")):
+        file = path.with_suffix(".safetensors")
+        try:
+            parts.append((config.read_json(path), safe_open(file, framework="pt")))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} can't be read: {error}", f"Delete {save}: --resume then takes the save before.") from None
+    for name, target in state(model, optimizer).items():
+        local, first = checkpoint.shard(target)
+        filled = 0
+        for note, file in parts:
+            said = note["tensors"].get(name)
+            if said is None or said["shape"] != list(target.shape):
+                raise UserError(f"{save}: {name} is missing or of another shape", "Is --model the base that this run began with?")
+            begin, end = max(first, said["first"]), min(first + len(local), said["first"] + said["rows"])
+            if begin < end:
+                try:
+                    rows = file.get_slice(name)[begin - said["first"] : end - said["first"]]
+                except SafetensorError:
+                    continue
+                local[begin - first : end - first] = rows.to(local.device)
+                filled += end - begin
+        if filled != len(local):
+            raise UserError(
+                f"{save}: rows of {name} are missing",
+                "Bring the resume/ folders of all its machines together; or delete it: --resume then takes the save before.",
+            )
+    own = read(save, ranks.rank)
+    for moments in optimizer.state.values():
+        moments["step"].fill_(own["updates"])
+    if own["world"] == ranks.world:
+        states = {name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for name, text in own["random"].items()}
+        step.set_random_state(states)
+
+
+# --- saving
+
+
+class Writer(threading.Thread):
+    """Copies this rank's part at once, then writes it beside, to the disk itself, while training goes on."""
+
+    def __init__(self, folder, tensors, ranks, note):
+        super().__init__(daemon=True)
+        self.path, self.error, self.began = folder / f"rank-{ranks.rank:05}", None, time.monotonic()
+        shards = {name: (tensor, *checkpoint.shard(tensor)) for name, tensor in tensors.items()}
+        self.tensors = {name: local.to("cpu", copy=True).contiguous() for name, (_, local, _) in shards.items()}
+        places = {
+            name: {"first": first, "rows": len(local), "shape": list(tensor.shape)} for name, (tensor, local, first) in shards.items()
+        }
+        random = {name: base64.b64encode(value.numpy().tobytes()).decode() for name, value in step.random_state(ranks.device).items()}
+        own = {"rank": ranks.rank, "world": ranks.world, "random": random}
+        self.note = {**note, **own, "tensors": places}
+        self.start()
+
+    def run(self):
+        try:
+            config.private_folder(self.path.parent)
+            file, note = self.path.with_suffix(".safetensors"), self.path.with_suffix(".json")
+            save_file(self.tensors, file)
+            note.write_text(json.dumps(self.note, ensure_ascii=False), encoding="utf-8")
+            to_disk(file)
+            to_disk(note)
+        except (OSError, SafetensorError) as error:
+            self.error = error
+        self.tensors = None
+        self.took = time.monotonic() - self.began
+
+
+def to_disk(path):
+    """Wait until a file, or the names in a folder, would survive the machine's end."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Keeper:
+    """Saves a run and says when it must end: `between` is called by every rank before each step, and after the last.
+
+    No rank waits for a disk: the one collective of `between` says, a step later, that all have written, and only then is the save's name
+    made. Signals arrive at one rank or all; the same collective tells the others.
+    """
+
+    def __init__(self, folder, model, optimizer, ranks, keep, every, minutes, limit):
+        """`keep` saves in `folder`, one each `every` steps or `minutes`; end before `limit` (of time.monotonic())."""
+        self.folder, self.state, self.optimizer, self.ranks = Path(folder), state(model, optimizer), optimizer, ranks
+        self.keep, self.every, self.minutes, self.limit = keep, every, minutes, limit
+        self.writer = self.at = self.signal = None
+        self.done = step_of(saves(folder)[-1]) if saves(folder) else 0  # the last step that is saved
+        self.fresh = False  # a save got its name in this step: the oldest goes in the next, when all hosts' have theirs
+        self.saved = self.last = time.monotonic()
+        self.slowest = 0.0  # seconds between two calls
+        own = sum(checkpoint.shard(tensor)[0].nbytes for tensor in self.state.values())
+        self.bytes = int(ranks.sum(torch.tensor(own, device=ranks.device)))
+        self.save_seconds = self.bytes / DISK
+        if local_rank() == 0:
+            for half in self.folder.glob("*.new"):
+                shutil.rmtree(half)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """What a run that fails was writing has no name and never will: away with it."""
+        if error is not None and self.writer:
+            self.writer.join()
+            shutil.rmtree(self.writer.path.parent, ignore_errors=True)
+
+    def check_room(self, best):
+        """UserError when the disk has no room for all saves and two copies of `best` bytes, old and new."""
+        if local_rank():
+            return
+        out = self.folder.parent
+        per_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / self.ranks.world
+        need = self.bytes * per_host * (self.keep + 1 if self.keep else 0) + 2 * best
+        has = shutil.disk_usage(out).free + sum(path.stat().st_size for path in out.rglob("*.safetensors"))
+        if has < need:
+            raise UserError(
+                f"{out}: this run needs {need / 1e9:,.1f} GB there ({self.keep} saves and one being written, {self.bytes / 1e9:,.1f} GB "
+                f"each, and the best model), {has / 1e9:,.1f} GB are free",
+                "Make room, name a larger disk with --out, or keep fewer: --keep 1 (0: none, then a run that ends early is lost).",
+            )
+
+    def listen(self):
+        """From now on SIGTERM and Ctrl-C end the run when its step is done; a second Ctrl-C ends it at once."""
+        for kind in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(kind, self.hear)
+
+    def hear(self, number, _):
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            print("\nstopped at once", file=sys.stderr, flush=True)
+            os._exit(130)
+        self.signal = number
+
+    def between(self, done, note):
+        """After step `done`, of which `note()` tells all but the tensors: write, name and drop saves. → why the run must end now:
+
+        a signal's number, "time", or None. UserError when some rank couldn't write: the saves before are as they were.
+        """
+        now = time.monotonic()
+        self.slowest, self.last = max(self.slowest, now - self.last), now
+        first = self.ranks.first
+        due = first and (done - self.done >= self.every if self.every else now - self.saved >= 60 * self.minutes)
+        late = first and self.limit is not None and now + 1.5 * self.slowest + 1.5 * self.save_seconds > self.limit
+        heard = [self.signal == signal.SIGTERM, self.signal == signal.SIGINT]
+        writing, failed, due, late, *heard = self.agree(self.writing, self.failed, due, late, *heard)
+        if self.fresh:
+            self.drop()
+        if self.writer and not writing:
+            self.name(failed)
+        ends = signal.SIGTERM if heard[0] else signal.SIGINT if heard[1] else "time" if late else None
+        if ends is not None:
+            self.save(done, note)
+        elif due and not self.writer and self.keep:
+            self.begin(done, note)
+        return ends
+
+    def save(self, done, note):
+        """Save step `done` and wait for it."""
+        self.finish()
+        if done != self.done and self.keep:
+            self.begin(done, note)
+            self.finish()
+
+    def finish(self):
+        """Wait for the save that is being written; afterwards `keep` of them are there."""
+        if self.writer:
+            self.writer.join()
+            self.name(self.agree(self.failed)[0])
+        self.ranks.barrier()
+        self.drop()
+
+    @property
+    def writing(self):
+        return self.writer is not None and self.writer.is_alive()
+
+    @property
+    def failed(self):
+        return self.writer is not None and self.writer.error is not None
+
+    def agree(self, *signs):
+        return self.ranks.sum(torch.tensor([int(sign) for sign in signs], device=self.ranks.device)).tolist()
+
+    def begin(self, done, note):
+        self.at, self.saved = self.folder / f"step-{done:08}", time.monotonic()
+        told = {"step": done, "updates": updates(self.optimizer), **note()}
+        self.writer = Writer(self.at.with_name(self.at.name + ".new"), self.state, self.ranks, told)
+
+    def name(self, failed):
+        """The save that was written gets its name, or is dropped when a rank `failed`."""
+        new, writer, self.writer = self.at.with_name(self.at.name + ".new"), self.writer, None
+        if failed:
+            if local_rank() == 0:
+                shutil.rmtree(new, ignore_errors=True)
+            last = f"The save of step {self.done} is as it was" if self.done else "Nothing was saved before"
+            raise config.unwritten(new, writer.error or "another rank failed", f"{last}. Make room. {AGAIN}")
+        if local_rank() == 0:
+            try:
+                new.rename(self.at)
+                to_disk(self.folder)
+            except FileNotFoundError:
+                if not self.at.is_dir():  # on a disk that hosts share another one was first
+                    raise
+        self.done, self.save_seconds, self.fresh = step_of(self.at), writer.took, True
+
+    def drop(self):
+        self.fresh = False
+        if local_rank() == 0 and self.keep:
+            for old in saves(self.folder)[: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def local_rank():
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+# --- several ranks
+
+
+class Watch(threading.Thread):
+    """Ends a job of which a rank is gone, or hasn't moved for `timeout` seconds, and says which and where.
+
+    Each rank tells every second, through torchrun's store: I live, so often have I moved (`Ranks.moves`), here I am. What a rank finds of
+    the others it judges by its own clock. A rank without room for its micro-batch ends the others the same way.
+    """
+
+    def __init__(self, ranks, out, timeout):
+        super().__init__(daemon=True)
+        self.ranks, self.out, self.timeout, self.step, self.over = ranks, Path(out), timeout, 0, threading.Event()
+        self.main = threading.main_thread().ident
+        self.seen = {}  # rank → [its last sign, when that was new, when its moves were new]
+        if ranks.world == 1:
+            return
+        self.store, self.beat = step.open_store("watch"), 0
+        self.tell()
+        ranks.barrier()  # all have told: nobody waits for a key
+        self.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.ranks.world == 1:
+            return
+        if isinstance(error, RuntimeError):  # a collective that failed, most likely: the watch says why, within seconds
+            self.over.wait(5)
+        self.over.set()
+
+    def tell(self):
+        self.beat += 1
+        self.store.set(str(self.ranks.rank), json.dumps([self.beat, self.ranks.moves[0], socket.gethostname(), os.getpid(), self.where()]))
+
+    def where(self):
+        """The step and the line of our own code that the main thread is in, and whether it waits there for other ranks."""
+        frame, waits, here = sys._current_frames().get(self.main), False, ""
+        while frame and not here:
+            file = Path(frame.f_code.co_filename)
+            waits |= "distributed" in file.parts
+            if file.parent == Path(__file__).parent:
+                here = f"{file.name}, line {frame.f_lineno} ({frame.f_code.co_name})"
+            frame = frame.f_back
+        return f"step {self.step}, {here}{', waiting for others' if waits else ''}"
+
+    def run(self):
+        try:
+            while not self.over.wait(1.0):
+                self.tell()
+                if self.store.check(["end"]):
+                    self.end(*json.loads(self.store.get("end")))
+                self.look([json.loads(text) for text in self.store.multi_get([str(rank) for rank in range(self.ranks.world)])])
+        except (RuntimeError, dist.DistError) as error:
+            if not self.over.wait(2):
+                self.end(f"rank {self.ranks.rank}: the first rank's host is gone ({str(error).splitlines()[0]})", AGAIN, None, [])
+
+    def look(self, signs):
+        now, here = time.monotonic(), socket.gethostname()
+        for rank, sign in enumerate(signs):
+            known = self.seen.setdefault(rank, [sign, now, now])
+            if known[0][0] != sign[0]:
+                known[1] = now
+            if known[0][1] != sign[1]:
+                known[2] = now
+            known[0] = sign
+        gone = [rank for rank, sign in enumerate(signs) if sign[2] == here and not alive(sign[3])]
+        silent = [rank for rank, (_, beat, _) in self.seen.items() if now - beat > self.timeout]
+        still = [rank for rank, (_, _, moved) in self.seen.items() if now - moved > self.timeout]
+        if gone:
+            self.blame(gone, "is gone, it was in", signs)
+        elif silent:
+            self.blame(silent, f"gave no sign for {self.timeout:g} s, it was in", signs)
+        elif len(still) == len(signs):  # all wait for those that have done the least
+            fewest = min(sign[1] for sign in signs)
+            late = [rank for rank in still if signs[rank][1] == fewest]
+            late = [rank for rank in late if "waiting" not in signs[rank][4]] or late
+            self.blame(late, f"hasn't moved for {self.timeout:g} s, it is in", signs)
+
+    def blame(self, guilty, what, signs):
+        if self.over.wait(0.2):  # the end of a run looks the same
+            return
+        text = "; ".join(f"rank {rank} {what} {signs[rank][4]}" for rank in guilty)
+        pids = [signs[rank][3] for rank in guilty if signs[rank][2] == socket.gethostname() and rank != self.ranks.rank]
+        speaker = min({*range(self.ranks.world)} - {*guilty}, default=0)
+        self.end(text, AGAIN, None, pids, speaker)
+
+    def no_room(self, size, length):
+        """This rank has no room for `size` rows of `length` tokens: end all ranks, and leave word of what to try. Never returns."""
+        less = max(1, size // 2)
+        problem = f"rank {self.ranks.rank}: the GPU has no room for {size} rows of {length} tokens"
+        way_out = f"Take fewer at a time: --micro-batch {less} (the result is the same). torchrun --max-restarts does so by itself."
+        if size == 1:
+            way_out = "Take --recompute full, --qlora, more GPUs, or a shorter --seq-len."
+        self.store.set("end", json.dumps([problem, way_out, less if size > 1 else None, []]))
+        self.over.wait()
+
+    def end(self, problem, way_out, micro_batch, pids, speaker=0):
+        if micro_batch and self.ranks.first:
+            config.private_folder(self.out)
+            config.write_json(self.out / "micro-batch.json", {"micro_batch": micro_batch})
+        if self.ranks.rank == speaker:
+            print(f"\n{problem}\n{way_out}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)  # the first to end takes the others with it: let it be who speaks
+        for pid in pids:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        os._exit(1)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
