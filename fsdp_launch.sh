@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 gpus=${GPUS:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}
-exec torchrun --standalone --nproc_per_node "$gpus" --max-restarts "${RESTARTS:-3}" train.py "$@"
+exec python -m torch.distributed.run --standalone --nproc_per_node "$gpus" --max-restarts "${RESTARTS:-3}" train.py "$@"
