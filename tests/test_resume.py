@@ -419,8 +419,9 @@ def test_max_minutes_ends_before_the_time_is_over(base, chats, tmp_path):
     out, steps = tmp_path / "ckpt", []
     for more in ((), ("--resume",)):
         began = time.time()
-        heard = run(out, base, chats, *KINDS["lora"], "--max-minutes", 0.1, "--max-steps", 400, *more)
-        assert "--max-minutes 0.1: stopped after step" in heard and time.time() - began < 8
+        heard = run(out, base, chats, *KINDS["lora"], "--max-minutes", 0.1, "--max-steps", 9999, *more)
+        assert "--max-minutes 0.1: stopped after step" in heard
+        assert time.time() - began < 30  # six seconds, and Python's start and end on a busy machine
         steps.append(curve(out)[-1]["step"])
         assert saved(out, steps[-1])()
     assert 0 < steps[0] < steps[1]
