@@ -194,8 +194,9 @@ def shard(tensor):
     """(the rows of a parameter that this rank holds, the number of the first): all of it where nothing is sharded."""
     if not isinstance(tensor, DTensor):
         return tensor.detach(), 0
-    rows = -(-len(tensor) // tensor.device_mesh.size())  # FSDP2 cuts dimension 0 as torch.chunk does
-    return tensor.detach().to_local(), min(rows * tensor.device_mesh.get_local_rank(), len(tensor))
+    mesh = tensor.device_mesh
+    rows = -(-len(tensor) // mesh.shape[-1])  # FSDP2 cuts dimension 0 as torch.chunk does, along the mesh's last
+    return tensor.detach().to_local(), min(rows * mesh.get_local_rank(mesh.ndim - 1), len(tensor))
 
 
 def write(target, value):

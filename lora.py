@@ -48,7 +48,7 @@ class Adapted(torch.autograd.Function):
         low = flat @ A.T  # (N, rank)
         ctx.save_for_backward(flat, low, A, B, *stored)
         ctx.scale, ctx.unpack = scale, unpack
-        return project(flat, unpack(*stored, x.dtype), low, B, scale).view(*x.shape[:-1], -1)
+        return project(flat, unpack(*stored, x.dtype), low, B, scale).view(*x.shape[:-1], len(B))
 
     @staticmethod
     def backward(ctx, grad):
@@ -57,7 +57,7 @@ class Adapted(torch.autograd.Function):
         back = (flat @ B).mul_(ctx.scale)  # (N, rank)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (flat @ ctx.unpack(*stored, x.dtype)).addmm_(back, A).view(*grad.shape[:-1], -1)
+            grad_x = (flat @ ctx.unpack(*stored, x.dtype)).addmm_(back, A).view(*grad.shape[:-1], A.shape[1])
         return grad_x, (back.T @ x).float(), (flat.T @ low).float().mul_(ctx.scale), None, None, *(None for _ in stored)
 
 

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -85,19 +84,19 @@ def restore(model, optimizer, save, ranks):
             raise UserError(f"{file} can't be read: {error}", f"Delete {save}: --resume then takes the save before.") from None
     for name, target in state(model, optimizer).items():
         local, first = checkpoint.shard(target)
-        filled = 0
+        filled, known = 0, set()
         for note, file in parts:
             said = note["tensors"].get(name)
             if said is None or said["shape"] != list(target.shape):
                 raise UserError(f"{save}: {name} is missing or of another shape", "Is --model the base that this run began with?")
             begin, end = max(first, said["first"]), min(first + len(local), said["first"] + said["rows"])
-            if begin < end:
+            if begin < end and begin not in known:  # each host has saved its copy
                 try:
                     rows = file.get_slice(name)[begin - said["first"] : end - said["first"]]
                 except SafetensorError:
                     continue
                 local[begin - first : end - first] = rows.to(local.device)
-                filled += end - begin
+                filled, known = filled + end - begin, known | {begin}
         if filled != len(local):
             raise UserError(
                 f"{save}: rows of {name} are missing",
@@ -295,6 +294,11 @@ def local_rank():
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def host():
+    """torchrun's number of this host: rented ones may all have the same name."""
+    return int(os.environ.get("GROUP_RANK", 0))
+
+
 # --- several ranks
 
 
@@ -329,7 +333,7 @@ class Watch(threading.Thread):
 
     def tell(self):
         self.beat += 1
-        self.store.set(str(self.ranks.rank), json.dumps([self.beat, self.ranks.moves[0], socket.gethostname(), os.getpid(), self.where()]))
+        self.store.set(str(self.ranks.rank), json.dumps([self.beat, self.ranks.moves[0], host(), os.getpid(), self.where()]))
 
     def where(self):
         """The step and the line of our own code that the main thread is in, and whether it waits there for other ranks."""
@@ -354,7 +358,7 @@ class Watch(threading.Thread):
                 self.end(f"rank {self.ranks.rank}: the first rank's host is gone ({str(error).splitlines()[0]})", AGAIN, None, [])
 
     def look(self, signs):
-        now, here = time.monotonic(), socket.gethostname()
+        now, here = time.monotonic(), host()
         for rank, sign in enumerate(signs):
             known = self.seen.setdefault(rank, [sign, now, now])
             if known[0][0] != sign[0]:
@@ -379,7 +383,7 @@ class Watch(threading.Thread):
         if self.over.wait(0.2):  # the end of a run looks the same
             return
         text = "; ".join(f"rank {rank} {what} {signs[rank][4]}" for rank in guilty)
-        pids = [signs[rank][3] for rank in guilty if signs[rank][2] == socket.gethostname() and rank != self.ranks.rank]
+        pids = [signs[rank][3] for rank in guilty if signs[rank][2] == host() and rank != self.ranks.rank]
         speaker = min({*range(self.ranks.world)} - {*guilty}, default=0)
         self.end(text, AGAIN, None, pids, speaker)
 

@@ -135,7 +135,7 @@ def main():
     note = known(save, options, ranks, train_rows) if save else None
     say(describe(options, shape, ranks, dtype, train_rows, val_rows, plan))
 
-    torch.manual_seed(options.seed + ranks.rank)  # dropout
+    torch.manual_seed(options.seed + ranks.rank % ranks.shards)  # dropout; and rounding, which must be the same in all copies of a shard
     ways = {"adapter": adapter(options, words), "dtype": dtype, "nf4": options.qlora, "pure": options.pure_bf16}
     ways["recompute"] = recompute(options, shape, ranks, plan, ways)
     filled = save and not options.lora  # by the save: every weight is in it
@@ -392,7 +392,7 @@ def recompute(options, shape, ranks, plan, ways):
     if ranks.first:
         free = torch.cuda.mem_get_info(ranks.device)[0] - RESERVE
         times = min(2, math.ceil(plan.batch / ranks.world / options.micro_batch))
-        ask = functools.partial(step.predict, shape, options.micro_batch, options.seq_len, times, ranks.world, **ways)
+        ask = functools.partial(step.predict, shape, options.micro_batch, options.seq_len, times, ranks.shards, **ways)
         with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:  # own process groups
             needs = {kind: pool.submit(ask, recompute=kind) for kind in RECOMPUTE}
             best = next((kind for kind, need in needs.items() if need.result() < free), best)
