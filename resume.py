@@ -318,8 +318,12 @@ class Watch(threading.Thread):
             return
         self.store, self.beat = step.open_store("watch"), 0
         self.tell()
+        if ranks.first:
+            self.store.set("end", "null")
         ranks.barrier()  # all have told: nobody waits for a key
+        self.heard = time.monotonic()
         self.start()
+        threading.Thread(target=self.guard, daemon=True).start()
 
     def __enter__(self):
         return self
@@ -350,12 +354,23 @@ class Watch(threading.Thread):
         try:
             while not self.over.wait(1.0):
                 self.tell()
-                if self.store.check(["end"]):
-                    self.end(*json.loads(self.store.get("end")))
-                self.look([json.loads(text) for text in self.store.multi_get([str(rank) for rank in range(self.ranks.world)])])
-        except (RuntimeError, dist.DistError) as error:
+                end, *signs = map(json.loads, self.store.multi_get(["end", *map(str, range(self.ranks.world))]))
+                self.heard = time.monotonic()
+                if end:
+                    self.end(*end)
+                self.look(signs)
+        except (RuntimeError, dist.DistError):
             if not self.over.wait(2):
-                self.end(f"rank {self.ranks.rank}: the first rank's host is gone ({str(error).splitlines()[0]})", AGAIN, None, [])
+                self.cut_off("is gone")
+
+    def guard(self):
+        """A store behind a line that is down answers nothing, and its calls never return."""
+        while not self.over.wait(1.0):
+            if time.monotonic() - self.heard > self.timeout:
+                self.cut_off(f"gave no answer for {self.timeout:g} s")
+
+    def cut_off(self, what):
+        self.end(f"rank {self.ranks.rank}: the first rank's host {what}", AGAIN, None, [], self.ranks.rank - local_rank())
 
     def look(self, signs):
         now, here = time.monotonic(), host()
