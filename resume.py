@@ -175,7 +175,7 @@ class Keeper:
         self.save_seconds = self.bytes / DISK
         if local_rank() == 0:
             for half in self.folder.glob("*.new"):
-                shutil.rmtree(half)
+                shutil.rmtree(half, ignore_errors=True)  # on a disk that hosts share, another one does so too
 
     def __enter__(self):
         return self
