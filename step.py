@@ -116,7 +116,7 @@ def build(shape, ranks, folder=None, adapter=None, dtype=torch.bfloat16, recompu
     model = outline(shape, ranks, adapter, dtype, recompute, nf4, pure)
     checkpoint.allocate(model, ranks.device)
     if folder:
-        checkpoint.fill(model, folder)
+        checkpoint.fill(model, folder, ranks)
     elif seed is not None:
         randomise(model, seed)
     if adapter:
