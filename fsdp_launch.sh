@@ -19,6 +19,7 @@ if [ "$nodes" -gt 1 ]; then
     # torchrun numbers hosts by the order of their names: the first one's is its address, the others' come behind any
     name=$first
     [ "$node" -eq 0 ] || name=$(printf '~%04d' "$node")
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a store of its own for each start: hosts don't agree how often there was one
     where=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$first:${MASTER_PORT:-29500}" --rdzv-id "${SLURM_JOB_ID:-doppelganger}"
         --rdzv-conf "is_host=$([ "$node" -eq 0 ] && echo 1 || echo 0)" --local-addr "$name")
 fi

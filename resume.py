@@ -7,6 +7,7 @@ A save is written beside (`step-….new`) and renamed when every rank has writte
 """
 
 import base64
+import hashlib
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import checkpoint
@@ -60,13 +61,33 @@ def step_of(save):
     return int(save.name.removeprefix("step-"))
 
 
-def read(save, rank=0):
+def read(save):
+    """{rank: (what it noted, its open tensors)} of all that are there in a save. UserError when one isn't as it was written."""
+    parts, way_out = {}, f"Delete {save}: --resume then takes the save before."
+    for path in sorted(save.glob("rank-*.json")):
+        file = config.open_safetensors(path.with_suffix(".safetensors"), way_out)
+        if (file.metadata() or {}).get("note") != digest(path.read_bytes()):
+            raise UserError(f"{path} and .safetensors are damaged, or not of one save", way_out)
+        note = config.read_json(path)
+        if (f"step-{note['step']:08}", f"rank-{note['rank']:05}") != (save.name, path.stem):
+            raise UserError(f"{path} is of rank {note['rank']} at step {note['step']}", way_out)
+        shapes = {name: (place["rows"], *place["shape"][1:]) for name, place in note["tensors"].items()}
+        config.check_tensors(path.with_suffix(".safetensors"), dict.fromkeys(file.keys(), file), shapes, path.name, way_out)
+        parts[note["rank"]] = note, file
+    if len({note["world"] for note, _ in parts.values()}) != 1:
+        raise UserError(f"{save} holds {'parts of several saves' if parts else 'nothing'}", way_out)
+    return parts
+
+
+def digest(note):
+    """What binds a rank's tensors to its note: each without the other, or changed, is worth nothing."""
+    return hashlib.blake2b(note, digest_size=16).hexdigest()
+
+
+def note_of(save, rank):
     """What `rank` noted in a save, or the first rank that is there."""
-    notes = sorted(save.glob("rank-*.json"))
-    if not notes:
-        raise UserError(f"{save} is empty", "Delete it: --resume then takes the save before.")
-    own = save / f"rank-{rank:05}.json"
-    return config.read_json(own if own in notes else notes[0])
+    parts = read(save)
+    return parts.get(rank, next(iter(parts.values())))[0]
 
 
 @torch.no_grad()
@@ -75,26 +96,19 @@ def restore(model, optimizer, save, ranks):
 
     UserError names a file that can't be read, or what is missing.
     """
-    parts = []
-    for path in sorted(save.glob("rank-*.json")):
-        file = path.with_suffix(".safetensors")
-        try:
-            parts.append((config.read_json(path), safe_open(file, framework="pt")))
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} can't be read: {error}", f"Delete {save}: --resume then takes the save before.") from None
+    parts = read(save)
     for name, target in state(model, optimizer).items():
         local, first = checkpoint.shard(target)
         filled, known = 0, set()
-        for note, file in parts:
+        for note, file in parts.values():
             said = note["tensors"].get(name)
             if said is None or said["shape"] != list(target.shape):
                 raise UserError(f"{save}: {name} is missing or of another shape", "Is --model the base that this run began with?")
             begin, end = max(first, said["first"]), min(first + len(local), said["first"] + said["rows"])
             if begin < end and begin not in known:  # each host has saved its copy
-                try:
-                    rows = file.get_slice(name)[begin - said["first"] : end - said["first"]]
-                except SafetensorError:
-                    continue
+                rows = file.get_slice(name)[begin - said["first"] : end - said["first"]]
+                if rows.dtype != local.dtype:
+                    raise UserError(f"{save}: {name} is of {rows.dtype}, this run keeps it in {local.dtype}", "Is --pure-bf16 as it was?")
                 local[begin - first : end - first] = rows.to(local.device)
                 filled, known = filled + end - begin, known | {begin}
         if filled != len(local):
@@ -102,7 +116,7 @@ def restore(model, optimizer, save, ranks):
                 f"{save}: rows of {name} are missing",
                 "Bring the resume/ folders of all its machines together; or delete it: --resume then takes the save before.",
             )
-    own = read(save, ranks.rank)
+    own = parts.get(ranks.rank, next(iter(parts.values())))[0]
     for moments in optimizer.state.values():
         moments["step"].fill_(own["updates"])
     if own["world"] == ranks.world:
@@ -133,8 +147,9 @@ class Writer(threading.Thread):
         try:
             config.private_folder(self.path.parent)
             file, note = self.path.with_suffix(".safetensors"), self.path.with_suffix(".json")
-            save_file(self.tensors, file)
-            note.write_text(json.dumps(self.note, ensure_ascii=False), encoding="utf-8")
+            text = json.dumps(self.note, ensure_ascii=False).encode()
+            save_file(self.tensors, file, metadata={"note": digest(text)})
+            note.write_bytes(text)
             to_disk(file)
             to_disk(note)
         except (OSError, SafetensorError) as error:
@@ -370,7 +385,7 @@ class Watch(threading.Thread):
                 self.cut_off(f"gave no answer for {self.timeout:g} s")
 
     def cut_off(self, what):
-        self.end(f"rank {self.ranks.rank}: the first rank's host {what}", AGAIN, None, [], self.ranks.rank - local_rank())
+        self.end(f"rank {self.ranks.rank}: the first rank, or its host, {what}", AGAIN, None, [], self.ranks.rank - local_rank())
 
     def look(self, signs):
         now, here = time.monotonic(), host()

@@ -78,12 +78,12 @@ class Ranks:
         dist.broadcast(tensor, 0)
         return int(tensor)
 
-    def least(self, number):
-        """The smallest of all ranks' ints."""
+    def most(self, number):
+        """The largest of all ranks' ints."""
         if self.world == 1:
             return number
         tensor = torch.tensor([number], device=self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
     def barrier(self):
@@ -130,7 +130,7 @@ def build(shape, ranks, folder=None, adapter=None, dtype=torch.bfloat16, recompu
     model = outline(shape, ranks, adapter, dtype, recompute, nf4, pure)
     checkpoint.allocate(model, ranks.device)
     if folder:
-        checkpoint.fill(model, folder)
+        checkpoint.fill(model, folder, ranks)
     elif seed is not None:
         randomise(model, seed)
     if adapter:
