@@ -124,7 +124,7 @@ def main():
         return
     look_at_flags(options)
     ranks = step.start(options.device)
-    if ranks.most(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))):  # torchrun --max-restarts started us again, on this host or another
+    if ranks.most(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))):  # torchrun starts us again
         options = dataclasses.replace(options, resume=True, overwrite=False)
     folder, base, shape, words, save = prepare(options, ranks)
     train_rows, val_rows = in_turn(ranks, lambda: [rows_of(options, part, words) for part in ("train", "val")])
