@@ -9,8 +9,8 @@ demo: .venv/run  ## an export becomes someone you can talk to, in four minutes o
 test: .venv/dev  ## the whole suite
 	$(VENV)/python -m pytest -q tests
 
-soak: .venv/dev  ## what takes long: 10,000 damaged exports, 45 killed runs
-	MUTANTS=10000 KILLS=30 $(VENV)/python -m pytest -q -s tests/test_damage.py tests/test_resume.py
+soak: .venv/dev  ## what takes long: 10,000 damaged exports and model files, 45 killed runs, hosts cut apart
+	MUTANTS=10000 KILLS=30 $(VENV)/python -m pytest -q -s tests/test_damage.py tests/test_lies.py tests/test_resume.py tests/test_hosts.py
 
 lint: .venv/dev
 	$(VENV)/ruff check .

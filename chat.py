@@ -53,7 +53,7 @@ def main():
     device = checkpoint.pick_device(options.device)
     dtype = {None: checkpoint.compute_dtype(device), "bf16": torch.bfloat16, "fp32": torch.float32}[options.weights]
     words = tokenizers.load(folder)
-    model = checkpoint.load_model(str(folder), dtype, device, options.model, words.rows_needed)
+    model = checkpoint.load_model(str(folder), dtype, device, options.model, words)
     size = min(options.context, model.config.max_position_embeddings)
     decoder = generate.Decoder(model, words, size)
     generator = torch.Generator().manual_seed(options.seed) if options.seed is not None else None
@@ -76,8 +76,12 @@ def main():
 def who(folder, options):
     """(me, the one who talks to me): as the flags say, else from `persona.json`, else plain names."""
     persona = config.read_json(folder / "persona.json", {})
-    contacts = [contact["name"] for contact in persona.get("contacts", [])]
-    return options.me or persona.get("me", "Me"), options.as_ or (contacts[0] if contacts else "Friend")
+    try:
+        names = [persona.get("me", "Me"), *(contact["name"] for contact in persona.get("contacts", [])), "Friend"]
+        assert all(isinstance(name, str) for name in names)
+    except (AssertionError, KeyError, TypeError):
+        raise UserError(f"{folder / 'persona.json'} holds no names", 'It is {"me": NAME, "contacts": [{"name": NAME}, …]}.') from None
+    return options.me or names[0], options.as_ or names[1]
 
 
 def turn(author, me, text):

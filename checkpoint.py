@@ -3,12 +3,14 @@
 Written beside, then renamed. Loaded strictly: what the model needs and what the files hold must be the same names and shapes.
 """
 
+import dataclasses
+import hashlib
 import os
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
@@ -22,6 +24,8 @@ FILE_BYTES = 4 << 30  # a saved model is split into files of at most this size
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 COMPANIONS = ("persona.json", "run.json", "metrics.jsonl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+LARGEST = {"num_hidden_layers": 1000, "max_position_embeddings": 1 << 31, "sliding_window": 1 << 31, "rope_theta": 1e12}  # else a million
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NO_ACCOUNT = "teknium/OpenHermes-2.5-Mistral-7B"
 
 
@@ -140,20 +144,28 @@ def weight_files(folder, single=None):
     """The safetensors files of a model folder. UserError when there are none (a .bin or .pth is a pickle and is not read)."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return sorted(set(read_json(index)["weight_map"].values()))
+        return sorted(set(read_index(index).values()))
     if single or (folder / "model.safetensors").exists():
         return ["model.safetensors"]
-    pickles = [*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")]
-    why = f", only {pickles[0].name}, which is a pickle and may run code" if pickles else ""
     raise UserError(
-        f"{folder} has no model.safetensors{why}",
+        f"{folder} has no model.safetensors{config.pickles(folder)}",
         "Give a folder with config.json, safetensors and a tokenizer.",
     )
 
 
+def read_index(path):
+    """{tensor: file} of a `model.safetensors.index.json`. UserError where it names anything but safetensors files beside itself."""
+    where = read_json(path).get("weight_map")
+    for name in where.values() if isinstance(where, dict) and where else [where]:
+        if not (isinstance(name, str) and name.endswith(".safetensors") and name == Path(name).name and "\\" not in name):
+            raise UserError(f"{path}: weight_map names {name!r:.60}, which is no safetensors file of this folder", "Copy the folder again.")
+    return where
+
+
 def read_config(folder):
-    """`config.json` → ModelConfig. UserError for a family or a kind of RoPE that the model doesn't compute."""
-    said = read_json(Path(folder) / "config.json")
+    """`config.json` → ModelConfig. UserError for a family or a kind of RoPE that the model doesn't compute, and for nonsense."""
+    path = Path(folder) / "config.json"
+    said = {key: value for key, value in read_json(path).items() if value is not None}
     if said.get("model_type") != "mistral":
         raise UserError(
             f"{folder}: model_type {said.get('model_type')!r} is not known here",
@@ -164,17 +176,35 @@ def read_config(folder):
             f"{folder} holds quantised weights, which are not read",
             "Take the bf16 or fp16 original.",
         )
+    if said.get("auto_map"):
+        raise UserError(
+            f"{folder} brings code of its own (auto_map), which is never run here",
+            f"If it is a plain Mistral all the same, take auto_map out of {path}.",
+        )
+    if said.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{folder}: hidden_act {said['hidden_act']!r:.60} is not known here", "Known: silu.")
     rotary = said.get("rope_parameters") or said.get("rope_scaling") or {}
-    kind = rotary.get("rope_type", rotary.get("type", "default"))
+    kind = rotary.get("rope_type", rotary.get("type", "default")) if isinstance(rotary, dict) else rotary
     if kind != "default":
         raise UserError(
             f"{folder}: RoPE of kind {kind!r} is not known here",
             "Known: default.",
         )
-    fields = {k: said[k] for k in ModelConfig.__dataclass_fields__ if k in said}
-    fields["head_dim"] = said.get("head_dim") or said["hidden_size"] // said["num_attention_heads"]
-    fields["rope_theta"] = rotary.get("rope_theta") or said.get("rope_theta") or 10000.0
-    fields.setdefault("num_key_value_heads", 8)  # HF's default for Mistral
+    said["rope_theta"] = rotary.get("rope_theta") or said.get("rope_theta") or 10000.0
+    said.setdefault("num_key_value_heads", 8)  # HF's default for Mistral
+    fields = {}
+    for field in dataclasses.fields(ModelConfig):
+        if field.name == "head_dim":
+            said.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
+        if field.name in said or field.default is dataclasses.MISSING:
+            kind = field.type if field.type in (bool, float) else int
+            value, most = said.get(field.name), LARGEST.get(field.name, 1 << 20)
+            fields[field.name] = config.number(path, field.name, value, int(kind is int), most, kind)
+    if fields["num_attention_heads"] % fields["num_key_value_heads"] or fields["head_dim"] % 2:
+        raise UserError(
+            f"{path}: {fields['num_attention_heads']} heads of {fields['head_dim']} numbers over {fields['num_key_value_heads']} of keys",
+            "The last must divide the first, and 2 the second. Copy it again.",
+        )
     return ModelConfig(**fields)
 
 
@@ -194,20 +224,24 @@ def shard(tensor):
     """(the rows of a parameter that this rank holds, the number of the first): all of it where nothing is sharded."""
     if not isinstance(tensor, DTensor):
         return tensor.detach(), 0
-    rows = -(-len(tensor) // tensor.device_mesh.size())  # FSDP2 cuts dimension 0 as torch.chunk does
-    return tensor.detach().to_local(), min(rows * tensor.device_mesh.get_local_rank(), len(tensor))
+    mesh = tensor.device_mesh
+    rows = -(-len(tensor) // mesh.shape[-1])  # FSDP2 cuts dimension 0 as torch.chunk does, along the mesh's last
+    return tensor.detach().to_local(), min(rows * mesh.get_local_rank(mesh.ndim - 1), len(tensor))
 
 
 def write(target, value):
-    """Set a parameter, or the weight of an NF4Linear, from its whole value (or a file's slice of it); each rank takes its own rows."""
+    """Set a parameter, or the weight of an NF4Linear, from its whole value (or a file's slice of it); each rank takes its own rows.
+
+    → whether they are all numbers
+    """
+    local, first = shard(target.codes if isinstance(target, quantize.NF4Linear) else target)
+    rows = value[first : first + len(local)]
     if isinstance(target, quantize.NF4Linear):
-        local, first = shard(target.codes)
-        rows = value[first : first + len(local)].to(local.device)
-        for parameter, part in zip(target.stored(), quantize.quantise(rows)):
+        for parameter, part in zip(target.stored(), quantize.quantise(rows.to(local.device))):
             shard(parameter)[0].copy_(part)
-        return
-    local, first = shard(target)
-    local.copy_(value[first : first + len(local)])
+    else:
+        local.copy_(rows)
+    return not rows.numel() or all(end.isfinite() for end in rows.aminmax())  # 30 times as fast as isfinite() of all
 
 
 def weights(model):
@@ -231,82 +265,110 @@ def shape_of(target):
 
 
 @torch.no_grad()
-def fill(model, folder):
+def fill(model, folder, ranks=None):
     """Read the weights of `folder` into an allocated model, each rank only its rows, one tensor in memory at a time.
 
-    A vocabulary larger than the files' (new ChatML tokens) gets the mean of the old rows. UserError names a tensor that is missing,
-    unknown or of the wrong shape, before anything else is done.
+    A vocabulary larger than the files' (new ChatML tokens) gets the mean of the old rows. UserError as of `find`, and for a weight that
+    is no number, which any of `ranks` may hold.
     """
-    wanted = weights(model)
-    files = open_files(folder)
-    found = {name: f for f in files for name in f.keys() if not name.endswith("rotary_emb.inv_freq")}
-    if model.config.tie_word_embeddings:
-        found.pop("lm_head.weight", None)
-    missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
-    if missing or unknown:
-        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} belongs to no part of the model"
-        raise UserError(
-            f"{folder}: tensor {what} ({len(missing)} missing, {len(unknown)} unknown)",
-            "Does config.json belong to these files? Copy the folder again.",
-        )
-    old = read_config(folder).vocab_size
-    for name, target in wanted.items():
-        have, want = found[name].get_slice(name).get_shape(), list(shape_of(target))
-        if name in VOCABULARY:
-            want[0] = old
-        if have != want:
-            raise UserError(
-                f"{folder}: tensor {name} is {have}, config.json makes it {want}",
-                "Does config.json belong to these files? Copy the folder again.",
-            )
-    for name, target in wanted.items():
-        if name in VOCABULARY and len(target) > old:
+    found, bad = find(model, folder), []
+    for name, target in weights(model).items():
+        value = found[name].get_slice(name)
+        if name in VOCABULARY and len(target) > value.get_shape()[0]:
             rows = found[name].get_tensor(name)
             mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
-            write(target, torch.cat([rows, mean.expand(len(target) - old, -1)]))
-        else:
-            write(target, found[name].get_slice(name))
+            value = torch.cat([rows, mean.expand(len(target) - len(rows), -1)])
+        bad.append(not write(target, value))
+    if ranks:
+        bad = ranks.sum(torch.tensor(bad, dtype=torch.int32, device=ranks.device)).tolist()
+    for name, is_bad in zip(weights(model), bad):
+        if is_bad:
+            raise UserError(f"{folder}: tensor {name} holds NaN or infinity", "Copy the folder again, or take another base.")
 
 
-def open_files(folder):
-    folder, files = Path(folder), []
+def find(model, folder):
+    """{tensor: the open file that holds it} of all that `model`, which may be on the meta device, takes from `folder`.
+
+    UserError names a tensor that is missing, unknown, of the wrong shape or no float, by the files' headers: nothing else is read.
+    """
+    folder, found = Path(folder), {}
+    index, shape = folder / "model.safetensors.index.json", read_config(folder)
+    where = dict(read_index(index)) if index.exists() else {}
     for name in weight_files(folder):
-        try:
-            files.append(safe_open(folder / name, framework="pt"))
-        except (FileNotFoundError, SafetensorError) as error:
-            raise UserError(
-                f"{folder / name} can't be read: {error}",
-                "The file is missing, cut off or no safetensors: copy it again.",
-            ) from None
-    return files
+        file = config.open_safetensors(folder / name)
+        for tensor in file.keys():
+            if tensor.endswith("rotary_emb.inv_freq") or tensor == "lm_head.weight" and shape.tie_word_embeddings:
+                continue
+            if where.setdefault(tensor, name) != name:
+                raise UserError(f"{folder}: tensor {tensor} is in {name}, and should be in {where[tensor]}", "Copy the folder again.")
+            found[tensor] = file
+    wanted = {name: shape_of(target) for name, target in weights(model).items()}
+    wanted |= {name: (shape.vocab_size, *wanted[name][1:]) for name in VOCABULARY if name in wanted}
+    config.check_tensors(folder, found, wanted, "config.json", "Does config.json belong to these files? Copy the folder again.")
+    return found
+
+
+def fingerprint(found):
+    """What tells these weights (of `find`) from others of the same shape, in whatever folder, dtype and number of files they lie."""
+    total = hashlib.blake2b(digest_size=16)
+    for name, file in sorted(found.items()):  # a row of each: a few MB of 14 GB, and full fine-tuning changes every tensor
+        total.update(name.encode() + file.get_slice(name)[:1].float().numpy().tobytes())
+    return total.hexdigest()
 
 
 def stored_dtype(folder):
     said = read_json(Path(folder) / "config.json")
-    return getattr(torch, said.get("dtype") or said.get("torch_dtype") or "bfloat16")
+    name = said.get("dtype") or said.get("torch_dtype") or "bfloat16"
+    if name not in [*DTYPES]:
+        raise UserError(f"{folder}: config.json says dtype {name!r:.60}", f"Known: {', '.join(DTYPES)}.")
+    return DTYPES[name]
 
 
-def load_model(path, dtype=None, device="cpu", base=None, vocabulary=0):
+def load_model(path, dtype=None, device="cpu", base=None, words=None):
     """A HF folder, a hub id, or a `ckpt/` of ours → Transformer in eval mode, in `dtype` (None: as stored), on `device`.
 
-    An adapter folder loads its base (or `base`, if that lies elsewhere now), then itself. `vocabulary`: room for so many tokens at
-    least, for a base whose tokenizer had to be given ChatML tokens.
+    An adapter folder loads its base (or `base`, if that lies elsewhere now), then itself. `words`: the tokenizer it is for; the model
+    gets room for ChatML tokens that its base lacked. UserError before memory is taken, but for weights that are no numbers.
     """
     folder = resolve(path)
-    adapter = folder if is_adapter(folder) else None
+    adapter, rows = folder if is_adapter(folder) else None, []
     if adapter:
         arguments, named = lora.read_settings(adapter)
-        vocabulary = max([vocabulary, *(row + 1 for row in arguments["rows"])])
+        rows = arguments["rows"]
+        if not base and not named:
+            raise UserError(f"{adapter / 'adapter_config.json'} names no base", "Say where it lies: --model FOLDER")
         if not base and Path(named).is_absolute() and not Path(named).is_dir():
             raise UserError(f"{adapter} is an adapter over {named}, which is not there", "Say where it lies now: --model FOLDER")
         folder = resolve(base or named)
+    shape = fitted(folder, words, rows)
     with torch.device("meta"):
-        model = Transformer(with_vocabulary(read_config(folder), vocabulary))
-    allocate(model.to(dtype or stored_dtype(folder)), device)
+        model = Transformer(shape).to(dtype or stored_dtype(folder))
+    found = find(model, folder)
+    if adapter:
+        lora.load(model, adapter)
+        known = read_json(adapter / "run.json", {}).get("fingerprint")
+        if known and known != fingerprint(found):
+            raise UserError(
+                f"{adapter} was trained over {named}; {folder} has the same shapes, but other weights",
+                f"Say where that base lies: --model FOLDER. To insist, take fingerprint out of {adapter / 'run.json'}.",
+            )
+    allocate(model, device)
     fill(model, folder)
     if adapter:
         lora.load(model, adapter)
     return model.eval().requires_grad_(False)
+
+
+def fitted(folder, words=None, rows=()):
+    """The ModelConfig of `folder`, with room for an adapter's `rows` and the ChatML tokens that `words`, if given, had to add.
+
+    UserError when `words` is the tokenizer of another model.
+    """
+    shape = with_vocabulary(read_config(folder), max(rows, default=-1) + 1)
+    if not words:
+        return shape
+    words.check(Path(folder) / "config.json", shape.vocab_size)
+    return with_vocabulary(shape, words.rows_needed)
 
 
 def with_vocabulary(shape, size):
@@ -335,7 +397,7 @@ def clear(folder):
 
 def copy_companions(source, target):
     for name in COMPANIONS:
-        if (Path(source) / name).exists():
+        if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, Path(target) / name)
 
 

@@ -1,4 +1,4 @@
-"""What every program does alike: its command line (made from a frozen dataclass), its folders and JSON files, and how it ends."""
+"""What every program does alike: its command line (made from a frozen dataclass), its folders, JSON and tensor files, and how it ends."""
 
 import argparse
 import dataclasses
@@ -9,6 +9,16 @@ import sys
 import types
 import typing
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # what weights are kept in, by safetensors' names
+IN_DISGUISE = {  # the first bytes of what often lies where another file belongs
+    (b"PK\3\4", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"): "it is a pickle, as torch.save writes it, and may run code",
+    (b"version https://git-lfs",): "it is git-LFS's pointer to the file, not the file (git lfs pull)",
+    (b"<!", b"<h", b"<H", b"<?"): "it is a web page",
+    (b"GGUF",): "it is a GGUF file",
+}
 
 
 class UserError(Exception):
@@ -118,11 +128,61 @@ def read_json(path, missing=None):
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing", f"Is {path.parent} the right folder?") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}", "Copy it again.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {really(path, error)}", "Copy it again.") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object", "Copy it again.")
     return value
+
+
+def number(path, name, value, least, most, kind=int):
+    """A number (or bool) that a JSON file gives. UserError unless it is one, within these limits."""
+    if type(value) not in ((int, float) if kind is float else (kind,)) or not least <= value <= most:
+        raise UserError(f"{path}: {name} is {value!r:.60}, it must be {kind.__name__} from {least} to {most}", "Copy it again.")
+    return value
+
+
+def really(path, error):
+    """Why a file can't be read: what its first bytes tell that it is, else the reader's own `error`."""
+    if path.is_dir():
+        return "it is a folder"
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if not any(head):
+        return "it holds zeros, it was never wholly written" if head else "it is empty"
+    found = [what for begins, what in IN_DISGUISE.items() if head.lstrip().startswith(begins)]
+    if found and head[8:9] != b"{":  # where a safetensors file's header begins
+        return found[0]
+    return str(error).splitlines()[0]
+
+
+def open_safetensors(path, way_out="Copy it again."):
+    """→ the open file, its header read and its length right. UserError says what it really is."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise UserError(f"{path} can't be read: it is missing{pickles(path.parent)}", way_out) from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} can't be read: {really(path, error)}", way_out) from None
+
+
+def pickles(folder):
+    found = [path.name for path in folder.glob("*.*") if path.suffix in (".bin", ".pth", ".pt")]
+    return f", only {found[0]} is there, which is a pickle and may run code" if found else ""
+
+
+def check_tensors(where, found, wanted, maker, way_out):
+    """UserError unless `found` {name: open file} are just the `wanted` {name: shape}, and floats. Reads headers alone."""
+    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing or unknown:
+        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} belongs to no part of the model"
+        raise UserError(f"{where}: tensor {what} ({len(missing)} missing, {len(unknown)} unknown)", way_out)
+    for name, shape in wanted.items():
+        tensor = found[name].get_slice(name)
+        if tensor.get_shape() != [*shape]:
+            raise UserError(f"{where}: tensor {name} is {tensor.get_shape()}, {maker} makes it {[*shape]}", way_out)
+        if tensor.get_dtype() not in FLOATS:
+            raise UserError(f"{where}: tensor {name} is of {tensor.get_dtype()}, weights are of {', '.join(FLOATS)}", way_out)
 
 
 def write_json(path, value):

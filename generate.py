@@ -21,7 +21,7 @@ class Decoder:
         self.read = []  # the ids behind the cache
         ends = {tokenizer.im_end, tokenizer.engine.token_to_id("</s>"), tokenizer.engine.token_to_id("<|endoftext|>")}
         self.ends = ends - {None}
-        never = set(tokenizer.special_ids) - self.ends | set(range(len(tokenizer), model.config.vocab_size))
+        never = {i for i in range(model.config.vocab_size) if i in tokenizer.special_ids or i >= len(tokenizer)} - self.ends
         self.never = torch.tensor(sorted(never), dtype=torch.long)
 
     def forward(self, ids):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 import config
@@ -48,7 +48,7 @@ class Adapted(torch.autograd.Function):
         low = flat @ A.T  # (N, rank)
         ctx.save_for_backward(flat, low, A, B, *stored)
         ctx.scale, ctx.unpack = scale, unpack
-        return project(flat, unpack(*stored, x.dtype), low, B, scale).view(*x.shape[:-1], -1)
+        return project(flat, unpack(*stored, x.dtype), low, B, scale).view(*x.shape[:-1], len(B))
 
     @staticmethod
     def backward(ctx, grad):
@@ -57,7 +57,7 @@ class Adapted(torch.autograd.Function):
         back = (flat @ B).mul_(ctx.scale)  # (N, rank)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (flat @ ctx.unpack(*stored, x.dtype)).addmm_(back, A).view(*grad.shape[:-1], -1)
+            grad_x = (flat @ ctx.unpack(*stored, x.dtype)).addmm_(back, A).view(*grad.shape[:-1], A.shape[1])
         return grad_x, (back.T @ x).float(), (flat.T @ low).float().mul_(ctx.scale), None, None, *(None for _ in stored)
 
 
@@ -202,9 +202,10 @@ def save(model, folder, base, tensors=None):
 def read_settings(folder):
     """`adapter_config.json` → the arguments of `inject` and the base's name. UserError for kinds of adapter that we don't compute."""
     path = Path(folder) / "adapter_config.json"
-    said = read_json(path)
-    rows = said.get("trainable_token_indices") or []
-    rows = rows.get("embed_tokens", []) if isinstance(rows, dict) else rows
+    said = {"lora_dropout": 0.0, **read_json(path)}
+    indices = said.get("trainable_token_indices") or []
+    indices = indices if isinstance(indices, dict) else {"embed_tokens": indices}
+    rows = indices.get("embed_tokens", [])
     odd = [
         k
         for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "fan_in_fan_out")
@@ -217,36 +218,46 @@ def read_settings(folder):
             f"{path}: {', '.join(odd) or said.get('peft_type')} is no plain LoRA over named layers",
             "Merge it with PEFT first, and use the merged folder.",
         )
-    targets = sorted({name.rpartition(".")[2] for name in said["target_modules"]})
-    arguments = {"rank": said["r"], "alpha": said["lora_alpha"], "dropout": said.get("lora_dropout", 0.0), "targets": targets, "rows": rows}
-    return arguments, said["base_model_name_or_path"]
+    targets, base = sorted({str(name).rpartition(".")[2] for name in said["target_modules"]}), said.get("base_model_name_or_path")
+    unknown = sorted({*targets} - {*TARGETS})
+    if unknown or not targets:
+        raise UserError(
+            f"{path}: target_modules {', '.join(unknown)[:60]}: no such linear layers are known", f"Known: {', '.join(TARGETS)}."
+        )
+    if not isinstance(rows, list) or len({*map(str, rows)}) < len(rows) or any(other != rows for other in indices.values()):
+        raise UserError(f"{path}: trainable_token_indices are no list of rows, the same for embed_tokens and lm_head", "Copy it again.")
+    if not isinstance(base or "", str):
+        raise UserError(f"{path}: base_model_name_or_path is {base!r:.60}", "It is a folder or a hub id.")
+    arguments = {
+        "rank": config.number(path, "r", said.get("r"), 1, 1 << 16),
+        "alpha": config.number(path, "lora_alpha", said.get("lora_alpha"), -1e6, 1e6, float),
+        "dropout": config.number(path, "lora_dropout", said["lora_dropout"], 0, 1, float),
+        "rows": [config.number(path, "one of trainable_token_indices", row, 0, 1 << 20) for row in rows],
+    }
+    return arguments | {"targets": targets}, base
 
 
 @torch.no_grad()
 def load(model, folder):
-    """Inject the adapter of `folder` into `model` (resized to the adapter's vocabulary) and fill it. UserError names a wrong tensor."""
-    folder = Path(folder)
-    inject(model, **read_settings(folder)[0])
-    path = folder / "adapter_model.safetensors"
-    try:
-        tensors = load_file(path)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise UserError(
-            f"{path} can't be read: {error}",
-            "Train again, or copy the whole folder again.",
-        ) from None
-    tensors = {k: t for k, t in tensors.items() if ".base_layer." not in k}  # PEFT adds the whole embedding to its own saves
+    """Inject the adapter of `folder` into `model` (resized to the adapter's vocabulary) and fill it. UserError names a wrong tensor.
+
+    On the meta device there is nothing to fill: it tells whether the adapter fits, and a second call, after `allocate`, fills it.
+    """
+    if not hasattr(model, "lora"):
+        inject(model, **read_settings(folder)[0])
+    path = Path(folder) / "adapter_model.safetensors"
+    file = config.open_safetensors(path, "Train again, or copy the whole folder again.")
+    found = {key: file for key in file.keys() if ".base_layer." not in key}  # PEFT adds the whole embedding to its own saves
     if model.config.tie_word_embeddings:
-        tensors.pop(peft_name("lm_head.row_values"), None)  # PEFT writes a tied row twice
+        found.pop(peft_name("lm_head.row_values"), None)  # PEFT writes a tied row twice
     wanted = {peft_name(name): p for name, p in trained(model).items()}
-    wrong = sorted(set(wanted) ^ set(tensors)) or [k for k, p in wanted.items() if p.shape != tensors[k].shape]
-    if wrong:
-        raise UserError(
-            f"{path}: {wrong[0]} is missing, unknown or of the wrong shape ({len(wrong)} such)",
-            "Is this the adapter of another base?",
-        )
+    config.check_tensors(path, found, {key: p.shape for key, p in wanted.items()}, "the base", "Is this the adapter of another base?")
     for key, parameter in wanted.items():
-        parameter.copy_(tensors[key])
+        if not parameter.is_meta:
+            value = file.get_tensor(key)
+            if not value.isfinite().all():
+                raise UserError(f"{path}: tensor {key} holds NaN or infinity", "Train again, or copy the whole folder again.")
+            parameter.copy_(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +290,7 @@ def main():
     config.check_folder(options.out, options.overwrite)
     config.keep_apart(options.out, options.ckpt, options.model or read_settings(options.ckpt)[1])
     words = tokenizer.load(options.ckpt)
-    model = merge(checkpoint.load_model(options.ckpt, base=options.model or None))
+    model = merge(checkpoint.load_model(options.ckpt, base=options.model or None, words=words))
     out = config.private_folder(options.out)
     checkpoint.clear(out)
     checkpoint.save_model(model, out, words)

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 IGNORED = -100  # the label of a position that is no target, as in F.cross_entropy
 GROUPS_WITH_A_MASK = ("cpu",)  # devices whose attention takes both; CUDA's memory-efficient kernel takes a mask but no groups
-HEAD_CHUNK = {"cpu": 256, "gpu": 1024}  # labelled tokens whose logits exist at one time: 1024 x 32k floats are 131 MB
+HEAD_CHUNK = {"cpu": (256, 16), "gpu": (1024, 1024)}  # labelled tokens whose logits exist at one time; of these, in float32: 16 fit a cache
 RECOMPUTE = ("none", "selective", "full")
 QUERIES = 128  # attention's block on a CPU: short enough to skip most of what causality hides
 
@@ -422,20 +422,21 @@ class Transformer(nn.Module):
         if labels is None:
             return self.lm_head(x)  # (B, T, V)
         weights = [p for p in self.lm_head.parameters() if p.requires_grad and torch.is_grad_enabled()]
-        chunk = HEAD_CHUNK["cpu" if isinstance(where, Documents) and where.kernel is by_document else "gpu"]
-        losses = HeadLoss.apply(self.lm_head, x, labels.flatten()[kept], chunk, *weights)
+        sizes = HEAD_CHUNK["cpu" if isinstance(where, Documents) and where.kernel is by_document else "gpu"]
+        losses = HeadLoss.apply(self.lm_head, x, labels.flatten()[kept], sizes, *weights)
         return (losses.sum() if reduction == "sum" else losses), len(kept)
 
 
 class HeadLoss(torch.autograd.Function):
-    """Cross-entropy of `head(hidden)`, exact in float32, with the logits of `chunk` tokens at a time.
+    """Cross-entropy of `head(hidden)`, exact in float32, with the logits of so many tokens at a time; `sizes` as in HEAD_CHUNK.
 
     hidden (N, E), labels (N,) → losses (N,) float32. Each chunk's gradient is made beside its loss, so that the head's matmul runs
     once; they are the gradients of the sum, and backward scales them: whoever needs gradients must sum the losses.
     """
 
     @staticmethod
-    def forward(ctx, head, hidden, labels, chunk, *weights):
+    def forward(ctx, head, hidden, labels, sizes, *weights):
+        chunk, piece = sizes
         losses = torch.zeros(len(hidden), device=hidden.device)
         train = any(ctx.needs_input_grad)
         grads = [torch.zeros_like(hidden), *(torch.zeros_like(w, dtype=torch.float32) for w in weights)] if train else []
@@ -444,13 +445,9 @@ class HeadLoss(torch.autograd.Function):
             with torch.set_grad_enabled(train):
                 x = hidden[part].detach().requires_grad_(train)
                 logits = head(x)  # (n, V)
-            target, known = labels[part, None], logits.detach()
-            probability = torch.softmax(known, 1, dtype=torch.float32)
-            top = known.amax(1, keepdim=True).float()  # log of the normaliser = top - log(its probability), which is never small
-            losses[part] = (top - known.gather(1, target) - probability.amax(1, keepdim=True).log()).squeeze(1)
-            if train:
-                probability.scatter_add_(1, target, torch.full_like(top, -1.0))  # d loss / d logits
-                part_grads = torch.autograd.grad(logits, (x, *weights), probability.to(logits.dtype))
+            losses[part] = cross_entropy(logits.detach(), labels[part], piece)
+            if train:  # the logits are their gradient now; no head's backward pass asks for them
+                part_grads = torch.autograd.grad(logits, (x, *weights), logits.detach())
                 grads[0][part] = part_grads[0]
                 for total, grad in zip(grads[1:], part_grads[1:]):
                     total += grad
@@ -462,3 +459,14 @@ class HeadLoss(torch.autograd.Function):
         scale = grad_losses[0] if len(grad_losses) else grad_losses.new_zeros(())
         hidden, *weights = (grad.mul_(scale) for grad in ctx.saved_tensors)
         return None, hidden, None, None, *weights
+
+
+def cross_entropy(logits, labels, piece):
+    """logits (n, V), which become the gradient of their losses, in place; labels (n,) → losses (n,) float32, `piece` rows at a time."""
+    losses = torch.empty(len(logits), device=logits.device)
+    for known, target, loss in zip(logits.split(piece), labels[:, None].split(piece), losses[:, None].split(piece)):
+        probability = torch.softmax(known, 1, dtype=torch.float32)
+        top = known.amax(1, keepdim=True).float()  # log of the normaliser = top - log(its probability), which is never small
+        loss.copy_(top - known.gather(1, target) - probability.amax(1, keepdim=True).log())
+        known.copy_(probability.scatter_add_(1, target, torch.full_like(top, -1.0)))
+    return losses

@@ -7,12 +7,12 @@ A save is written beside (`step-….new`) and renamed when every rank has writte
 """
 
 import base64
+import hashlib
 import json
 import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import checkpoint
@@ -61,13 +61,33 @@ def step_of(save):
     return int(save.name.removeprefix("step-"))
 
 
-def read(save, rank=0):
+def read(save):
+    """{rank: (what it noted, its open tensors)} of all that are there in a save. UserError when one isn't as it was written."""
+    parts, way_out = {}, f"Delete {save}: --resume then takes the save before."
+    for path in sorted(save.glob("rank-*.json")):
+        file = config.open_safetensors(path.with_suffix(".safetensors"), way_out)
+        if (file.metadata() or {}).get("note") != digest(path.read_bytes()):
+            raise UserError(f"{path} and .safetensors are damaged, or not of one save", way_out)
+        note = config.read_json(path)
+        if (f"step-{note['step']:08}", f"rank-{note['rank']:05}") != (save.name, path.stem):
+            raise UserError(f"{path} is of rank {note['rank']} at step {note['step']}", way_out)
+        shapes = {name: (place["rows"], *place["shape"][1:]) for name, place in note["tensors"].items()}
+        config.check_tensors(path.with_suffix(".safetensors"), dict.fromkeys(file.keys(), file), shapes, path.name, way_out)
+        parts[note["rank"]] = note, file
+    if len({note["world"] for note, _ in parts.values()}) != 1:
+        raise UserError(f"{save} holds {'parts of several saves' if parts else 'nothing'}", way_out)
+    return parts
+
+
+def digest(note):
+    """What binds a rank's tensors to its note: each without the other, or changed, is worth nothing."""
+    return hashlib.blake2b(note, digest_size=16).hexdigest()
+
+
+def note_of(save, rank):
     """What `rank` noted in a save, or the first rank that is there."""
-    notes = sorted(save.glob("rank-*.json"))
-    if not notes:
-        raise UserError(f"{save} is empty", "Delete it: --resume then takes the save before.")
-    own = save / f"rank-{rank:05}.json"
-    return config.read_json(own if own in notes else notes[0])
+    parts = read(save)
+    return parts.get(rank, next(iter(parts.values())))[0]
 
 
 @torch.no_grad()
@@ -76,34 +96,27 @@ def restore(model, optimizer, save, ranks):
 
     UserError names a file that can't be read, or what is missing.
     """
-    parts = []
-    for path in sorted(save.glob("rank-*.json")):
-        file = path.with_suffix(".safetensors")
-        try:
-            parts.append((config.read_json(path), safe_open(file, framework="pt")))
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} can't be read: {error}", f"Delete {save}: --resume then takes the save before.") from None
+    parts = read(save)
     for name, target in state(model, optimizer).items():
         local, first = checkpoint.shard(target)
-        filled = 0
-        for note, file in parts:
+        filled, known = 0, set()
+        for note, file in parts.values():
             said = note["tensors"].get(name)
             if said is None or said["shape"] != list(target.shape):
                 raise UserError(f"{save}: {name} is missing or of another shape", "Is --model the base that this run began with?")
             begin, end = max(first, said["first"]), min(first + len(local), said["first"] + said["rows"])
-            if begin < end:
-                try:
-                    rows = file.get_slice(name)[begin - said["first"] : end - said["first"]]
-                except SafetensorError:
-                    continue
+            if begin < end and begin not in known:  # each host has saved its copy
+                rows = file.get_slice(name)[begin - said["first"] : end - said["first"]]
+                if rows.dtype != local.dtype:
+                    raise UserError(f"{save}: {name} is of {rows.dtype}, this run keeps it in {local.dtype}", "Is --pure-bf16 as it was?")
                 local[begin - first : end - first] = rows.to(local.device)
-                filled += end - begin
+                filled, known = filled + end - begin, known | {begin}
         if filled != len(local):
             raise UserError(
                 f"{save}: rows of {name} are missing",
                 "Bring the resume/ folders of all its machines together; or delete it: --resume then takes the save before.",
             )
-    own = read(save, ranks.rank)
+    own = parts.get(ranks.rank, next(iter(parts.values())))[0]
     for moments in optimizer.state.values():
         moments["step"].fill_(own["updates"])
     if own["world"] == ranks.world:
@@ -134,8 +147,9 @@ class Writer(threading.Thread):
         try:
             config.private_folder(self.path.parent)
             file, note = self.path.with_suffix(".safetensors"), self.path.with_suffix(".json")
-            save_file(self.tensors, file)
-            note.write_text(json.dumps(self.note, ensure_ascii=False), encoding="utf-8")
+            text = json.dumps(self.note, ensure_ascii=False).encode()
+            save_file(self.tensors, file, metadata={"note": digest(text)})
+            note.write_bytes(text)
             to_disk(file)
             to_disk(note)
         except (OSError, SafetensorError) as error:
@@ -176,7 +190,7 @@ class Keeper:
         self.save_seconds = self.bytes / DISK
         if local_rank() == 0:
             for half in self.folder.glob("*.new"):
-                shutil.rmtree(half)
+                shutil.rmtree(half, ignore_errors=True)  # on a disk that hosts share, another one does so too
 
     def __enter__(self):
         return self
@@ -295,6 +309,11 @@ def local_rank():
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def host():
+    """torchrun's number of this host: rented ones may all have the same name."""
+    return int(os.environ.get("GROUP_RANK", 0))
+
+
 # --- several ranks
 
 
@@ -314,8 +333,12 @@ class Watch(threading.Thread):
             return
         self.store, self.beat = step.open_store("watch"), 0
         self.tell()
+        if ranks.first:
+            self.store.set("end", "null")
         ranks.barrier()  # all have told: nobody waits for a key
+        self.heard = time.monotonic()
         self.start()
+        threading.Thread(target=self.guard, daemon=True).start()
 
     def __enter__(self):
         return self
@@ -329,7 +352,7 @@ class Watch(threading.Thread):
 
     def tell(self):
         self.beat += 1
-        self.store.set(str(self.ranks.rank), json.dumps([self.beat, self.ranks.moves[0], socket.gethostname(), os.getpid(), self.where()]))
+        self.store.set(str(self.ranks.rank), json.dumps([self.beat, self.ranks.moves[0], host(), os.getpid(), self.where()]))
 
     def where(self):
         """The step and the line of our own code that the main thread is in, and whether it waits there for other ranks."""
@@ -346,15 +369,26 @@ class Watch(threading.Thread):
         try:
             while not self.over.wait(1.0):
                 self.tell()
-                if self.store.check(["end"]):
-                    self.end(*json.loads(self.store.get("end")))
-                self.look([json.loads(text) for text in self.store.multi_get([str(rank) for rank in range(self.ranks.world)])])
-        except (RuntimeError, dist.DistError) as error:
+                end, *signs = map(json.loads, self.store.multi_get(["end", *map(str, range(self.ranks.world))]))
+                self.heard = time.monotonic()
+                if end:
+                    self.end(*end)
+                self.look(signs)
+        except (RuntimeError, dist.DistError):
             if not self.over.wait(2):
-                self.end(f"rank {self.ranks.rank}: the first rank's host is gone ({str(error).splitlines()[0]})", AGAIN, None, [])
+                self.cut_off("is gone")
+
+    def guard(self):
+        """A store behind a line that is down answers nothing, and its calls never return."""
+        while not self.over.wait(1.0):
+            if time.monotonic() - self.heard > self.timeout:
+                self.cut_off(f"gave no answer for {self.timeout:g} s")
+
+    def cut_off(self, what):
+        self.end(f"rank {self.ranks.rank}: the first rank, or its host, {what}", AGAIN, None, [], self.ranks.rank - local_rank())
 
     def look(self, signs):
-        now, here = time.monotonic(), socket.gethostname()
+        now, here = time.monotonic(), host()
         for rank, sign in enumerate(signs):
             known = self.seen.setdefault(rank, [sign, now, now])
             if known[0][0] != sign[0]:
@@ -379,7 +413,7 @@ class Watch(threading.Thread):
         if self.over.wait(0.2):  # the end of a run looks the same
             return
         text = "; ".join(f"rank {rank} {what} {signs[rank][4]}" for rank in guilty)
-        pids = [signs[rank][3] for rank in guilty if signs[rank][2] == socket.gethostname() and rank != self.ranks.rank]
+        pids = [signs[rank][3] for rank in guilty if signs[rank][2] == host() and rank != self.ranks.rank]
         speaker = min({*range(self.ranks.world)} - {*guilty}, default=0)
         self.end(text, AGAIN, None, pids, speaker)
 

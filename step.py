@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 import checkpoint
 import lora
 import quantize
+from config import UserError
 from data import IGNORED
 from model import Transformer
 
@@ -34,19 +35,28 @@ BETAS = (0.9, 0.95)  # AdamW's
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """Who computes: this process's device and number, and how many there are."""
+    """Who computes: this process's device and number, how many there are, and how many hosts hold the whole model each."""
 
     device: torch.device
     rank: int = 0
     world: int = 1
+    replicas: int = 1
     moves: list = dataclasses.field(default_factory=lambda: [0], compare=False)  # how often this rank got on with its work
 
     def move(self):
         self.moves[0] += 1
 
+    @property
+    def shards(self):
+        """How many ranks share one copy of what is trained."""
+        return self.world // self.replicas
+
     @functools.cached_property
     def mesh(self):
-        return init_device_mesh(self.device.type, (self.world,))  # the default would take a GPU whatever --device says
+        """Sharded in a host, replicated over hosts: between them travels one sum of gradients a step."""
+        dims = {"replicate": self.replicas, "shard": self.shards} if self.replicas > 1 else {"shard": self.world}
+        device = self.device.type  # the default would take a GPU whatever --device says
+        return init_device_mesh(device, tuple(dims.values()), mesh_dim_names=tuple(dims))
 
     @property
     def first(self):
@@ -68,12 +78,12 @@ class Ranks:
         dist.broadcast(tensor, 0)
         return int(tensor)
 
-    def least(self, number):
-        """The smallest of all ranks' ints."""
+    def most(self, number):
+        """The largest of all ranks' ints."""
         if self.world == 1:
             return number
         tensor = torch.tensor([number], device=self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
     def barrier(self):
@@ -82,19 +92,23 @@ class Ranks:
 
 
 def start(device=None):
-    """Join the other ranks when torchrun started us: nccl on CUDA, gloo elsewhere. → Ranks"""
+    """Join the other ranks when torchrun started us: nccl on CUDA, gloo elsewhere. UserError for hosts of unlike size. → Ranks"""
     device = checkpoint.pick_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
         return Ranks(device)
+    world, local = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    if world % local or int(os.environ.get("GROUP_WORLD_SIZE", world // local)) != world // local:
+        raise UserError(f"this host has {local} of {world} ranks", "Start as many on each host: GPUS=… ./fsdp_launch.sh")
     cuda = device.type == "cuda"
     patience = datetime.timedelta(hours=1)  # the other ranks wait while rank 0 downloads
     given = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        given = {"store": open_store("group"), "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        given = {"store": open_store("group"), "rank": int(os.environ["RANK"]), "world_size": world}
     dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=patience, **given)
-    return Ranks(device, dist.get_rank(), dist.get_world_size())
+    replicas = world // local if local > 1 else 1  # with one GPU a host the model is sharded over all
+    return Ranks(device, dist.get_rank(), world, replicas)
 
 
 def open_store(name):
@@ -116,7 +130,7 @@ def build(shape, ranks, folder=None, adapter=None, dtype=torch.bfloat16, recompu
     model = outline(shape, ranks, adapter, dtype, recompute, nf4, pure)
     checkpoint.allocate(model, ranks.device)
     if folder:
-        checkpoint.fill(model, folder)
+        checkpoint.fill(model, folder, ranks)
     elif seed is not None:
         randomise(model, seed)
     if adapter:
@@ -145,7 +159,7 @@ def outline(shape, ranks, adapter, dtype, recompute, nf4, pure, device="meta"):
 
 
 def shard_model(model, ranks, dtype):
-    """FSDP2 full shard, a unit per block: parameters gathered in `dtype`, gradients reduced in fp32."""
+    """FSDP2, a unit per block, as `Ranks.mesh` says: parameters gathered in `dtype`, gradients reduced in fp32."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # cos and sin stay fp32
     blocks = list(model.model.layers)
     for unit in (*blocks, model):
@@ -307,8 +321,10 @@ def gradients(model, batches, ranks, count):
     total = torch.zeros((), device=ranks.device)
     random = random_state(ranks.device)
     try:
-        for batch in batches:
+        for left, batch in zip(range(len(batches) - 1, -1, -1), batches):
             ranks.move()
+            if ranks.replicas > 1:
+                model.set_requires_all_reduce(left == 0)  # hosts exchange their sums once
             loss, _ = model(**batch._asdict())
             (loss * (ranks.world / count)).backward()  # FSDP averages over ranks: times world makes it the sum
             total += loss.detach()

@@ -12,9 +12,11 @@ import sentencepiece
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as Engine
 
-from config import UserError, read_json, write_json
+from config import UserError, read_json, really, write_json
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+PADDING = 512  # embeddings are padded to a multiple of so many rows at most; v1's 32000 tokens are no vocabulary for v3's 32768 rows
+PROBE = "The Quick brown fox,\n>>> don't  jump over 12345 lazy dogs.\n\tПривет, как дела? ½ 漢字 \U0001f986"
 IN_ENGINE = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "sp_model_kwargs", "auto_map", "chat_template")
 
 
@@ -47,6 +49,28 @@ class Tokenizer:
         """Rows that the base's embeddings must have for the tokens it lacked; 0 when it lacked none."""
         return max([*self.added, -1]) + 1
 
+    def check(self, path, rows):
+        """UserError unless this is the tokenizer of the model whose config.json is `path`, and which has `rows` tokens."""
+        said, ids, extra = read_json(path), self.engine.get_vocab(with_added_tokens=True), self.engine.get_added_tokens_decoder()
+        ends = said.get("eos_token_id")
+        ends = [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int and end in ids.values()]
+        wrong = [end for end in ends if end == self.im_start or end not in extra]
+        idle = {*self.special_ids} - {self.bos, self.im_start, self.im_end} | {*self.added}  # a pad token without a row: it is never typed
+        beyond = [(i, t) for t, i in ids.items() if i >= rows and i not in idle]
+        if beyond:
+            why = f"it gives {max(beyond)[1]!r} the id {max(beyond)[0]}, the model has {rows} tokens"
+        elif rows - max(ids.values()) > PADDING:
+            why = f"it has {max(ids.values()) + 1} tokens, the model {rows}"
+        elif self.bos is not None and said.get("bos_token_id") not in (None, self.bos):
+            why = f"a text begins with its id {self.bos}, by config.json with {said['bos_token_id']!r:.60}"
+        elif wrong:
+            why = f"by config.json id {wrong[0]} ends a text, which is its {self.engine.id_to_token(wrong[0])!r}"
+        else:
+            return
+        raise UserError(
+            f"The tokenizer in {self.folder} is not that of {path.parent}: {why}", "Copy the model's own tokenizer files there."
+        )
+
     def encode(self, text):
         """Whole document → (ids, offsets); BOS first where the base's tokenizer adds one; offsets are (begin, end) in characters."""
         encoding = self.engine.encode(text, add_special_tokens=False)
@@ -77,27 +101,48 @@ class Tokenizer:
 
 
 def load(folder):
-    """The tokenizer of a model folder: `tokenizer.json` where there is one, else `tokenizer.model`. UserError when there is neither."""
+    """The tokenizer of a model folder: `tokenizer.json` where there is one, else `tokenizer.model`. UserError when there is neither,
+
+    or it can't be used.
+    """
     folder = Path(folder)
-    config = read_json(folder / "tokenizer_config.json", {})
-    bos = config.get("bos_token")
-    bos = bos["content"] if isinstance(bos, dict) else bos
-    if (folder / "tokenizer.json").exists():
-        try:
-            engine = Engine.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise UserError(
-                f"{folder / 'tokenizer.json'} can't be read: {error}",
-                "Copy it again from the base model.",
-            ) from None
-        return Tokenizer(engine, folder, bos if adds_bos(engine, config, bos) else None)
-    if (folder / "tokenizer.model").exists():
-        engine = from_sentencepiece(folder / "tokenizer.model", read_json(folder / "added_tokens.json", {}))
-        return Tokenizer(engine, folder, (bos or "<s>") if config.get("add_bos_token", True) else None)
-    raise UserError(
-        f"{folder} has no tokenizer.json and no tokenizer.model",
-        "Copy the base model's tokenizer files there.",
-    )
+    path = next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).exists()), None)
+    if not path:
+        raise UserError(
+            f"{folder} has no tokenizer.json and no tokenizer.model",
+            "Copy the base model's tokenizer files there.",
+        )
+    config, added = read_json(folder / "tokenizer_config.json", {}), read_json(folder / "added_tokens.json", {})
+    try:
+        bos = config.get("bos_token")
+        bos = bos["content"] if isinstance(bos, dict) else bos
+        if path.suffix == ".json":
+            engine = Engine.from_file(str(path))
+            begins = adds_bos(engine, config, bos)
+        else:
+            engine, bos = from_sentencepiece(path, added), bos or "<s>"
+            begins = config.get("add_bos_token", True)
+        words = Tokenizer(engine, folder, bos if begins else None)
+        for i, token in config.get("added_tokens_decoder", {}).items():
+            have, said = engine.id_to_token(int(i)), token["content"]
+            if have not in (None, said) and (int(i) not in words.added or said in (IM_START, IM_END)):
+                raise UserError(
+                    f"{path}: id {i} is {have!r}, tokenizer_config.json makes it {said!r:.60}",
+                    "Copy all tokenizer files from one base model.",
+                )
+        ids = words.encode(f"{IM_START}{PROBE}{IM_END}")[0]
+        words.decode(ids)
+        single = ids[words.bos is not None] == words.im_start and ids[-1] == words.im_end
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception, sentencepiece several kinds, and JSON may hold what it shouldn't
+        raise UserError(
+            f"{path} can't be read, with the .json files beside it: {really(path, error)}",
+            "Copy the tokenizer files again from the base model.",
+        ) from None
+    if not single:
+        raise UserError(f"{path} cuts {IM_START} or {IM_END} into several tokens", "Copy the tokenizer files again from the base model.")
+    return words
 
 
 def adds_bos(engine, config, bos):
@@ -114,13 +159,7 @@ def from_sentencepiece(path, added):
     sentencepiece merges, over and over, the adjacent pair whose union has the best score, the leftmost of equals. BPE merges by rank:
     the pairs that make a piece are listed in the order of its score, so that the result is the same. Pieces are unknown to it otherwise.
     """
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"{path} is not a sentencepiece model: {error}",
-            "Copy it again from the base model.",
-        ) from None
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     probe = "Ａ ½  é\u0301 ﬁ"
     if model.normalize(probe).replace("▁", " ").strip() != probe:
         raise UserError(
@@ -139,6 +178,8 @@ def from_sentencepiece(path, added):
     engine = Engine(models.BPE(vocab, merges, unk_token=model.id_to_piece(model.unk_id()), byte_fallback=True, fuse_unk=True))
     engine.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     engine.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    if engine.encode(PROBE).ids != model.encode(PROBE):
+        raise UserError(f"{path} is no BPE model, or it is damaged: converted, it gives other ids", "Use a base with a tokenizer.json.")
     engine.add_special_tokens([special(model.id_to_piece(i)) for i in range(size) if model.is_control(i) or model.is_unknown(i)])
     for spelling, i in sorted(added.items(), key=lambda item: item[1]):
         engine.add_special_tokens([special(spelling)])

@@ -37,7 +37,7 @@ import resume
 import step
 import tokenizer as tokenizers
 from config import UserError, flag
-from model import RECOMPUTE
+from model import RECOMPUTE, Transformer
 
 FEWEST_STEPS = 50  # however little data there is
 EVALUATIONS = 4  # an epoch, at least
@@ -118,24 +118,25 @@ class Config:
 def main():
     began = time.monotonic()
     options = config.parse(Config)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
-    options = dataclasses.replace(
-        options, lora=options.lora or options.qlora, resume=options.resume or restarted, overwrite=options.overwrite and not restarted
-    )
+    options = dataclasses.replace(options, lora=options.lora or options.qlora)
     if options.download_only:
         print(f"{options.model} is in {checkpoint.resolve(options.model)}")
         return
-    folder, shape, ranks, words, save = prepare(options)
+    look_at_flags(options)
+    ranks = step.start(options.device)
+    if ranks.most(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))):  # torchrun starts us again
+        options = dataclasses.replace(options, resume=True, overwrite=False)
+    folder, base, shape, words, save = prepare(options, ranks)
     train_rows, val_rows = in_turn(ranks, lambda: [rows_of(options, part, words) for part in ("train", "val")])
     plan = schedule(len(train_rows), options)
     dtype = {"auto": checkpoint.compute_dtype(ranks.device), "bf16": torch.bfloat16, "fp32": torch.float32}[
         "bf16" if options.pure_bf16 else options.dtype
     ]
     say = tqdm.write if ranks.first else lambda text: None
-    note = known(save, options, ranks, train_rows) if save else None
+    note = known(save, options, ranks, train_rows, base) if save else None
     say(describe(options, shape, ranks, dtype, train_rows, val_rows, plan))
 
-    torch.manual_seed(options.seed + ranks.rank)  # dropout
+    torch.manual_seed(options.seed + ranks.rank % ranks.shards)  # dropout; and rounding, which must be the same in all copies of a shard
     ways = {"adapter": adapter(options, words), "dtype": dtype, "nf4": options.qlora, "pure": options.pure_bf16}
     ways["recompute"] = recompute(options, shape, ranks, plan, ways)
     filled = save and not options.lora  # by the save: every weight is in it
@@ -144,13 +145,14 @@ def main():
         model.compile_blocks()
     optimizer = step.make_optimizer(model, 0.0, options.weight_decay, options.pure_bf16)
     peak = ranks.world * step.measured_peak(ranks.device, dtype)
-    record = Record(options, plan, folder, words, model, ranks, dtype, note, digest(train_rows))
+    if save:
+        resume.restore(model, optimizer, save, ranks)  # before Record: a save that is refused has changed nothing
+    record = Record(options, plan, folder, words, model, ranks, dtype, note, {"data": digest(train_rows), "fingerprint": base})
     limit = began + 60 * options.max_minutes if options.max_minutes is not None else None
     keeper = resume.Keeper(record.out / "resume", model, optimizer, ranks, options.keep, options.save_every, options.save_minutes, limit)
     keeper.check_room(sum(p.numel() * 4 for p in lora.trained(model).values()) if options.lora else 2 * shape.num_parameters)
     done = 0
     if save:
-        resume.restore(model, optimizer, save, ranks)
         done = resume.step_of(save)
         say(f"going on after step {done}, from {save}")
     asked = contexts(options)
@@ -250,11 +252,8 @@ def fewer(size, options, ranks, watch, say):
 # --- before the weights load
 
 
-def prepare(options):
-    """Everything a person may have to mend, checked before time is spent.
-
-    → (base folder, ModelConfig, Ranks, Tokenizer, the save to go on from or None)
-    """
+def look_at_flags(options):
+    """UserError for what can't be, or not together."""
     for part in ("train", "val"):
         if not (Path(options.data) / f"{part}.jsonl").is_file():
             raise UserError(
@@ -280,7 +279,13 @@ def prepare(options):
     if options.resume and options.overwrite:
         raise UserError("--resume goes on with what --out holds, --overwrite replaces it", "Leave one of them out.")
     config.keep_apart(options.out, options.model, options.data)
-    ranks = step.start(options.device)
+
+
+def prepare(options, ranks):
+    """What else a person may have to mend, checked before time is spent.
+
+    → (base folder, its weights' fingerprint, ModelConfig, Tokenizer, the save to go on from or None)
+    """
     in_turn(ranks, lambda: look_at_out(options, ranks))
     save = last_save(options, ranks)
     local = Path(options.model).is_dir()
@@ -295,15 +300,17 @@ def prepare(options):
             f"{folder} is an adapter, not a base",
             f"Merge it first: python lora.py merge {folder} clone/",
         )
-    shape, words = checkpoint.read_config(folder), tokenizers.load(folder)
-    if not options.from_scratch:
-        checkpoint.open_files(folder)
+    words = tokenizers.load(folder)
+    shape = checkpoint.fitted(folder, words)
+    with torch.device("meta"):
+        outline = Transformer(shape)
+    base = None if options.from_scratch else checkpoint.fingerprint(checkpoint.find(outline, folder))
     uneven = [n for n in (shape.hidden_size, shape.intermediate_size, shape.num_attention_heads * shape.head_dim) if n % quantize.BLOCK]
     if options.qlora and uneven:
         raise UserError(f"--qlora keeps weights in blocks of {quantize.BLOCK}; {folder} has layers {uneven[0]} wide", "Take --lora.")
     if options.seq_len > shape.max_position_embeddings:
         raise UserError(f"--seq-len {options.seq_len}: {folder} was made for {shape.max_position_embeddings} tokens", "Take shorter rows.")
-    return folder, checkpoint.with_vocabulary(shape, words.rows_needed), ranks, words, save
+    return folder, base, shape, words, save
 
 
 def last_save(options, ranks):
@@ -316,7 +323,7 @@ def last_save(options, ranks):
             print(f"{out} is finished: nothing is left to do. Talk to it: python chat.py {out}")
         sys.exit()
     kept = resume.saves(out / "resume")
-    newest = ranks.least(resume.step_of(kept[-1]) if kept else -1)  # hosts with disks of their own may differ by one save
+    newest = -ranks.most(-resume.step_of(kept[-1]) if kept else 1)  # hosts with disks of their own may differ by one save
     if newest >= 0:
         return out / "resume" / f"step-{newest:08}"
     if ranks.first:
@@ -336,16 +343,21 @@ def look_at_out(options, ranks):
     config.check_folder(out, options.overwrite or options.resume and "config" in run or not ranks.first)
 
 
-def known(save, options, ranks, rows):
+def known(save, options, ranks, rows, base):
     """What the save tells of the run. UserError when this is another run."""
-    note = resume.read(save, ranks.rank)
+    note = resume.note_of(save, ranks.rank)
     for name, value in dataclasses.asdict(options).items():
-        if name not in FREE and note["config"][name] != value:
+        if name not in FREE and note["config"].get(name) != value:
             flag_ = f"--{name.replace('_', '-')}"
             raise UserError(
-                f"{flag_} is {value} now, and was {note['config'][name]} when the run in {options.out} began",
+                f"{flag_} is {value} now, and was {note['config'].get(name)} when the run in {options.out} began",
                 "Give the same flags as then, or begin anew with --overwrite.",
             )
+    if options.lora and note["fingerprint"] != base:
+        raise UserError(
+            f"{options.model} holds other weights than when the run in {options.out} began",
+            "Bring the old ones back, or begin anew with --overwrite.",
+        )
     if note["data"] != digest(rows):
         raise UserError(
             f"{options.data} isn't what the run in {options.out} was trained on",
@@ -392,7 +404,7 @@ def recompute(options, shape, ranks, plan, ways):
     if ranks.first:
         free = torch.cuda.mem_get_info(ranks.device)[0] - RESERVE
         times = min(2, math.ceil(plan.batch / ranks.world / options.micro_batch))
-        ask = functools.partial(step.predict, shape, options.micro_batch, options.seq_len, times, ranks.world, **ways)
+        ask = functools.partial(step.predict, shape, options.micro_batch, options.seq_len, times, ranks.shards, **ways)
         with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:  # own process groups
             needs = {kind: pool.submit(ask, recompute=kind) for kind in RECOMPUTE}
             best = next((kind for kind, need in needs.items() if need.result() < free), best)
@@ -542,14 +554,14 @@ class Point:
 class Record:
     """The run's folder: metrics line by line, the best weights, `run.json`. Rank 0 writes; all know `before` and `best`.
 
-    `note`: what a save told of the run that goes on.
+    `note`: what a save told of the run that goes on. `made_of`: what tells its data and its base from others.
     """
 
-    def __init__(self, options, plan, folder, words, model, ranks, dtype, note, data):
+    def __init__(self, options, plan, folder, words, model, ranks, dtype, note, made_of):
         self.options, self.folder, self.words, self.model, self.ranks = options, folder, words, model, ranks
         self.out, self.began, self.before, self.best, self.last = Path(options.out), time.time(), None, None, None
         self.since_best = self.graphs = self.compiled_at = self.skipped = 0
-        self.data = data
+        self.made_of = made_of
         if note:
             points = {name: Point(*note[name]) for name in ("before", "best", "last") if note[name]}
             self.before, self.last = points["before"], points["last"]
@@ -572,6 +584,7 @@ class Record:
             "config": dataclasses.asdict(options),
             "plan": {**dataclasses.asdict(plan), "evaluate_at": sorted(plan.evaluate_at), "recompute": model.recompute},
             "base": str(folder),
+            "fingerprint": made_of["fingerprint"],
             "commit": commit(),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{ranks.device.type} ({platform.machine()})",
@@ -597,7 +610,7 @@ class Record:
         """The run so far, for a save."""
         points = {name: point and dataclasses.astuple(point) for name, point in vars(self).items() if name in ("before", "best", "last")}
         counts = {"since_best": self.since_best, "skipped": self.skipped, "seconds": time.time() - self.began}
-        return {**points, **counts, "config": dataclasses.asdict(self.options), "data": self.data}
+        return {**points, **counts, "config": dataclasses.asdict(self.options), **self.made_of}
 
     def write(self, line):
         if self.ranks.first:

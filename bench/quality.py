@@ -53,7 +53,7 @@ def main():
         held_out = data.rows(folder / "val.jsonl", words, 1024)
 
         def measure(path):
-            return step.evaluate(checkpoint.load_model(str(path), torch.float32, vocabulary=words.rows_needed), held_out, ranks, 2)
+            return step.evaluate(checkpoint.load_model(str(path), torch.float32, words=words), held_out, ranks, 2)
 
         results, seconds = {"base": measure(options.base)}, {"base": 0.0}
         report("base", results, seconds)

@@ -282,7 +282,7 @@ def test_loss_is_exact_in_float32_whatever_the_head_computes_in(tokens):
     head = torch.nn.Linear(16, 300, bias=False, dtype=torch.bfloat16)
     hidden = (torch.randn(tokens, 16, dtype=torch.bfloat16) * 4).requires_grad_()
     labels = torch.randint(0, 300, (tokens,))
-    losses = HeadLoss.apply(head, hidden, labels, 1000, head.weight)
+    losses = HeadLoss.apply(head, hidden, labels, (1000, 16), head.weight)
     expected = F.cross_entropy(head(hidden).float(), labels, reduction="none")
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, expected, atol=1e-6, rtol=1e-6)

@@ -208,12 +208,13 @@ def test_damaged_saves_are_named_with_the_way_out(base, chats, tmp_path):
     kill(process)
     before, last = resume.saves(out / "resume")[-2:]
     file = last / "rank-00000.safetensors"
-    whole = file.read_bytes()
+    whole, metrics = file.read_bytes(), (out / "metrics.jsonl").read_bytes()
     file.write_bytes(whole[:-100])
     assert f"Delete {last}" in run(out, base, chats, *KINDS["lora"], "--resume", code=2)
     tensors = load_file(before / "rank-00000.safetensors")
     save_file({name: tensor for name, tensor in tensors.items() if "lora_A" in name}, file)
-    assert f"{last}: rows of" in run(out, base, chats, *KINDS["lora"], "--resume", code=2)
+    assert "not of one save" in run(out, base, chats, *KINDS["lora"], "--resume", code=2)
+    assert (out / "metrics.jsonl").read_bytes() == metrics
     shutil.rmtree(last)
     assert f"going on after step {resume.step_of(before)}" in run(out, base, chats, *KINDS["lora"], "--resume")
 
@@ -419,8 +420,9 @@ def test_max_minutes_ends_before_the_time_is_over(base, chats, tmp_path):
     out, steps = tmp_path / "ckpt", []
     for more in ((), ("--resume",)):
         began = time.time()
-        heard = run(out, base, chats, *KINDS["lora"], "--max-minutes", 0.1, "--max-steps", 400, *more)
-        assert "--max-minutes 0.1: stopped after step" in heard and time.time() - began < 8
+        heard = run(out, base, chats, *KINDS["lora"], "--max-minutes", 0.1, "--max-steps", 9999, *more)
+        assert "--max-minutes 0.1: stopped after step" in heard
+        assert time.time() - began < 30  # six seconds, and Python's start and end on a busy machine
         steps.append(curve(out)[-1]["step"])
         assert saved(out, steps[-1])()
     assert 0 < steps[0] < steps[1]
