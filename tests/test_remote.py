@@ -19,9 +19,7 @@ from conftest import ROOT, refused
 import checkpoint
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-TOOLS = (
-    "bash sh cat sed grep flock date mkdir mv rm cp ls cmp sort tee sleep id setsid nohup tail timeout true tar gzip cksum dirname wc".split()
-)
+TOOLS = "bash sh cat sed grep flock date mkdir mv rm cp ls cmp sort tee sleep id setsid nohup tail timeout true tar gzip cksum dirname wc".split()
 QUICK = ("--seq-len", 160, "--device", "cpu", "--dtype", "fp32", "--samples", 0, "--micro-batch", 4)
 needs_sshd = pytest.mark.skipif(SSHD is None or shutil.which("ssh") is None, reason="there is no sshd to be the box (openssh-server)")
 
