@@ -23,4 +23,4 @@ if [ "$nodes" -gt 1 ]; then
     where=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$first:${MASTER_PORT:-29500}" --rdzv-id "${SLURM_JOB_ID:-doppelganger}"
         --rdzv-conf "is_host=$([ "$node" -eq 0 ] && echo 1 || echo 0)" --local-addr "$name")
 fi
-exec torchrun "${where[@]}" --nproc_per_node "$gpus" --max-restarts "${RESTARTS:-3}" train.py "$@"
+exec python -m torch.distributed.run "${where[@]}" --nproc_per_node "$gpus" --max-restarts "${RESTARTS:-3}" train.py "$@"

@@ -39,7 +39,7 @@ def test_every_flag_it_names_exists():
             assert set(re.findall(r"--[a-z-]+", line)) <= offered | {"--lora"}, line
 
 
-@pytest.mark.parametrize("path", sorted(p.name for p in ROOT.glob("*.py")) + ["exports/", "fsdp_launch.sh"])
+@pytest.mark.parametrize("path", sorted(p.name for p in ROOT.glob("*.py")) + ["exports/", "fsdp_launch.sh", "remote.sh"])
 def test_the_table_of_files_names_each_with_its_lines(path):
     (row,) = re.findall(rf"^\| `{re.escape(path)}` \| (\d+) \|", README, re.M)
     files = sorted((ROOT / path).glob("*.py")) if path.endswith("/") else [ROOT / path]
