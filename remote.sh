@@ -26,9 +26,9 @@ make_room() { # for a run, if it can be here
   python3 -c 'import sys; assert sys.version_info >= (3, 11)' || fail "The box has no Python 3.11 or newer" "Rent one with a newer image."
   [ ! -e ckpt ] || mv ckpt "ckpt-before-$(date +%s)" # another run's: it may not have come home yet
 }
-wheel() { # of torch's, the one for the driver
+wheel() { # of torch's, those for the driver, the best first: not every torch has each
   case $(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA[A-Z ]* Version *: *\([0-9.]*\).*/\1/p') in
-    '') echo cpu ;; 12.[0-7]) echo cu126 ;; 12.*) echo cu128 ;; 1[3-9].*) echo cu130 ;;
+    '') echo cpu ;; 12.[0-7]) echo cu126 ;; 12.*) echo cu128 cu126 ;; 1[3-9].*) echo cu130 cu128 cu126 ;;
     *) fail "The box's NVIDIA driver is too old: it knows no CUDA 12" "Rent one with CUDA 12.6 or newer." ;;
   esac
 }
@@ -54,11 +54,14 @@ prepare() { # .venv: over the image's own torch where that works, else with the 
     python3 -m venv --system-site-packages .venv
     echo "$torch" >"$(echo .venv/lib/python3*/site-packages)/image.pth" # python3 may itself be a venv's
   else
-    torch=$(grep '^torch==' requirements.txt)+$(wheel)
-    say "installing $torch"
+    torch=$(grep '^torch==' requirements.txt)
     python3 -m venv .venv
-    .venv/bin/python -m pip install -q "$torch" --index-url "https://download.pytorch.org/whl/$(wheel)" || :
-    works .venv/bin/python || fail "$torch doesn't compute there" "Rent a box with a newer driver, or an image with a torch for its card."
+    for cuda in $(wheel); do
+      say "installing $torch+$cuda"
+      .venv/bin/python -m pip install -q "$torch+$cuda" --index-url "https://download.pytorch.org/whl/$cuda" || continue
+      ! works .venv/bin/python >/dev/null || break
+    done
+    works .venv/bin/python >/dev/null || fail "$torch doesn't compute there" "Rent a box with a newer driver, or an image with a torch for its card."
   fi
   grep -v '^torch==' requirements.txt | .venv/bin/python -m pip install -q -r /dev/stdin
   cp requirements.txt .venv/for
@@ -106,7 +109,10 @@ case $key in *" --lora "* | *" --qlora "*) lora=yes ;; esac
 mine=$([ "$(cat "$out/.remote" 2>/dev/null)" != "$key" ] || echo yes)
 [ -f "$data/train.jsonl" ] || fail "$data/train.jsonl is missing: there is nothing to train on" "Make it: python data.py result.json"
 [ -n "$mine" ] || [ -z "$(ls -A "$out" 2>/dev/null)" ] || fail "$out already holds something" "Name another with --out, or move that away."
-! grep -qs '"result"' "$out/run.json" || fail "$out is finished: nothing is left to do" "Talk to it: python chat.py $out"
+if grep -qs '"result"' "$out/run.json"; then
+  say "$out is finished: nothing is left to do here, but a box that still runs bills. Talk to it: python chat.py $out"
+  exit
+fi
 
 # --- the ways to the box
 here=$(cd "$(dirname "$0")" && pwd) folder=${BOX_FOLDER:-doppelganger} in=$out/.incoming
