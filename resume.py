@@ -7,6 +7,7 @@ A save is written beside (`step-….new`) and renamed when every rank has writte
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -302,7 +303,10 @@ class Keeper:
         self.fresh = False
         if local_rank() == 0 and self.keep:
             for old in saves(self.folder)[: -self.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+                half = old.with_name(old.name + ".new")  # first the name: half a save must have none
+                with contextlib.suppress(OSError):  # on a disk that hosts share, another one was first
+                    old.rename(half)
+                shutil.rmtree(half, ignore_errors=True)
 
 
 def local_rank():
