@@ -18,7 +18,8 @@ MAY = {
     "lora": {"config", "model", "checkpoint", "tokenizer"},  # the last two inside main
     "checkpoint": {"config", "model", "lora", "quantize"},
     "generate": {"model", "data"},
-    "step": {"checkpoint", "lora", "model", "data", "quantize"},
+    "step": {"config", "checkpoint", "lora", "model", "data", "quantize"},
+    "plan": {"config", "checkpoint", "data", "model", "step", "tokenizer"},
     "resume": {"config", "checkpoint", "step"},
     "train": {"config", "data", "step", "resume", "generate", "checkpoint", "lora", "model", "quantize", "tokenizer"},
     "chat": {"config", "data", "generate", "checkpoint", "tokenizer"},
