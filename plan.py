@@ -403,6 +403,16 @@ def at_peak(flops):
     return dataclasses.replace(CPU, peak=flops / 1e12, bandwidth=CPU.bandwidth * flops / 400e9)
 
 
+def here(device, dtype):
+    """→ (this machine's device as a Card, bytes of it that a model may fill)"""
+    if device.type == "cuda":
+        return card_of(torch.cuda.get_device_name(device)), torch.cuda.mem_get_info(device)[0] - step.RESERVE
+    card = on_this_cpu(dtype)
+    if device.type == "mps":
+        return dataclasses.replace(card, name="MPS", basis="assumed"), torch.mps.recommended_max_memory() - step.RESERVE
+    return card, available() - step.RESERVE
+
+
 def resident(needs):
     """A CPU process's peak resident memory for {kind: bytes} that live in it: libraries, and what the C library doesn't give back."""
     fixed = sum(needs.get(kind, 0) for kind in ("weights", "gradients", "optimizer"))
@@ -578,6 +588,31 @@ def chat_needs(shape, size):
     """What talking to a model takes, with a memory of `size` tokens. → {dtype's name: bytes}"""
     cache = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * size
     return {name: width * (shape.num_parameters + cache) for name, width in (("bf16", 2), ("fp32", 4))}
+
+
+def chat_dtype(folder, base, size, device, asked=None):
+    """What to hold a chat model's weights in: as `asked`, else what is usual on `device`, or bf16 where only that fits.
+
+    UserError where none does. A folder that can't be read is left to whoever loads it.
+    """
+    usual = asked or ("bf16" if checkpoint.compute_dtype(device) == torch.bfloat16 else "fp32")
+    try:
+        if checkpoint.is_adapter(folder):
+            base = base or config.read_json(folder / "adapter_config.json").get("base_model_name_or_path") or ""
+            folder = Path(base) if Path(base).is_dir() else checkpoint.cached(base)
+        shape = folder and checkpoint.read_config(folder)
+    except UserError:
+        shape = None
+    if not shape:
+        return usual
+    free = {"cuda": lambda: torch.cuda.mem_get_info(device)[0], "mps": lambda: torch.mps.recommended_max_memory()}
+    free = free.get(device.type, available)()
+    needs = chat_needs(shape, min(size, shape.max_position_embeddings))
+    if needs[usual] <= free or not asked and needs["bf16"] <= free:
+        return usual if needs[usual] <= free else "bf16"
+    said = ", ".join(f"{need / GIB:.1f} GiB in {name}" for name, need in needs.items())
+    way_out = "Say --weights bf16." if needs["bf16"] <= free else "Close what uses it, say --context less, or take a smaller base."
+    raise UserError(f"the model needs {said}; {device.type} has {free / GIB:.1f} GiB free", way_out)
 
 
 if __name__ == "__main__":
