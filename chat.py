@@ -10,6 +10,7 @@ import checkpoint
 import config
 import data
 import generate
+import plan
 import tokenizer as tokenizers
 from config import UserError, flag
 
@@ -51,7 +52,8 @@ def main():
         raise UserError("-p is empty", "Say something, or leave it out to talk.")
     me, you = who(folder, options)
     device = checkpoint.pick_device(options.device)
-    dtype = {None: checkpoint.compute_dtype(device), "bf16": torch.bfloat16, "fp32": torch.float32}[options.weights]
+    weights = plan.chat_dtype(folder, options.model, options.context, device, options.weights)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[weights]
     words = tokenizers.load(folder)
     model = checkpoint.load_model(str(folder), dtype, device, options.model, words)
     size = min(options.context, model.config.max_position_embeddings)

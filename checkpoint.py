@@ -3,6 +3,7 @@
 Written beside, then renamed. Loaded strictly: what the model needs and what the files hold must be the same names and shapes.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -83,9 +84,9 @@ def resolve(model):
     return download(model)
 
 
-def download(repo):
-    """Bring config, tokenizer and the indexed safetensors of a hub id into the hub's cache, resuming what is there; → the folder."""
-    from huggingface_hub import HfApi, constants, snapshot_download
+@contextlib.contextmanager
+def hub(repo):
+    """The hub's own errors → UserError with the way out."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -96,27 +97,7 @@ def download(repo):
     )
 
     try:
-        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=["config.json"]))
-        if (folder / "config.json").exists() and all((folder / name).exists() for name in weight_files(folder)):
-            return folder
-    except (LocalEntryNotFoundError, UserError):
-        pass
-    try:
-        info = HfApi().model_info(repo, files_metadata=True)
-        sizes = {f.rfilename: f.size or 0 for f in info.siblings}
-        small = [n for n in (*TOKENIZER_FILES, "config.json", "generation_config.json", "model.safetensors.index.json") if n in sizes]
-        folder = Path(snapshot_download(repo, allow_patterns=small))
-        weights = weight_files(folder, single="model.safetensors" in sizes)
-        need = sum(sizes.get(n, 0) for n in weights)
-        cache = Path(constants.HF_HUB_CACHE)
-        have = sum(f.stat().st_size for f in (cache / f"models--{repo.replace('/', '--')}" / "blobs").glob("*"))
-        free = shutil.disk_usage(cache).free
-        if need - have > free:
-            raise UserError(
-                f"{repo} needs {need / 1e9:.1f} GB, {cache} has {free / 1e9:.1f} GB free",
-                "Make room, or set HF_HOME to a larger disk.",
-            )
-        return Path(snapshot_download(repo, allow_patterns=small + weights))
+        yield
     except GatedRepoError:
         raise UserError(
             f"{repo} wants an account that accepted its terms: accept them on https://huggingface.co/{repo}, then run `hf auth login`.",
@@ -138,6 +119,68 @@ def download(repo):
             f"{repo} is not on this machine and the hub can't be reached ({type(error).__name__}).",
             "Download it where there is a network (train.py --download-only), or give a folder: --model FOLDER",
         ) from None
+
+
+def cached(repo):
+    """The folder of a hub id whose files were all downloaded before, or None."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=["config.json"]))
+        if (folder / "config.json").exists() and all((folder / name).exists() for name in weight_files(folder)):
+            return folder
+    except (LocalEntryNotFoundError, HFValidationError, UserError):
+        pass
+    return None
+
+
+def fetch_config(model):
+    """A hub id's config.json, and nothing else. → its folder"""
+    if Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1:
+        raise UserError(f"{model}: there is no such folder", f"Give a model folder, or a hub id such as {NO_ACCOUNT}.")
+    from huggingface_hub import hf_hub_download
+
+    with hub(model):
+        return Path(hf_hub_download(model, "config.json")).parent
+
+
+def ask_hub(repo):
+    """Whether this account may have a hub id's files, without downloading them. → what to say; UserError when it may not"""
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+
+    with hub(repo):
+        files = {f.rfilename: f.size or 0 for f in HfApi().model_info(repo, files_metadata=True).siblings}
+        weights = [name for name in files if name.endswith(".safetensors") and not name.startswith("consolidated")]
+        for name in ("config.json", *weights):
+            get_hf_file_metadata(hf_hub_url(repo, name))  # refused here where a download would be
+    if not weights:
+        raise UserError(f"{repo} has no safetensors on the hub", f"A base that has: --model {NO_ACCOUNT}")
+    return f"{repo} can be had: {len(weights)} files of weights, {sum(files[name] for name in weights) / 1e9:.1f} GB"
+
+
+def download(repo):
+    """Bring config, tokenizer and the indexed safetensors of a hub id into the hub's cache, resuming what is there; → the folder."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    if folder := cached(repo):
+        return folder
+    with hub(repo):
+        info = HfApi().model_info(repo, files_metadata=True)
+        sizes = {f.rfilename: f.size or 0 for f in info.siblings}
+        small = [n for n in (*TOKENIZER_FILES, "config.json", "generation_config.json", "model.safetensors.index.json") if n in sizes]
+        folder = Path(snapshot_download(repo, allow_patterns=small))
+        weights = weight_files(folder, single="model.safetensors" in sizes)
+        need = sum(sizes.get(n, 0) for n in weights)
+        cache = Path(constants.HF_HUB_CACHE)
+        have = sum(f.stat().st_size for f in (cache / f"models--{repo.replace('/', '--')}" / "blobs").glob("*"))
+        free = shutil.disk_usage(cache).free
+        if need - have > free:
+            raise UserError(
+                f"{repo} needs {need / 1e9:.1f} GB, {cache} has {free / 1e9:.1f} GB free",
+                "Make room, or set HF_HOME to a larger disk.",
+            )
+        return Path(snapshot_download(repo, allow_patterns=small + weights))
 
 
 def weight_files(folder, single=None):

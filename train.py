@@ -9,7 +9,6 @@ What the best evaluation saw is what `ckpt/` ends as; whatever came after it was
 
 import concurrent.futures
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -32,6 +31,7 @@ import config
 import data
 import generate
 import lora
+import plan as planning
 import quantize
 import resume
 import step
@@ -65,7 +65,6 @@ FREE |= {
     "skip_nonfinite",
     "timeout",
 }  # flags that a resumed run may have changed; data is compared by itself
-RESERVE = 2 << 30  # bytes of a GPU that predictions don't know of: kernels' workspaces, and what the allocator can't use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +89,9 @@ class Config:
     max_steps: int | None = flag(None, "exactly so many steps, in place of --epochs and --patience")
     patience: int = flag(3, "stop after so many evaluations without a better one")
     batch: int = flag(8, "rows a step, over all ranks")
-    micro_batch: int = flag(2, "rows at a time on one rank: less memory, the same result")
+    micro_batch: str = flag(
+        "auto", "rows at a time on one rank, the result is the same (auto: what fits and is the fastest, by prediction)"
+    )
     seq_len: int = flag(1024, "tokens a row")
     lr: float | None = flag(None, "peak learning rate (default: 2e-4 with --lora, else 2e-5)")
     warmup: float = flag(0.03, "share of the steps in which the rate climbs")
@@ -118,7 +119,7 @@ class Config:
 def main():
     began = time.monotonic()
     options = config.parse(Config)
-    options = dataclasses.replace(options, lora=options.lora or options.qlora)
+    options = dataclasses.replace(options, lora=options.lora or options.qlora, micro_batch=rows_at_a_time(options.micro_batch))
     if options.download_only:
         print(f"{options.model} is in {checkpoint.resolve(options.model)}")
         return
@@ -134,11 +135,13 @@ def main():
     ]
     say = tqdm.write if ranks.first else lambda text: None
     note = known(save, options, ranks, train_rows, base) if save else None
+    if note and options.micro_batch is None and note["world"] == ranks.world:
+        options = dataclasses.replace(options, micro_batch=note["config"]["micro_batch"])  # as it was: sums in the same order
     say(describe(options, shape, ranks, dtype, train_rows, val_rows, plan))
 
     torch.manual_seed(options.seed + ranks.rank % ranks.shards)  # dropout; and rounding, which must be the same in all copies of a shard
     ways = {"adapter": adapter(options, words), "dtype": dtype, "nf4": options.qlora, "pure": options.pure_bf16}
-    ways["recompute"] = recompute(options, shape, ranks, plan, ways)
+    options, ways["recompute"], prediction = fit(options, shape, ranks, plan, ways, train_rows, say)
     filled = save and not options.lora  # by the save: every weight is in it
     model = step.build(shape, ranks, None if options.from_scratch or filled else folder, seed=None if filled else options.seed, **ways)
     if ranks.device.type == "cuda" and not options.no_compile:
@@ -147,7 +150,7 @@ def main():
     peak = ranks.world * step.measured_peak(ranks.device, dtype)
     if save:
         resume.restore(model, optimizer, save, ranks)  # before Record: a save that is refused has changed nothing
-    record = Record(options, plan, folder, words, model, ranks, dtype, note, {"data": digest(train_rows), "fingerprint": base})
+    record = Record(options, plan, folder, words, model, ranks, dtype, note, {"data": digest(train_rows), "fingerprint": base}, prediction)
     limit = began + 60 * options.max_minutes if options.max_minutes is not None else None
     keeper = resume.Keeper(record.out / "resume", model, optimizer, ranks, options.keep, options.save_every, options.save_minutes, limit)
     keeper.check_room(sum(p.numel() * 4 for p in lora.trained(model).values()) if options.lora else 2 * shape.num_parameters)
@@ -250,6 +253,16 @@ def fewer(size, options, ranks, watch, say):
 
 
 # --- before the weights load
+
+
+def rows_at_a_time(text):
+    """--micro-batch → an int, or None for auto."""
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"--micro-batch {text}: a number of rows, or auto, is needed", "Leave --micro-batch out for the default.") from None
 
 
 def look_at_flags(options):
@@ -394,21 +407,44 @@ def adapter(options, words):
     return {**sizes, "targets": targets, "rows": words.added}
 
 
-def recompute(options, shape, ranks, plan, ways):
-    """What the backward pass makes anew: as asked, or as little as the GPU's free memory allows, by prediction."""
-    if options.recompute != "auto":
-        return options.recompute
-    if ranks.device.type != "cuda":
-        return "full" if shape.num_parameters > BIG else "none"
-    best = "full"
+def fit(options, shape, ranks, plan, ways, rows, say):
+    """Rows at a time and what is recomputed: as asked, else what is the fastest of what fits, by prediction.
+
+    → (options with the rows, what is recomputed, {"gib", "tok_per_s"} as predicted)
+    """
+    prediction, cuda = {}, ranks.device.type == "cuda"
+    size, way = options.micro_batch or 0, 0
     if ranks.first:
-        free = torch.cuda.mem_get_info(ranks.device)[0] - RESERVE
-        times = min(2, math.ceil(plan.batch / ranks.world / options.micro_batch))
-        ask = functools.partial(step.predict, shape, options.micro_batch, options.seq_len, times, ranks.shards, **ways)
-        with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:  # own process groups
-            needs = {kind: pool.submit(ask, recompute=kind) for kind in RECOMPUTE}
-            best = next((kind for kind, need in needs.items() if need.result() < free), best)
-    return RECOMPUTE[ranks.share(RECOMPUTE.index(best))]
+        tokens, labelled, _ = step.sizes(rows)
+        work = planning.Work(
+            shape,
+            ways,
+            math.ceil(plan.batch / ranks.world),
+            options.seq_len,
+            ranks.shards,
+            labelled / tokens,
+            tokens / sum(len(row.doc_lengths) for row in rows),
+            cuda and not options.no_compile,
+            ranks.device.type == "cpu",
+            data.filled(rows, options.seq_len),
+        )
+        card, free = planning.here(ranks.device, ways["dtype"])
+        sizes = [options.micro_batch] if options.micro_batch else None if cuda else [1, 2][: work.rows]
+        least = RECOMPUTE if cuda else ("full",) if shape.num_parameters > BIG else ("none",)
+        kinds = least if options.recompute == "auto" else (options.recompute,)
+        if ranks.world == 1:
+            choice = planning.choose(work, card, free, sizes, kinds)
+        else:  # predicting for several ranks takes process groups of its own
+            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                choice = pool.submit(planning.choose, work, card, free, sizes, kinds).result()
+        size, way = choice.rows, RECOMPUTE.index(choice.way)
+        needs = planning.resident(choice.needs) if work.cpu else choice.bytes
+        prediction = {"gib": needs / 2**30, "tok_per_s": plan.batch * options.seq_len * work.filled / choice.seconds}
+        say(
+            f"{size} {'row' if size == 1 else 'rows'} at a time, recompute {choice.way}: {needs / 2**30:.2f} GiB predicted, "
+            f"{'of' if choice.fits else 'MORE than'} {free / 2**30:.1f} to use; {prediction['tok_per_s']:,.0f} tok/s"
+        )
+    return dataclasses.replace(options, micro_batch=ranks.share(size)), RECOMPUTE[ranks.share(way)], prediction
 
 
 def in_turn(ranks, work):
@@ -554,10 +590,11 @@ class Point:
 class Record:
     """The run's folder: metrics line by line, the best weights, `run.json`. Rank 0 writes; all know `before` and `best`.
 
-    `note`: what a save told of the run that goes on. `made_of`: what tells its data and its base from others.
+    `note`: what a save told of the run that goes on. `made_of`: what tells its data and its base from others. `prediction`: `fit`'s.
     """
 
-    def __init__(self, options, plan, folder, words, model, ranks, dtype, note, made_of):
+    def __init__(self, options, plan, folder, words, model, ranks, dtype, note, made_of, prediction):
+        self.prediction, self.speeds, self.peak = prediction, [], 0.0
         self.options, self.folder, self.words, self.model, self.ranks = options, folder, words, model, ranks
         self.out, self.began, self.before, self.best, self.last = Path(options.out), time.time(), None, None, None
         self.since_best = self.graphs = self.compiled_at = self.skipped = 0
@@ -590,6 +627,7 @@ class Record:
             "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{ranks.device.type} ({platform.machine()})",
             "world": ranks.world,
             "compiled": model.compiled,
+            "prediction": prediction,
             "dtype": short(dtype),
             **({"resumed": resumed} if resumed else {}),
         }
@@ -616,6 +654,9 @@ class Record:
         if self.ranks.first:
             self.metrics.write(json.dumps(line) + "\n")
             self.metrics.flush()
+            if "tok_per_s" in line:
+                self.speeds.append(line["tok_per_s"])
+                self.peak = max(self.peak, line["peak_gib"])
 
     def count_graphs(self, number):
         if self.graphs != step.compiled_graphs():
@@ -687,10 +728,16 @@ class Record:
                 "steps": last.step,
                 "seconds": round(time.time() - self.began, 1),
             }
-            config.write_json(self.out / "run.json", self.run | {"result": result})
+            if self.speeds:
+                usual = float(np.median(self.speeds[2:] or self.speeds))  # the first ones compile
+                self.prediction |= {"measured_gib": self.peak, "measured_tok_per_s": usual}
+            config.write_json(self.out / "run.json", self.run | {"prediction": self.prediction, "result": result})
             draw(self.out)
         text = f"best at epoch {best.epoch:.1f}: {before.loss:.2f} → {best.loss:.2f} nats a target"
         text += f", {before.bits:.3f} → {best.bits:.3f} bits per character"
+        if "measured_gib" in self.prediction:
+            said = "\npredicted {gib:.2f} GiB and {tok_per_s:,.0f} tok/s, measured {measured_gib:.2f} and {measured_tok_per_s:,.0f}"
+            text += said.format(**self.prediction)
         if last is not best:
             text += "; later steps overfit and were discarded"
         if best.loss >= before.loss:

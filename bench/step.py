@@ -40,7 +40,6 @@ TINY = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_
 BUSY = 0.15  # share of the processors that others may use while we time
 RATES = {"lora": 1e-3, "qlora": 1e-3, "full": 1e-4, "pure": 1e-4}
 ADAPTER = {"rank": 32, "alpha": 16}
-RESERVE = 4 << 30  # bytes of a GPU left alone when recomputation is chosen by prediction
 SECONDS = 440  # a GPU run begins nothing new after so many
 
 # What transformers + PEFT are told. rows: "packed" (position_ids restart at each document), "flat" (the same in one long row), "padded" (a
@@ -187,7 +186,7 @@ def on_gpu(scratch, dry):
     began, device, sizes, count = time.time(), "cpu" if dry else "cuda", TINY if dry else LARGE, 4 if dry else 8
     if not dry and not torch.cuda.is_available():
         raise UserError("there is no CUDA GPU here", "bench/gpu.sh --dry-run shows that the script runs.")
-    free = torch.cuda.mem_get_info()[0] - RESERVE if not dry else 1 << 40
+    free = torch.cuda.mem_get_info()[0] - step.RESERVE if not dry else 1 << 40
     print(
         torch.cuda.get_device_name() if not dry else "a dry run on the CPU",
         f"torch {torch.__version__}",

@@ -19,9 +19,10 @@ MAY = {
     "checkpoint": {"config", "model", "lora", "quantize"},
     "generate": {"model", "data"},
     "step": {"config", "checkpoint", "lora", "model", "data", "quantize"},
+    "plan": {"config", "checkpoint", "data", "model", "step", "tokenizer"},
     "resume": {"config", "checkpoint", "step"},
-    "train": {"config", "data", "step", "resume", "generate", "checkpoint", "lora", "model", "quantize", "tokenizer"},
-    "chat": {"config", "data", "generate", "checkpoint", "tokenizer"},
+    "train": {"config", "data", "plan", "step", "resume", "generate", "checkpoint", "lora", "model", "quantize", "tokenizer"},
+    "chat": {"config", "data", "plan", "generate", "checkpoint", "tokenizer"},
 }
 
 

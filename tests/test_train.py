@@ -114,6 +114,16 @@ def test_what_training_leaves_is_complete_and_says_what_it_computes(alone, base,
         assert rows == {"embed_tokens": words.added, "lm_head": words.added}
 
 
+def test_auto_takes_what_fits_and_the_run_keeps_what_was_predicted_and_measured(base, chats, tmp_path):
+    done = fine_tune(base, chats, tmp_path / "ckpt", "--lora", "--max-steps", 4)
+    run = json.loads((tmp_path / "ckpt" / "run.json").read_text())
+    assert run["config"]["micro_batch"] == 2 and "2 rows at a time, recompute none" in done.stdout + done.stderr
+    pairs = run["prediction"]
+    assert set(pairs) == {"gib", "measured_gib", "tok_per_s", "measured_tok_per_s"} and min(pairs.values()) > 0
+    assert pairs["gib"] == pytest.approx(pairs["measured_gib"], rel=0.5)  # mostly torch itself; bench/plan.py measures it properly
+    assert f"measured {pairs['measured_gib']:.2f}" in done.stdout
+
+
 def test_the_checkpoint_is_the_best_evaluation_not_the_last(base, chats, tmp_path):
     """A learning rate that ruins the model after a while: what is kept evaluates as the best line of metrics.jsonl did."""
     import data
@@ -199,7 +209,14 @@ def test_no_data_no_gpu_no_network_each_say_what_to_do(base, chats, tmp_path):
 def test_bad_flags_and_folders_write_nothing(base, chats, tmp_path):
     common = ("--model", base, "--data", chats, "--out", tmp_path / "ckpt", *QUICK)
     refused(command("train.py", *common, "--lora", "--lora-targets", "q_proj,w1"), "w1", "q_proj")
-    for flag, value in (("--micro-batch", 0), ("--max-steps", -1), ("--lr", 0), ("--lora-dropout", 1.5), ("--device", "abacus")):
+    for flag, value in (
+        ("--micro-batch", 0),
+        ("--micro-batch", "many"),
+        ("--max-steps", -1),
+        ("--lr", 0),
+        ("--lora-dropout", 1.5),
+        ("--device", "abacus"),
+    ):
         refused(command("train.py", *common, flag, value), flag)
     refused(command("train.py", *common, "--seq-len", 1024), "512 tokens")
     refused(command("train.py", *common, "--lora", "--pure-bf16"), "--pure-bf16", "adapter")

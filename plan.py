@@ -1,0 +1,619 @@
+"""Before renting: does it fit, how many hours, how much money? `python plan.py --gpu 3090 --lora`
+
+Memory is counted on the very model that trains, by running its step on fake tensors (`step.moments`): on models of three and four blocks,
+because every further block adds the same. Time is exact FLOPs and bytes over what a card is said to do, times an efficiency, of which
+the answer says whether it was measured by us, derived from a published figure, or assumed. docs/PLAN.md holds both against measurements.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import config
+import data
+import step
+import tokenizer as tokenizers
+from config import UserError, flag
+from model import RECOMPUTE, ModelConfig
+
+GIB = 1 << 30
+PRICES = "2026-11"  # when the cards' prices were right, roughly: what marketplaces and clouds ask for a GPU-hour
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """`gib`: what torch finds on it. `bandwidth`, `link` (to the next card): GB/s. `peak`: TFLOP/s, dense bf16 with fp32 sums.
+
+    `efficiency`: the share of the peak that a step's matmuls reach, `basis`: how we know. `price`: $ a GPU-hour, from, to.
+    """
+
+    name: str
+    gib: float
+    bandwidth: float
+    peak: float
+    efficiency: float
+    basis: str
+    link: float
+    price: tuple = (0, 0)
+    attention: float = 0.3  # attention's share of the peak, assumed for all but the CPU
+    unpacking: float = 5  # bytes of traffic to unpack a weight of 4 bits and read it again
+
+
+# Memory: as torch's own out-of-memory messages give it. Bandwidth and peak: NVIDIA's data sheets and architecture papers, without
+# sparsity; GeForce cards at the rate for fp32 sums. Links: what collectives reach, assumed. Efficiencies: docs/PLAN.md derives them.
+CARDS = {
+    "3060": Card("RTX 3060 12 GB", 11.76, 360, 25.5, 0.65, "assumed, as the 3090", 6, (0.05, 0.12)),
+    "3090": Card("RTX 3090", 23.69, 936, 71, 0.65, "published: fsdp_qlora", 12, (0.15, 0.35)),
+    "4090": Card("RTX 4090", 23.64, 1008, 165, 0.8, "published: torchtune", 12, (0.30, 0.70)),
+    "5090": Card("RTX 5090", 31.36, 1792, 209.5, 0.7, "assumed", 25, (0.50, 1.00)),
+    "a10g": Card("A10G", 22.06, 600, 70, 0.6, "assumed", 12, (0.60, 1.30)),
+    "l4": Card("L4", 22.03, 300, 121, 0.4, "assumed", 12, (0.35, 0.80)),
+    "l40s": Card("L40S", 44.39, 864, 362, 0.45, "assumed", 16, (0.70, 1.90)),
+    "a100-40": Card("A100 40 GB", 39.39, 1555, 312, 0.6, "published: llm-foundry, for the 80 GB card", 200, (0.70, 1.60)),
+    "a100-80": Card("A100 80 GB", 79.15, 2039, 312, 0.6, "published: llm-foundry", 200, (0.80, 2.20)),
+    "h100": Card("H100 SXM", 79.11, 3350, 989, 0.42, "published: NeMo-Automodel", 350, (1.60, 3.90)),
+    "h200": Card("H200", 139.72, 4800, 989, 0.42, "assumed, as the H100", 350, (2.20, 4.50)),
+    "b200": Card("B200", 178.35, 8000, 2250, 0.35, "assumed", 700, (3.50, 6.50)),
+    "t4": Card("T4", 14.56, 320, 0, 0, "no bf16", 6, (0.15, 0.40)),
+    **{f"mac-{n}": Card(f"Mac with {n} GB", 0.75 * n, 0, 0, 0, "chat alone", 0) for n in (8, 16, 24, 32, 36, 48, 64, 96, 128)},
+}
+# Peak: measured where it runs. The rest: fitted to the calibrating runs of bench/plan.py on 2 cores with bf16 instructions.
+CPU = Card("CPU", 0, 10, 0, 0.8, "measured on 2 cores", 1, attention=0.2, unpacking=15)
+
+MISTRAL = ModelConfig(32000, 4096, 14336, 32, 32, 8, 128)
+NEMO = ModelConfig(131072, 5120, 14336, 40, 32, 8, 128, max_position_embeddings=131072)
+SHAPES = {  # what needs no look at the hub
+    checkpoint.NO_ACCOUNT: dataclasses.replace(MISTRAL, vocab_size=32002),
+    "mistralai/Mistral-7B-v0.1": MISTRAL,
+    "mistralai/Mistral-7B-v0.3": dataclasses.replace(MISTRAL, vocab_size=32768),
+    "mistralai/Mistral-Nemo-Base-2407": NEMO,
+    "mistralai/Mistral-Nemo-Instruct-2407": NEMO,
+}
+CHATML = (checkpoint.NO_ACCOUNT,)  # of these, the ones that have our special tokens already
+ORIGINAL = 15_789  # sessions that the first doppelganger was made of
+SESSION, LABELLED = 276, 0.4  # tokens a session, and the share of them with a target: our example's
+FILLED = 0.985  # of a row's positions, after packing
+FEWEST_STEPS = 50  # however little data there is
+NETWORK = 50e6  # bytes/s to a rented machine, assumed
+INSTALLED = 7.0e9, 3.0e9, 180  # bytes of the virtual environment with CUDA, bytes to download for it, seconds to unpack
+START = 150  # seconds to read a 7B's weights, compile and try the longest rows, assumed
+KINDS = ("weights", "gradients", "optimizer", "activations", "head", "communication")
+BYTES, PER_MESSAGE, PER_TURN = 4, 4, 7  # tokens of a text: bytes each holds, and what the marks around add; our example's to 1%
+PYTHON, SLACK = 0.35 * GIB, 1.8  # a CPU process: its libraries, and resident bytes for each that is live for a while
+FEW = 100  # tokens at a time at which a card works at half its rate, assumed
+
+
+# --- memory
+
+
+def memory(shape, *given, **more):
+    """The most that one GPU holds, as `step.predict`, by kind. → {kind: bytes}"""
+    few = [n for n in (3, 4) if n < shape.num_hidden_layers] if shape.num_hidden_layers > 4 else [shape.num_hidden_layers]
+    found = [step.moments(dataclasses.replace(shape, num_hidden_layers=n), *given, **more) for n in few]
+    further = shape.num_hidden_layers - few[0]
+    parts = []
+    for part, held in found[0].items():
+        more_layers = found[-1][part]
+        kinds = {*held, *more_layers}
+        parts.append({kind: held.get(kind, 0) + further * (more_layers.get(kind, 0) - held.get(kind, 0)) for kind in kinds})
+    return max(parts, key=lambda held: sum(held.values()))
+
+
+# --- time
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A step's work for one of `world` GPUs: `rows` full rows of `length` tokens in documents of `document`; `ways` as for step.build."""
+
+    shape: ModelConfig
+    ways: dict
+    rows: int
+    length: int = 1024
+    world: int = 1
+    labelled: float = LABELLED
+    document: float = SESSION
+    compiled: bool = True
+    cpu: bool = False
+    filled: float = FILLED
+
+    @functools.cached_property
+    def model(self):
+        given = {"adapter": None, "dtype": torch.bfloat16, "recompute": "none", "nf4": False, "pure": False} | self.ways
+        model = step.outline(self.shape, step.Ranks(torch.device("cpu")), **given)
+        model.compiled = self.compiled
+        return model
+
+    @functools.cached_property
+    def counts(self):
+        tokens, document = self.rows * self.length * self.filled, min(self.document, self.length)
+        return tokens, tokens * self.labelled, tokens * (document + 1) / 2
+
+    @functools.cached_property
+    def linear(self):
+        """Weights of the blocks' matrices."""
+        blocks = self.model.model.layers.modules()
+        return sum(m.in_features * m.out_features for m in blocks if isinstance(m, torch.nn.Linear))
+
+    def memory(self, rows, way):
+        """What a GPU holds with `rows` rows at a time and recomputation `way`. → {kind: bytes}"""
+        times = min(2, math.ceil(self.rows / rows))
+        how = {"labelled": self.labelled, "document": round(self.document) if self.cpu else None, "compiled": self.compiled}
+        return memory(self.shape, rows, self.length, times, self.world, recompute=way, **how, **self.ways)
+
+    def seconds(self, card, rows, way):
+        """A step's: matmuls, attention and memory traffic one after the other, or communication where that takes longer."""
+        shape, times, again = self.shape, math.ceil(self.rows / rows), way == "full"
+        tokens, labelled, pairs = self.counts
+        flops, forward = step.flops_of(self.model, *self.counts)
+        flops += forward if again else 0
+        attention = (16 if again else 12) * shape.num_attention_heads * shape.head_dim * pairs * shape.num_hidden_layers
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        pure, masters = self.ways.get("pure"), trained > self.linear / 2
+        heads = shape.num_attention_heads + 2 * shape.num_key_value_heads
+        wide = 2 * (20 * shape.hidden_size + 8 * heads * shape.head_dim + 12 * shape.intermediate_size)  # bytes a token and block
+        traffic = tokens * shape.num_hidden_layers * wide * (1 if way == "none" else 4 / 3) + labelled * shape.vocab_size * 16
+        weight = card.unpacking if self.ways.get("nf4") else 6 if masters and not pure else 2  # bytes, each time that it is used
+        traffic += times * (3 if again else 2) * self.linear * weight + trained / self.world * (60 if pure else 40)
+        rate = 1e12 * card.peak / (1 + FEW / (rows * self.length))
+        compute = (flops - attention) / rate / card.efficiency + attention / rate / card.attention + traffic / card.bandwidth / 1e9
+        gathered = sum(p.numel() * (2 if p.is_floating_point() else p.itemsize) for p in self.model.parameters())
+        sent = times * (2 * gathered + 4 * trained) * (self.world - 1) / self.world
+        return max(compute, sent / card.link / 1e9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """`rows` at a time with recomputation `way`: `needs` {kind: bytes}, `seconds` a step."""
+
+    rows: int
+    way: str
+    needs: dict
+    seconds: float
+    fits: bool
+
+    @property
+    def bytes(self):
+        return sum(self.needs.values())
+
+    def at_least(self, rows):
+        """Bytes that so many rows need at least: what lies there anyway doesn't shrink with them, the rest not faster than they do."""
+        fixed = sum(self.needs.get(kind, 0) for kind in ("weights", "gradients", "optimizer", "communication"))
+        return fixed + (self.bytes - fixed) * rows / self.rows
+
+
+def choose(work, card, free, sizes=None, ways=RECOMPUTE):
+    """The fastest of rows at a time (powers of two, or `sizes`) and recomputations that needs at most `free` bytes.
+
+    Where none does: the leanest, `fits` False.
+    """
+    sizes = sizes or [1 << n for n in range(work.rows.bit_length())]
+    beyond = []  # what had no room; less recomputation needs no less
+    for seconds, rows, less in sorted((work.seconds(card, rows, way), rows, RECOMPUTE.index(way)) for rows in sizes for way in ways):
+        if any(less <= RECOMPUTE.index(other.way) and other.at_least(rows) > free for other in beyond):
+            continue
+        choice = Choice(rows, RECOMPUTE[less], work.memory(rows, RECOMPUTE[less]), seconds, True)
+        if choice.bytes <= free:
+            return choice
+        beyond.append(choice)
+    rows, way = min(sizes), ways[-1]
+    return Choice(rows, way, work.memory(rows, way), work.seconds(card, rows, way), False)
+
+
+def schedule(rows, batch, epochs):
+    """(rows a step, steps in an epoch, steps): at least 50 steps, smaller ones and more epochs where the data is too little for them."""
+    if math.ceil(rows / batch) * epochs < FEWEST_STEPS:
+        batch = max(1, min(batch, int(rows * epochs / FEWEST_STEPS)))
+        epochs = max(epochs, FEWEST_STEPS / math.ceil(rows / batch))
+    epoch = math.ceil(rows / batch)
+    return batch, epoch, math.ceil(epoch * epochs)
+
+
+# --- how much there is to train
+
+
+@dataclasses.dataclass(frozen=True)
+class Amount:
+    """Of one epoch: full `rows`, the share of tokens with a target, tokens in a document; `known`: from what."""
+
+    rows: int
+    labelled: float
+    document: float
+    known: str
+
+
+def amount(options, folder):
+    """By the model's own tokenizer where its `folder` is at hand, else by the letters; without data, the original's. → Amount"""
+    length = options.seq_len
+    if options.tokens is not None:
+        return Amount(math.ceil(options.tokens / length / FILLED), LABELLED, SESSION, f"{options.tokens:,} tokens an epoch, as you say")
+    if options.data is None:
+        known = f"no --data: as many sessions as the original's, {ORIGINAL:,}, of {SESSION} tokens each"
+        return Amount(math.ceil(ORIGINAL * SESSION / length / FILLED), LABELLED, SESSION, known)
+    path = Path(options.data) / "train.jsonl"
+    if not path.is_file():
+        raise UserError(f"--data {options.data}: there is no train.jsonl", "Make it: python data.py result.json. Or say --tokens N.")
+    if folder and any((folder / name).exists() for name in checkpoint.TOKENIZER_FILES):
+        rows = data.rows(path, tokenizers.load(folder), length)
+        tokens, labelled, documents = (
+            sum(len(r.ids) for r in rows),
+            sum(int((r.labels != data.IGNORED).sum()) for r in rows),
+            sum(len(r.doc_lengths) for r in rows),
+        )
+        if not rows:
+            raise UserError(f"{path} has no turn of mine in it", "Make it anew with data.py.")
+        return Amount(len(rows), labelled / tokens, tokens / documents, f"{path}, by the model's own tokenizer")
+    talks = list(data.load_sessions(path))
+    texts = [(turn, sum(len(m.encode()) / BYTES + PER_MESSAGE for m in turn.messages)) for talk in talks for turn in talk.turns]
+    tokens, mine = sum(n + PER_TURN for _, n in texts), sum(n for turn, n in texts if turn.me)
+    if not mine:
+        raise UserError(f"{path} has no turn of mine in it", "Make it anew with data.py.")
+    known = f"{path}, guessed by its letters ({BYTES} bytes a token), because the model's tokenizer isn't here"
+    return Amount(math.ceil(tokens / length / FILLED), mine / tokens, tokens / len(talks), known)
+
+
+def shape_of(model):
+    """A folder, a known name or a hub id (its config.json alone is fetched).
+
+    → (ModelConfig with room for our special tokens, the rows that are new, its folder or None)
+    """
+    folder = Path(model) if Path(model).is_dir() else checkpoint.cached(model)
+    if folder:
+        if checkpoint.is_adapter(folder):
+            raise UserError(f"{folder} is an adapter, not a base", f"Merge it first: python lora.py merge {folder} clone/")
+        try:
+            words = tokenizers.load(folder)
+            return checkpoint.fitted(folder, words), words.added, folder
+        except UserError:
+            shape = checkpoint.read_config(folder)
+    elif model in SHAPES:
+        shape = SHAPES[model]
+    else:
+        shape = checkpoint.read_config(checkpoint.fetch_config(model))
+    if model in CHATML:
+        return shape, (), folder
+    return checkpoint.with_vocabulary(shape, shape.vocab_size + 2), (shape.vocab_size, shape.vocab_size + 1), folder
+
+
+# --- the command
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a training run needs, before anything is rented: does it fit, how long does it take, what does it cost?"""
+
+    gpu: str | None = flag(None, f"the card: {', '.join(CARDS)}, or cpu (default: this machine's)")
+    gpus: int = flag(1, "how many of them, in one machine")
+    lora: bool = flag(False, "as in train.py; without any of these three: all weights, with fp32 masters")
+    qlora: bool = flag(False, "as in train.py")
+    pure_bf16: bool = flag(False, "as in train.py")
+    model: str = flag(checkpoint.NO_ACCOUNT, "the base: a folder, or a hub id (of which only config.json is fetched)")
+    data: str | None = flag(None, "the folder that data.py wrote, to count the rows")
+    tokens: int | None = flag(None, "tokens of one epoch, in place of --data")
+    epochs: float = flag(3.0, "times over the data")
+    batch: int = flag(8, "rows a step, over all GPUs")
+    seq_len: int = flag(1024, "tokens a row")
+    lora_rank: int = flag(32, "rank of the adapter")
+    price: float | None = flag(None, f"$ a GPU-hour (default: a rough range of {PRICES})")
+    check: bool = flag(False, "ask the hub whether the base's files can be had with this account")
+    measure: bool = flag(False, "run a minute of steps on this machine's own device, and correct the prediction by it")
+    json: bool = flag(False, "for programs")
+
+
+def main():
+    options = config.parse(Config)
+    options = dataclasses.replace(options, lora=options.lora or options.qlora)
+    card = look_at_flags(options)
+    if options.check:
+        reachable = checkpoint.ask_hub(options.model) if not Path(options.model).is_dir() else f"{options.model} is here already"
+        print(reachable, flush=True)
+    shape, added, folder = shape_of(options.model)
+    if options.seq_len > shape.max_position_embeddings:
+        raise UserError(
+            f"--seq-len {options.seq_len}: {options.model} was made for {shape.max_position_embeddings} tokens", "Take shorter rows."
+        )
+    if options.qlora and any(n % 64 for n in (shape.hidden_size, shape.intermediate_size, shape.num_attention_heads * shape.head_dim)):
+        raise UserError(f"--qlora keeps weights in blocks of 64, of which {options.model}'s layers are no multiple", "Take --lora.")
+    some = amount(options, folder)
+    batch, epoch, steps = schedule(some.rows, options.batch, options.epochs)
+    ways = {"adapter": {"rank": options.lora_rank, "alpha": 16, "rows": added} if options.lora else None}
+    ways |= {"nf4": options.qlora, "pure": options.pure_bf16}
+    cpu = card is CPU
+    if cpu:
+        dtype = checkpoint.compute_dtype(torch.device("cpu"))
+        ways["dtype"] = dtype
+        card = on_this_cpu(dtype)
+    work = Work(shape, ways, math.ceil(batch / options.gpus), options.seq_len, options.gpus, some.labelled, some.document, not cpu, cpu)
+    choice = choose(work, card, room(card), *([[1, 2][: work.rows], RECOMPUTE] if cpu else []))
+    factor = corrected(work, choice, card) if options.measure else 1.0
+    found = figures(options, card, shape, some, work, choice, batch, epoch, steps, factor)
+    print(json.dumps(found) if options.json else told(options, card, shape, some, choice, found))
+
+
+def look_at_flags(options):
+    """→ the Card. UserError for what can't be, or not together."""
+    for name, least in {"gpus": 1, "batch": 1, "seq_len": 16, "lora_rank": 1, "tokens": 1}.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least {least} is needed", "Leave it out for the default.")
+    for name in ("epochs", "price"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} {value}: more than 0 is needed", "Leave it out for the default.")
+    if options.tokens is not None and options.data is not None:
+        raise UserError("--tokens and --data both say how much there is", "Leave one of them out.")
+    if options.lora and options.pure_bf16:
+        raise UserError("--pure-bf16 is for full fine-tuning: an adapter's fp32 masters are small", "Leave one of them out.")
+    name = (options.gpu or "").lower().replace(" ", "-").removeprefix("rtx-").removeprefix("rtx").removesuffix("-sxm")
+    if not options.gpu:
+        if not torch.cuda.is_available():
+            raise UserError("there is no GPU here: --gpu says which one to plan for", f"Known: {', '.join(CARDS)}, cpu.")
+        return card_of(torch.cuda.get_device_name())
+    if name == "cpu":
+        if options.gpus > 1:
+            raise UserError(f"--gpus {options.gpus}: there is one CPU to plan for", "Leave --gpus out.")
+        return CPU
+    near = [known for known in CARDS if name and known.startswith(name)]
+    if name not in CARDS:
+        what = f"Did you mean {' or '.join(near)}? " if near else ""
+        raise UserError(f"--gpu {options.gpu} is not known", f"{what}Known: {', '.join(CARDS)}, cpu.")
+    card = CARDS[name]
+    if not card.peak:
+        shape, *_ = shape_of(options.model)
+        need = " and ".join(f"{n / GIB:.1f} GiB in {how}" for how, n in chat_needs(shape, 2048).items())
+        why = "has no bf16" if card.basis == "no bf16" else "can only chat"
+        raise UserError(
+            f"--gpu {name}: the {card.name} {why}, nothing is trained there",
+            f"To chat, {options.model} needs {need}; it has {card.gib:.1f} GiB.",
+        )
+    return card
+
+
+def card_of(name):
+    """The Card of what torch.cuda.get_device_name() says; of an unknown one the peak is measured."""
+    gib = torch.cuda.mem_get_info()[1] / GIB
+    for key, card in CARDS.items():
+        if (
+            card.peak
+            and set(re.split(r"[-_ ]+", key.split("-")[0])) <= set(re.split(r"[-_ ]+", name.lower()))
+            and abs(card.gib - gib) < 0.1 * gib
+        ):
+            return dataclasses.replace(card, gib=gib)
+    peak = step.measured_peak(torch.device("cuda"), torch.bfloat16) / 1e12
+    return Card(name, gib, 800, peak, 0.6, "assumed for an unknown card, its peak measured", 12)
+
+
+def on_this_cpu(dtype):
+    return dataclasses.replace(at_peak(step.measured_peak(torch.device("cpu"), dtype)), gib=available() / GIB)
+
+
+def at_peak(flops):
+    """A CPU that does so many FLOP/s in a large matmul; its memory is as much slower or faster as that."""
+    return dataclasses.replace(CPU, peak=flops / 1e12, bandwidth=CPU.bandwidth * flops / 400e9)
+
+
+def here(device, dtype):
+    """→ (this machine's device as a Card, bytes of it that a model may fill)"""
+    if device.type == "cuda":
+        return card_of(torch.cuda.get_device_name(device)), torch.cuda.mem_get_info(device)[0] - step.RESERVE
+    card = on_this_cpu(dtype)
+    if device.type == "mps":
+        return dataclasses.replace(card, name="MPS", basis="assumed"), torch.mps.recommended_max_memory() - step.RESERVE
+    return card, available() - step.RESERVE
+
+
+def resident(needs):
+    """A CPU process's peak resident memory for {kind: bytes} that live in it: libraries, and what the C library doesn't give back."""
+    fixed = sum(needs.get(kind, 0) for kind in ("weights", "gradients", "optimizer"))
+    return PYTHON + fixed + SLACK * (sum(needs.values()) - fixed)
+
+
+def available():
+    """Bytes of memory that this machine can give now."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def room(card):
+    return card.gib * GIB - step.RESERVE
+
+
+def figures(options, card, shape, some, work, choice, batch, epoch, steps, factor):
+    """What --json prints."""
+    seconds = choice.seconds * factor
+    trained = sum(p.numel() for p in work.model.parameters() if p.requires_grad)
+    forward = step.flops_of(work.model, *work.counts)[1]
+    evaluations = seconds * forward / step.flops_of(work.model, *work.counts)[0] * 0.05 / 0.95 * epoch * steps / epoch * 4
+    hours = (steps * seconds + evaluations + (0 if work.cpu else START)) / 3600
+    base = 2 * shape.num_parameters
+    install = 0 if work.cpu else INSTALLED[1] / NETWORK + INSTALLED[2]
+    setup = (install + (0 if Path(options.model).is_dir() else base / NETWORK)) / 3600
+    prices = (options.price, options.price) if options.price is not None else card.price
+    money = [[round(p * options.gpus * h, 2) for p in prices] for h in (hours, setup)]
+    total = [round(a + b, 2) for a, b in zip(*money)]
+    save = trained * (6 if options.pure_bf16 else 12)
+    best = 4 * trained if options.lora else base
+    parts = {kind: round(choice.needs.get(kind, 0) / GIB, 2) for kind in KINDS} | {"reserve": round(step.RESERVE / GIB, 2)}
+    return {
+        "fits": choice.fits,
+        "gib_per_gpu": parts | {"total": round((choice.bytes + step.RESERVE) / GIB, 2), "card": round(card.gib, 2)},
+        "micro_batch": choice.rows,
+        "recompute": choice.way,
+        "rows": some.rows,
+        "batch": batch,
+        "steps": steps,
+        "tok_per_s": round(batch * options.seq_len * FILLED / seconds, 1),
+        "efficiency": card.basis if factor == 1 else "measured here",
+        "hours": round(hours, 3),
+        "setup_hours": round(setup, 3),
+        "cost": round(sum(total) / 2, 2),
+        "cost_range": total,
+        "cost_of_training": money[0],
+        "cost_of_setup": money[1],
+        "disk_gb": {
+            "base": round(base / 1e9, 1),
+            "installed": INSTALLED[0] / 1e9,
+            "saves": round(3 * save / 1e9, 1),
+            "best": round(2 * best / 1e9, 1),
+            "total": round((base + INSTALLED[0] + 3 * save + 2 * best) / 1e9, 1),
+        },
+    }
+
+
+def told(options, card, shape, some, choice, found):
+    """What a person reads."""
+    gib, disk = found["gib_per_gpu"], found["disk_gb"]
+    kind = (
+        "QLoRA"
+        if options.qlora
+        else "LoRA"
+        if options.lora
+        else "full fine-tuning in pure bf16"
+        if options.pure_bf16
+        else "full fine-tuning"
+    )
+    verdict = "fits" if choice.fits else f"does NOT fit: {gib['total']:.1f} GiB are needed at least, there are {gib['card']:.1f}"
+    parts = " + ".join(f"{name} {gib[name]:.1f}" for name in (*KINDS, "reserve") if gib[name] >= 0.05)
+    each = "" if options.gpus == 1 else " on each"
+    low, high = found["cost_range"]
+    money = "no price known" if not high else " + ".join(f"{dollars(*found[f'cost_of_{what}'])} {what}" for what in ("training", "setup"))
+    where = f"at ${options.price:g}" if options.price is not None else f"at ${card.price[0]:.2f} to {card.price[1]:.2f} ({PRICES}, rough)"
+    known, size = found["efficiency"], f"{shape.num_parameters / 1e9:.2f}B parameters"
+    lines = [
+        f"{kind} of {options.model} ({size}) on {options.gpus} x {card.name}: {verdict}",
+        f"  memory{each:<10}{parts} = {gib['total']:.1f} of {gib['card']:.1f} GiB",
+        f"  a step          {found['batch']} rows of {options.seq_len:,} tokens, {choice.rows} at a time on a GPU, recompute {choice.way}",
+        f"  data            {found['rows']:,} rows, {found['steps']:,} steps, {options.epochs:g} epochs ({some.known})",
+        f"  speed           {found['tok_per_s']:,.0f} tok/s, {card.efficiency:.0%} of {card.peak:,.3g} TFLOP/s in matmuls ({known})",
+        f"  time            {clock(found['hours'])} of training; before it {clock(found['setup_hours'])} to install and download "
+        f"(at {8 * NETWORK / 1e6:.0f} Mbit/s, assumed)",
+        f"  money           {money} = {dollars(low, high)}, {where} a GPU-hour" if high else f"  money           {money}",
+        f"  disk            base {disk['base']} + Python {disk['installed']} + saves {disk['saves']} + the best model twice {disk['best']} "
+        f"= {disk['total']} GB",
+    ]
+    if not choice.fits:
+        others = [name for name, other in CARDS.items() if other.peak and other.gib >= gib["total"]]
+        lines.append(
+            f"  what would      {f'a card of more memory: {chr(44).join(others)}; ' if others else ''}--lora or --qlora, or more --gpus"
+        )
+    return "\n".join(lines)
+
+
+def clock(hours):
+    return f"{60 * hours:.0f} minutes" if hours < 2 else f"{hours:.1f} hours"
+
+
+def dollars(low, high):
+    return f"${low:.2f}" if low == high else f"${low:.2f} to {high:.2f}"
+
+
+# --- this machine
+
+
+def try_out(work, choice, device, seconds=60, rows=None, steps=4):
+    """Train on random weights for so long, and `steps` at least. → (median seconds a step but the first, bytes that were live at most)
+
+    `rows`: a step's, else made up. On a CPU storages are counted in one step more, which is not timed.
+    """
+    ranks = step.Ranks(device)
+    given = {"adapter": None, "nf4": False, "pure": False} | work.ways
+    model = step.build(work.shape, ranks, recompute=choice.way, **given)
+    if device.type == "cuda" and work.compiled:
+        model.compile_blocks()
+    optimizer = step.make_optimizer(model, 1e-4, 0.0, given["pure"])
+    rows = rows or [made_up(work, seed) for seed in range(work.rows)]
+
+    def take():
+        step.synchronise(device)
+        before = time.perf_counter()
+        step.train_step(model, optimizer, step.micro_batches(rows, choice.rows, ranks, work.length), ranks)
+        step.synchronise(device)
+        return time.perf_counter() - before
+
+    began, took = time.perf_counter(), [take()]  # which also compiles
+    if device.type == "cuda":
+        most = torch.cuda.max_memory_allocated(device)
+    else:
+        with step.Live() as live:
+            live.known_before(model, optimizer)
+            take()
+        most = live.peak
+    while len(took) < steps or time.perf_counter() - began < seconds:
+        took.append(take())
+    return statistics.median(took[1:]), most
+
+
+def made_up(work, seed):
+    """A Row of random tokens, in documents of one length."""
+    n, each = work.length, max(1, min(round(work.document), work.length))
+    ids = np.random.default_rng(seed).integers(0, work.shape.vocab_size, n)
+    labels = np.where(np.arange(n) % 100 < 100 * work.labelled, ids, data.IGNORED)
+    lengths = np.array([each] * (n // each) + ([n % each] if n % each else []))
+    zeros = np.zeros(len(lengths), dtype=np.int64)
+    return data.Row(ids, labels, labels != data.IGNORED, lengths, zeros, zeros)
+
+
+def corrected(work, choice, card):
+    """By what the prediction of a step's time must be multiplied here: the same step of a model of at most four of the blocks."""
+    device = checkpoint.pick_device()
+    if work.cpu and device.type != "cpu":
+        device = torch.device("cpu")
+    shape = dataclasses.replace(work.shape, num_hidden_layers=min(4, work.shape.num_hidden_layers))
+    small = dataclasses.replace(work, shape=shape, rows=choice.rows, world=1, filled=1.0)
+    hoped, needs = small.seconds(card, choice.rows, choice.way), sum(small.memory(choice.rows, choice.way).values())
+    took, most = try_out(small, choice, device)
+    print(
+        f"measured on {device.type}, {shape.num_hidden_layers} blocks, {choice.rows} rows: {took:.3f} s a step, {hoped:.3f} predicted; "
+        f"{most / GIB:.2f} GiB, {needs / GIB:.2f} predicted",
+        file=sys.stderr,
+    )
+    return took / hoped
+
+
+def chat_needs(shape, size):
+    """What talking to a model takes, with a memory of `size` tokens. → {dtype's name: bytes}"""
+    cache = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * size
+    return {name: width * (shape.num_parameters + cache) for name, width in (("bf16", 2), ("fp32", 4))}
+
+
+def chat_dtype(folder, base, size, device, asked=None):
+    """What to hold a chat model's weights in: as `asked`, else what is usual on `device`, or bf16 where only that fits.
+
+    UserError where none does. A folder that can't be read is left to whoever loads it.
+    """
+    usual = asked or ("bf16" if checkpoint.compute_dtype(device) == torch.bfloat16 else "fp32")
+    try:
+        if checkpoint.is_adapter(folder):
+            base = base or config.read_json(folder / "adapter_config.json").get("base_model_name_or_path") or ""
+            folder = Path(base) if Path(base).is_dir() else checkpoint.cached(base)
+        shape = folder and checkpoint.read_config(folder)
+    except UserError:
+        shape = None
+    if not shape:
+        return usual
+    free = {"cuda": lambda: torch.cuda.mem_get_info(device)[0], "mps": lambda: torch.mps.recommended_max_memory()}
+    free = free.get(device.type, available)()
+    needs = chat_needs(shape, min(size, shape.max_position_embeddings))
+    if needs[usual] <= free or not asked and needs["bf16"] <= free:
+        return usual if needs[usual] <= free else "bf16"
+    said = ", ".join(f"{need / GIB:.1f} GiB in {name}" for name, need in needs.items())
+    way_out = "Say --weights bf16." if needs["bf16"] <= free else "Close what uses it, say --context less, or take a smaller base."
+    raise UserError(f"the model needs {said}; {device.type} has {free / GIB:.1f} GiB free", way_out)
+
+
+if __name__ == "__main__":
+    config.run(main)

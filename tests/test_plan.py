@@ -1,0 +1,227 @@
+"""What plan.py says is what step.predict says; it answers in seconds, and bad input in two lines."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, command, refused
+
+import checkpoint
+import config
+import plan
+import step
+from config import UserError
+from model import RECOMPUTE, ModelConfig
+
+MIDDLE = ModelConfig(4000, 256, 768, 6, 8, 2, 32)
+KINDS = {
+    "lora": {"adapter": {"rank": 8, "rows": [3998, 3999]}},
+    "qlora": {"adapter": {"rank": 8}, "nf4": True},
+    "full": {},
+    "pure": {"pure": True},
+}
+LORA = {"adapter": {"rank": 32, "alpha": 16}}
+
+
+def run(capsys, monkeypatch, *words):
+    """plan.py's own main, in this process. → what it printed"""
+    monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, words)])
+    plan.main()
+    return capsys.readouterr().out
+
+
+def refuse(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, words)])
+    with pytest.raises(UserError) as error:
+        plan.main()
+    assert len(str(error.value).splitlines()) == 2
+    return str(error.value)
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("world", [1, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_from_a_few_blocks_is_that_of_all_blocks(kind, world):
+    for way in RECOMPUTE if kind == "lora" and world == 1 else ("selective",) if kind == "qlora" else ("none", "full"):
+        given = (MIDDLE, 2, 128, 2, world)
+        whole = step.predict(*given, recompute=way, **KINDS[kind])
+        needs = plan.memory(*given, recompute=way, **KINDS[kind])
+        assert sum(needs.values()) == pytest.approx(whole, rel=0.01), way
+        assert set(needs) <= set(plan.KINDS) and ("communication" in needs) <= (world > 1)
+
+
+def test_memory_of_a_7b_is_that_of_all_its_blocks():
+    shape = plan.SHAPES[checkpoint.NO_ACCOUNT]
+    whole = step.predict(shape, 1, 1024, 2, recompute="full", **LORA)
+    assert sum(plan.memory(shape, 1, 1024, 2, recompute="full", **LORA).values()) == pytest.approx(whole, rel=0.01)
+
+
+def test_each_kind_of_memory_is_what_it_is_called():
+    needs = plan.memory(MIDDLE, 1, 64, 2, recompute="full")
+    for kind, times in {"weights": 4, "gradients": 4, "optimizer": 8}.items():
+        assert needs[kind] == pytest.approx(times * MIDDLE.num_parameters, rel=0.05), kind
+    shared = plan.memory(MIDDLE, 1, 64, 2, 8, recompute="full")
+    assert shared["weights"] + shared["optimizer"] == pytest.approx(12 * MIDDLE.num_parameters / 8, rel=0.05)
+    assert plan.memory(MIDDLE, 1, 64, nf4=True, **LORA)["weights"] < 0.65 * plan.memory(MIDDLE, 1, 64, **LORA)["weights"]
+
+
+# --- the choice
+
+
+def work(kind="lora", rows=8, **more):
+    return plan.Work(MIDDLE, KINDS[kind], rows, 256, **more)
+
+
+def test_the_choice_is_the_fastest_that_fits_and_says_when_none_does(monkeypatch):
+    """With memory that one knows: what is kept of a row, more or less of it, beside what is there anyway."""
+    kept = {"none": 10, "selective": 6, "full": 1}
+    asked = []
+
+    def memory(self, rows, way):
+        asked.append((rows, way))
+        return {"weights": 50, "activations": kept[way] * rows + 5}
+
+    monkeypatch.setattr(plan.Work, "memory", memory)
+    card, some = plan.CARDS["3090"], work()
+    everything = {(rows, way): 55 + kept[way] * rows for rows in (1, 2, 4, 8) for way in RECOMPUTE}
+    for free in sorted({*everything.values()}):
+        asked.clear()
+        choice = plan.choose(some, card, free)
+        best = min((some.seconds(card, *pair), pair) for pair, need in everything.items() if need <= free)[1]
+        assert choice.fits and (choice.rows, choice.way) == best and len(asked) == len(set(asked))
+    none = plan.choose(some, card, 55)
+    assert not none.fits and (none.rows, none.way) == (1, "full")
+
+
+def test_time_grows_with_what_costs_time():
+    card = plan.CARDS["a100-80"]
+    usual = work().seconds(card, 4, "none")
+    assert work().seconds(card, 1, "none") > usual
+    assert work().seconds(card, 4, "full") > work().seconds(card, 4, "selective") > usual
+    assert work("qlora").seconds(card, 4, "none") > usual and work("full").seconds(card, 4, "none") > usual
+    assert work(rows=16).seconds(card, 4, "none") > 1.8 * usual
+    slow = dataclasses.replace(card, link=0.01)
+    assert work("full", world=8).seconds(slow, 4, "none") > work("full", world=8).seconds(card, 4, "none")
+
+
+def test_time_counts_the_same_flops_as_training():
+    """On a card whose memory and attention cost nothing, a step's time is the FLOPs of step.flops over the peak."""
+    card = plan.Card("ideal", 1, 1e12, 1.0, 1.0, "", 1e12, attention=1.0)
+    for kind in ("lora", "full"):
+        some = work(kind, filled=1.0, document=64, compiled=False)
+        some.model.compiled = True  # nobody drops rows in the last block
+        rows = [plan.made_up(some, seed) for seed in range(8)]
+        needed, _ = step.flops(some.model, rows)
+        assert some.seconds(card, 8, "none") * 1e12 == pytest.approx(needed * (1 + plan.FEW / 2048), rel=0.03)
+
+
+def test_too_little_data_still_gets_fifty_steps():
+    assert plan.schedule(10_000, 8, 3.0) == (8, 1250, 3750)
+    batch, epoch, steps = plan.schedule(20, 8, 3.0)
+    assert batch == 1 and steps >= plan.FEWEST_STEPS and epoch == 20
+
+
+def test_a_trial_of_a_small_model_takes_what_it_was_said_to_take():
+    some = plan.Work(MIDDLE, {"adapter": {"rank": 8}}, 2, 128, document=32, compiled=False, cpu=True, filled=1.0)
+    choice = plan.Choice(2, "none", some.memory(2, "none"), 1.0, True)
+    seconds, most = plan.try_out(some, choice, torch.device("cpu"), seconds=0)
+    assert seconds > 0 and most == pytest.approx(choice.bytes, rel=0.03)
+
+
+# --- the command
+
+
+def test_a_person_and_a_program_are_told_the_same(capsys, monkeypatch):
+    words = ("--gpu", "a100-80", "--lora", "--model", ROOT / "examples" / "base", "--tokens", 1_000_000, "--price", 1.5)
+    found = json.loads(run(capsys, monkeypatch, *words, "--json"))
+    gib = found["gib_per_gpu"]
+    assert found["fits"] and gib["total"] == pytest.approx(sum(gib[kind] for kind in (*plan.KINDS, "reserve")), abs=0.06)
+    assert found["cost"] == pytest.approx(1.5 * (found["hours"] + found["setup_hours"]), abs=0.02)
+    assert {"micro_batch", "tok_per_s", "hours", "setup_hours"} <= set(found) and found["rows"] == 992
+    text = run(capsys, monkeypatch, *words)
+    assert "fits" in text and f"{found['tok_per_s']:,.0f} tok/s" in text and "$1.5 a GPU-hour" in text
+
+
+def test_a_7b_fits_where_it_is_known_to_fit(capsys, monkeypatch):
+    for words, fits in {("3060",): False, ("3090",): True}.items():
+        found = json.loads(run(capsys, monkeypatch, "--gpu", *words, "--lora", "--json"))
+        assert found["fits"] == fits, words
+    text = run(capsys, monkeypatch, "--gpu", "3090")
+    assert "does NOT fit" in text and "a card of more memory" in text
+
+
+def test_rows_are_those_of_the_data_and_nearly_so_without_a_tokenizer(chats, base, tmp_path, monkeypatch):
+    options = plan.Config(data=str(chats), seq_len=160)
+    exact = plan.amount(options, base)
+    guess = plan.amount(options, None)
+    assert "own tokenizer" in exact.known and "guessed" in guess.known
+    assert guess.rows == pytest.approx(exact.rows, rel=0.2) and guess.labelled == pytest.approx(exact.labelled, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], "--gpu"),
+        (["--gpu", "9999"], "Known: 3060"),
+        (["--gpu", "a100"], "a100-40 or a100-80"),
+        (["--gpu", "t4", "--lora"], "no bf16"),
+        (["--gpu", "mac-16"], "can only chat"),
+        (["--gpu", "3090", "--gpus", "0"], "--gpus 0"),
+        (["--gpu", "cpu", "--gpus", "2"], "--gpus 2"),
+        (["--gpu", "3090", "--lora", "--pure-bf16"], "--pure-bf16"),
+        (["--gpu", "3090", "--data", "nowhere"], "--data nowhere"),
+        (["--gpu", "3090", "--tokens", "9", "--data", "x"], "--tokens and --data"),
+        (["--gpu", "3090", "--epochs", "-1"], "--epochs"),
+        (["--gpu", "3090", "--price", "nan"], "--price"),
+        (["--gpu", "3090", "--seq-len", "100000"], "--seq-len"),
+        (["--gpu", "3090", "--model", "./nowhere"], "no such folder"),
+    ],
+)
+def test_what_can_not_be_is_said_in_two_lines(words, expected, monkeypatch):
+    assert expected in refuse(monkeypatch, *words)
+
+
+def test_the_hub_is_asked_and_its_refusals_are_said(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    class Response:
+        status_code, headers, request = 403, {}, None
+
+    def refuses(*_, **__):
+        raise GatedRepoError("no", response=Response())
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuses)
+    assert "accepted its terms" in refuse(monkeypatch, "--gpu", "3090", "--check", "--model", "mistralai/Mistral-7B-v0.1")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuses)
+    assert "accepted its terms" in refuse(monkeypatch, "--gpu", "3090", "--model", "someone/else")
+
+
+def test_the_program_ends_with_two_and_no_traceback():
+    refused(command("plan.py", "--gpu", "abacus"), "abacus", "Known")
+
+
+def test_chat_takes_what_fits_on_the_device(base, monkeypatch):
+    cpu, shape = torch.device("cpu"), checkpoint.read_config(base)
+    needs = plan.chat_needs(shape, 512)
+    assert needs["fp32"] == 2 * needs["bf16"] > 4 * shape.num_parameters
+    monkeypatch.setattr(checkpoint, "compute_dtype", lambda device: torch.float32)
+    for free, expected in ((needs["fp32"], "fp32"), (needs["bf16"], "bf16")):
+        monkeypatch.setattr(plan, "available", lambda free=free: free)
+        assert plan.chat_dtype(base, None, 512, cpu) == expected
+    with pytest.raises(UserError, match="--weights bf16"):
+        plan.chat_dtype(base, None, 512, cpu, "fp32")
+    monkeypatch.setattr(plan, "available", lambda: 1000)
+    with pytest.raises(UserError, match="smaller base"):
+        plan.chat_dtype(base, None, 512, cpu)
+
+
+def test_every_card_says_where_its_figures_are_from():
+    for name, card in plan.CARDS.items():
+        assert name == name.lower() and card.basis and card.gib > 0
+        assert not card.peak or 0 < card.efficiency <= 0.9 and 0 < card.price[0] < card.price[1]
+    assert issubclass(UserError, Exception) and config.UserError is UserError
