@@ -139,9 +139,9 @@ def main():
         options = dataclasses.replace(options, micro_batch=note["config"]["micro_batch"])  # as it was: sums in the same order
     say(describe(options, shape, ranks, dtype, train_rows, val_rows, plan))
 
-    torch.manual_seed(options.seed + ranks.rank % ranks.shards)  # dropout; and rounding, which must be the same in all copies of a shard
     ways = {"adapter": adapter(options, words), "dtype": dtype, "nf4": options.qlora, "pure": options.pure_bf16}
     options, ways["recompute"], prediction = fit(options, shape, ranks, plan, ways, train_rows, say)
+    torch.manual_seed(options.seed + ranks.rank % ranks.shards)  # dropout; and rounding, which must be the same in all copies of a shard
     filled = save and not options.lora  # by the save: every weight is in it
     model = step.build(shape, ranks, None if options.from_scratch or filled else folder, seed=None if filled else options.seed, **ways)
     if ranks.device.type == "cuda" and not options.no_compile:
@@ -413,8 +413,10 @@ def fit(options, shape, ranks, plan, ways, rows, say):
     → (options with the rows, what is recomputed, {"gib", "tok_per_s"} as predicted)
     """
     prediction, cuda = {}, ranks.device.type == "cuda"
-    size, way = options.micro_batch or 0, 0
-    if ranks.first:
+    least = RECOMPUTE if cuda else ("full",) if shape.num_parameters > BIG else ("none",)
+    kinds = least if options.recompute == "auto" else (options.recompute,)
+    size, way = options.micro_batch or min(2, math.ceil(plan.batch / ranks.world)), RECOMPUTE.index(kinds[-1])
+    if ranks.first and (cuda or ranks.world == 1):  # several ranks on a CPU are somebody's test: nothing to predict for
         tokens, labelled, _ = step.sizes(rows)
         work = planning.Work(
             shape,
@@ -430,8 +432,6 @@ def fit(options, shape, ranks, plan, ways, rows, say):
         )
         card, free = planning.here(ranks.device, ways["dtype"])
         sizes = [options.micro_batch] if options.micro_batch else None if cuda else [1, 2][: work.rows]
-        least = RECOMPUTE if cuda else ("full",) if shape.num_parameters > BIG else ("none",)
-        kinds = least if options.recompute == "auto" else (options.recompute,)
         if ranks.world == 1:
             choice = planning.choose(work, card, free, sizes, kinds)
         else:  # predicting for several ranks takes process groups of its own
