@@ -54,22 +54,22 @@ class Card:
 # sparsity; GeForce cards at the rate for fp32 sums. Links: what collectives reach, assumed. Efficiencies: docs/PLAN.md derives them.
 CARDS = {
     "3060": Card("RTX 3060 12 GB", 11.76, 360, 25.5, 0.65, "assumed, as the 3090", 6, (0.05, 0.12)),
-    "3090": Card("RTX 3090", 23.69, 936, 71, 0.65, "published: fsdp_qlora", 12, (0.15, 0.35)),
-    "4090": Card("RTX 4090", 23.64, 1008, 165, 0.8, "published: torchtune", 12, (0.30, 0.70)),
+    "3090": Card("RTX 3090", 23.69, 936, 71, 0.65, "from fsdp_qlora's published speed", 12, (0.15, 0.35)),
+    "4090": Card("RTX 4090", 23.64, 1008, 165, 0.72, "from torchtune's published speed", 12, (0.30, 0.70)),
     "5090": Card("RTX 5090", 31.36, 1792, 209.5, 0.7, "assumed", 25, (0.50, 1.00)),
     "a10g": Card("A10G", 22.06, 600, 70, 0.6, "assumed", 12, (0.60, 1.30)),
     "l4": Card("L4", 22.03, 300, 121, 0.4, "assumed", 12, (0.35, 0.80)),
     "l40s": Card("L40S", 44.39, 864, 362, 0.45, "assumed", 16, (0.70, 1.90)),
-    "a100-40": Card("A100 40 GB", 39.39, 1555, 312, 0.6, "published: llm-foundry, for the 80 GB card", 200, (0.70, 1.60)),
-    "a100-80": Card("A100 80 GB", 79.15, 2039, 312, 0.6, "published: llm-foundry", 200, (0.80, 2.20)),
-    "h100": Card("H100 SXM", 79.11, 3350, 989, 0.42, "published: NeMo-Automodel", 350, (1.60, 3.90)),
-    "h200": Card("H200", 139.72, 4800, 989, 0.42, "assumed, as the H100", 350, (2.20, 4.50)),
+    "a100-40": Card("A100 40 GB", 39.39, 1555, 312, 0.64, "assumed, as the 80 GB card", 200, (0.70, 1.60)),
+    "a100-80": Card("A100 80 GB", 79.15, 2039, 312, 0.64, "from llm-foundry's published speed", 200, (0.80, 2.20)),
+    "h100": Card("H100 SXM", 79.11, 3350, 989, 0.5, "from NeMo-Automodel's published speed", 350, (1.60, 3.90)),
+    "h200": Card("H200", 139.72, 4800, 989, 0.5, "assumed, as the H100", 350, (2.20, 4.50)),
     "b200": Card("B200", 178.35, 8000, 2250, 0.35, "assumed", 700, (3.50, 6.50)),
     "t4": Card("T4", 14.56, 320, 0, 0, "no bf16", 6, (0.15, 0.40)),
     **{f"mac-{n}": Card(f"Mac with {n} GB", 0.75 * n, 0, 0, 0, "chat alone", 0) for n in (8, 16, 24, 32, 36, 48, 64, 96, 128)},
 }
-# Peak: measured where it runs. The rest: fitted to the calibrating runs of bench/plan.py on 2 cores with bf16 instructions.
-CPU = Card("CPU", 0, 10, 0, 0.8, "measured on 2 cores", 1, attention=0.2, unpacking=15)
+# Peak: measured where it runs. The rest is assumed, from the profile in docs/LOG.md; not yet fitted to runs on an idle machine.
+CPU = Card("CPU", 0, 10, 0, 0.8, "assumed", 1, attention=0.2, unpacking=15)
 
 MISTRAL = ModelConfig(32000, 4096, 14336, 32, 32, 8, 128)
 NEMO = ModelConfig(131072, 5120, 14336, 40, 32, 8, 128, max_position_embeddings=131072)

@@ -28,6 +28,7 @@ import checkpoint
 import config
 import data
 import lora
+import plan
 import step
 import tokenizer as tokenizers
 from config import UserError
@@ -213,6 +214,8 @@ def on_gpu(scratch, dry):
         for kind in kinds:
             predicted = {way: needs[kind, way].result() for way in RECOMPUTE}
             way = next((way for way in RECOMPUTE if predicted[way] < free), "full")
+            work = plan.Work(shape, kinds[kind], count, compiled=not dry, cpu=dry, filled=1.0)
+            hoped_speed = count * 1024 / work.seconds(plan.here(torch.device(device), torch.bfloat16)[0], count, way)
             jobs = [{"who": "ours", "at": count, "recompute": way}]
             jobs += [{"who": "theirs", "setting": setting} for setting in CUDA.get(kind, [])]
             found = []
@@ -224,23 +227,24 @@ def on_gpu(scratch, dry):
                 if figures:
                     found.append((job, figures))
                     what = f"ours, recompute {way}" if job["who"] == "ours" else name(job["setting"])
-                    hoped = f"{predicted[way] / 2**30:6.1f}" if job["who"] == "ours" else "      "
+                    hoped = f"{predicted[way] / 2**30:6.1f} GiB {hoped_speed:8,.0f} tok/s" if job["who"] == "ours" else " " * 25
                     lines.append(
                         f"{kind:<6} {figures['tok_per_s']:8,.0f} tok/s  mfu {figures['mfu']:4.0%}  {figures['peak_gib']:6.1f} GiB  "
                         f"predicted {hoped}  {figures['graphs']} graphs  {what}"
                     )
                     print(f"{time.time() - began:.0f} s: {lines[-1]}", flush=True)
-            results[kind] = summary(found, predicted[way])
+            results[kind] = summary(found, predicted[way], hoped_speed)
     print("\n" + "\n".join(lines) + f"\n{time.time() - began:.0f} s in all")
     print(json.dumps(results))
 
 
-def summary(found, predicted):
+def summary(found, predicted, hoped_speed):
     ours = next((figures for job, figures in found if job["who"] == "ours"), None)
     theirs = max((figures for job, figures in found if job["who"] == "theirs"), key=lambda f: f["tok_per_s"], default=None)
     if not ours:
         return None
     result = {key: round(ours[key], 3) for key in ("tok_per_s", "mfu", "peak_gib")} | {"predicted_gib": round(predicted / 2**30, 2)}
+    result |= {"predicted_tok_per_s": round(hoped_speed)}  # docs/PLAN.md's pairs
     if theirs:
         result |= {"theirs_tok_per_s": round(theirs["tok_per_s"]), "theirs_peak_gib": round(theirs["peak_gib"], 2)}
         result |= {"ratio": round(ours["tok_per_s"] / theirs["tok_per_s"], 3), "loss_gap": round(gap(ours, theirs), 5)}
