@@ -728,7 +728,7 @@ class Record:
                 "steps": last.step,
                 "seconds": round(time.time() - self.began, 1),
             }
-            if self.speeds:
+            if self.speeds and self.prediction:
                 usual = float(np.median(self.speeds[2:] or self.speeds))  # the first ones compile
                 self.prediction |= {"measured_gib": self.peak, "measured_tok_per_s": usual}
             config.write_json(self.out / "run.json", self.run | {"prediction": self.prediction, "result": result})
