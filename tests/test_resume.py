@@ -317,6 +317,8 @@ import config, model, train
 forward = model.Transformer.forward
 
 def small(self, tokens, *given, **named):
+    if type(tokens) is not torch.Tensor:  # a prediction's
+        return forward(self, tokens, *given, **named)
     if torch.is_grad_enabled():
         torch.rand(3)  # who tries again must draw the same
     if len(tokens) > 2 and torch.is_grad_enabled() and os.environ.get("RANK", "1") == "1":
@@ -362,13 +364,14 @@ def test_the_probe_says_what_does_not_fit_and_leaves_no_trace(base, chats, words
 
 
 BAD = """
+import torch
 import config, step, train
 
 add, calls = step.gradients, []
 
-def poisoned(*given):
-    calls.append(1)
-    return add(*given) * (float("nan") if len(calls) in {4, 6} else 1.0)
+def poisoned(model, batches, *given):
+    calls.extend([1] * (type(batches[0].tokens) is torch.Tensor))  # not a prediction's
+    return add(model, batches, *given) * (float("nan") if len(calls) in {4, 6} else 1.0)
 
 step.gradients = poisoned
 config.run(train.main)
