@@ -437,7 +437,7 @@ def figures(options, card, shape, some, work, choice, batch, epoch, steps, facto
     seconds = choice.seconds * factor
     trained = sum(p.numel() for p in work.model.parameters() if p.requires_grad)
     forward = step.flops_of(work.model, *work.counts)[1]
-    evaluations = seconds * forward / step.flops_of(work.model, *work.counts)[0] * 0.05 / 0.95 * epoch * steps / epoch * 4
+    evaluations = seconds * forward / step.flops_of(work.model, *work.counts)[0] * 0.05 / 0.95 * steps * 4
     hours = (steps * seconds + evaluations + (0 if work.cpu else START)) / 3600
     base = 2 * shape.num_parameters
     install = 0 if work.cpu else INSTALLED[1] / NETWORK + INSTALLED[2]

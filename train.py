@@ -39,7 +39,6 @@ import tokenizer as tokenizers
 from config import UserError, flag
 from model import RECOMPUTE, Transformer
 
-FEWEST_STEPS = 50  # however little data there is
 EVALUATIONS = 4  # an epoch, at least
 LITTLE = 20_000  # trained tokens, below which a word is said on what to expect
 PACKAGES = ("torch", "tokenizers", "sentencepiece", "safetensors", "numpy")
@@ -475,12 +474,9 @@ class Plan:
 
 def schedule(rows, options):
     """How many steps of how many rows: at least 50, with smaller steps and more epochs where the data is too little for them."""
-    batch, epochs = options.batch, options.epochs
-    if options.max_steps is None and math.ceil(rows / batch) * epochs < FEWEST_STEPS:
-        batch = max(1, min(batch, int(rows * epochs / FEWEST_STEPS)))
-        epochs = max(epochs, FEWEST_STEPS / math.ceil(rows / batch))
-    epoch = math.ceil(rows / batch)
-    steps = options.max_steps if options.max_steps is not None else math.ceil(epoch * epochs)
+    batch, epoch, steps = planning.schedule(rows, options.batch, options.epochs)
+    if options.max_steps is not None:
+        batch, epoch, steps = options.batch, math.ceil(rows / options.batch), options.max_steps
     every = max(1, epoch // EVALUATIONS)
     lr = options.lr or (2e-4 if options.lora else 2e-5)
     return Plan(batch, epoch, steps, lr, frozenset({*range(every, steps + 1, every), steps}))
