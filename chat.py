@@ -58,19 +58,15 @@ def main():
     model = checkpoint.load_model(str(folder), dtype, device, options.model, words)
     size = min(options.context, model.config.max_position_embeddings)
     decoder = generate.Decoder(model, words, size)
-    generator = torch.Generator().manual_seed(options.seed) if options.seed is not None else None
 
-    def answer(turns, show):
-        """The messages with which I go on after `turns`; `show(messages so far)` is called as they grow."""
-        room = min(options.max_tokens, size // 2)
-        ids = generate.fit(turns, me, words, size - room)
-        found = []
-        for found in generate.messages(decoder.generate(ids, room, options.temperature, options.top_p, generator), words):
-            show(found)
-        return found
+    def answer(turns):
+        seed = None if options.seed is None else options.seed + len(turns)
+        return generate.Answer(decoder, turns, me, options.max_tokens, options.temperature, options.top_p, seed)
 
     if options.prompt is not None:
-        print("\n".join(answer([turn(you, False, options.prompt)], lambda found: None)))
+        said = answer([turn(you, False, options.prompt)])
+        list(said)
+        print("\n".join(said.messages))
         return
     talk(me, you, answer)
 
@@ -110,7 +106,8 @@ def talk(me, you, answer):
         turns.append(turn(you, False, text))
         shown = Shown(me)
         try:
-            answer(turns, shown.update)
+            for messages in answer(turns):
+                shown.update(messages)
         except KeyboardInterrupt:
             pass
         shown.end()

@@ -1,4 +1,4 @@
-"""Ids in, ids out, with a cache; and ids to messages, as they come. Prints nothing."""
+"""Ids in, ids out, with a cache; turns in, messages out, as they come. Prints nothing."""
 
 import re
 
@@ -7,7 +7,8 @@ import torch
 import data
 from model import KVCache
 
-PREFILL = 512  # prompt tokens read at a time: bounds the memory of their logits
+PREFILL = 512  # prompt tokens read at a time: bounds the memory of their activations
+REMEMBERED = 1000  # answers of which the ids are kept
 
 
 class Decoder:
@@ -15,10 +16,11 @@ class Decoder:
 
     def __init__(self, model, tokenizer, size, share=None):
         """`size`: tokens of context, prompt and answer together. `share(id)`: rank 0's choice, where several ranks decode together."""
-        weight = model.lm_head.weight
+        weight = model.model.norm.weight
         self.model, self.tokenizer, self.share = model, tokenizer, share or (lambda id: id)
         self.cache = KVCache(model.config, size, dtype=model.dtype or weight.dtype, device=weight.device)
         self.read = []  # the ids behind the cache
+        self.wrote = {}  # (author, *messages) of its latest answers → their ids, because text is not always cut as it was written
         ends = {tokenizer.im_end, tokenizer.engine.token_to_id("</s>"), tokenizer.engine.token_to_id("<|endoftext|>")}
         self.ends = ends - {None}
         never = {i for i in range(model.config.vocab_size) if i in tokenizer.special_ids or i >= len(tokenizer)} - self.ends
@@ -49,6 +51,36 @@ class Decoder:
             yield chosen
 
 
+class Answer:
+    """My next turn after `turns`, as it is written: iterate over it for the messages so far, each time they grew.
+
+    `prompt`, `ids`: what was read and what is written; `messages`: so far; `ended`: by itself, not by `max_new` or the context's end. One at
+    a time: an answer that is left early (closed, or interrupted) leaves the decoder ready for the next.
+    """
+
+    def __init__(self, decoder, turns, me, max_new=256, temperature=0.7, top_p=0.95, seed=None):
+        room = min(max_new, decoder.cache.size // 2)
+        self.decoder, self.me, self.messages, self.ids, self.ended = decoder, me, [], [], False
+        self.prompt = fit(turns, me, decoder.tokenizer, decoder.cache.size - room, decoder.wrote)
+        generator = torch.Generator().manual_seed(seed) if seed is not None else None
+        self.new = decoder.generate(self.prompt, room, temperature, top_p, generator)
+        self.room = room
+
+    def __iter__(self):
+        for self.messages in messages(self.written(), self.decoder.tokenizer):
+            yield self.messages
+        self.ended = len(self.ids) < self.room
+        wrote, header = self.decoder.wrote, self.prompt[-1 - self.prompt[::-1].index(self.decoder.tokenizer.im_start) :]
+        wrote[self.me, *self.messages] = header + self.ids
+        if len(wrote) > REMEMBERED:
+            del wrote[next(iter(wrote))]
+
+    def written(self):
+        for id in self.new:
+            self.ids.append(id)
+            yield id
+
+
 def pick(logits, temperature, top_p, generator=None):
     """One id from logits (V,): the best at temperature 0, else drawn from the smallest set of ids that holds `top_p` of the probability."""
     if temperature == 0:
@@ -73,10 +105,24 @@ def messages(ids, tokenizer):
         yield found
 
 
-def fit(turns, me, tokenizer, size):
-    """The ids of the prompt after `turns`, without as many of the oldest turns as it takes to leave `size` tokens at most."""
-    for oldest in range(len(turns)):
-        ids, _ = tokenizer.encode(data.prompt(turns[oldest:], me, tokenizer.specials))
-        if len(ids) <= size:
-            return ids
-    return ids[:1] + ids[-size + 1 :]
+def fit(turns, me, tokenizer, size, wrote=None):
+    """The ids of the prompt after `turns`, at most `size`, without its oldest turns where there are more.
+
+    They go half a context at a time, so that most prompts begin as the last one did. A single turn that is too long loses its beginning.
+    `wrote` {(author, *messages): ids}: turns whose ids are known, up to their end.
+    """
+    ids, _ = tokenizer.encode(data.prompt(turns, me, tokenizer.specials))
+    starts = [i for i, id in enumerate(ids) if id == tokenizer.im_start]
+    opening, parts = ids[: starts[0]], [ids[a:b] for a, b in zip(starts, [*starts[1:], len(ids)])]
+    for number, turn in enumerate(turns):
+        known = (wrote or {}).get((turn.author, *turn.messages))
+        if known:
+            parts[number] = known + parts[number][parts[number].index(tokenizer.im_end) :]
+    total, half = sum(map(len, parts)) + len(opening), max(1, size // 2)
+    surplus = -(-(total - size) // half) * half if total > size else 0
+    oldest = dropped = 0
+    while dropped < surplus and oldest < len(turns) - 1:
+        dropped += len(parts[oldest])
+        oldest += 1
+    ids = opening + sum(parts[oldest:], [])
+    return ids if len(ids) <= size else opening + ids[len(ids) - size + len(opening) :]
