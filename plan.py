@@ -26,6 +26,7 @@ import step
 import tokenizer as tokenizers
 from config import UserError, flag
 from model import RECOMPUTE, ModelConfig
+from quantize import BLOCK
 
 GIB = 1 << 30
 PRICES = "2026-11"  # when the cards' prices were right, roughly: what marketplaces and clouds ask for a GPU-hour
@@ -48,6 +49,7 @@ class Card:
     price: tuple = (0, 0)
     attention: float = 0.3  # attention's share of the peak, assumed for all but the CPU
     unpacking: float = 5  # bytes of traffic to unpack a weight of 4 bits and read it again
+    updating: float = 1  # how much longer the optimizer's traffic takes than other
 
 
 # Memory: as torch's own out-of-memory messages give it. Bandwidth and peak: NVIDIA's data sheets and architecture papers, without
@@ -68,8 +70,9 @@ CARDS = {
     "t4": Card("T4", 14.56, 320, 0, 0, "no bf16", 6, (0.15, 0.40)),
     **{f"mac-{n}": Card(f"Mac with {n} GB", 0.75 * n, 0, 0, 0, "chat alone", 0) for n in (8, 16, 24, 32, 36, 48, 64, 96, 128)},
 }
-# Peak: measured where it runs. The rest is assumed, from the profile in docs/LOG.md; not yet fitted to runs on an idle machine.
-CPU = Card("CPU", 0, 10, 0, 0.8, "assumed", 1, attention=0.2, unpacking=15)
+# Peak: measured where it runs. The rest, and what a process holds, is fitted to the runs of `python -m bench.plan --calibrate`.
+CPU = Card("CPU", 0, 10, 0, 0.9, "fitted to our runs", 1, attention=0.2, unpacking=15, updating=2.7)
+PYTHON, SLACK = 0.46 * GIB, 0.46  # a CPU process: its libraries, and what of the activations the C library doesn't give back
 
 MISTRAL = ModelConfig(32000, 4096, 14336, 32, 32, 8, 128)
 NEMO = ModelConfig(131072, 5120, 14336, 40, 32, 8, 128, max_position_embeddings=131072)
@@ -90,7 +93,6 @@ INSTALLED = 7.0e9, 3.0e9, 180  # bytes of the virtual environment with CUDA, byt
 START = 150  # seconds to read a 7B's weights, compile and try the longest rows, assumed
 KINDS = ("weights", "gradients", "optimizer", "activations", "head", "communication")
 BYTES, PER_MESSAGE, PER_TURN = 4, 4, 7  # tokens of a text: bytes each holds, and what the marks around add; our example's to 1%
-PYTHON, SLACK = 0.35 * GIB, 1.8  # a CPU process: its libraries, and resident bytes for each that is live for a while
 FEW = 100  # tokens at a time at which a card works at half its rate, assumed
 
 
@@ -165,7 +167,7 @@ class Work:
         wide = 2 * (20 * shape.hidden_size + 8 * heads * shape.head_dim + 12 * shape.intermediate_size)  # bytes a token and block
         traffic = tokens * shape.num_hidden_layers * wide * (1 if way == "none" else 4 / 3) + labelled * shape.vocab_size * 16
         weight = card.unpacking if self.ways.get("nf4") else 6 if masters and not pure else 2  # bytes, each time that it is used
-        traffic += times * (3 if again else 2) * self.linear * weight + trained / self.world * (60 if pure else 40)
+        traffic += times * (3 if again else 2) * self.linear * weight + trained / self.world * (60 if pure else 40) * card.updating
         rate = 1e12 * card.peak / (1 + FEW / (rows * self.length))
         compute = (flops - attention) / rate / card.efficiency + attention / rate / card.attention + traffic / card.bandwidth / 1e9
         gathered = sum(p.numel() * (2 if p.is_floating_point() else p.itemsize) for p in self.model.parameters())
@@ -323,8 +325,8 @@ def main():
         raise UserError(
             f"--seq-len {options.seq_len}: {options.model} was made for {shape.max_position_embeddings} tokens", "Take shorter rows."
         )
-    if options.qlora and any(n % 64 for n in (shape.hidden_size, shape.intermediate_size, shape.num_attention_heads * shape.head_dim)):
-        raise UserError(f"--qlora keeps weights in blocks of 64, of which {options.model}'s layers are no multiple", "Take --lora.")
+    if options.qlora and any(n % BLOCK for n in (shape.hidden_size, shape.intermediate_size, shape.num_attention_heads * shape.head_dim)):
+        raise UserError(f"--qlora keeps weights in blocks of {BLOCK}, of which {options.model}'s layers are no multiple", "Take --lora.")
     some = amount(options, folder)
     batch, epoch, steps = schedule(some.rows, options.batch, options.epochs)
     ways = {"adapter": {"rank": options.lora_rank, "alpha": 16, "rows": added} if options.lora else None}
@@ -414,9 +416,8 @@ def here(device, dtype):
 
 
 def resident(needs):
-    """A CPU process's peak resident memory for {kind: bytes} that live in it: libraries, and what the C library doesn't give back."""
-    fixed = sum(needs.get(kind, 0) for kind in ("weights", "gradients", "optimizer"))
-    return PYTHON + fixed + SLACK * (sum(needs.values()) - fixed)
+    """A CPU process's peak resident memory for {kind: bytes} that live in it."""
+    return PYTHON + sum(needs.values()) + SLACK * needs.get("activations", 0)
 
 
 def available():

@@ -19,7 +19,7 @@ MAY = {
     "checkpoint": {"config", "model", "lora", "quantize"},
     "generate": {"model", "data"},
     "step": {"config", "checkpoint", "lora", "model", "data", "quantize"},
-    "plan": {"config", "checkpoint", "data", "model", "step", "tokenizer"},
+    "plan": {"config", "checkpoint", "data", "model", "quantize", "step", "tokenizer"},
     "resume": {"config", "checkpoint", "step"},
     "train": {"config", "data", "plan", "step", "resume", "generate", "checkpoint", "lora", "model", "quantize", "tokenizer"},
     "chat": {"config", "data", "plan", "generate", "checkpoint", "tokenizer"},
