@@ -1,6 +1,9 @@
 """Talk to it, in the terminal: `python chat.py ckpt/`. Each of its messages is a line of its own, as it comes."""
 
 import dataclasses
+import datetime
+import itertools
+import re
 import sys
 from pathlib import Path
 
@@ -27,6 +30,7 @@ class Config:
     temperature: float = flag(0.7, "0: always the likeliest token")
     top_p: float = flag(0.95, "draw only from the likeliest tokens that make up so much")
     max_tokens: int = flag(256, "longest answer, in tokens")
+    history: str | None = flag(None, "keep the conversation in this file, and go on with what it holds")
     context: int = flag(2048, "tokens it remembers, at most what the model was made for")
     weights: str | None = flag(
         None, "what the weights are held in (default: bf16; fp32 on CPUs without bf16 instructions)", choices=("bf16", "fp32")
@@ -59,16 +63,21 @@ def main():
     size = min(options.context, model.config.max_position_embeddings)
     decoder = generate.Decoder(model, words, size)
 
-    def answer(turns):
-        seed = None if options.seed is None else options.seed + len(turns)
-        return generate.Answer(decoder, turns, me, options.max_tokens, options.temperature, options.top_p, seed)
+    tries = itertools.count(1)
+
+    def answer(turns, temperature=None, again=False):
+        """With --seed an answer is repeatable by the number of turns before it, and of retries."""
+        number = next(tries) if again else 0
+        seed = None if options.seed is None else options.seed + len(turns) + 1_000_003 * number
+        heat = options.temperature if temperature is None else temperature
+        return generate.Answer(decoder, turns, me, options.max_tokens, heat, options.top_p, seed)
 
     if options.prompt is not None:
         said = answer([turn(you, False, options.prompt)])
         list(said)
         print("\n".join(said.messages))
         return
-    talk(me, you, answer)
+    Talk(me, you, answer, options.history and Path(options.history)).run()
 
 
 def who(folder, options):
@@ -83,55 +92,128 @@ def who(folder, options):
 
 
 def turn(author, me, text):
-    return data.Turn(author, me, "", [message for message in (line.strip() for line in text.split("\n")) if message])
+    """Each line is a message."""
+    return data.Turn(author, me, now(), [message for message in (line.strip() for line in text.split("\n")) if message])
 
 
-def talk(me, you, answer):
-    """Read lines, stream answers, until the end of input. Ctrl-C stops an answer; a second one, or one at the prompt, ends."""
-    interactive = sys.stdin.isatty()
-    if interactive:
-        import readline  # noqa: F401  arrow keys and history in input()
+HELP = """/as NAME    you are NAME from now on      /retry      another answer to the last message
+/temp X     0: always the likeliest; 1: wilder  /undo       take the last message and its answer back
+/reset      begin anew                          Ctrl-C      stops an answer; Ctrl-D ends"""
 
-        print(f"An AI imitation of {me}. You are {you}. Ctrl-D ends.\n")
-    turns = []
-    while True:
+
+class Talk:
+    """The conversation in the terminal. `answer(turns)` → an Answer; `history`: where it is kept, or None."""
+
+    def __init__(self, me, you, answer, history=None):
+        self.me, self.you, self.answer, self.history = me, you, answer, history
+        self.turns, self.temperature = [], None
+        if history and history.exists():
+            self.turns = [turn for session in data.load_sessions(history) for turn in session.turns]
+
+    def run(self):
+        """Read lines, stream answers, until the end of input. Ctrl-C stops an answer, two at the prompt end."""
+        interactive = sys.stdin.isatty()
+        if interactive:
+            import readline  # noqa: F401  arrow keys and history in input()
+
+            print(f"An AI imitation of {self.me}. You are {self.you}. /help says what else there is, Ctrl-D ends.\n")
+            for said in self.turns[-8:]:
+                print("\n".join(f"{said.author}: {message}" for message in said.messages))
+        stopped = False
+        while True:
+            try:
+                text = input(f"{self.you}: " if interactive else "").strip()
+                stopped = False
+            except KeyboardInterrupt:
+                if stopped or not interactive:
+                    raise
+                print("\n(once more, or Ctrl-D, ends)")
+                stopped = True
+                continue
+            except EOFError:
+                if interactive:
+                    print()
+                return
+            if re.match("/[a-z]+( |$)", text):
+                self.obey(*text[1:].split(None, 1))
+            elif text:
+                self.turns.append(turn(self.you, False, text))
+                self.reply()
+
+    def obey(self, name, said=""):
+        if name == "as" and said:
+            self.you = said
+        elif name == "retry" and self.turns:
+            if self.turns[-1].me:
+                self.turns.pop()
+            self.reply(again=True)
+        elif name == "undo" and self.turns:
+            while self.turns.pop().me and self.turns:
+                pass
+            self.keep()
+            print(f"(taken back; {len(self.turns)} turns remain)")
+        elif name == "reset":
+            self.turns.clear()
+            self.keep()
+            print("(begun anew)")
+        elif name == "temp" and (number := temperature(said)) is not None:
+            self.temperature = number
+        else:
+            print(HELP)
+
+    def reply(self, again=False):
+        shown = Shown(self.me)
         try:
-            text = input(f"{you}: " if interactive else "")
-        except EOFError:
-            if interactive:
-                print()
-            return
-        if not text.strip():
-            continue
-        turns.append(turn(you, False, text))
-        shown = Shown(me)
-        try:
-            for messages in answer(turns):
+            for messages in self.answer(self.turns, self.temperature, again):
                 shown.update(messages)
         except KeyboardInterrupt:
             pass
         shown.end()
         if shown.messages:
-            turns.append(data.Turn(me, True, "", shown.messages))
+            self.turns.append(data.Turn(self.me, True, now(), shown.messages))
+        self.keep()
+
+    def keep(self):
+        if self.history:
+            start = self.turns[0].at if self.turns else now()
+            session = data.Session(self.you, "chat.py", "personal_chat", start, self.turns)
+            config.write_text(self.history, session.to_json() + "\n" if self.turns else "")
+
+
+def now():
+    return datetime.datetime.now().isoformat(timespec="seconds")
+
+
+def temperature(said):
+    """What /temp was given, or None."""
+    try:
+        return number if 0 <= (number := float(said)) <= 10 else None
+    except ValueError:
+        return None
 
 
 class Shown:
-    """Messages on the terminal while they grow, each on a line of its own after the name."""
+    """Messages while they grow, each on a line of its own; on a terminal a typing mark comes before the first."""
 
     def __init__(self, name):
-        self.name, self.messages = name, []
+        self.name, self.messages, self.terminal = name, [], sys.stdout.isatty()
+        if self.terminal:
+            print(f"\r{name} is typing…", end="", flush=True)
 
     def update(self, messages):
+        """What was shown only grows."""
+        margin = " " * (len(self.name) + 2) if self.terminal else ""
         for number, message in enumerate(messages):
             before = self.messages[number] if number < len(self.messages) else None
             if before is None:
-                print(("\n" if number else "") + f"{self.name}: {message}", end="", flush=True)
-            else:
-                print(message[len(before) :], end="", flush=True)
+                name = f"{self.name}: " if not (number and self.terminal) else margin
+                print((("\r\033[K" if self.terminal else "") if not number else "\n") + name, end="")
+            print(message[len(before or "") :].replace("\n", "\n" + margin), end="", flush=True)
         self.messages = list(messages)
 
     def end(self):
-        print(flush=True)
+        nothing = "\r\033[K" + f"({self.name} says nothing)" if self.terminal else ""
+        print("" if self.messages else nothing, flush=True)
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ class Decoder:
 class Answer:
     """My next turn after `turns`, as it is written: iterate over it for the messages so far, each time they grew.
 
-    `prompt`, `ids`: what was read and what is written; `messages`: so far; `ended`: by itself, not by `max_new` or the context's end. One at
-    a time: an answer that is left early (closed, or interrupted) leaves the decoder ready for the next.
+    `prompt`, `ids`: what was read and what is written; `messages`: so far; `ended`: by itself, not by `max_new` or the context's end.
+    One at a time; an answer that is left early (closed, or interrupted) leaves the decoder ready for the next.
     """
 
     def __init__(self, decoder, turns, me, max_new=256, temperature=0.7, top_p=0.95, seed=None):
@@ -67,8 +67,9 @@ class Answer:
         self.room = room
 
     def __iter__(self):
-        for self.messages in messages(self.written(), self.decoder.tokenizer):
-            yield self.messages
+        for found in messages(self.written(), self.decoder.tokenizer):
+            self.messages = found
+            yield found
         self.ended = len(self.ids) < self.room
         wrote, header = self.decoder.wrote, self.prompt[-1 - self.prompt[::-1].index(self.decoder.tokenizer.im_start) :]
         wrote[self.me, *self.messages] = header + self.ids
