@@ -47,7 +47,7 @@ def main():
             f"{folder}: there is no such folder",
             "Make one: python train.py --lora   (then: python chat.py ckpt/)",
         )
-    if not ((folder / "config.json").exists() or checkpoint.is_adapter(folder)):
+    if not (checkpoint.is_model(folder) or checkpoint.is_adapter(folder)):
         raise UserError(
             f"{folder} holds no model: neither config.json nor adapter_config.json",
             "Give the folder that train.py wrote.",

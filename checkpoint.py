@@ -7,8 +7,10 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import re
 import shutil
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -23,9 +25,52 @@ from model import ModelConfig, Transformer
 
 FILE_BYTES = 4 << 30  # a saved model is split into files of at most this size
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+SETTINGS = ("config.json", "params.json", "generation_config.json", "model.safetensors.index.json")
 COMPANIONS = ("persona.json", "run.json", "metrics.jsonl")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tekken.json"),
+    *("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),
+)
 LARGEST = {"num_hidden_layers": 1000, "max_position_embeddings": 1 << 31, "sliding_window": 1 << 31, "rope_theta": 1e12}  # else a million
+KEYS = ("max_position_embeddings", "num_key_value_heads", "head_dim", "rms_norm_eps", "sliding_window")
+ALWAYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings", "model_type")
+QWEN = {"use_sliding_window": False, "max_window_layers": 28, "layer_types": None}
+FAMILIES = {  # model_type: what transformers takes where config.json is silent; what is neither here nor in ALWAYS it doesn't heed
+    "mistral": dict(zip(KEYS, (131072, 8, None, 1e-6, 4096))),
+    "ministral3": dict(zip(KEYS, (262144, 8, 128, 1e-5, None)))
+    | {
+        "rope_scaling": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384}
+        | {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+    },
+    "llama": dict(zip(KEYS[:-1], (2048, None, None, 1e-6))) | {"attention_bias": False, "mlp_bias": False},
+    "qwen2": dict(zip(KEYS, (32768, 32, None, 1e-6, 4096))) | QWEN,
+    "qwen3": dict(zip(KEYS, (32768, 32, 128, 1e-6, 4096))) | QWEN | {"attention_bias": False},
+}
+ROPE = {  # rope_type: {key: (least, most, whether it must be there)}
+    "default": {},
+    "linear": {"factor": (1e-3, 1e6, True)},
+    "llama3": {key: (1e-3, 1 << 31, True) for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")},
+    "yarn": {key: (1e-3, 1 << 31, True) for key in ("factor", "original_max_position_embeddings")}
+    | {key: (0, 1e6, False) for key in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")},
+}
+PARAMS = {  # Mistral's own words for HF's
+    **{"dim": "hidden_size", "hidden_dim": "intermediate_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"},
+    **{"n_kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps", "tied_embeddings": "tie_word_embeddings"},
+    **{key: key for key in ("head_dim", "vocab_size", "rope_theta", "max_position_embeddings")},
+}
+RENAMED = (  # a tensor's name in a file → HF's; empty: no part of the language model
+    (r"^(model\.)?(vision_|multi_modal_|patch_merger|pre_mm_).*|.*rotary_emb\.inv_freq$", ""),
+    (r"^language_model\.|(?<=^model\.)language_model\.", ""),
+    (r"^(layers|norm)\.", r"model.\1."),
+    (r"^tok_embeddings\.", "model.embed_tokens."),
+    (r"^output\.", "lm_head."),
+    (r"\.attention\.w([qkvo])\.", r".self_attn.\1_proj."),
+    (r"\.feed_forward\.w1\.", ".mlp.gate_proj."),
+    (r"\.feed_forward\.w2\.", ".mlp.down_proj."),
+    (r"\.feed_forward\.w3\.", ".mlp.up_proj."),
+    (r"\.attention_norm\.", ".input_layernorm."),
+    (r"\.ffn_norm\.", ".post_attention_layernorm."),
+)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NO_ACCOUNT = "teknium/OpenHermes-2.5-Mistral-7B"
 
@@ -127,8 +172,8 @@ def cached(repo):
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=["config.json"]))
-        if (folder / "config.json").exists() and all((folder / name).exists() for name in weight_files(folder)):
+        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=["config.json", "params.json"]))
+        if is_model(folder) and all((folder / name).exists() for name in weight_files(folder)):
             return folder
     except (LocalEntryNotFoundError, HFValidationError, UserError):
         pass
@@ -151,8 +196,9 @@ def ask_hub(repo):
 
     with hub(repo):
         files = {f.rfilename: f.size or 0 for f in HfApi().model_info(repo, files_metadata=True).siblings}
-        weights = [name for name in files if name.endswith(".safetensors") and not name.startswith("consolidated")]
-        for name in ("config.json", *weights):
+        weights = [name for name in files if name.endswith(".safetensors")]
+        weights = [name for name in weights if not name.startswith("consolidated")] or weights
+        for name in ("config.json" if "config.json" in files else "params.json", *weights):
             get_hf_file_metadata(hf_hub_url(repo, name))  # refused here where a download would be
     if not weights:
         raise UserError(f"{repo} has no safetensors on the hub", f"A base that has: --model {NO_ACCOUNT}")
@@ -168,9 +214,9 @@ def download(repo):
     with hub(repo):
         info = HfApi().model_info(repo, files_metadata=True)
         sizes = {f.rfilename: f.size or 0 for f in info.siblings}
-        small = [n for n in (*TOKENIZER_FILES, "config.json", "generation_config.json", "model.safetensors.index.json") if n in sizes]
+        small = [n for n in (*TOKENIZER_FILES, *SETTINGS) if n in sizes]
         folder = Path(snapshot_download(repo, allow_patterns=small))
-        weights = weight_files(folder, single="model.safetensors" in sizes)
+        weights = weight_files(folder, sizes)
         need = sum(sizes.get(n, 0) for n in weights)
         cache = Path(constants.HF_HUB_CACHE)
         have = sum(f.stat().st_size for f in (cache / f"models--{repo.replace('/', '--')}" / "blobs").glob("*"))
@@ -183,16 +229,22 @@ def download(repo):
         return Path(snapshot_download(repo, allow_patterns=small + weights))
 
 
-def weight_files(folder, single=None):
-    """The safetensors files of a model folder. UserError when there are none (a .bin or .pth is a pickle and is not read)."""
+def weight_files(folder, names=None):
+    """The safetensors files of a model folder, or of `names`, which will lie there; Mistral's own where there are no others.
+
+    UserError when there are none (a .bin or .pth is a pickle and is not read).
+    """
     index = folder / "model.safetensors.index.json"
     if index.exists():
         return sorted(set(read_index(index).values()))
-    if single or (folder / "model.safetensors").exists():
+    names = os.listdir(folder) if names is None else names
+    if "model.safetensors" in names:
         return ["model.safetensors"]
+    if own := sorted(name for name in names if name.startswith("consolidated") and name.endswith(".safetensors")):
+        return own
     raise UserError(
         f"{folder} has no model.safetensors{config.pickles(folder)}",
-        "Give a folder with config.json, safetensors and a tokenizer.",
+        "Give a folder with config.json or params.json, safetensors and a tokenizer.",
     )
 
 
@@ -205,50 +257,119 @@ def read_index(path):
     return where
 
 
+def settings_path(folder):
+    theirs, own = (Path(folder) / name for name in SETTINGS[:2])
+    return own if own.exists() and not theirs.exists() else theirs
+
+
+def settings(folder):
+    """What `config.json` says of the language model, vision left out; where there is none, `params.json` in the same words."""
+    path = settings_path(folder)
+    said = read_json(path)
+    if path.name == "params.json":
+        return of_params(said)
+    text = said.get("text_config")
+    return {**said, "model_type": "mistral", **text} if said.get("model_type") == "mistral3" and isinstance(text, dict) else said
+
+
+def of_params(said):
+    """Mistral's own `params.json` → HF's keys; what it leaves out is as in mistral-inference."""
+    words = {ours: said[theirs] for theirs, ours in PARAMS.items() if theirs in said}
+    window, yarn, scaled = said.get("sliding_window"), said.get("yarn"), said.get("llama_4_scaling")
+    words.setdefault("max_position_embeddings", said.get("max_seq_len") or 32768)
+    words.setdefault("rope_theta", 1e4 if window else 1e6)
+    words |= {"sliding_window": window, "quantization_config": said.get("quantization")}
+    words["model_type"] = "mixtral" if said.get("moe") else "ministral3" if scaled else "mistral"
+    if isinstance(yarn, dict):
+        turns = {"beta_fast": yarn.get("beta"), "beta_slow": yarn.get("alpha"), "mscale": 1.0, "mscale_all_dim": 1.0}
+        words["rope_scaling"] = {**yarn, **turns, "rope_type": "yarn"}
+        if isinstance(scaled, dict):
+            words["rope_scaling"]["llama_4_scaling_beta"] = scaled.get("beta")
+    return words
+
+
 def read_config(folder):
-    """`config.json` → ModelConfig. UserError for a family or a kind of RoPE that the model doesn't compute, and for nonsense."""
-    path = Path(folder) / "config.json"
-    said = {key: value for key, value in read_json(path).items() if value is not None}
-    if said.get("model_type") != "mistral":
+    """`config.json` or `params.json` → ModelConfig. UserError for what the model doesn't compute, and for nonsense."""
+    raw, path = settings(folder), settings_path(folder)
+    family = raw.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(
-            f"{folder}: model_type {said.get('model_type')!r} is not known here",
-            "Known: mistral (7B v0.1, v0.2, v0.3 and their fine-tunes).",
+            f"{folder}: model_type {family!r:.60} is not known here",
+            f"Known: {', '.join(FAMILIES)} (Mistral, Nemo, Small, Ministral 3, Llama 2 and 3, Qwen2.5, Qwen3).",
         )
-    if said.get("quantization_config"):
+    if raw.get("quantization_config"):
         raise UserError(
             f"{folder} holds quantised weights, which are not read",
-            "Take the bf16 or fp16 original.",
+            "Take the bf16 or fp32 original.",
         )
-    if said.get("auto_map"):
+    if raw.get("auto_map"):
         raise UserError(
             f"{folder} brings code of its own (auto_map), which is never run here",
-            f"If it is a plain Mistral all the same, take auto_map out of {path}.",
+            f"If it is a plain {family} all the same, take auto_map out of {path}.",
         )
-    if said.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{folder}: hidden_act {said['hidden_act']!r:.60} is not known here", "Known: silu.")
-    rotary = said.get("rope_parameters") or said.get("rope_scaling") or {}
-    kind = rotary.get("rope_type", rotary.get("type", "default")) if isinstance(rotary, dict) else rotary
-    if kind != "default":
-        raise UserError(
-            f"{folder}: RoPE of kind {kind!r} is not known here",
-            "Known: default.",
-        )
-    said["rope_theta"] = rotary.get("rope_theta") or said.get("rope_theta") or 10000.0
-    said.setdefault("num_key_value_heads", 8)  # HF's default for Mistral
+    if raw.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{folder}: hidden_act {raw['hidden_act']!r:.60} is not known here", "Known: silu.")
+    said = FAMILIES[family] | {key: value for key, value in raw.items() if key in (*FAMILIES[family], *ALWAYS)}
+    said["sliding_window"] = read_window(path, said)
+    said["rope_theta"], said["rope_scaling"] = read_rope(path, said, raw)
     fields = {}
     for field in dataclasses.fields(ModelConfig):
-        if field.name == "head_dim":
-            said.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
-        if field.name in said or field.default is dataclasses.MISSING:
+        value = said.get(field.name)
+        if field.name == "head_dim" and value is None:
+            value = fields["hidden_size"] // fields["num_attention_heads"]
+        if field.name == "num_key_value_heads" and value is None:
+            value = fields["num_attention_heads"]
+        if value is not None and field.name in ("model_type", "rope_scaling"):
+            fields[field.name] = value
+        elif value is not None or field.default is dataclasses.MISSING:
             kind = field.type if field.type in (bool, float) else int
-            value, most = said.get(field.name), LARGEST.get(field.name, 1 << 20)
-            fields[field.name] = config.number(path, field.name, value, int(kind is int), most, kind)
+            fields[field.name] = config.number(path, field.name, value, int(kind is int), LARGEST.get(field.name, 1 << 20), kind)
     if fields["num_attention_heads"] % fields["num_key_value_heads"] or fields["head_dim"] % 2:
         raise UserError(
             f"{path}: {fields['num_attention_heads']} heads of {fields['head_dim']} numbers over {fields['num_key_value_heads']} of keys",
             "The last must divide the first, and 2 the second. Copy it again.",
         )
     return ModelConfig(**fields)
+
+
+def read_window(path, said):
+    """The sliding window of every layer, or None. UserError where the layers differ, as they may in Qwen."""
+    if not said.get("sliding_window") or not said.get("use_sliding_window", True):
+        return None
+    first, layers = (config.number(path, key, said.get(key, 0), 0, 1000) for key in ("max_window_layers", "num_hidden_layers"))
+    kinds = said.get("layer_types") or ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
+    if kinds == ["full_attention"] * layers:
+        return None
+    if kinds != ["sliding_attention"] * layers:
+        raise UserError(f"{path}: a sliding window on some layers only is not known here", "Take another base.")
+    return said["sliding_window"]
+
+
+def read_rope(path, said, raw):
+    """(rope_theta, rope_scaling by HF's older keys), from those or from transformers 5's `rope_parameters`."""
+    rotary = raw.get("rope_scaling") or raw.get("rope_parameters") or said.get("rope_scaling") or {}
+    kind = rotary.get("rope_type", rotary.get("type", "default")) if isinstance(rotary, dict) else rotary
+    if not isinstance(kind, str) or kind not in ROPE:
+        raise UserError(f"{path}: RoPE of kind {kind!r:.60} is not known here", f"Known: {', '.join(ROPE)}.")
+    if (rotary.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1) != 1:
+        raise UserError(f"{path}: RoPE on a part of each head (partial_rotary_factor) is not known here", "Take another base.")
+    if kind in ("llama3", "yarn") or rotary.get("llama_4_scaling_beta"):
+        known = raw.get("original_max_position_embeddings") or rotary.get("original_max_position_embeddings")
+        rotary = {**rotary, "original_max_position_embeddings": known or said.get("max_position_embeddings")}
+    scaling = {"rope_type": kind}
+    for key, (least, most, needed) in {**ROPE[kind], "llama_4_scaling_beta": (0, 1e6, False)}.items():
+        if needed or rotary.get(key) is not None:
+            scaling[key] = config.number(path, f"{key} of RoPE", rotary.get(key), least, most, bool if key == "truncate" else float)
+    if "llama_4_scaling_beta" in scaling:
+        scaling["original_max_position_embeddings"] = rotary["original_max_position_embeddings"]
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise UserError(f"{path}: low_freq_factor of RoPE must be below high_freq_factor", "Copy it again.")
+    theta = rotary.get("rope_theta") or raw.get("rope_theta") or 1e4
+    return theta, scaling if kind != "default" or "rope_scaling" in FAMILIES[said["model_type"]] else None
+
+
+def is_model(folder):
+    return settings_path(folder).exists()
 
 
 def is_adapter(folder):
@@ -289,7 +410,7 @@ def write(target, value):
 
 def weights(model):
     """{name in a checkpoint: parameter, or NF4Linear} for everything but adapters."""
-    found = {name: p for name, p in model.named_parameters() if name.endswith(".weight")}
+    found = {name: p for name, p in model.named_parameters() if name.endswith((".weight", ".bias"))}
     packed = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, quantize.NF4Linear)}
     return found | packed
 
@@ -318,7 +439,7 @@ def fill(model, folder, ranks=None):
     for name, target in weights(model).items():
         value = found[name].get_slice(name)
         if name in VOCABULARY and len(target) > value.get_shape()[0]:
-            rows = found[name].get_tensor(name)
+            rows = value[:]
             mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
             value = torch.cat([rows, mean.expand(len(target) - len(rows), -1)])
         bad.append(not write(target, value))
@@ -329,8 +450,37 @@ def fill(model, folder, ranks=None):
             raise UserError(f"{folder}: tensor {name} holds NaN or infinity", "Copy the folder again, or take another base.")
 
 
+class Stored(NamedTuple):
+    """A tensor of an open file, there under another name maybe. `heads`: in Mistral's own format queries and keys have the two numbers
+
+    that turn together side by side in each of so many heads; HF has them half a head apart.
+    """
+
+    file: Any
+    name: str
+    heads: int
+
+    def get_slice(self, _):
+        part = self.file.get_slice(self.name)
+        return Interleaved(part, self.heads) if self.heads else part
+
+
+class Interleaved(NamedTuple):
+    part: Any
+    heads: int
+
+    def get_shape(self):
+        return self.part.get_shape()
+
+    def get_dtype(self):
+        return self.part.get_dtype()
+
+    def __getitem__(self, rows):
+        return self.part[:].unflatten(0, (self.heads, -1, 2)).transpose(1, 2).flatten(0, 2)[rows]
+
+
 def find(model, folder):
-    """{tensor: the open file that holds it} of all that `model`, which may be on the meta device, takes from `folder`.
+    """{tensor by HF's name: where it is Stored} of all that `model`, which may be on the meta device, takes from `folder`.
 
     UserError names a tensor that is missing, unknown, of the wrong shape or no float, by the files' headers: nothing else is read.
     """
@@ -340,11 +490,22 @@ def find(model, folder):
     for name in weight_files(folder):
         file = config.open_safetensors(folder / name)
         for tensor in file.keys():
-            if tensor.endswith("rotary_emb.inv_freq") or tensor == "lm_head.weight" and shape.tie_word_embeddings:
-                continue
+            ours = tensor
+            for pattern, by in RENAMED:
+                ours = re.sub(pattern, by, ours)
             if where.setdefault(tensor, name) != name:
                 raise UserError(f"{folder}: tensor {tensor} is in {name}, and should be in {where[tensor]}", "Copy the folder again.")
-            found[tensor] = file
+            if ours:
+                heads = {"wq": shape.num_attention_heads, "wk": shape.num_key_value_heads}.get(tensor.split(".")[-2:][0], 0)
+                found[ours] = Stored(file, tensor, heads)
+    if shape.tie_word_embeddings and "lm_head.weight" in found:
+        head, embeddings = (found[name].get_slice(name) for name in reversed(VOCABULARY))
+        if head.get_shape() != embeddings.get_shape() or not torch.equal(head[-9:], embeddings[-9:]):
+            raise UserError(
+                f"{folder}: by config.json lm_head is tied to the embeddings, but the files hold another",
+                "Set tie_word_embeddings to false in it.",
+            )
+        del found["lm_head.weight"]
     wanted = {name: shape_of(target) for name, target in weights(model).items()}
     wanted |= {name: (shape.vocab_size, *wanted[name][1:]) for name in VOCABULARY if name in wanted}
     config.check_tensors(folder, found, wanted, "config.json", "Does config.json belong to these files? Copy the folder again.")
@@ -360,7 +521,7 @@ def fingerprint(found):
 
 
 def stored_dtype(folder):
-    said = read_json(Path(folder) / "config.json")
+    said = settings(folder)
     name = said.get("dtype") or said.get("torch_dtype") or "bfloat16"
     if name not in [*DTYPES]:
         raise UserError(f"{folder}: config.json says dtype {name!r:.60}", f"Known: {', '.join(DTYPES)}.")
@@ -410,7 +571,7 @@ def fitted(folder, words=None, rows=()):
     shape = with_vocabulary(read_config(folder), max(rows, default=-1) + 1)
     if not words:
         return shape
-    words.check(Path(folder) / "config.json", shape.vocab_size)
+    words.check(settings(folder), folder, shape.vocab_size)
     return with_vocabulary(shape, words.rows_needed)
 
 
@@ -487,12 +648,15 @@ def save_model(model, folder, tokenizer, dtype=torch.bfloat16):
         write_json(index, {"metadata": {"total_size": total}, "weight_map": where})
         for name in old - {*names}:
             (folder / name).unlink(missing_ok=True)
+    shape = {key: value for key, value in vars(model.config).items() if key in FAMILIES[model.config.model_type] or value}
+    if "layer_types" in FAMILIES[model.config.model_type] and model.config.sliding_window:
+        shape |= {"use_sliding_window": True, "max_window_layers": 0}
     said = {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
+        "architectures": [f"{model.config.model_type.capitalize()}ForCausalLM"],
         "hidden_act": "silu",
         "dtype": str(dtype).removeprefix("torch."),
+        "tie_word_embeddings": False,
     }
     ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.im_end}
-    write_json(folder / "config.json", said | vars(model.config) | ends)
+    write_json(folder / "config.json", said | shape | ends)
     write_json(folder / "generation_config.json", ends)

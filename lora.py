@@ -35,7 +35,8 @@ class LoRALinear(Linear):
         if self.dropout and self.training:
             low = F.linear(F.dropout(x, self.dropout), self.lora_A.to(x.dtype))  # (…, rank)
             return super().forward(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
-        return Adapted.apply(x, self.lora_A, self.lora_B, self.scale, self.unpack, *self.stored())
+        out = Adapted.apply(x, self.lora_A, self.lora_B, self.scale, self.unpack, *self.stored())
+        return out if self.bias is None else out + self.bias.to(x.dtype)
 
 
 class Adapted(torch.autograd.Function):

@@ -1,7 +1,9 @@
 """A Mistral-style decoder in plain PyTorch: RMSNorm, rotary positions, grouped-query attention with an optional sliding window, SwiGLU.
 
+Mistral, Llama and Qwen differ in facts of their config alone: biases, norms of queries and keys, how positions turn.
+
 Module and config names are Hugging Face's, so that a state dict *is* a checkpoint. Sources: Llama 2 (arXiv 2307.09288),
-Mistral 7B (2310.06825), RoFormer (2104.09864), GQA (2305.13245), GLU variants (2002.05202).
+Mistral 7B (2310.06825), RoFormer (2104.09864), YaRN (2309.00071), GQA (2305.13245), GLU variants (2002.05202).
 
 Letters: B batch, T tokens, S tokens seen (cache included), H query heads, G key/value heads, D head_dim, E hidden_size, V vocabulary.
 """
@@ -41,16 +43,33 @@ class ModelConfig:
     rope_theta: float = 10000.0
     sliding_window: int | None = None
     tie_word_embeddings: bool = False
+    model_type: str = "mistral"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_scaling: dict | None = None
 
     def __post_init__(self):
         assert self.num_attention_heads % self.num_key_value_heads == 0, (self.num_attention_heads, self.num_key_value_heads)
         assert self.head_dim % 2 == 0, self.head_dim
 
     @property
+    def linears(self):
+        """A block's linear layers: {name: (in, out, whether it adds a bias)}."""
+        E, inner = self.hidden_size, self.intermediate_size
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        some = self.attention_bias or self.model_type == "qwen2"
+        attention = {"q_proj": (E, q, some), "k_proj": (E, kv, some), "v_proj": (E, kv, some), "o_proj": (q, E, self.attention_bias)}
+        return attention | {name: (E, inner, self.mlp_bias) for name in ("gate_proj", "up_proj")} | {"down_proj": (inner, E, self.mlp_bias)}
+
+    @property
+    def qk_norm(self):
+        return self.model_type == "qwen3"
+
+    @property
     def num_parameters(self):
         """All weights, tied ones once: 7,241,732,096 for Mistral 7B v0.1."""
-        heads = self.num_attention_heads + self.num_key_value_heads
-        block = 2 * self.hidden_size * self.head_dim * heads + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        norms = 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
+        block = sum((wide + bias) * out for wide, out, bias in self.linears.values()) + norms
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * block + embeddings + self.hidden_size
 
@@ -99,15 +118,52 @@ class Linear(nn.Linear):
         return weight.to(dtype)
 
     def forward(self, x):
-        return F.linear(x, self.unpack(*self.stored(), x.dtype))
+        return F.linear(x, self.unpack(*self.stored(), x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-def rope(positions, head_dim, theta):
-    """cos and signed sin for HF's half-split rotation, each (B, T, 1, D); fp32, because bf16 cannot tell position 257 from 258."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angle = positions[:, :, None, None].float() * frequency  # (B, T, 1, D / 2)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+def rope(positions, config):
+    """cos and signed sin for HF's half-split rotation, each (B, T, 1, D); fp32, because bf16 cannot tell position 257 from 258.
+
+    Four of them where queries are scaled by their position (Ministral 3, as Llama 4): the queries' pair first.
+    """
+    frequency, scale = frequencies(config, positions.device)
+    position = positions[:, :, None, None].float()
+    angle = position * frequency  # (B, T, 1, D / 2)
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    beta = (config.rope_scaling or {}).get("llama_4_scaling_beta")
+    if not beta:
+        return cos, sin
+    grown = 1 + beta * torch.log1p(torch.floor(position / config.rope_scaling["original_max_position_embeddings"]))
+    return cos * grown, sin * grown, cos, sin
+
+
+def frequencies(config, device):
+    """Radians a position (D / 2,), and a factor on cos and sin, by HF's `rope_scaling`: default, linear, llama3 or yarn."""
+    D, theta, said = config.head_dim, config.rope_theta, config.rope_scaling or {}
+    step = torch.arange(0, D, 2, device=device, dtype=torch.float32)
+    frequency, scale = theta ** (-step / D), 1.0
+    kind, factor, known = (said.get(key) for key in ("rope_type", "factor", "original_max_position_embeddings"))
+    if kind in (None, "default"):
+        return frequency, scale
+    if kind == "linear":
+        kept = 0.0
+    elif kind == "llama3":
+        low, high = said["low_freq_factor"], said["high_freq_factor"]
+        kept = ((known * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)  # by turns within the original context
+    else:
+        turns = said.get("beta_fast") or 32, said.get("beta_slow") or 1
+        low, high = (D * math.log(known / (n * 2 * math.pi)) / (2 * math.log(theta)) for n in turns)
+        if said.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, D - 1)
+        kept = 1 - ((step / 2 - low) / (high - low or 0.001)).clamp(0, 1)
+        over, under = said.get("mscale"), said.get("mscale_all_dim")
+        over, under = (over, under) if over and under else (1, 0)
+        scale = said.get("attention_factor")
+        if scale is None:
+            scale = (1 + 0.1 * over * math.log(max(factor, 1))) / (1 + 0.1 * under * math.log(max(factor, 1)))
+    return frequency * (kept + (1 - kept) / factor), scale  # the rest is slower by `factor`
 
 
 class Rotate(torch.autograd.Function):
@@ -302,16 +358,19 @@ def probabilities(q, k, heads, hidden):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        E, D = config.hidden_size, config.head_dim
-        self.head_dim = D
-        self.q_proj = Linear(E, config.num_attention_heads * D, bias=False)
-        self.k_proj = Linear(E, config.num_key_value_heads * D, bias=False)
-        self.v_proj = Linear(E, config.num_key_value_heads * D, bias=False)
-        self.o_proj = Linear(config.num_attention_heads * D, E, bias=False)
+        self.head_dim = config.head_dim
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            Linear(*config.linears[name]) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+        )
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
 
     def forward(self, x, rotation, where, kept, cache, layer):
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = Rotate.apply(q, *rotation), Rotate.apply(k, *rotation)  # (B, T, H, D), (B, T, G, D)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = Rotate.apply(q, *rotation[:2]), Rotate.apply(k, *rotation[-2:])  # (B, T, H, D), (B, T, G, D)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, S, G, D)
         return self.o_proj(chosen(attend(q, k, v, where).flatten(2), kept))
@@ -320,9 +379,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj, self.up_proj, self.down_proj = (Linear(*config.linears[name]) for name in ("gate_proj", "up_proj", "down_proj"))
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -406,7 +463,7 @@ class Transformer(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens) + (cached or 0)
         if labels is not None and kept is None:
             kept = (labels != IGNORED).flatten().nonzero().flatten()
-        rotation = rope(positions, self.config.head_dim, self.config.rope_theta)
+        rotation = rope(positions, self.config)
         x = self.model.embed_tokens(tokens)  # (B, T, E)
         x = x.to(self.dtype or x.dtype)
         where = layout(positions, self.config.sliding_window, cached, x.dtype, edges)

@@ -174,9 +174,10 @@ def shard_model(model, ranks, dtype):
 @torch.no_grad()
 def randomise(model, seed):
     generator = torch.Generator().manual_seed(seed)
-    for target in checkpoint.weights(model).values():
+    for name, target in checkpoint.weights(model).items():
         shape = checkpoint.shape_of(target)
-        checkpoint.write(target, torch.ones(shape) if len(shape) == 1 else torch.empty(shape).normal_(0, 0.02, generator=generator))
+        vector = torch.full(shape, float(name.endswith("norm.weight"))) if len(shape) == 1 else None  # a norm, or a bias
+        checkpoint.write(target, torch.empty(shape).normal_(0, 0.02, generator=generator) if vector is None else vector)
 
 
 def make_optimizer(model, lr, weight_decay, pure=False):

@@ -49,9 +49,9 @@ class Tokenizer:
         """Rows that the base's embeddings must have for the tokens it lacked; 0 when it lacked none."""
         return max([*self.added, -1]) + 1
 
-    def check(self, path, rows):
-        """UserError unless this is the tokenizer of the model whose config.json is `path`, and which has `rows` tokens."""
-        said, ids, extra = read_json(path), self.engine.get_vocab(with_added_tokens=True), self.engine.get_added_tokens_decoder()
+    def check(self, said, folder, rows):
+        """UserError unless this is the tokenizer of the model in `folder`, whose config.json holds `said`, and which has `rows` tokens."""
+        ids, extra = self.engine.get_vocab(with_added_tokens=True), self.engine.get_added_tokens_decoder()
         ends = said.get("eos_token_id")
         ends = [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int and end in ids.values()]
         wrong = [end for end in ends if end == self.im_start or end not in extra]
@@ -67,9 +67,7 @@ class Tokenizer:
             why = f"by config.json id {wrong[0]} ends a text, which is its {self.engine.id_to_token(wrong[0])!r}"
         else:
             return
-        raise UserError(
-            f"The tokenizer in {self.folder} is not that of {path.parent}: {why}", "Copy the model's own tokenizer files there."
-        )
+        raise UserError(f"The tokenizer in {self.folder} is not that of {folder}: {why}", "Copy the model's own tokenizer files there.")
 
     def encode(self, text):
         """Whole document → (ids, offsets); BOS first where the base's tokenizer adds one; offsets are (begin, end) in characters."""

@@ -56,7 +56,7 @@ def test_files_that_cannot_be_read_are_named(broken):
 
 @pytest.mark.parametrize(("key", "value", "expected"), [
     ("model_type", "gpt2", "gpt2"),
-    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}, "yarn"),
+    ("rope_parameters", {"rope_type": "longrope", "rope_theta": 1e4}, "longrope"),
     ("quantization_config", {"bits": 4}, "quantised"),
 ])  # fmt: skip
 def test_models_that_we_do_not_compute_are_refused(broken, key, value, expected):
