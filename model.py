@@ -366,14 +366,12 @@ class Attention(nn.Module):
         if self.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
 
-    def forward(self, x, rotation, where, kept, cache, layer):
+    def forward(self, x, rotation):
+        """x (B, T, E) → what is asked, q (B, T, H, D), and what is known, k and v (B, T, G, D)."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = Rotate.apply(q, *rotation[:2]), Rotate.apply(k, *rotation[-2:])  # (B, T, H, D), (B, T, G, D)
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)  # (B, S, G, D)
-        return self.o_proj(chosen(attend(q, k, v, where).flatten(2), kept))
+        return Rotate.apply(q, *rotation[:2]), Rotate.apply(k, *rotation[-2:]), v
 
 
 class FeedForward(nn.Module):
@@ -416,7 +414,16 @@ class Block(nn.Module):
         return checkpoint(self.compute, *given, use_reentrant=False, **options)
 
     def compute(self, x, rotation, where, kept, cache, layer):
-        x = chosen(x, kept) + self.self_attn(self.input_layernorm(x), rotation, where, kept, cache, layer)
+        q, k, v = self.before(x, rotation)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)  # (B, S, G, D)
+        return self.after(chosen(x, kept), chosen(attend(q, k, v, where).flatten(2), kept))
+
+    def before(self, x, rotation):
+        return self.self_attn(self.input_layernorm(x), rotation)
+
+    def after(self, x, attended):
+        x = x + self.self_attn.o_proj(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
