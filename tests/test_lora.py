@@ -123,8 +123,10 @@ def test_merge_command_writes_a_folder_that_transformers_loads(base, words, tmp_
     lora.save(model, ckpt, base)
     words.save(ckpt)
     (ckpt / "persona.json").write_text('{"me": "Ann"}')
+    before = (base / "model.safetensors").read_bytes()
     done = command("lora.py", "merge", ckpt, clone, "--as", 'Bob "the ME"')
     assert done.returncode == 0, done.stderr
+    assert (base / "model.safetensors").read_bytes() == before  # whose pages the merge wrote into
     assert 'set me = "Ann"' in (clone / "tokenizer_config.json").read_text().replace("\\", "")
     recipe = (clone / "Modelfile").read_text()
     assert recipe.count('"""') == 2 and 'eq .Role "user" }}{{ "Bob \\"the ME\\"" }}{{' in recipe
