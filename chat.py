@@ -82,13 +82,8 @@ def main():
 
 def who(folder, options):
     """(me, the one who talks to me): as the flags say, else from `persona.json`, else plain names."""
-    persona = config.read_json(folder / "persona.json", {})
-    try:
-        names = [persona.get("me", "Me"), *(contact["name"] for contact in persona.get("contacts", [])), "Friend"]
-        assert all(isinstance(name, str) for name in names)
-    except (AssertionError, KeyError, TypeError):
-        raise UserError(f"{folder / 'persona.json'} holds no names", 'It is {"me": NAME, "contacts": [{"name": NAME}, …]}.') from None
-    return options.me or names[0], options.as_ or names[1]
+    me, you = tokenizers.names(folder)
+    return options.me or me, options.as_ or you
 
 
 def turn(author, me, text):

@@ -5,7 +5,9 @@ rows of the embedding and of the head are trained whole.
 """
 
 import dataclasses
+import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from config import UserError, flag, read_json, write_json
 from model import KEPT, Linear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ROUNDING = 0.05  # of the logits' deviation: what a merge may add, whose every weight is rounded
 PREFIX = "base_model.model."  # PEFT's, before our own names
 
 
@@ -171,6 +174,21 @@ def merge(model):
     return model
 
 
+@torch.no_grad()
+def merge_checked(model, ids):
+    """`merge`; UserError unless the logits after `ids` stay the adapter's, but for the rounding of the merged weights."""
+    model.dtype, dtype = torch.float32, model.dtype
+    before = model(torch.tensor([ids]))
+    gap = float((merge(model)(torch.tensor([ids])) - before).std() / before.std())
+    model.dtype = dtype
+    if not gap < ROUNDING:
+        raise UserError(
+            f"merged, the model answers otherwise than with its adapter: logits differ by {gap:.1%} (rounding makes up to {ROUNDING:.0%})",
+            "Nothing was written. Use the adapter folder as it is, and report this.",
+        )
+    return model
+
+
 def save(model, folder, base, tensors=None):
     """Write PEFT's `adapter_config.json` and `adapter_model.safetensors`; `base` is the folder or hub id that it belongs to.
 
@@ -268,7 +286,27 @@ class MergeConfig:
     ckpt: str = flag("", "an adapter folder (train.py --lora)", positional=True)
     out: str = flag("", "the folder to write", positional=True)
     model: str = flag("", "the base, when it lies elsewhere than the adapter says")
+    as_: str | None = flag(None, "write an Ollama Modelfile too, for a talk with NAME (default: none)")
     overwrite: bool = flag(False, "replace what is in OUT")
+
+
+# Ollama's recipe for a merged folder; >>> comes before what is said, by whom Ollama calls user and assistant
+MODELFILE = """# ollama create clone -f Modelfile
+FROM .
+TEMPLATE \"""{{ range .Messages }}<|im_start|>
+{{- if eq .Role "user" }}<YOU>{{ else if eq .Role "assistant" }}<ME>{{ else }}{{ .Role }}{{ end }}
+>>>{{ if ne (printf "%.1s" .Content) " " }} {{ end }}{{ .Content }}<|im_end|>
+{{ end }}<|im_start|><ME>
+>>>\"""
+PARAMETER stop <|im_end|>
+PARAMETER temperature 0.7
+PARAMETER top_p 0.95
+"""
+
+
+def modelfile(me, you):
+    names = {"<YOU>": you, "<ME>": me}
+    return re.sub("<YOU>|<ME>", lambda found: f"{{{{ {json.dumps(names[found[0]], ensure_ascii=False)} }}}}", MODELFILE)
 
 
 def main():
@@ -291,12 +329,16 @@ def main():
     config.check_folder(options.out, options.overwrite)
     config.keep_apart(options.out, options.ckpt, options.model or read_settings(options.ckpt)[1])
     words = tokenizer.load(options.ckpt)
-    model = merge(checkpoint.load_model(options.ckpt, base=options.model or None, words=words))
+    me, you = tokenizer.names(options.ckpt)
+    probe = words.encode(f"{tokenizer.IM_START}{me}\n>>> {tokenizer.PROBE}{tokenizer.IM_END}")[0]
+    model = merge_checked(checkpoint.load_model(options.ckpt, base=options.model or None, words=words), probe)
     out = config.private_folder(options.out)
     checkpoint.clear(out)
     checkpoint.save_model(model, out, words)
-    words.save(out)
     checkpoint.copy_companions(options.ckpt, out)
+    words.save(out)
+    if options.as_:
+        config.write_text(out / "Modelfile", modelfile(me, options.as_))
     print(f"{out} is a whole model now: python chat.py {out}")
 
 

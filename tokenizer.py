@@ -1,15 +1,17 @@
 """ChatML over the base's own vocabulary: text in, ids and character offsets out.
 
 One engine, the `tokenizers` package, for every base, so that what trains, what chats and what other tools read from `ckpt/` cannot
-differ. A base's `tokenizer.json` is taken as it is. A sentencepiece `tokenizer.model` is converted here: each stretch between special
-tokens is encoded as one string (`<|im_start|>` then `▁John`), exactly as sentencepiece does.
+differ. A base's `tokenizer.json` is taken as it is. A sentencepiece `tokenizer.model` and Mistral's `tekken.json` are converted here: each
+stretch between special tokens is encoded as one string (`<|im_start|>` then `▁John`), exactly as sentencepiece and tiktoken do.
 """
 
+import base64
+import json
 import re
 from pathlib import Path
 
 import sentencepiece
-from tokenizers import AddedToken, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Engine
 
 from config import UserError, read_json, really, write_json
@@ -17,6 +19,10 @@ from config import UserError, read_json, really, write_json
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 PADDING = 512  # embeddings are padded to a multiple of so many rows at most; v1's 32000 tokens are no vocabulary for v3's 32768 rows
 PROBE = "The Quick brown fox,\n>>> don't  jump over 12345 lazy dogs.\n\tПривет, как дела? ½ 漢字 \U0001f986"
+TEKKEN = (  # what the first ids stand for where a tekken.json doesn't say: mistral-common's list up to its version 7
+    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> "
+    "[IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
+).split()
 IN_ENGINE = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "sp_model_kwargs", "auto_map", "chat_template")
 
 
@@ -82,7 +88,10 @@ class Tokenizer:
         return self.engine.decode(ids, skip_special_tokens=True)
 
     def save(self, folder):
-        """Write `tokenizer.json` and a `tokenizer_config.json` with which transformers and vLLM load these very ids."""
+        """Write `tokenizer.json` and a `tokenizer_config.json` with which transformers and vLLM load these very ids.
+
+        The names in its chat template are those of `persona.json`, if that lies there.
+        """
         folder = Path(folder)
         self.engine.save(str(folder / "tokenizer.json"))
         tokens = self.engine.get_added_tokens_decoder()
@@ -95,26 +104,53 @@ class Tokenizer:
         config |= {"eos_token": IM_END, "add_bos_token": self.bos is not None, "add_eos_token": False}
         if self.bos is not None:
             config["bos_token"] = self.engine.id_to_token(self.bos)
+        config["chat_template"] = chat_template(*names(folder), self.bos is not None)
         write_json(folder / "tokenizer_config.json", config)
 
 
-def load(folder):
-    """The tokenizer of a model folder: `tokenizer.json` where there is one, else `tokenizer.model`. UserError when there is neither,
+def names(folder):
+    """(me, whom I talk to most) of a folder's `persona.json`, or plain names."""
+    persona = read_json(Path(folder) / "persona.json", {})
+    try:
+        found = persona.get("me", "Me"), next((contact["name"] for contact in persona.get("contacts", [])), "Friend")
+        assert all(isinstance(name, str) for name in found)
+    except (AssertionError, KeyError, TypeError):
+        raise UserError(f"{Path(folder) / 'persona.json'} holds no names", 'It is {"me": NAME, "contacts": [{"name": NAME}, …]}.') from None
+    return found
 
-    or it can't be used.
+
+def chat_template(me, you, begins):
+    """The Jinja template that joins turns, one dict each, as `data.render` does: `content` holds the `>>> ` lines, `name` the author."""
+    spelt = {"me": me, "you": you}
+    sets = "".join(f"{{%- set {key} = {json.dumps(name, ensure_ascii=False)} -%}}" for key, name in spelt.items())
+    author = '(m.name or (you if m.role == "user" else me if m.role == "assistant" else m.role))'
+    close = '("\\n" if add_generation_prompt or not loop.last else "")'
+    turn = f'{{{{- "{IM_START}" + {author} + "\\n" + m.content + "{IM_END}" + {close} -}}}}'
+    ask = f'{{%- if add_generation_prompt -%}}{{{{- "{IM_START}" + me + "\\n>>>" -}}}}{{%- endif -%}}'
+    return f"{sets}{'{{- bos_token -}}' * begins}{{%- for m in messages -%}}{turn}{{%- endfor -%}}{ask}"
+
+
+def load(folder):
+    """The tokenizer of a model folder: `tokenizer.json` where there is one, else `tokenizer.model`, else `tekken.json`.
+
+    UserError when there is none, or it can't be used.
     """
     folder = Path(folder)
-    path = next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).exists()), None)
+    found = [*folder.glob("tokenizer.json"), *sorted(folder.glob("tokenizer.model*")), *folder.glob("tekken.json")]
+    path = found[0] if found else None
     if not path:
         raise UserError(
-            f"{folder} has no tokenizer.json and no tokenizer.model",
+            f"{folder} has no tokenizer.json, no tokenizer.model and no tekken.json",
             "Copy the base model's tokenizer files there.",
         )
     config, added = read_json(folder / "tokenizer_config.json", {}), read_json(folder / "added_tokens.json", {})
     try:
         bos = config.get("bos_token")
         bos = bos["content"] if isinstance(bos, dict) else bos
-        if path.suffix == ".json":
+        if path.name == "tekken.json":
+            engine, bos = from_tekken(read_json(path)), bos or "<s>"
+            begins = config.get("add_bos_token", True)
+        elif path.suffix == ".json":
             engine = Engine.from_file(str(path))
             begins = adds_bos(engine, config, bos)
         else:
@@ -151,6 +187,34 @@ def adds_bos(engine, config, bos):
     return engine.encode("x").ids[:1] == [engine.token_to_id(bos)] if said is None else said
 
 
+def joins(pieces):
+    """Every pair of pieces that makes a piece, in the order of those they make: BPE's merges."""
+    known = {*pieces}
+    splits = ((piece[:cut], piece[cut:]) for piece in pieces for cut in range(len(piece) - 1, 0, -1))
+    return [pair for pair in splits if pair[0] in known and pair[1] in known]
+
+
+def from_tekken(said):
+    """Mistral's `tekken.json` → the same tokenizer in `tokenizers`.
+
+    It is tiktoken's: bytes are merged in the order of the pieces, and a word that is a piece stays whole. Special tokens come first.
+    """
+    count, size = (said["config"][key] for key in ("default_num_special_tokens", "default_vocab_size"))
+    marks = [token["token_str"] for token in sorted(said.get("special_tokens") or [], key=lambda token: token["rank"])] or TEKKEN
+    marks = [*marks, *(f"<SPECIAL_{i}>" for i in range(len(marks), count))]
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the bytes that byte-level BPE writes as themselves
+    letters = dict(zip([*shown, *sorted({*range(256)} - {*shown})], map(chr, [*shown, *range(256, 512 - len(shown))])))
+    pieces = ["".join(letters[byte] for byte in base64.b64decode(token["token_bytes"])) for token in said["vocab"][: size - count]]
+    vocab = {token: i for i, token in enumerate([*marks, *pieces])}
+    engine = Engine(models.BPE(vocab, joins(pieces), ignore_merges=True))
+    words = pre_tokenizers.Split(Regex(said["config"]["pattern"]), "isolated")
+    engine.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    engine.decoder = decoders.ByteLevel()
+    engine.add_special_tokens([special(mark) for mark in marks])
+    engine.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
+    return engine
+
+
 def from_sentencepiece(path, added):
     """A sentencepiece BPE model → the same tokenizer in `tokenizers`. `added`: {spelling: id} beyond the model's own pieces.
 
@@ -167,12 +231,7 @@ def from_sentencepiece(path, added):
     size = model.vocab_size()
     vocab = {model.id_to_piece(i): i for i in range(size)}
     mergeable = [i for i in range(size) if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i) or model.is_unused(i))]
-    pieces = {model.id_to_piece(i) for i in mergeable}
-    merges = []
-    for i in sorted(mergeable, key=lambda i: (-model.get_score(i), i)):
-        piece = model.id_to_piece(i)
-        splits = [(piece[:cut], piece[cut:]) for cut in range(len(piece) - 1, 0, -1)]
-        merges += [pair for pair in splits if pair[0] in pieces and pair[1] in pieces]
+    merges = joins([model.id_to_piece(i) for i in sorted(mergeable, key=lambda i: (-model.get_score(i), i))])
     engine = Engine(models.BPE(vocab, merges, unk_token=model.id_to_piece(model.unk_id()), byte_fallback=True, fuse_unk=True))
     engine.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     engine.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])

@@ -607,10 +607,10 @@ class Record:
             self.cut_back(note["step"])
         else:
             checkpoint.clear(self.out)
-        words.save(self.out)
         persona = Path(options.data) / "persona.json"
         if persona.exists():
             (self.out / "persona.json").write_bytes(persona.read_bytes())
+        words.save(self.out)  # its chat template has the names of persona.json
         self.run = config.read_json(self.out / "run.json", {}) if note else {}
         resumed = self.run.get("resumed", []) + ([note["step"]] if note else [])
         self.run = {

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import V1
+from conftest import V1, command, refused
 from safetensors.torch import load_file, save_file
 
 import checkpoint
 import lora
 from config import UserError
-from model import KVCache
+from model import KVCache, Rotate, rope
 
 SIZES = dict(
     vocab_size=320,
@@ -234,11 +234,9 @@ def test_mistrals_own_format_loads_with_equal_logits_and_the_same_fingerprint(ki
         own, x = load_file(tmp_path / "own" / "consolidated.safetensors"), torch.randn(9, 64)
         q, k = ((x @ own[f"layers.0.attention.{w}.weight"].T).unflatten(-1, (-1, 32)) for w in ("wq", "wk"))
         q, k = rotated_in_pairs(q, 1e4), rotated_in_pairs(k, 1e4).repeat_interleave(2, 1)
-        block, turn = ours.model.layers[0].self_attn, checkpoint.ModelConfig(**vars(ours.config))
-        from model import Rotate, rope
-
-        cos_sin = rope(torch.arange(9)[None], turn)
-        mine = [Rotate.apply(p(x[None]).unflatten(-1, (-1, 32)), *cos_sin)[0] for p in (block.q_proj, block.k_proj)]
+        block = ours.model.layers[0].self_attn
+        turn = rope(torch.arange(9)[None], ours.config)
+        mine = [Rotate.apply(p(x[None]).unflatten(-1, (-1, 32)), *turn)[0] for p in (block.q_proj, block.k_proj)]
         close(torch.einsum("thd,shd->hts", mine[0], mine[1].repeat_interleave(2, 1)), torch.einsum("thd,shd->hts", q, k))
 
 
@@ -318,3 +316,19 @@ def test_a_head_that_is_tied_by_config_json_alone_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(said | {"tie_word_embeddings": True}))
     with pytest.raises(UserError, match="tied.*\n.*tie_word_embeddings"):
         checkpoint.load_model(str(tmp_path))
+
+
+def test_a_tied_head_that_is_stored_as_well_is_read(tmp_path):
+    theirs = random(*FAMILIES["llama 3.2"])
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with torch.no_grad():
+        close(checkpoint.load_model(str(tmp_path), torch.float32)(tokens(1, 9)), theirs(tokens(1, 9)).logits)
+
+
+def test_an_unknown_family_ends_a_program_in_two_lines(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SAID | {"model_type": "gemma3"}))
+    shutil.copyfile(V1, tmp_path / "tokenizer.model")
+    refused(command("chat.py", tmp_path, "-p", "hi", "--weights", "fp32"), "gemma3", "qwen3")

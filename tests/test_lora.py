@@ -122,9 +122,15 @@ def test_merge_command_writes_a_folder_that_transformers_loads(base, words, tmp_
     ckpt.mkdir()
     lora.save(model, ckpt, base)
     words.save(ckpt)
-    (ckpt / "persona.json").write_text("{}")
-    done = command("lora.py", "merge", ckpt, clone)
+    (ckpt / "persona.json").write_text('{"me": "Ann"}')
+    before = (base / "model.safetensors").read_bytes()
+    done = command("lora.py", "merge", ckpt, clone, "--as", 'Bob "the ME"')
     assert done.returncode == 0, done.stderr
+    assert (base / "model.safetensors").read_bytes() == before  # whose pages the merge wrote into
+    assert 'set me = "Ann"' in (clone / "tokenizer_config.json").read_text().replace("\\", "")
+    recipe = (clone / "Modelfile").read_text()
+    assert recipe.count('"""') == 2 and 'eq .Role "user" }}{{ "Bob \\"the ME\\"" }}{{' in recipe
+    assert '<|im_start|>{{ "Ann" }}\n>>>"""\nPARAMETER stop <|im_end|>\n' in recipe
     theirs = transformers.AutoModelForCausalLM.from_pretrained(clone, dtype=torch.float32)
     assert theirs.config.eos_token_id == words.im_end and (clone / "persona.json").exists()
     with torch.no_grad():
@@ -134,6 +140,20 @@ def test_merge_command_writes_a_folder_that_transformers_loads(base, words, tmp_
     refused(command("lora.py", "merge", ckpt, clone), "already holds something")
     refused(command("lora.py", "merge", base, tmp_path / "other"), "no adapter")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_merge_that_changes_the_answers_is_refused(folder, monkeypatch):
+    real = lora.merge
+
+    def wrong(model):
+        model.model.layers[1].mlp.up_proj.scale *= 1.5
+        return real(model)
+
+    ids = tokens()[0].tolist()
+    lora.merge_checked(grown(folder), ids)
+    monkeypatch.setattr(lora, "merge", wrong)
+    with pytest.raises(UserError, match="logits differ by .*%.*\nNothing was written"):
+        lora.merge_checked(grown(folder), ids)
 
 
 def test_an_adapter_of_another_base_is_refused_by_name(base, tmp_path):

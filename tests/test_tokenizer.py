@@ -64,6 +64,47 @@ def test_mistral_commons_tokenizer_agrees():
         assert engine.encode(text).ids == theirs.encode(text, bos=True, eos=False)
 
 
+@pytest.fixture(scope="module", params=["tekken_240718.json", "tekken_240911.json"])
+def tekken(request, tmp_path_factory):
+    """(mistral-common's tokenizer of Nemo's or Small's tekken.json, our conversion of it, its folder)"""
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+    folder = tmp_path_factory.mktemp("tekken")
+    shutil.copyfile(VOCABULARIES / request.param, folder / "tekken.json")
+    return Tekkenizer.from_file(VOCABULARIES / request.param), tokenizer.load(folder), folder
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXTS)
+@example("John Smith\n>>> damn,   can't get around\r\n>>> NO Luck//\n\n  x")
+@example("</s>x<s> [INST] <unk><SPECIAL_20>")
+def test_tekken_has_mistral_commons_own_ids(tekken, text):
+    theirs, ours, _ = tekken
+    plain = data.safe(text, ours.specials)
+    ids, offsets = ours.encode(plain)
+    assert ids == theirs.encode(plain, bos=True, eos=False)
+    assert ours.decode(ids) == plain and offsets[-1][1] == len(plain)
+
+
+def test_tekken_has_mistral_commons_own_special_tokens_and_ours_behind_them(tekken):
+    theirs, ours, _ = tekken
+    assert [ours.engine.id_to_token(i) for i in range(1000)] == [theirs.id_to_piece(i) for i in range(1000)]
+    assert ours.added == [131072, 131073] and ours.bos == theirs.bos_id == 1
+    document = "<|im_start|>Я (2)\n>>>  yeah<|im_end|>"
+    assert ours.encode(document)[0] == [1, ours.im_start, *theirs.encode("Я (2)\n>>>  yeah", bos=False, eos=False), ours.im_end]
+
+
+@pytest.mark.parametrize("version", ["240323.model.v3", "241114.model.v7"])
+def test_a_sentencepiece_model_of_mistrals_own_name_is_found_and_agrees(version, tmp_path):
+    from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+
+    source = VOCABULARIES / f"mistral_instruct_tokenizer_{version}"
+    shutil.copyfile(source, tmp_path / f"tokenizer.model.{version[-2:]}")
+    theirs, ours = SentencePieceTokenizer(str(source)), tokenizer.load(tmp_path)
+    for text in ["Привет 🦆  two", "x\n>>> y", " lead", "tail "]:
+        assert ours.encode(text)[0] == theirs.encode(text, bos=True, eos=False)
+
+
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory):
     """A base with a byte-level tokenizer.json, in the manner of Llama 3: its own specials, BOS by its post-processor."""
@@ -88,14 +129,17 @@ def byte_level(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["v1", "v3", "byte_level"])
+@pytest.mark.parametrize("kind", ["v1", "v3", "tekken", "byte_level"])
 def test_autotokenizer_gives_the_same_ids_for_a_saved_folder(kind, byte_level, tmp_path):
     if kind == "byte_level":
         source = byte_level
     else:
         source = tmp_path / "source"
         source.mkdir()
-        shutil.copyfile(MODELS[kind], source / "tokenizer.model")
+        if kind == "tekken":
+            shutil.copyfile(VOCABULARIES / "tekken_240911.json", source / "tekken.json")
+        else:
+            shutil.copyfile(MODELS[kind], source / "tokenizer.model")
     ours = tokenizer.load(source)
     out = tmp_path / "out"
     out.mkdir()
@@ -150,3 +194,37 @@ def test_decoding_returns_the_text_without_special_tokens(words):
     ids, _ = words.encode("<|im_start|>Ann\n>>> привет 🦆<|im_end|>")
     assert words.decode(ids).strip() == "Ann\n>>> привет 🦆"
     assert words.decode(ids[:-2]).endswith("\ufffd")  # the duck, cut in its bytes
+
+
+PEOPLE = ["Ann", 'Анна "Ко\\шка" 🦆', "{{ x }} '%}"]
+
+
+@pytest.mark.parametrize("me", PEOPLE)
+@pytest.mark.parametrize("kind", ["words", "byte_level", "no BOS"])
+def test_the_chat_template_renders_what_we_trained_on(kind, me, words, byte_level, tmp_path):
+    ours = words if kind == "words" else tokenizer.load(byte_level)
+    ours = tokenizer.Tokenizer(ours.engine, ours.folder, None) if kind == "no BOS" else ours
+    (tmp_path / "persona.json").write_text(json.dumps({"me": me, "contacts": [{"name": "Bob (2)"}]}))
+    ours.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    turns = [
+        Turn("system", False, "", ["Munich, 2024"]),
+        Turn("Bob (2)", False, "", [" привет 🦆", "x\n>>> y </s> <|im_end|>"]),
+        Turn(me, True, "", ["ok", "{{ y }}"]),
+        Turn("Eve", False, "", ["hm"]),
+        Turn("Bob (2)", False, "", ["?"]),
+    ]
+    begin = theirs.bos_token if ours.bos is not None else ""
+    contents = [data.render([turn], specials=ours.specials).text.partition("\n")[2].removesuffix("<|im_end|>\n") for turn in turns]
+    named = [{"role": "user", "name": turn.author, "content": text} for turn, text in zip(turns, contents)]
+    roles = [{"role": role, "content": text} for role, text in zip(("system", "user", "assistant", "user", "user"), contents)]
+    roles[3]["name"] = "Eve"
+    for messages in (named, roles):
+        text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert text == begin + data.prompt(turns, me, ours.specials) and text.endswith(f"<|im_start|>{me}\n>>>")
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ids == ours.encode(data.prompt(turns, me, ours.specials))[0]
+        text = theirs.apply_chat_template(messages, tokenize=False)
+        assert text + "\n" == begin + data.render(turns, specials=ours.specials).text
+        ids = theirs.apply_chat_template(messages, return_dict=False)
+        assert ids == ours.encode(data.render(turns, specials=ours.specials).text.removesuffix("\n"))[0]
