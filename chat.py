@@ -17,6 +17,8 @@ import plan
 import tokenizer as tokenizers
 from config import UserError, flag
 
+WORTH_IT = 200e6  # parameters, below which an answer is there before the compiler is
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -33,8 +35,11 @@ class Config:
     history: str | None = flag(None, "keep the conversation in this file, and go on with what it holds")
     context: int = flag(2048, "tokens it remembers, at most what the model was made for")
     weights: str | None = flag(
-        None, "what the weights are held in (default: bf16; fp32 on CPUs without bf16 instructions)", choices=("bf16", "fp32")
+        None,
+        "what the weights are held in (default: bf16, on CPUs without bf16 instructions fp32, or what fits)",
+        choices=("fp32", "bf16", "int8", "int4"),
     )
+    no_compile: bool = flag(False, "don't compile the model first: sooner ready, half as fast")
     device: str | None = flag(None, "cuda, mps or cpu (default: the first there is)")
     seed: int | None = flag(None, "the same answers each time")
 
@@ -56,12 +61,14 @@ def main():
         raise UserError("-p is empty", "Say something, or leave it out to talk.")
     me, you = who(folder, options)
     device = checkpoint.pick_device(options.device)
-    weights = plan.chat_dtype(folder, options.model, options.context, device, options.weights)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[weights]
     words = tokenizers.load(folder)
-    model = checkpoint.load_model(str(folder), dtype, device, options.model, words)
+    weights = plan.chat_weights(folder, options.model, options.context, device, options.weights)
+    usual = checkpoint.compute_dtype(device)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(weights, usual)
+    kind = weights if weights in ("int8", "int4") else "plain"
+    model = checkpoint.load_model(str(folder), dtype, device, options.model, words, kind)
     size = min(options.context, model.config.max_position_embeddings)
-    decoder = generate.Decoder(model, words, size)
+    decoder = generate.Decoder(model, words, size, compiled=not options.no_compile and model.config.num_parameters > WORTH_IT)
 
     tries = itertools.count(1)
 

@@ -71,6 +71,7 @@ RENAMED = (  # a tensor's name in a file → HF's; empty: no part of the languag
     (r"\.attention_norm\.", ".input_layernorm."),
     (r"\.ffn_norm\.", ".post_attention_layernorm."),
 )
+OURS = "doppelganger"  # what quantization_config calls our own
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NO_ACCOUNT = "teknium/OpenHermes-2.5-Mistral-7B"
 
@@ -297,7 +298,7 @@ def read_config(folder):
             f"{folder}: model_type {family!r:.60} is not known here",
             f"Known: {', '.join(FAMILIES)} (Mistral, Nemo, Small, Ministral 3, Llama 2 and 3, Qwen2.5, Qwen3).",
         )
-    if raw.get("quantization_config"):
+    if raw.get("quantization_config") and packed_kind(folder) not in ("int8", "int4"):
         raise UserError(
             f"{folder} holds quantised weights, which are not read",
             "Take the bf16 or fp32 original.",
@@ -394,27 +395,30 @@ def shard(tensor):
 
 
 def write(target, value, keep=False):
-    """Set a parameter, or the weight of an NF4Linear, from its whole value (or a file's slice of it); each rank takes its own rows.
+    """Set a parameter, or the weight of a Packed layer, from its whole value (or a file's slice of it); each rank takes its own rows.
 
     `keep`: a value of the right kind may become the parameter itself. → whether they are all numbers
     """
-    local, first = shard(target.codes if isinstance(target, quantize.NF4Linear) else target)
+    local, first = shard(target.stored()[0] if isinstance(target, quantize.Packed) else target)
     rows = value[first : first + len(local)]
-    if isinstance(target, quantize.NF4Linear):
-        for parameter, part in zip(target.stored(), quantize.quantise(rows.to(local.device))):
+    if isinstance(target, quantize.Packed):
+        for parameter, part in zip(target.stored(), target.quantise(rows.to(local.device))):
             shard(parameter)[0].copy_(part)
     elif keep and (rows.dtype, rows.device) == (local.dtype, local.device) and not isinstance(target, DTensor):
         target.data = rows  # the file's pages, mapped; whoever writes into them gets copies of his own
     else:
         local.copy_(rows)
+    if not rows.is_floating_point():
+        return True
     return not rows.numel() or all(end.isfinite() for end in rows.aminmax())  # 30 times as fast as isfinite() of all
 
 
-def weights(model):
-    """{name in a checkpoint: parameter, or NF4Linear} for everything but adapters."""
-    found = {name: p for name, p in model.named_parameters() if name.endswith((".weight", ".bias"))}
-    packed = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, quantize.NF4Linear)}
-    return found | packed
+def weights(model, as_stored=False):
+    """{name in a checkpoint: parameter, or Packed layer} for everything but adapters; `as_stored`: the tensors of packed layers."""
+    if as_stored:
+        return dict(model.named_parameters())
+    packed = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, quantize.Packed)}
+    return {name: p for name, p in model.named_parameters() if name.endswith((".weight", ".bias"))} | packed
 
 
 def allocate(model, device):
@@ -427,27 +431,27 @@ def allocate(model, device):
 
 
 def shape_of(target):
-    return (target.out_features, target.in_features) if isinstance(target, quantize.NF4Linear) else tuple(target.shape)
+    return (target.out_features, target.in_features) if isinstance(target, quantize.Packed) else tuple(target.shape)
 
 
 @torch.no_grad()
-def fill(model, folder, ranks=None, keep=False):
+def fill(model, folder, ranks=None, keep=False, fold=None):
     """Read the weights of `folder` into an allocated model, each rank only its rows, one tensor in memory at a time.
 
-    `keep`: as in `write`. A vocabulary larger than the files' (new ChatML tokens) gets the mean of the old rows. UserError as of `find`,
-    and for a weight that is no number, which any of `ranks` may hold.
+    `keep`: as in `write`. `fold(name, weight)`: what becomes of each, as of `lora.folding`. A vocabulary larger than the files' (new
+    ChatML tokens) gets the mean of the old rows. UserError as of `find`, and for a weight that is no number, which any of `ranks` may hold.
     """
     found, bad = find(model, folder), []
-    for name, target in weights(model).items():
+    for name, target in weights(model, packed_kind(folder)).items():
         value = found[name].get_slice(name)
-        if name in VOCABULARY and len(target) > value.get_shape()[0]:
+        if name in VOCABULARY and shape_of(target)[0] > value.get_shape()[0]:
             rows = value[:]
             mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
-            value = torch.cat([rows, mean.expand(len(target) - len(rows), -1)])
-        bad.append(not write(target, value, keep))
+            value = torch.cat([rows, mean.expand(shape_of(target)[0] - len(rows), -1)])
+        bad.append(not write(target, fold(name, value[:]) if fold else value, keep))
     if ranks:
         bad = ranks.sum(torch.tensor(bad, dtype=torch.int32, device=ranks.device)).tolist()
-    for name, is_bad in zip(weights(model), bad):
+    for name, is_bad in zip(weights(model, packed_kind(folder)), bad):
         if is_bad:
             raise UserError(f"{folder}: tensor {name} holds NaN or infinity", "Copy the folder again, or take another base.")
 
@@ -508,10 +512,18 @@ def find(model, folder):
                 "Set tie_word_embeddings to false in it.",
             )
         del found["lm_head.weight"]
-    wanted = {name: shape_of(target) for name, target in weights(model).items()}
+    kind = packed_kind(folder)
+    wanted = {name: shape_of(target) for name, target in weights(model, kind).items()}
     wanted |= {name: (shape.vocab_size, *wanted[name][1:]) for name in VOCABULARY if name in wanted}
-    config.check_tensors(folder, found, wanted, "config.json", "Does config.json belong to these files? Copy the folder again.")
+    dtypes = (*config.FLOATS, "I8", "U8") if kind else config.FLOATS
+    config.check_tensors(folder, found, wanted, "config.json", "Does config.json belong to these files? Copy the folder again.", dtypes)
     return found
+
+
+def packed_kind(folder):
+    """ "int8" or "int4" where `save_model` wrote the weights of `folder` so, else None."""
+    said = settings(folder).get("quantization_config")
+    return said.get("weights") if isinstance(said, dict) and said.get("quant_method") == OURS else None
 
 
 def fingerprint(found):
@@ -530,11 +542,12 @@ def stored_dtype(folder):
     return DTYPES[name]
 
 
-def load_model(path, dtype=None, device="cpu", base=None, words=None):
+def load_model(path, dtype=None, device="cpu", base=None, words=None, weights=None):
     """A HF folder, a hub id, or a `ckpt/` of ours → Transformer in eval mode, in `dtype` (None: as stored), on `device`.
 
     An adapter folder loads its base (or `base`, if that lies elsewhere now), then itself. `words`: the tokenizer it is for; the model
-    gets room for ChatML tokens that its base lacked. UserError before memory is taken, but for weights that are no numbers.
+    gets room for ChatML tokens that its base lacked. `weights`, for chat: "plain", "int8" or "int4", with the adapter merged into them,
+    one tensor in memory at a time. UserError before memory is taken, but for weights that are no numbers.
     """
     folder = resolve(path)
     adapter, rows = folder if is_adapter(folder) else None, []
@@ -546,9 +559,18 @@ def load_model(path, dtype=None, device="cpu", base=None, words=None):
         if not base and Path(named).is_absolute() and not Path(named).is_dir():
             raise UserError(f"{adapter} is an adapter over {named}, which is not there", "Say where it lies now: --model FOLDER")
         folder = resolve(base or named)
-    shape = fitted(folder, words, rows)
-    with torch.device("meta"):
-        model = Transformer(shape).to(dtype or stored_dtype(folder))
+    shape, kind = fitted(folder, words, rows), packed_kind(folder)
+    if kind and (adapter or weights not in (None, kind)):
+        raise UserError(f"{folder} holds {kind} weights", "Take the bf16 original." if adapter else f"Say --weights {kind}, or nothing.")
+
+    def outline():
+        with torch.device("meta"):
+            model = Transformer(shape).to(dtype or stored_dtype(folder))
+        if kind or weights in ("int8", "int4"):
+            quantize.pack(model, kind or weights)
+        return model
+
+    model = outline()
     found = find(model, folder)
     if adapter:
         lora.load(model, adapter)
@@ -558,9 +580,12 @@ def load_model(path, dtype=None, device="cpu", base=None, words=None):
                 f"{adapter} was trained over {named}; {folder} has the same shapes, but other weights",
                 f"Say where that base lies: --model FOLDER. To insist, take fingerprint out of {adapter / 'run.json'}.",
             )
+    fold = None
+    if adapter and weights:
+        model, fold = outline(), lora.folding(adapter)
     allocate(model, device)
-    fill(model, folder, keep=True)
-    if adapter:
+    fill(model, folder, keep=True, fold=fold)
+    if adapter and not weights:
         lora.load(model, adapter)
     return model.eval().requires_grad_(False)
 
@@ -609,10 +634,10 @@ def copy_companions(source, target):
 
 
 def save_model(model, folder, tokenizer, dtype=torch.bfloat16):
-    """Write a HF model folder in `dtype`. A sharded model is gathered tensor by tensor: every rank must call, rank 0 writes.
+    """Write a HF model folder in `dtype`, packed layers as they are, which only we read.
 
-    What the folder held stays whole until the last moment: a model of several files takes names that the old index doesn't have, and
-    the new index replaces the old one.
+    A sharded model is gathered tensor by tensor: every rank must call, rank 0 writes. What the folder held stays whole until the last
+    moment: a model of several files takes names that the old index doesn't have, and the new index replaces the old one.
     """
     folder, writes = Path(folder), not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     batch, size, total, files = {}, 0, 0, []
@@ -628,8 +653,10 @@ def save_model(model, folder, tokenizer, dtype=torch.bfloat16):
                 raise config.unwritten(path, error) from None
         batch, size = {}, 0
 
+    packed = {id(part) for module in model.modules() if isinstance(module, quantize.Packed) for part in module.stored()}
     for name, parameter in model.named_parameters():
-        value = full(parameter.detach()).to(dtype)
+        value = full(parameter.detach())
+        value = value if id(parameter) in packed else value.to(dtype)
         if not writes:
             continue
         bytes_ = value.numel() * value.element_size()
@@ -660,6 +687,10 @@ def save_model(model, folder, tokenizer, dtype=torch.bfloat16):
         "dtype": str(dtype).removeprefix("torch."),
         "tie_word_embeddings": False,
     }
+    kinds = {type(module) for module in model.modules() if isinstance(module, quantize.Packed)}
+    if kinds:
+        kind = "int4" if quantize.Int4Linear in kinds else "int8"
+        said["quantization_config"] = {"quant_method": OURS, "weights": kind}
     ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.im_end}
     write_json(folder / "config.json", said | shape | ends)
     write_json(folder / "generation_config.json", ends)

@@ -171,8 +171,8 @@ def pickles(folder):
     return f", only {found[0]} is there, which is a pickle and may run code" if found else ""
 
 
-def check_tensors(where, found, wanted, maker, way_out):
-    """UserError unless `found` {name: open file} are just the `wanted` {name: shape}, and floats. Reads headers alone."""
+def check_tensors(where, found, wanted, maker, way_out, dtypes=FLOATS):
+    """UserError unless `found` {name: open file} are just the `wanted` {name: shape}, and of `dtypes`. Reads headers alone."""
     missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or unknown:
         what = f"{missing[0]} is missing" if missing else f"{unknown[0]} belongs to no part of the model"
@@ -181,8 +181,8 @@ def check_tensors(where, found, wanted, maker, way_out):
         tensor = found[name].get_slice(name)
         if tensor.get_shape() != [*shape]:
             raise UserError(f"{where}: tensor {name} is {tensor.get_shape()}, {maker} makes it {[*shape]}", way_out)
-        if tensor.get_dtype() not in FLOATS:
-            raise UserError(f"{where}: tensor {name} is of {tensor.get_dtype()}, weights are of {', '.join(FLOATS)}", way_out)
+        if tensor.get_dtype() not in dtypes:
+            raise UserError(f"{where}: tensor {name} is of {tensor.get_dtype()}, weights are of {', '.join(dtypes)}", way_out)
 
 
 def write_json(path, value):

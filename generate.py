@@ -1,11 +1,13 @@
 """Ids in, ids out, with a cache; turns in, messages out, as they come. Prints nothing."""
 
 import re
+import shutil
 
 import torch
+import torch.nn.functional as F
 
 import data
-from model import KVCache
+from model import KVCache, rope
 
 PREFILL = 512  # prompt tokens read at a time: bounds the memory of their activations
 REMEMBERED = 1000  # answers of which the ids are kept
@@ -14,30 +16,37 @@ REMEMBERED = 1000  # answers of which the ids are kept
 class Decoder:
     """A model with what it has read: a prompt that begins as the last one did costs only its new tokens."""
 
-    def __init__(self, model, tokenizer, size, share=None):
-        """`size`: tokens of context, prompt and answer together. `share(id)`: rank 0's choice, where several ranks decode together."""
-        weight = model.model.norm.weight
+    def __init__(self, model, tokenizer, size, share=None, compiled=False):
+        """`size`: tokens of context, prompt and answer together. `share(id)`: rank 0's choice, where several ranks decode together.
+
+        `compiled`: compile the step of one token now, which takes some seconds; for a model without adapters.
+        """
+        norm = model.model.norm.weight
         self.model, self.tokenizer, self.share = model, tokenizer, share or (lambda id: id)
-        self.cache = KVCache(model.config, size, dtype=model.dtype or weight.dtype, device=weight.device)
+        self.cache = KVCache(model.config, size, dtype=model.dtype or norm.dtype, device=norm.device)
         self.read = []  # the ids behind the cache
         self.wrote = {}  # (author, *messages) of its latest answers → their ids, because text is not always cut as it was written
         ends = {tokenizer.im_end, tokenizer.engine.token_to_id("</s>"), tokenizer.engine.token_to_id("<|endoftext|>")}
         self.ends = ends - {None}
         never = {i for i in range(model.config.vocab_size) if i in tokenizer.special_ids or i >= len(tokenizer)} - self.ends
         self.never = torch.tensor(sorted(never), dtype=torch.long)
+        self.step = Step(model, self.cache) if compiled and can_compile(norm.device) else None
 
+    @torch.inference_mode()
     def forward(self, ids):
         """The logits (V,) of what follows `ids`, float32, on the CPU."""
         common = next((i for i, (a, b) in enumerate(zip(self.read, ids)) if a != b), min(len(self.read), len(ids)))
         self.cache.length = min(common, len(ids) - 1)
         self.read = []  # until it is done: Ctrl-C may come in between
         new = torch.tensor([ids[self.cache.length :]], device=self.cache.layers[0].device)
-        for part in new.split(PREFILL, dim=1):
-            logits = self.model(part, cache=self.cache)
+        if self.step and new.shape[1] == 1 and self.cache.length > 1:
+            logits = self.step(new)
+        else:
+            for part in new.split(PREFILL, dim=1):
+                logits = self.model(part, cache=self.cache, kept=torch.tensor([part.shape[1] - 1], device=new.device))
         self.read = list(ids)
-        return logits[0, -1].float().cpu()
+        return logits.flatten().float().cpu()
 
-    @torch.inference_mode()
     def generate(self, ids, max_new=256, temperature=0.7, top_p=0.95, generator=None):
         """Yield the ids that continue `ids`, until the model ends its turn (that id is not yielded), `max_new` or the context's end."""
         ids = list(ids)
@@ -49,6 +58,73 @@ class Decoder:
                 return
             ids.append(chosen)
             yield chosen
+
+
+# --- one token at a time
+
+
+def can_compile(device):
+    """Whether torch.compile finds what it needs: Triton for a GPU, a C++ compiler for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (7, 0)
+    return device.type == "cpu" and any(map(shutil.which, ("g++", "clang++")))
+
+
+class Step:
+    """A token's way through the model, in fp32 between the weights: two compiled functions a block, the same for all of them.
+
+    What a compiled function returns it also stores. So each returns the vectors that its matmuls read: else they would be worked out anew
+    for every row of the weights.
+    """
+
+    def __init__(self, model, cache):
+        self.model, self.cache = model, cache
+        positions = torch.arange(cache.size, device=cache.layers[0].device)[None]
+        self.rotation = rope(positions, model.config)
+        self.before, self.after, self.last = (torch.compile(f, dynamic=False) for f in (before, after, last))
+        with torch.inference_mode():
+            for self.cache.length in (2, 3):
+                self(positions[:, :1])
+        self.cache.length = 0
+
+    def __call__(self, token):
+        """token (1, 1) int64, read after what is in the cache → logits (1, 1, V)."""
+        cache, window = self.cache, self.model.config.sliding_window or self.cache.size
+        rotation = [part[:, cache.length : cache.length + 1] for part in self.rotation]
+        x = self.model.model.embed_tokens(token).float()
+        for layer, block in enumerate(self.model.model.layers):
+            q, k, v, _ = self.before(block, x, rotation)
+            k, v = (part[0, -window:] for part in cache.extend(layer, k, v))  # (S, G, D)
+            torch._dynamo.maybe_mark_dynamic(k, 0)
+            torch._dynamo.maybe_mark_dynamic(v, 0)
+            x, *_ = self.after(block, x, q, k, v)
+        cache.length += 1
+        return self.last(self.model, x)[0]
+
+
+def before(block, x, rotation):
+    x = block.input_layernorm(x)
+    return *block.self_attn(x, rotation), x
+
+
+def after(block, x, q, k, v):
+    """x (1, 1, E), q (1, 1, H, D), k, v (S, G, D), all of which q may see → x (1, 1, E)."""
+    q = q.view(k.shape[1], -1, k.shape[2])  # (G, H / G, D)
+    k, v = (part.transpose(0, 1).float() for part in (k, v))  # (G, S, D)
+    shares = ((q[:, :, None] * k[:, None]).sum(-1) * k.shape[2] ** -0.5).softmax(-1)  # (G, H / G, S)
+    found = (shares[..., None] * v[:, None]).sum(2).view(1, 1, -1)
+    x = x + block.self_attn.o_proj(found)
+    normed = block.post_attention_layernorm(x)
+    inner = F.silu(block.mlp.gate_proj(normed)) * block.mlp.up_proj(normed)
+    return x + block.mlp.down_proj(inner), found, x, normed, inner
+
+
+def last(model, x):
+    x = model.model.norm(x)
+    return model.lm_head(x), x
+
+
+# --- turns and messages
 
 
 class Answer:

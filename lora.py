@@ -174,6 +174,23 @@ def merge(model):
     return model
 
 
+def folding(folder):
+    """(name, weight) → the weight with the adapter of `folder` in it, fp32: `merge` for whoever reads a base tensor by tensor."""
+    said, file = read_settings(folder)[0], config.open_safetensors(Path(folder) / "adapter_model.safetensors")
+    keys, scale = {*file.keys()}, said["alpha"] / said["rank"]
+
+    def fold(name, weight):
+        stem = name.removesuffix(".weight")
+        A, B, rows = (peft_name(f"{stem}.{what}") for what in ("lora_A", "lora_B", "row_values"))
+        if A in keys:
+            weight = torch.addmm(weight.float(), file.get_tensor(B).float(), file.get_tensor(A).float(), alpha=scale)
+        if rows in keys:
+            weight = weight.float().index_copy(0, torch.tensor(said["rows"]), file.get_tensor(rows).float())
+        return weight
+
+    return fold
+
+
 @torch.no_grad()
 def merge_checked(model, ids):
     """`merge`; UserError unless the logits after `ids` stay the adapter's, but for the rounding of the merged weights."""
@@ -287,6 +304,7 @@ class MergeConfig:
     out: str = flag("", "the folder to write", positional=True)
     model: str = flag("", "the base, when it lies elsewhere than the adapter says")
     as_: str | None = flag(None, "write an Ollama Modelfile too, for a talk with NAME (default: none)")
+    weights: str = flag("bf16", "what to keep them in; int8 and int4 are for chat.py alone", choices=("bf16", "int8", "int4"))
     overwrite: bool = flag(False, "replace what is in OUT")
 
 
@@ -321,17 +339,21 @@ def main():
             "python lora.py merge ckpt/ clone/",
         )
     options = config.parse(MergeConfig, sys.argv[2:], prog="lora.py merge")
-    if not (Path(options.ckpt) / "adapter_config.json").exists():
+    if options.weights == "bf16" and not (Path(options.ckpt) / "adapter_config.json").exists():
         raise UserError(
             f"{options.ckpt} holds no adapter (adapter_config.json)",
             "Give the folder that train.py --lora wrote.",
         )
     config.check_folder(options.out, options.overwrite)
-    config.keep_apart(options.out, options.ckpt, options.model or read_settings(options.ckpt)[1])
+    base = read_settings(options.ckpt)[1] if checkpoint.is_adapter(options.ckpt) else None
+    config.keep_apart(options.out, options.ckpt, options.model or base)
     words = tokenizer.load(options.ckpt)
     me, you = tokenizer.names(options.ckpt)
     probe = words.encode(f"{tokenizer.IM_START}{me}\n>>> {tokenizer.PROBE}{tokenizer.IM_END}")[0]
-    model = merge_checked(checkpoint.load_model(options.ckpt, base=options.model or None, words=words), probe)
+    if options.weights == "bf16":
+        model = merge_checked(checkpoint.load_model(options.ckpt, base=options.model or None, words=words), probe)
+    else:
+        model = checkpoint.load_model(options.ckpt, torch.bfloat16, base=options.model or None, words=words, weights=options.weights)
     out = config.private_folder(options.out)
     checkpoint.clear(out)
     checkpoint.save_model(model, out, words)

@@ -26,7 +26,7 @@ import step
 import tokenizer as tokenizers
 from config import UserError, flag
 from model import RECOMPUTE, ModelConfig
-from quantize import BLOCK
+from quantize import BLOCK, GROUP
 
 GIB = 1 << 30
 PRICES = "2026-11"  # when the cards' prices were right, roughly: what marketplaces and clouds ask for a GPU-hour
@@ -586,13 +586,17 @@ def corrected(work, choice, card):
 
 
 def chat_needs(shape, size):
-    """What talking to a model takes, with a memory of `size` tokens. → {dtype's name: bytes}"""
+    """What talking to a model takes, with a memory of `size` tokens. → {what its weights are held in: bytes}, the widest first"""
     cache = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * size
-    return {name: width * (shape.num_parameters + cache) for name, width in (("bf16", 2), ("fp32", 4))}
+    blocks = shape.num_hidden_layers * sum(wide * out for wide, out, _ in shape.linears.values())
+    head = shape.vocab_size * shape.hidden_size * (not shape.tie_word_embeddings)
+    rest = 2 * (shape.num_parameters - blocks - head + cache)
+    widths = {"fp32": (4, 4), "bf16": (2, 2), "int8": (1, 1), "int4": (0.5 + 4 / GROUP, 1)}
+    return {name: int(rest * (2 if name == "fp32" else 1) + a * blocks + b * head) for name, (a, b) in widths.items()}
 
 
-def chat_dtype(folder, base, size, device, asked=None):
-    """What to hold a chat model's weights in: as `asked`, else what is usual on `device`, or bf16 where only that fits.
+def chat_weights(folder, base, size, device, asked=None):
+    """What to hold a chat model's weights in: as `asked` or as they are stored, else what is usual on `device`, else the widest that fits.
 
     UserError where none does. A folder that can't be read is left to whoever loads it.
     """
@@ -602,6 +606,7 @@ def chat_dtype(folder, base, size, device, asked=None):
             base = base or config.read_json(folder / "adapter_config.json").get("base_model_name_or_path") or ""
             folder = Path(base) if Path(base).is_dir() else checkpoint.cached(base)
         shape = folder and checkpoint.read_config(folder)
+        stored = shape and checkpoint.packed_kind(folder)
     except UserError:
         shape = None
     if not shape:
@@ -609,10 +614,16 @@ def chat_dtype(folder, base, size, device, asked=None):
     free = {"cuda": lambda: torch.cuda.mem_get_info(device)[0], "mps": lambda: torch.mps.recommended_max_memory()}
     free = free.get(device.type, available)()
     needs = chat_needs(shape, min(size, shape.max_position_embeddings))
-    if needs[usual] <= free or not asked and needs["bf16"] <= free:
-        return usual if needs[usual] <= free else "bf16"
+    fitting = [name for name, need in needs.items() if need <= free]
+    wanted = stored or usual
+    if wanted in fitting:
+        return asked or wanted
+    if fitting and not asked and not stored:
+        return fitting[0]
     said = ", ".join(f"{need / GIB:.1f} GiB in {name}" for name, need in needs.items())
-    way_out = "Say --weights bf16." if needs["bf16"] <= free else "Close what uses it, say --context less, or take a smaller base."
+    way_out = (
+        f"Say --weights {fitting[0]}." if fitting and not stored else "Close what uses it, say --context less, or take a smaller base."
+    )
     raise UserError(f"the model needs {said}; {device.type} has {free / GIB:.1f} GiB free", way_out)
 
 

@@ -1,4 +1,6 @@
-"""NF4 by hand: a frozen weight kept as 4-bit codes in blocks of 64, and the blocks' scales kept in 8 bits (double quantisation).
+"""Weights in 4 and 8 bits: NF4 for a base that is frozen in training, int8 and int4 for chat.
+
+NF4 by hand: a frozen weight kept as 4-bit codes in blocks of 64, and the blocks' scales kept in 8 bits (double quantisation).
 
 Sources: QLoRA (arXiv 2305.14314); bitsandbytes for the bytes: its code points, its ties, its nibbles. The scales' own quantisation is
 ours: linear between a row's smallest and largest, where bitsandbytes mixes 256 blocks of whatever rows.
@@ -17,6 +19,9 @@ BLOCK = 64  # weights along the input dimension that share a scale
 POINTS = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
           -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
           0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
+GROUP = 64  # inputs to a scale at most, of int4
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range that its 16 points cover
+PIECE = 1 << 20  # weights quantised at a time
 TINY = 1e-38  # stands in for the absmax of a block of zeros; bitsandbytes' number
 
 
@@ -72,22 +77,127 @@ def dequantise(codes, scales, ranges, dtype):
     return weight
 
 
-class NF4Linear(Linear):
-    """A frozen linear layer whose weight is kept as `codes`, `scales` and `ranges`, and unpacked whenever it is used."""
+class Packed(Linear):
+    """A frozen linear layer whose weight is kept as the tensors of `plan`, which `quantise` makes of it, in that order."""
 
     def stored(self):
-        return self.codes, self.scales, self.ranges
-
-    unpack = staticmethod(dequantise)
+        return [getattr(self, name) for name in self.plan(1, GROUP)]
 
 
-def pack(model):
-    """Keep the weights of every linear layer in the blocks as NF4; they are written later, row by row."""
-    for module in model.model.layers.modules():
-        if type(module) is Linear:
-            rows, width, device = module.out_features, module.in_features, module.weight.device
-            del module.weight
-            kept = {"codes": (width // 2, torch.uint8), "scales": (width // BLOCK, torch.uint8), "ranges": (2, torch.int32)}
-            for name, (columns, dtype) in kept.items():
-                setattr(module, name, nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device), requires_grad=False))
-            module.__class__ = NF4Linear
+class NF4Linear(Packed):
+    unpack, quantise = staticmethod(dequantise), staticmethod(quantise)
+
+    @staticmethod
+    def plan(rows, width):
+        """{name: (shape, dtype)}"""
+        return {
+            "codes": ((rows, width // 2), torch.uint8),
+            "scales": ((rows, width // BLOCK), torch.uint8),
+            "ranges": ((rows, 2), torch.int32),
+        }
+
+
+# --- for chat, where each token reads all weights once
+
+
+class Int8Linear(Packed):
+    """`weight` (out, in) int8 and `scales` (out,) fp32: a row's largest weight is 127 of its scale."""
+
+    @staticmethod
+    def plan(rows, width):
+        return {"weight": ((rows, width), torch.int8), "scales": ((rows,), torch.float32)}
+
+    @staticmethod
+    def quantise(weight):
+        weight = weight.float()
+        scales = weight.abs().amax(1).clamp(min=TINY) / 127
+        return (weight / scales[:, None]).round().to(torch.int8), scales
+
+    @staticmethod
+    def unpack(weight, scales, dtype):
+        return weight.to(dtype) * scales[:, None].to(dtype)
+
+    @staticmethod
+    def product(x, weight, scales):
+        return (weight.float() * x).sum(-1) * scales
+
+
+class Int4Linear(Packed):
+    """Four bits a weight: code * scale + least, scale and least (out, groups) in bf16.
+
+    A group is every `groups`-th input, so that a CPU multiplies the same input of sixteen groups at once and scales sums, not weights.
+    `codes` (out, n / 2, groups) uint8, n inputs to a group: the low nibbles are the first half of the inputs, the high ones the second.
+    """
+
+    @staticmethod
+    def plan(rows, width):
+        groups = width // group(width)
+        return {
+            "codes": ((rows, width // groups // 2, groups), torch.uint8),
+            "scales": ((rows, groups), torch.bfloat16),
+            "least": ((rows, groups), torch.bfloat16),
+        }
+
+    @staticmethod
+    def quantise(weight):
+        """Of some ways to cut a group's range short, the one with the least squared error."""
+        pieces = [Int4Linear.quantise_rows(rows) for rows in weight.split(max(1, PIECE // weight.shape[1]))]
+        return [torch.cat(parts) for parts in zip(*pieces)]
+
+    @staticmethod
+    def quantise_rows(weight):
+        weight = weight.float().unflatten(1, (group(weight.shape[1]), -1))  # (out, n, groups)
+        low, high = weight.aminmax(dim=1, keepdim=True)
+        best = code = scale = least = None
+        for share in SHARES:
+            step = ((high - low) * (share / 15)).clamp(min=TINY).bfloat16()
+            bottom = ((high + low) / 2 - 7.5 * step).bfloat16()
+            codes = ((weight - bottom) / step).round().clamp(0, 15)
+            error = torch.addcmul(bottom.float(), codes, step.float()).sub_(weight).square_().sum(1, keepdim=True)
+            if best is None:
+                best, code, scale, least = error, codes, step, bottom
+            else:
+                better = error < best
+                best, code = torch.minimum(error, best), torch.where(better, codes, code)
+                scale, least = torch.where(better, step, scale), torch.where(better, bottom, least)
+        code = code.to(torch.uint8)
+        first, second = code.chunk(2, 1)
+        return first | second << 4, scale.squeeze(1), least.squeeze(1)
+
+    @staticmethod
+    def unpack(codes, scales, least, dtype):
+        code = torch.cat([codes & 15, codes >> 4], 1).to(dtype)
+        return torch.addcmul(least[:, None].to(dtype), code, scales[:, None].to(dtype)).flatten(1)
+
+    @staticmethod
+    def product(x, codes, scales, least):
+        x = x.view(-1, codes.shape[2])  # (n, groups)
+        first, second = x.chunk(2)
+        codes = codes.to(torch.int32)
+        sums = ((codes & 15).float() * first + (codes >> 4).float() * second).sum(1)  # (out, groups)
+        return (sums * scales.float() + x.sum(0) * least.float()).sum(-1)
+
+
+def group(width):
+    """Inputs that share a scale: at most GROUP, and sixteen groups or a multiple of that. 0 where `width` has no such part."""
+    return max((n for n in range(2, GROUP + 1, 2) if width % (16 * n) == 0), default=0)
+
+
+KINDS = {"nf4": NF4Linear, "int8": Int8Linear, "int4": Int4Linear}
+
+
+def pack(model, kind="nf4"):
+    """Keep the weights of every linear layer in the blocks as `kind`; they are written later, row by row.
+
+    For chat the head too, in 8 bits, unless it is the embeddings; and what int4 can't cut into groups.
+    """
+    for module in model.modules():
+        if type(module) is not Linear or module is model.lm_head and (kind == "nf4" or model.config.tie_word_embeddings):
+            continue
+        coarse = kind == "int4" and module is not model.lm_head and group(module.in_features)
+        packed = Int8Linear if kind == "int4" and not coarse else Int8Linear if module is model.lm_head else KINDS[kind]
+        device = module.weight.device
+        del module.weight
+        for name, (shape, dtype) in packed.plan(module.out_features, module.in_features).items():
+            setattr(module, name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False))
+        module.__class__ = packed

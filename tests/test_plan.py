@@ -208,16 +208,16 @@ def test_the_program_ends_with_two_and_no_traceback():
 def test_chat_takes_what_fits_on_the_device(base, monkeypatch):
     cpu, shape = torch.device("cpu"), checkpoint.read_config(base)
     needs = plan.chat_needs(shape, 512)
-    assert needs["fp32"] == 2 * needs["bf16"] > 4 * shape.num_parameters
+    assert needs["fp32"] == 2 * needs["bf16"] > 4 * shape.num_parameters and list(needs.values()) == sorted(needs.values(), reverse=True)
     monkeypatch.setattr(checkpoint, "compute_dtype", lambda device: torch.float32)
-    for free, expected in ((needs["fp32"], "fp32"), (needs["bf16"], "bf16")):
-        monkeypatch.setattr(plan, "available", lambda free=free: free)
-        assert plan.chat_dtype(base, None, 512, cpu) == expected
-    with pytest.raises(UserError, match="--weights bf16"):
-        plan.chat_dtype(base, None, 512, cpu, "fp32")
+    for name, need in needs.items():
+        monkeypatch.setattr(plan, "available", lambda need=need: need)
+        assert plan.chat_weights(base, None, 512, cpu) == name
+    with pytest.raises(UserError, match="--weights int4"):
+        plan.chat_weights(base, None, 512, cpu, "fp32")
     monkeypatch.setattr(plan, "available", lambda: 1000)
     with pytest.raises(UserError, match="smaller base"):
-        plan.chat_dtype(base, None, 512, cpu)
+        plan.chat_weights(base, None, 512, cpu)
 
 
 def test_every_card_says_where_its_figures_are_from():
