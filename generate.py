@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import quantize
 from model import KVCache, rope
 
 PREFILL = 512  # prompt tokens read at a time: bounds the memory of their activations
@@ -82,8 +83,13 @@ class Step:
         positions = torch.arange(cache.size, device=cache.layers[0].device)[None]
         self.rotation = rope(positions, model.config)
         self.before, self.after, self.last = (torch.compile(f, dynamic=False) for f in (before, after, last))
+        unpack = {kind: torch.compile(kind.unpack, dynamic=False) for kind in quantize.KINDS.values()}
+        for module in model.modules():
+            if isinstance(module, quantize.Packed):
+                module.unpack = unpack[type(module)]  # for prompts
         with torch.inference_mode():
-            for self.cache.length in (2, 3):
+            model(positions[:, :2], cache=cache)
+            for cache.length in (2, 3):
                 self(positions[:, :1])
         self.cache.length = 0
 

@@ -78,23 +78,19 @@ def dequantise(codes, scales, ranges, dtype):
 
 
 class Packed(Linear):
-    """A frozen linear layer whose weight is kept as the tensors of `plan`, which `quantise` makes of it, in that order."""
+    """A frozen linear layer: `quantise` makes the tensors `names` of its weight, `plan` says their shapes and dtypes."""
 
     def stored(self):
-        return [getattr(self, name) for name in self.plan(1, GROUP)]
+        return [getattr(self, name) for name in self.names]
 
 
 class NF4Linear(Packed):
+    names = ("codes", "scales", "ranges")
     unpack, quantise = staticmethod(dequantise), staticmethod(quantise)
 
     @staticmethod
     def plan(rows, width):
-        """{name: (shape, dtype)}"""
-        return {
-            "codes": ((rows, width // 2), torch.uint8),
-            "scales": ((rows, width // BLOCK), torch.uint8),
-            "ranges": ((rows, 2), torch.int32),
-        }
+        return ((rows, width // 2), torch.uint8), ((rows, width // BLOCK), torch.uint8), ((rows, 2), torch.int32)
 
 
 # --- for chat, where each token reads all weights once
@@ -103,9 +99,11 @@ class NF4Linear(Packed):
 class Int8Linear(Packed):
     """`weight` (out, in) int8 and `scales` (out,) fp32: a row's largest weight is 127 of its scale."""
 
+    names = ("weight", "scales")
+
     @staticmethod
     def plan(rows, width):
-        return {"weight": ((rows, width), torch.int8), "scales": ((rows,), torch.float32)}
+        return ((rows, width), torch.int8), ((rows,), torch.float32)
 
     @staticmethod
     def quantise(weight):
@@ -129,14 +127,13 @@ class Int4Linear(Packed):
     `codes` (out, n / 2, groups) uint8, n inputs to a group: the low nibbles are the first half of the inputs, the high ones the second.
     """
 
+    names = ("codes", "scales", "least")
+
     @staticmethod
     def plan(rows, width):
         groups = width // group(width)
-        return {
-            "codes": ((rows, width // groups // 2, groups), torch.uint8),
-            "scales": ((rows, groups), torch.bfloat16),
-            "least": ((rows, groups), torch.bfloat16),
-        }
+        scales = (rows, groups), torch.bfloat16
+        return ((rows, width // groups // 2, groups), torch.uint8), scales, scales
 
     @staticmethod
     def quantise(weight):
@@ -198,6 +195,6 @@ def pack(model, kind="nf4"):
         packed = Int8Linear if kind == "int4" and not coarse else Int8Linear if module is model.lm_head else KINDS[kind]
         device = module.weight.device
         del module.weight
-        for name, (shape, dtype) in packed.plan(module.out_features, module.in_features).items():
+        for name, (shape, dtype) in zip(packed.names, packed.plan(module.out_features, module.in_features)):
             setattr(module, name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False))
         module.__class__ = packed

@@ -2,8 +2,8 @@
 
     python -m bench.generate --peers PYTHON    of a virtual environment with requirements-peers.txt; the last line is JSON
 
-A model of the 1.1B shape (TinyLlama's) is made in a temporary folder of 6 GB. Each engine is a process of its own, one after the other, in two
-rounds; the better round counts, because others can only take from it. Refuses a busy machine.
+A model of the 1.1B shape (TinyLlama's) is made in a temporary folder of 6 GB. Each engine is a process of its own, one after another,
+twice; the better figure counts, because others can only take from it. Refuses a busy machine.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main():
     before = usage()
     time.sleep(3)
     after = usage()
-    if (busy := (after[1] - before[1]) / max(1, after[0] - before[0])) > 0.2:
+    if (busy := 1 - (after[1] - before[1]) / max(1, after[0] - before[0])) > 0.2:
         raise UserError(f"others use {busy:.0%} of the processors", "Wait until the machine is idle.")
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), dataclasses.replace(SHAPE, num_hidden_layers=options.layers))

@@ -17,7 +17,7 @@ MAY = {
     "quantize": {"model"},
     "lora": {"config", "model", "checkpoint", "tokenizer"},  # the last two inside main
     "checkpoint": {"config", "model", "lora", "quantize"},
-    "generate": {"model", "data"},
+    "generate": {"data", "model", "quantize"},
     "step": {"config", "checkpoint", "lora", "model", "data", "quantize"},
     "plan": {"config", "checkpoint", "data", "model", "quantize", "step", "tokenizer"},
     "resume": {"config", "checkpoint", "step"},
