@@ -1,0 +1,29 @@
+"""What fewer bits cost: held-out loss of a model in bf16, int8 and int4.  python -m bench.weights MODEL DATA; the last line is JSON"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import config
+import data
+import step
+import tokenizer as tokenizers
+
+
+def main():
+    model, folder = sys.argv[1], Path(sys.argv[2])
+    words = tokenizers.load(model)
+    rows = data.rows(folder / "val.jsonl", words, 1024)
+    ranks, found = step.Ranks(torch.device("cpu")), {}
+    for kind in ("plain", "int8", "int4"):
+        held = checkpoint.load_model(model, torch.bfloat16, words=words, weights=kind)
+        found[kind] = step.evaluate(held, rows, ranks, 4).metrics["val_loss"]
+        print(f"{kind}: {found[kind]:.4f} nats a target, {found[kind] / found['plain'] - 1:+.2%}", flush=True)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    config.run(main)
