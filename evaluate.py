@@ -36,11 +36,15 @@ DRAWS = 1000  # of the bootstrap
 LONGEST = 64  # tokens of a generated reply
 RUN = 5  # words in a row that count as copied
 RANDOM = 99  # strings beside a secret
-BLAND = """ok okay okey k kk yes yeah yep yup ya no nope nah lol haha hahaha hehe hm hmm mm mhm idk sure fine cool nice good great thanks thx ty
-    np busy later soon same oh ah right true maybe ок окей да нет неа ага угу лол хаха ахах хз норм ладно хорошо понял спасибо пока занят потом
-    ja nein nö jo klar gut danke oui non ouais si sí vale sì va bene bon merci gracias grazie tak nie evet hayır tamam""".split()
+BLAND = """
+    ok okay okey k kk yes yeah yep yup ya no nope nah lol haha hahaha hehe hm hmm mm mhm idk sure fine cool nice good great thanks thx ty np
+    busy later soon same oh ah right true maybe ок окей да нет неа ага угу лол хаха ахах хз норм ладно хорошо понял спасибо пока занят потом
+    ja nein nö jo klar gut danke oui non ouais si sí vale sì va bene bon merci gracias grazie tak nie evet hayır tamam
+""".split()
 EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\u2b50\u2b55\u2764]")
-SECRET = re.compile(r"[^\s@<>]+@[^\s@<>]+\.\w+|(?<![\w.])\+?\d(?:[ -]?\d){4,}(?!\w)|(?=[^\s<>]*\d)(?=[^\s<>]*[a-zA-Z])[\w.#!$%&*+-]{8,}")
+SECRET = re.compile(  # an address, letters and digits mixed, or a number longer than a year
+    r"[^\s@<>]+@[^\s@<>]+\.\w+|(?=[^\s<>]*\d)(?=[^\s<>]*[a-zA-Z])[\w.#!$%&*+-]{8,}|(?<![\w.])\+?\d(?:[ -]?\d){4,}(?!\w)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +195,7 @@ def voices_of(name, folder, ckpt, talks, past, some, choices, options):
     model.eval()
     ways = {name: lambda moment: moment.before}
     if options.baselines:
-        ways |= prompts(name, past, Path(options.data) / "facts.md", size)
+        ways |= prompts(name, past, Path(options.data) / "facts.md", words, size)
     alone = {}
     for replies in choices:
         alone |= {tuple(reply): None for reply in replies}
@@ -544,10 +548,9 @@ def verdict(report):
     said, bits, auc = [], report["bits_per_char"], report["auc"]["clone"]
     gain = bits.get("base - clone", {"value": None})
     if gain["value"] is not None:
+        clone, base = (f"{bits[name]['value']:.2f}" for name in ("clone", "base"))
         better = "no better than" if gain["low"] <= 0 else "better than"
-        said.append(
-            f"It guesses what you write next {better} its base: {bits['clone']['value']:.2f} against {bits['base']['value']:.2f} bits a character."
-        )
+        said.append(f"It guesses what you write next {better} its base: {clone} against {base} bits a character.")
     if auc["value"] is None:
         said.append(f"Whether its replies can be told from yours: {auc['why']}.")
     else:
@@ -559,17 +562,12 @@ def verdict(report):
         said.append(f"It knows secrets: of {m['n']} strings that look like one, {m['first']} are likelier to it than 99 random ones.")
     if "other - clone" in bits:
         two = bits["other - clone"]
-        better = (
-            "too little data to say"
-            if two["value"] is None
-            else "the first"
-            if two["low"] > 0
-            else "the second"
-            if two["high"] < 0
-            else "no difference that this much data shows"
-        )
-        said.append(f"Which of the two guesses you better: {better}.")
+        said.append("Which of the two guesses you better: " + (two.get("why") or which(two["low"], two["high"])))
     return said
+
+
+def which(low, high):
+    return "the first." if low > 0 else "the second." if high < 0 else "so much data shows no difference."
 
 
 def curve(folder):
@@ -596,12 +594,55 @@ def fill(template, value):
 # --- the other ways to clone a person
 
 
-def prompts(name, past, facts, size):
-    return {}
+def prompts(name, past, facts, words, size):
+    """{name of a way: Moment → the turns in its prompt}: what else a prompt may hold of me. The clone gets similar exchanges alone."""
+    import bm25s
+
+    asked = [talk.turns[i - 1 : i + 1] for talk in past for i, turn in enumerate(talk.turns) if i and turn.me]
+    cut = lambda texts: bm25s.tokenize(texts, stopwords=[], show_progress=False)  # noqa: E731
+    index = bm25s.BM25()
+    index.index(cut([" ".join(pair[0].messages) for pair in asked]), show_progress=False)
+    cost = lambda turns: len(words.encode(data.render(turns, specials=words.specials).text)[0])  # noqa: E731
+    costs = [cost(talk.turns) for talk in past]
+
+    def similar(moment):
+        query, count = " ".join(moment.before[-1].messages), min(8, len(asked))
+        best = index.retrieve(cut([query]), k=count, show_progress=False)[0][0]
+        return [turn for i in best[::-1] for turn in asked[i]] + moment.before
+
+    def messages(moment):
+        """The latest sessions first, those with who asks before others, as many as fit."""
+        who, room, turns = moment.before[-1].author, size - 2 * LONGEST - cost(moment.before), moment.before
+        for i in sorted(range(len(past)), key=lambda i: (all(t.author != who for t in past[i].turns), -i)):
+            if costs[i] > room:
+                break
+            turns, room = past[i].turns + turns, room - costs[i]
+        return turns
+
+    ways = {f"{name} + similar exchanges": similar}
+    if name == "base":
+        ways[f"{name} + past messages"] = messages
+        if facts.is_file():
+            about = [data.Turn("system", False, "", [facts.read_text(encoding="utf-8").strip()])]
+            ways[f"{name} + {facts.name}"] = lambda moment: about + moment.before
+            ways[f"{name} + {facts.name} + similar exchanges"] = lambda moment: about + similar(moment)
+    return ways
 
 
 def baselines(voices, some, choices, seed):
-    return []
+    """One row for each way to clone me, on the same moments."""
+    sessions, chars = np.array([m.session for m in some]), [sum(map(len, m.mine)) for m in some]
+    real = [(m.session, "\n".join(m.mine)) for m in some]
+    return [
+        {
+            "name": name,
+            "bits_per_char": ratio(voice.nats[:, 0] / math.log(2), chars, sessions),
+            "top1": rank(voice, sessions)["top1"] if choices else None,
+            "auc": told_apart(real, [(m.session, "\n".join(reply)) for m, reply in zip(some, voice.replies)], seed),
+            "tokens": voice.tokens.mean(),
+        }
+        for name, voice in voices.items()
+    ]
 
 
 # --- a blind test for a friend
