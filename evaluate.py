@@ -555,6 +555,9 @@ def verdict(report):
         said.append(f"Whether its replies can be told from yours: {auc['why']}.")
     else:
         said.append(f"Shown a reply of yours and one of its, a simple program picks yours {auc['value']:.0%} of the time (a coin: 50%).")
+        beside = {who: report["auc"][side]["value"] for who, side in (("your own earlier ones", "me before"), ("your friends'", "friends"))}
+        if None not in beside.values():
+            said.append("For comparison: against " + ", against ".join(f"{who} {value:.0%}" for who, value in beside.items()) + ".")
     if report["copying"]["clone"]["flagged"]:
         said.append("It copies: more of its words are verbatim from the training data than yours are.")
     if report["memorised"]["clone"].get("first", 0) > max(1, report["memorised"].get("base", {}).get("first", 0)):
