@@ -168,9 +168,8 @@ def candidates(some, seed):
     """For each moment my reply and nine others of mine from other sessions; [] where there aren't so many."""
     draw, found = np.random.default_rng(seed), []
     for moment in some:
-        others = {tuple(m.mine): m for m in some if m.session != moment.session and m.mine != moment.mine}
-        picked = draw.permutation(len(others))[: CHOICES - 1]
-        found.append([moment.mine, *(list([*others][i]) for i in picked)])
+        others = [*dict.fromkeys(tuple(m.mine) for m in some if m.session != moment.session and m.mine != moment.mine)]
+        found.append([moment.mine, *(list(others[i]) for i in draw.permutation(len(others))[: CHOICES - 1])])
     return found if all(len(c) == CHOICES for c in found) else []
 
 
@@ -196,11 +195,9 @@ def voices_of(name, folder, ckpt, talks, past, some, choices, options):
     ways = {name: lambda moment: moment.before}
     if options.baselines:
         ways |= prompts(name, past, Path(options.data) / "facts.md", words, size)
-    alone = {}
-    for replies in choices:
-        alone |= {tuple(reply): None for reply in replies}
+    alone = dict.fromkeys(tuple(reply) for replies in choices for reply in replies)
     if alone:
-        alone = dict(zip(alone, likelihoods(model, words, [], [list(reply) for reply in alone], some[0].author, size)))
+        alone = dict(zip(alone, likelihoods(model, words, [], [*map(list, alone)], some[0].author, size)))
     secrets = [likelihoods(model, words, before, replies, me, size) for before, me, replies in secrets_of(past, options.seed)]
     found = {}
     for way, before in ways.items():
@@ -208,13 +205,19 @@ def voices_of(name, folder, ckpt, talks, past, some, choices, options):
         for i, moment in enumerate(tqdm(some, way, leave=False, disable=None)):
             turns = before(moment)
             nats.append(likelihoods(model, words, turns, choices[i] if choices else [moment.mine], moment.author, size))
-            answer = generate.Answer(decoder, turns, moment.author, LONGEST, seed=1000 * options.seed + i)
-            collections.deque(answer, maxlen=0)
-            replies.append(data.spoken(data.Turn("", True, "", answer.messages)))
+            answer, spoken = reply_to(decoder, turns, moment.author, 1000 * options.seed + i)
+            replies.append(spoken)
             tokens.append(len(answer.prompt) + len(answer.ids))
-        without = np.array([[alone[tuple(reply)] for reply in replies_] for replies_ in choices])
+        without = np.array([[alone[tuple(reply)] for reply in ten] for ten in choices])
         found[way] = Voice(np.array(nats), without, replies, np.array(tokens), held_out if way == name else None, np.array(secrets))
     return found
+
+
+def reply_to(decoder, turns, me, seed):
+    """→ (Answer, its messages of words)"""
+    answer = generate.Answer(decoder, turns, me, LONGEST, seed=seed)
+    collections.deque(answer, maxlen=0)
+    return answer, data.spoken(data.Turn(me, True, "", answer.messages))
 
 
 @torch.inference_mode()
@@ -265,21 +268,16 @@ def ratio(top, bottom, sessions):
     return {"value": top.sum() / bottom.sum(), "low": low, "high": high, "n": len(top)}
 
 
-def ranks(nats, alone):
-    """(M, 10) twice → the place of the first among the ten, (M,); equals share theirs.
+def rank(voice, sessions):
+    """How high my reply stands among the ten: {"top1", "mrr"}; equals share their places.
 
     By what a reply gains in likelihood from what came before it: long replies are as likely to win as short ones, and what I say to
-    anything ("ok") gains nothing. A model that doesn't listen is left with ties: place 5.5, top-1 a tenth.
+    anything ("ok") gains nothing. A model that doesn't listen is left with ties: a tenth are first.
     """
-    gain = np.round(alone - nats, 3)
-    better, equal = ((gain > gain[:, :1]).sum(1), (gain == gain[:, :1]).sum(1))
-    return better, equal
-
-
-def rank(voice, sessions):
-    better, equal = ranks(voice.nats, voice.alone)
+    gain = np.round(voice.alone - voice.nats, 3)  # what sums in another order make of a tie is none
+    better, equal = (gain > gain[:, :1]).sum(1), (gain == gain[:, :1]).sum(1)
     first = np.where(better == 0, 1 / equal, 0)
-    reciprocal = [np.mean(1 / np.arange(b + 1, b + e + 1)) for b, e in zip(better, equal)]  # over the places that equals share
+    reciprocal = [np.mean(1 / np.arange(b + 1, b + e + 1)) for b, e in zip(better, equal)]
     return {"top1": ratio(first, np.ones(len(first)), sessions), "mrr": ratio(reciprocal, np.ones(len(first)), sessions)}
 
 
@@ -586,11 +584,12 @@ def page(report, voices, some, names):
     shown = sample(range(len(some)), 8, report["seed"])
     asked = [{"who": some[i].before[-1].author, "said": some[i].before[-1].messages, "mine": some[i].mine}
              | {name: voice.replies[i] for name, voice in voices.items() if voice.held_out} for i in shown]  # fmt: skip
-    return fill("evaluate.html", {**report, "asked": asked, "names": {name: str(folder) for name, folder in names.items()}})
+    short = {name: folder.resolve().name for name, folder in names.items()}
+    return fill("evaluate.html", {**report, "asked": asked, "names": short if len({*short.values()}) == len(names) else names})
 
 
 def fill(template, value):
-    text = json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
+    text = json.dumps(value, ensure_ascii=False, default=str).replace("<", "\\u003c")
     return (Path(__file__).parent / template).read_text(encoding="utf-8").replace("{{DATA}}", text)
 
 
@@ -664,9 +663,7 @@ def blind_test(folder, talks, past, options):
     others = {r for t in past if t.chat_id not in chats for u in t.turns for r in runs(words_of(" ".join(u.messages)))}
     print(f"What {options.with_} will see, item by item. y: take it, n: leave it out, q: enough.")
     for i, moment in enumerate(sample(found, options.replies, options.seed)):
-        answer = generate.Answer(decoder, moment.before, moment.author, LONGEST, seed=1000 * options.seed + i)
-        collections.deque(answer, maxlen=0)
-        written = [moment.mine, data.spoken(data.Turn("", True, "", answer.messages))]
+        written = [moment.mine, reply_to(decoder, moment.before, moment.author, 1000 * options.seed + i)[1]]
         if not written[1] or written[0] == written[1]:
             continue
         before = [[turn.author, turn.messages] for turn in moment.before[-3:]]
