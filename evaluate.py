@@ -159,6 +159,11 @@ def moments(talks):
     ]
 
 
+def contact(talk):
+    """Whom I talk with: a chat's name, or in a chat of two theirs, which no one else has."""
+    return next((turn.author for turn in talk.turns if not turn.me), talk.chat) if talk.type == "personal_chat" else talk.chat
+
+
 def sample(items, count, seed):
     """At most `count` of a list, in its order."""
     return [items[i] for i in sorted(np.random.default_rng(seed).permutation(len(items))[:count])]
@@ -425,11 +430,9 @@ def runs(words):
     return [tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)]
 
 
-def copied(reply, known, whole):
-    """(how many words stand in a run of 5 that the training data holds, or are a whole reply of mine there; how many words)"""
+def copied(reply, known):
+    """(how many words stand in a run of 5 that the training data holds, how many words)"""
     words = words_of(" ".join(reply))
-    if tuple(words) in whole:
-        return len(words), len(words)
     inside = {i + j for i, run in enumerate(runs(words)) if run in known for j in range(RUN)}
     return len(inside), len(words)
 
@@ -469,15 +472,14 @@ def measure(voices, talks, past, some, choices, options):
     report["rank"]["chance"] = {"top1": 1 / CHOICES, "mrr": sum(1 / k for k in range(1, CHOICES + 1)) / CHOICES}
     report["auc"] = apart(plain, talks, past, some, options.seed)
 
-    favourite = favourites(*([m for talk in past for t in talk.turns if t.me is me for m in t.messages] for me in (True, False)))
+    favourite = favourites(*([m for talk in past for t in talk.turns if t.me is me for m in data.spoken(t)] for me in (True, False)))
     before = sample(own, len(mine), options.seed)
     report["habits"] = []
     for what, habit in habits(favourite).items():
         found = {"mine": shares(habit, mine)} | {name: shares(habit, voice.replies) for name, voice in plain.items()}
-        apart_ = {name: distance(found["mine"], found[name]) for name in plain} | {
-            "me before": distance(found["mine"], shares(habit, before))
-        }
-        report["habits"].append({"what": what, "shares": found, "distance": apart_})
+        beside = found | {"me before": shares(habit, before)}
+        distances = {name: distance(found["mine"], other) for name, other in beside.items() if name != "mine"}
+        report["habits"].append({"what": what, "shares": found, "distance": distances})
     report["tells"] = {name: tells(own + mine, voice.replies) for name, voice in plain.items() if name != "base"}
     ever = {w for talk in [*past, *talks] for turn in talk.turns for w in words_of(" ".join(turn.messages))}
     new = {name: [w for reply in voice.replies for w in words_of(" ".join(reply)) if w not in ever] for name, voice in plain.items()}
@@ -487,8 +489,7 @@ def measure(voices, talks, past, some, choices, options):
     report["bland"] = {name: ratio([bland(r) for r in rs], np.ones(len(rs)), sessions) for name, rs in replies.items()}
     report["distinct"] = {name: {n: distinct(rs, n) for n in (1, 2)} for name, rs in replies.items()}
     known = {run for talk in past for turn in talk.turns for run in runs(words_of(" ".join(turn.messages)))}
-    whole = {tuple(words) for reply in own if len(words := words_of(" ".join(reply))) >= RUN}
-    counts = {name: [copied(reply, known, whole) for reply in rs] for name, rs in replies.items()}
+    counts = {name: [copied(reply, known) for reply in rs] for name, rs in replies.items()}
     report["copying"] = {name: ratio(*zip(*pairs), sessions) for name, pairs in counts.items()}
     for name in plain:
         a, b = report["copying"][name], report["copying"]["mine"]
@@ -510,13 +511,12 @@ def likelihood(voices, talks):
     def of(chosen):
         found = {name: ratio(v.held_out.bits[chosen], chars[chosen], number[chosen]) for name, v in voices.items()}
         for other in [name for name in voices if name != "clone"]:
-            found[f"{other} - clone"] = ratio(
-                (voices[other].held_out.bits - voices["clone"].held_out.bits)[chosen], chars[chosen], number[chosen]
-            )
+            more = voices[other].held_out.bits - voices["clone"].held_out.bits
+            found[f"{other} - clone"] = ratio(more[chosen], chars[chosen], number[chosen])
         return found | {"chars": int(chars[chosen].sum()), "sessions": int(len(chosen))}
 
-    chats = collections.Counter(talk.chat for talk in talks[:count]).most_common(8)
-    by_contact = [{"name": chat, **of(np.array([i for i in number if talks[i].chat == chat]))} for chat, _ in chats]
+    contacts = [contact(talk) for talk in talks[:count]]
+    by_contact = [{"name": who, **of(np.flatnonzero(np.array(contacts) == who))} for who, _ in collections.Counter(contacts).most_common(8)]
     parts = np.array_split(number, min(4, max(1, count // FEW)))
     by_time = [{"name": f"{talks[part[0]].start[:10]} to {talks[part[-1]].start[:10]}", **of(part)} for part in parts]
     return {**of(number), "by_contact": by_contact, "by_time": by_time}
@@ -652,12 +652,13 @@ def baselines(voices, some, choices, seed):
 
 def blind_test(folder, talks, past, options):
     """Ask me about each item, then write the page: replies of mine and of the clone to what one friend wrote, from that chat alone."""
-    name = options.with_.casefold()
-    chats = {t.chat_id for t in talks if t.type == "personal_chat" and name in (t.chat.casefold(), *(u.author.casefold() for u in t.turns))}
-    found = moments([talk for talk in talks if talk.chat_id in chats])
-    if not found:
-        known = ", ".join(sorted({talk.chat for talk in talks if talk.type == "personal_chat"}))
-        raise UserError(f"--with {options.with_}: no held-out chat of us two", f"There are: {known or 'none'}.")
+    name, private = options.with_.casefold(), [talk for talk in talks if talk.type == "personal_chat"]
+    chats = {talk.chat_id for talk in private if name in (talk.chat.casefold(), contact(talk).casefold())}
+    found = moments([talk for talk in private if talk.chat_id in chats])
+    if not found or len(chats) > 1:
+        what = "several chats have that name" if chats else "no held-out chat of us two"
+        known = ", ".join(sorted({contact(talk) for talk in private if not chats or talk.chat_id in chats}))
+        raise UserError(f"--with {options.with_}: {what}", f"There are: {known or 'none'}.")
     model, words, size = load(folder, folder, options)
     decoder, draw, items = generate.Decoder(model, words, size), np.random.default_rng(options.seed), []
     others = {r for t in past if t.chat_id not in chats for u in t.turns for r in runs(words_of(" ".join(u.messages)))}

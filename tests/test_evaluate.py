@@ -133,6 +133,14 @@ def test_secrets_of_mine_are_sought_beside_random_ones_of_their_shape():
     assert evaluate.exposure(knows) == {"value": pytest.approx(np.log2(100)), "first": 5, "n": 5}
 
 
+def test_a_blind_test_never_mixes_the_chats_of_two_people():
+    two = [data.Session("Nils", n, "personal_chat", "", [data.Turn(who, False, "", ["hi"]), data.Turn("Ann", True, "", ["ho"])])
+           for n, who in (("1", "Nils Holm"), ("2", "Nils Berg"))]  # fmt: skip
+    for name, said in (("nils", "several chats"), ("Ann", "no held-out chat")):
+        with pytest.raises(UserError, match=said):
+            evaluate.blind_test(None, two, [], evaluate.Config(with_=name))
+
+
 # --- as a person runs it
 
 
