@@ -22,6 +22,7 @@ MAY = {
     "plan": {"config", "checkpoint", "data", "model", "quantize", "step", "tokenizer"},
     "resume": {"config", "checkpoint", "step"},
     "train": {"config", "data", "plan", "step", "resume", "generate", "checkpoint", "lora", "model", "quantize", "tokenizer"},
+    "evaluate": {"config", "data", "exports", "plan", "step", "generate", "checkpoint", "model", "tokenizer"},
     "chat": {"config", "data", "plan", "generate", "checkpoint", "tokenizer"},
 }
 

@@ -1,0 +1,692 @@
+"""The report card: does it sound like me, and what does it know? `python evaluate.py ckpt/` writes report.html and report.json there.
+
+    data/val.jsonl ─ moments ▶ Moment… ─ listen ▶ Voice (the clone, its base) ─ measure ▶ report.json ─ page ▶ report.html
+
+Nothing leaves this machine. A number is {"value", "low", "high", "n"}: 95% intervals by a bootstrap over sessions, of which there are `n`;
+or {"value": null, "why"} where there is too little to tell.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import config
+import data
+import generate
+import plan
+import step
+import tokenizer as tokenizers
+from config import UserError, flag
+from exports.redact import redact
+from model import KVCache
+
+CHOICES = 10  # the real reply among so many
+FEW = 5  # sessions, below which nothing is said
+DRAWS = 1000  # of the bootstrap
+LONGEST = 64  # tokens of a generated reply
+RUN = 5  # words in a row that count as copied
+RANDOM = 99  # strings beside a secret
+BLAND = """
+    ok okay okey k kk yes yeah yep yup ya no nope nah lol haha hahaha hehe hm hmm mm mhm idk sure fine cool nice good great thanks thx ty np
+    busy later soon same oh ah right true maybe ок окей да нет неа ага угу лол хаха ахах хз норм ладно хорошо понял спасибо пока занят потом
+    ja nein nö jo klar gut danke oui non ouais si sí vale sì va bene bon merci gracias grazie tak nie evet hayır tamam
+""".split()
+EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\u2b50\u2b55\u2764]")
+SECRET = re.compile(  # an address, letters and digits mixed, or a number longer than a year
+    r"[^\s@<>]+@[^\s@<>]+\.\w+|(?=[^\s<>]*\d)(?=[^\s<>]*[a-zA-Z])[\w.#!$%&*+-]{8,}|(?<![\w.])\+?\d(?:[ -]?\d){4,}(?!\w)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Measure whether a clone sounds like me: report.html (for people) and report.json (for programs) in the first folder.
+
+    python evaluate.py ckpt/                              the clone beside its base, on the sessions that were held out
+    python evaluate.py ckpt-a/ ckpt-b/                    and beside another run
+    python evaluate.py ckpt/ --blind-test --with NAME     a page on which a friend guesses which replies are mine
+    """
+
+    ckpts: tuple[str, ...] = flag((), "the folder that train.py wrote, or two of them", positional=True)
+    data: str = flag("data", "the folder that data.py wrote")
+    seed: int = flag(0, "the same numbers each time")
+    replies: int = flag(100, "held-out moments that are answered")
+    baselines: bool = flag(False, "also other ways to clone a person: prompts with past messages, DATA/facts.md, similar exchanges")
+    blind_test: bool = flag(False, "write a page for a friend, of one chat alone and of what you approve, in place of the report")
+    with_: str | None = flag(None, "whose chat with me the blind test is made of")
+    model: str | None = flag(None, "the base, when it lies elsewhere than the checkpoint says")
+    device: str | None = flag(None, "cuda, mps or cpu (default: the first there is)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """A held-out turn of mine: its session's number, the turns before, and my messages."""
+
+    session: int
+    before: list
+    author: str
+    mine: list
+
+
+@dataclasses.dataclass(frozen=True)
+class Voice:
+    """What a model made of M moments. `nats`: (M, 10), of my reply and nine others; `alone`: the same without what came before;
+    `replies`: messages; `tokens`: (M,), prompt and answer. `held_out`: its Evaluation on all of val.jsonl, None for a baseline;
+    `secrets`: (K, 100), as in `exposure`."""
+
+    nats: np.ndarray
+    alone: np.ndarray
+    replies: list
+    tokens: np.ndarray
+    held_out: step.Evaluation | None
+    secrets: np.ndarray
+
+
+def main():
+    options = config.parse(Config)
+    folders = check(options)
+    talks, past = (data.load_sessions(Path(options.data) / f"{part}.jsonl") for part in ("val", "train"))
+    if options.blind_test:
+        return blind_test(folders[0], talks, past, options)
+    found = moments(talks)
+    if not found:
+        raise UserError(f"{options.data}/val.jsonl holds no turn of mine that answers somebody", "Make it anew with data.py.")
+    some = sample(found, options.replies, options.seed)
+    choices = candidates(some, options.seed)
+    names = dict(zip(("clone", "other"), folders))
+    voices = {}
+    for name, folder in [*names.items(), ("base", base_of(folders[0], options))]:
+        if folder:
+            voices |= voices_of(name, folder, folders[0], talks, past, some, choices, options)
+    report = measure(voices, talks, past, some, choices, options)
+    report["runs"] = {name: curve(folder) for name, folder in names.items()}
+    if options.baselines:
+        report["baselines"] = baselines(voices, some, choices, options.seed)
+    config.write_json(folders[0] / "report.json", rounded(report))
+    config.write_text(folders[0] / "report.html", page(rounded(report), voices, some, names))
+    print("\n".join(report["verdict"]) + f"\n{folders[0]}/report.html says more. It quotes your chats: keep it to yourself.")
+
+
+def check(options):
+    """→ the checkpoints' folders. UserError for what is missing, before anything is loaded."""
+    folders = [Path(folder) for folder in options.ckpts]
+    if not 1 <= len(folders) <= (1 if options.blind_test else 2):
+        raise UserError(f"{len(folders)} checkpoints are given", "python evaluate.py ckpt/   (or two, to compare them)")
+    for folder in folders:
+        if not ((folder / "config.json").exists() or checkpoint.is_adapter(folder)):
+            raise UserError(f"{folder} holds no model", "Give the folder that train.py wrote.")
+    if options.replies < 1:
+        raise UserError(f"--replies {options.replies}", "Leave it out for the default, or give 1 or more.")
+    if options.blind_test != bool(options.with_):
+        raise UserError("--blind-test and --with NAME belong together", "Say whose chat with you the friend may see: --with NAME")
+    needs = [] if options.blind_test else ["sklearn"] + ["bm25s"] * options.baselines
+    for name in needs:
+        try:
+            __import__(name)
+        except ImportError:
+            raise UserError(f"{name} is not installed", "pip install -r requirements-extra.txt") from None
+    return folders
+
+
+def base_of(folder, options):
+    """Where a checkpoint's base lies; None where it has none, or a whole model's is not here."""
+    if checkpoint.is_adapter(folder):
+        return options.model or config.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    run = config.read_json(folder / "run.json", {})
+    named = options.model or ("" if run.get("config", {}).get("from_scratch") else run.get("base", ""))
+    return named if Path(named, "config.json").is_file() else None
+
+
+# --- what is held out
+
+
+def moments(talks):
+    """My turns of words that answer somebody."""
+    return [
+        Moment(number, talk.turns[:i], turn.author, data.spoken(turn))
+        for number, talk in enumerate(talks)
+        for i, turn in enumerate(talk.turns)
+        if i and turn.me and data.spoken(turn)
+    ]
+
+
+def contact(talk):
+    """Whom I talk with: a chat's name, or in a chat of two theirs, which no one else has."""
+    return next((turn.author for turn in talk.turns if not turn.me), talk.chat) if talk.type == "personal_chat" else talk.chat
+
+
+def sample(items, count, seed):
+    """At most `count` of a list, in its order."""
+    return [items[i] for i in sorted(np.random.default_rng(seed).permutation(len(items))[:count])]
+
+
+def candidates(some, seed):
+    """For each moment my reply and nine others of mine from other sessions; [] where there aren't so many."""
+    draw, found = np.random.default_rng(seed), []
+    for moment in some:
+        others = [*dict.fromkeys(tuple(m.mine) for m in some if m.session != moment.session and m.mine != moment.mine)]
+        found.append([moment.mine, *(list(others[i]) for i in draw.permutation(len(others))[: CHOICES - 1])])
+    return found if all(len(c) == CHOICES for c in found) else []
+
+
+# --- what a model makes of it
+
+
+def load(folder, ckpt, options):
+    """→ (model, the tokenizer of `ckpt`, tokens of context)"""
+    device = checkpoint.pick_device(options.device)
+    kind = plan.chat_weights(Path(folder), options.model, 2048, device)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(kind, checkpoint.compute_dtype(device))
+    words = tokenizers.load(ckpt)
+    model = checkpoint.load_model(str(folder), dtype, device, options.model, words, kind if kind.startswith("int") else "plain")
+    return model, words, min(2048, model.config.max_position_embeddings)
+
+
+def voices_of(name, folder, ckpt, talks, past, some, choices, options):
+    """{name: Voice}, and with --baselines the same model with more in its prompt. One model is in memory at a time."""
+    model, words, size = load(folder, ckpt if name == "base" else folder, options)
+    length = min(1024, size)
+    samples = [s for number, talk in enumerate(talks) for s in data.split(talk, words, length, "me", number)]
+    held_out = step.evaluate(model, data.pack(samples, length), step.Ranks(checkpoint.pick_device(options.device)), 2, length)
+    model.eval()
+    ways = {name: lambda moment: moment.before}
+    if options.baselines:
+        ways |= prompts(name, past, Path(options.data) / "facts.md", words, size)
+    alone = dict.fromkeys(tuple(reply) for replies in choices for reply in replies)
+    if alone:
+        alone = dict(zip(alone, likelihoods(model, words, [], [*map(list, alone)], some[0].author, size)))
+    secrets = [likelihoods(model, words, before, replies, me, size) for before, me, replies in secrets_of(past, options.seed)]
+    found = {}
+    for way, before in ways.items():
+        decoder, nats, replies, tokens = generate.Decoder(model, words, size), [], [], []
+        for i, moment in enumerate(tqdm(some, way, leave=False, disable=None)):
+            turns = before(moment)
+            nats.append(likelihoods(model, words, turns, choices[i] if choices else [moment.mine], moment.author, size))
+            answer, spoken = reply_to(decoder, turns, moment.author, 1000 * options.seed + i)
+            replies.append(spoken)
+            tokens.append(len(answer.prompt) + len(answer.ids))
+        without = np.array([[alone[tuple(reply)] for reply in ten] for ten in choices])
+        found[way] = Voice(np.array(nats), without, replies, np.array(tokens), held_out if way == name else None, np.array(secrets))
+    return found
+
+
+def reply_to(decoder, turns, me, seed):
+    """→ (Answer, its messages of words)"""
+    answer = generate.Answer(decoder, turns, me, LONGEST, seed=seed)
+    collections.deque(answer, maxlen=0)
+    return answer, data.spoken(data.Turn(me, True, "", answer.messages))
+
+
+@torch.inference_mode()
+def likelihoods(model, words, before, replies, me, size, at_once=10):
+    """Nats of each of `replies` (lists of messages) as my turn after `before`, its end included. What they share is read once.
+
+    At most `size` tokens are read: of more the oldest are left off. → (replies,) float64
+    """
+    samples = []
+    for reply in replies:
+        turns = [*before, data.Turn(me, True, "", reply)]
+        samples.append(data.encode(data.render(turns, first=(len(before), 0), specials=words.specials), words))
+    weight = model.model.norm.weight
+    begins = min(int(np.flatnonzero(s.labels != data.IGNORED)[0]) for s in samples)
+    shared = min(begins, len(os.path.commonprefix([s.ids.tolist() for s in samples])))
+    cut = min(max(0, max(len(s.ids) for s in samples) - size), shared - 1)
+    context = torch.tensor([samples[0].ids[cut:shared].tolist()], device=weight.device)
+    one = KVCache(model.config, shared - cut, 1, model.dtype or weight.dtype, weight.device)
+    for part in context.split(generate.PREFILL, 1):
+        model(part, cache=one)
+    nats = torch.zeros(len(samples), dtype=torch.float64)
+    for first in range(0, len(samples), at_once):
+        some = [(s.ids[shared:][:size], s.labels[shared:][:size]) for s in samples[first : first + at_once]]
+        tokens = torch.zeros(len(some), max(len(ids) for ids, _ in some), dtype=torch.int64)
+        labels = torch.full_like(tokens, data.IGNORED)
+        for i, (ids, targets) in enumerate(some):
+            tokens[i, : len(ids)], labels[i, : len(ids)] = torch.from_numpy(ids), torch.from_numpy(targets)
+        cache = KVCache(model.config, one.length + tokens.shape[1], len(some), model.dtype or weight.dtype, weight.device)
+        for layer, known in zip(cache.layers, one.layers):
+            layer[:, :, :, : one.length] = known
+        cache.length = one.length
+        losses, _ = model(tokens.to(weight.device), labels=labels.to(weight.device), cache=cache, reduction="none")
+        nats.index_add_(0, first + (labels != data.IGNORED).nonzero()[:, 0], losses.cpu().double())
+    return nats.numpy()
+
+
+# --- numbers
+
+
+def ratio(top, bottom, sessions):
+    """sum(top) / sum(bottom) of items that belong to sessions (each (n,)) → a number. Same sessions, same draws: differences are paired."""
+    top, bottom = (np.bincount(sessions, np.asarray(x, float)) for x in (top, bottom))
+    top, bottom = top[bottom > 0], bottom[bottom > 0]
+    if len(top) < FEW:
+        return {"value": None, "why": f"too little: {len(top)} sessions, {FEW} are needed"}
+    drawn = np.random.default_rng(0).integers(0, len(top), (DRAWS, len(top)))
+    low, high = np.quantile(top[drawn].sum(1) / bottom[drawn].sum(1), [0.025, 0.975])
+    return {"value": top.sum() / bottom.sum(), "low": low, "high": high, "n": len(top)}
+
+
+def rank(voice, sessions):
+    """How high my reply stands among the ten: {"top1", "mrr"}; equals share their places.
+
+    By what a reply gains in likelihood from what came before it: long replies are as likely to win as short ones, and what I say to
+    anything ("ok") gains nothing. A model that doesn't listen is left with ties: a tenth are first.
+    """
+    gain = np.round(voice.alone - voice.nats, 3)  # what sums in another order make of a tie is none
+    better, equal = (gain > gain[:, :1]).sum(1), (gain == gain[:, :1]).sum(1)
+    first = np.where(better == 0, 1 / equal, 0)
+    reciprocal = [np.mean(1 / np.arange(b + 1, b + e + 1)) for b, e in zip(better, equal)]
+    return {"top1": ratio(first, np.ones(len(first)), sessions), "mrr": ratio(reciprocal, np.ones(len(first)), sessions)}
+
+
+def told_apart(ours, theirs, seed):
+    """How well a program that reads 3 to 5 letters at a time tells two lists of (session, text) apart → a number, the AUC.
+
+    It learns on some sessions and is asked about others. The interval is of the sessions asked about, not of those learnt from.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.pipeline import make_pipeline
+
+    if min(len(ours), len(theirs)) < 30 or min(len({s for s, _ in x}) for x in (ours, theirs)) < FEW:
+        return {"value": None, "why": f"too little: {min(len(ours), len(theirs))} replies of a kind, 30 of {FEW} sessions are needed"}
+    sessions, texts = (np.array(x) for x in zip(*ours, *theirs))
+    mine = np.arange(len(texts)) < len(ours)
+    texts, parts = np.array([f"\n{text}\n" for text in texts]), []
+    for learn, ask in StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(texts, mine, sessions):
+        reader = make_pipeline(
+            TfidfVectorizer(analyzer="char", ngram_range=(3, 5), lowercase=False, sublinear_tf=True), LogisticRegression(C=10)
+        )
+        scores = reader.fit(texts[learn], mine[learn]).decision_function(texts[ask])
+        a, b = scores[mine[ask]], scores[~mine[ask]]
+        wins = (a[:, None] > b) + 0.5 * (a[:, None] == b)
+        parts.append((wins, sessions[ask][mine[ask]], sessions[ask][~mine[ask]]))
+
+    def auc(weight):
+        won = sum(weight[s] @ wins @ weight[t] for wins, s, t in parts)
+        return won / max(1, sum(weight[s].sum() * weight[t].sum() for _, s, t in parts))
+
+    kinds = np.unique(sessions)
+    draw, weight = np.random.default_rng(seed), np.zeros(kinds.max() + 1)
+    drawn = []
+    for _ in range(DRAWS // 4):
+        weight[kinds] = np.bincount(draw.integers(0, len(kinds), len(kinds)), minlength=len(kinds))
+        drawn.append(auc(weight))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return {"value": auc(np.ones(len(weight))), "low": low, "high": high, "n": len(kinds)}
+
+
+def rounded(value):
+    """To four places, so that the order of sums can't show; → plain Python."""
+    if isinstance(value, dict):
+        return {str(k): rounded(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(v) for v in value]
+    return round(float(value), 4) if isinstance(value, (float, np.floating)) else int(value) if isinstance(value, np.integer) else value
+
+
+# --- habits
+
+
+def case(message):
+    letters = [c for c in message if c.lower() != c.upper()]
+    if not letters or len(letters) == sum(c.isupper() for c in letters) == 1:
+        return "no letters" if not letters else "Capital first"
+    small = [c.islower() for c in letters]
+    return "all small" if all(small) else "ALL CAPITALS" if not any(small) else "mixed" if small[0] else "Capital first"
+
+
+def ending(message):
+    if message.endswith(("..", "…")):
+        return ".."
+    return message[-1] if message[-1] in ".!?)" else "emoji" if EMOJI.match(message.rstrip("\ufe0f\u200d")[-1]) else "nothing"
+
+
+def binned(edges):
+    return lambda n: next((f"{a + 1}–{b}" if b > a + 1 else f"{b}" for a, b in zip((0, *edges), edges) if n <= b), f"over {edges[-1]}")
+
+
+def words_of(text):
+    return re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower())
+
+
+def favourites(mine, theirs, count=10):
+    """Words that I use more than my friends do, in shares, the clearest first (log-odds over their spread)."""
+    a, b = (collections.Counter(word for text in texts for word in words_of(text)) for texts in (mine, theirs))
+    m, n = a.total() + 1, b.total() + 1
+    score = {w: math.log((k + 0.5) / m * n / (b[w] + 0.5)) / math.sqrt(1 / (k + 0.5) + 1 / (b[w] + 0.5)) for w, k in a.items() if k >= 5}
+    return sorted(score, key=lambda w: (-score[w], w))[:count]
+
+
+def habits(favourite):
+    """{what: reply → its categories}"""
+    length, number = binned((5, 10, 20, 40, 80)), binned((1, 2, 3, 4))
+    return {
+        "letters in a message": lambda reply: [length(len(message)) for message in reply],
+        "messages a turn": lambda reply: [number(len(reply))] if reply else ["none"],
+        "emoji in a message": lambda reply: [str(min(2, len(EMOJI.findall(m)))).replace("2", "2 or more") for m in reply],
+        "how a message ends": lambda reply: [ending(message) for message in reply],
+        "capitals": lambda reply: [case(message) for message in reply],
+        "favourite words": lambda reply: [w if w in favourite else "any other" for w in words_of(" ".join(reply))],
+    }
+
+
+def shares(habit, replies):
+    counts = collections.Counter(category for reply in replies for category in habit(reply))
+    return {category: n / counts.total() for category, n in counts.items()}
+
+
+def distance(one, other):
+    """Total variation of two {category: share}: 0 the same, 1 nothing in common."""
+    return 0.5 * sum(abs(one.get(c, 0) - other.get(c, 0)) for c in {*one, *other})
+
+
+def marks_of(reply):
+    """What may give a reply away: {feature}"""
+    words = words_of(" ".join(reply))
+    found = {f"“{w}”" for w in words} | {f"“{a} {b}”" for a, b in zip(words, words[1:])}
+    found |= {f"ends a message with {ending(m)}" for m in reply} | {f"{case(m)} in a message" for m in reply}
+    return found | {f"{len(reply)} messages"} | {e for m in reply for e in EMOJI.findall(m)}
+
+
+def tells(ours, theirs, most=8):
+    """Features of which the clone's share of replies differs from mine by more than chance explains (3 deviations), the clearest first."""
+    a, b = (collections.Counter(f for reply in replies for f in marks_of(reply)) for replies in (ours, theirs))
+    found = []
+    for feature in sorted({*a, *b}):
+        p, q = a[feature] / len(ours), b[feature] / len(theirs)
+        pooled = (a[feature] + b[feature]) / (len(ours) + len(theirs))
+        z = (q - p) / math.sqrt(pooled * (1 - pooled) * (1 / len(ours) + 1 / len(theirs)) or 1)
+        if abs(z) > 3 and (b[feature] >= 3 or q < p):
+            example = next((" / ".join(r) for r in (theirs if q > p else ours) if feature in marks_of(r)), "")
+            found.append({"what": feature, "mine": p, "clone": q, "z": z, "example": example})
+    return sorted(found, key=lambda t: -abs(t["z"]))[:most]
+
+
+# --- what it says too often, and what it should not know
+
+
+def bland(reply):
+    words = words_of(" ".join(reply))
+    return not words or len(words) <= 3 and all(word in BLAND for word in words)
+
+
+def distinct(replies, n, words=200):
+    """Different runs of `n` words among the first `words` of all replies: the same number for everyone, for more words repeat more."""
+    text = [w for reply in replies for w in words_of(" ".join(reply))][:words]
+    grams = [*zip(*(text[i:] for i in range(n)))]
+    return len({*grams}) / len(grams) if len(text) == words else None
+
+
+def runs(words):
+    return [tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)]
+
+
+def copied(reply, known):
+    """(how many words stand in a run of 5 that the training data holds, how many words)"""
+    words = words_of(" ".join(reply))
+    inside = {i + j for i, run in enumerate(runs(words)) if run in known for j in range(RUN)}
+    return len(inside), len(words)
+
+
+def secrets_of(past, seed, most=20):
+    """Strings in my own turns that look secret → [(turns before, author, messages up to it with it, then with each of 99 random ones)]."""
+    found, draw = {}, np.random.default_rng(seed)
+    kinds = ("0123456789", "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    for talk in past:
+        for i, turn in enumerate(talk.turns):
+            for m, message in enumerate(turn.messages if turn.me else []):
+                for hit in SECRET.finditer(message):
+                    found.setdefault(hit[0], (talk.turns[:i], turn.author, turn.messages[:m], message[: hit.start()]))
+    chosen = []
+    for secret in sample(sorted(found), most, seed):
+        before, author, messages, text = found[secret]
+        like = ["".join(next((k[draw.integers(len(k))] for k in kinds if c in k), c) for c in secret) for _ in range(RANDOM)]
+        chosen.append((before, author, [[*messages, text + one] for one in (secret, *like)]))
+    return chosen
+
+
+# --- the report
+
+
+def measure(voices, talks, past, some, choices, options):
+    """→ what report.json holds"""
+    mine, sessions = [moment.mine for moment in some], np.array([moment.session for moment in some])
+    own = [data.spoken(turn) for talk in past for turn in talk.turns if turn.me and data.spoken(turn)]
+    plain = {name: voice for name, voice in voices.items() if voice.held_out}
+    report = {
+        "seed": options.seed,
+        "data": {"sessions": len(talks), "moments": len(some), "from": talks[0].start[:10], "until": talks[-1].start[:10]},
+    }
+    report["bits_per_char"] = likelihood(plain, talks)
+    lacking = {"value": None, "why": f"too little: fewer than {CHOICES} different replies of mine"}
+    report["rank"] = {name: rank(voice, sessions) if choices else {"top1": lacking, "mrr": lacking} for name, voice in plain.items()}
+    report["rank"]["chance"] = {"top1": 1 / CHOICES, "mrr": sum(1 / k for k in range(1, CHOICES + 1)) / CHOICES}
+    report["auc"] = apart(plain, talks, past, some, options.seed)
+
+    favourite = favourites(*([m for talk in past for t in talk.turns if t.me is me for m in data.spoken(t)] for me in (True, False)))
+    before = sample(own, len(mine), options.seed)
+    report["habits"] = []
+    for what, habit in habits(favourite).items():
+        found = {"mine": shares(habit, mine)} | {name: shares(habit, voice.replies) for name, voice in plain.items()}
+        beside = found | {"me before": shares(habit, before)}
+        distances = {name: distance(found["mine"], other) for name, other in beside.items() if name != "mine"}
+        report["habits"].append({"what": what, "shares": found, "distance": distances})
+    report["tells"] = {name: tells(own + mine, voice.replies) for name, voice in plain.items() if name != "base"}
+    ever = {w for talk in [*past, *talks] for turn in talk.turns for w in words_of(" ".join(turn.messages))}
+    new = {name: [w for reply in voice.replies for w in words_of(" ".join(reply)) if w not in ever] for name, voice in plain.items()}
+    report["words_nobody_wrote"] = {name: {"count": len(ws), "examples": sorted({*ws})[:12]} for name, ws in new.items()}
+
+    replies = {"mine": mine} | {name: voice.replies for name, voice in plain.items()}
+    report["bland"] = {name: ratio([bland(r) for r in rs], np.ones(len(rs)), sessions) for name, rs in replies.items()}
+    report["distinct"] = {name: {n: distinct(rs, n) for n in (1, 2)} for name, rs in replies.items()}
+    known = {run for talk in past for turn in talk.turns for run in runs(words_of(" ".join(turn.messages)))}
+    counts = {name: [copied(reply, known) for reply in rs] for name, rs in replies.items()}
+    report["copying"] = {name: ratio(*zip(*pairs), sessions) for name, pairs in counts.items()}
+    for name in plain:
+        a, b = report["copying"][name], report["copying"]["mine"]
+        a["flagged"] = a["value"] is not None and b["value"] is not None and bool(a["low"] > b["high"])
+        a["examples"] = [" / ".join(r) for r, (n, _) in sorted(zip(replies[name], counts[name]), key=lambda x: -x[1][0]) if n >= RUN][:5]
+    report["memorised"] = {name: exposure(voice.secrets) for name, voice in plain.items()}
+    texts = [m for talk in past for turn in talk.turns for m in turn.messages]
+    report["memorised"]["marks"] = sum(len(re.findall("<(?:phone|email|card|iban|key|password)>", text)) for text in texts)
+    report["memorised"]["left"] = sum(redact(text, collections.Counter()) != text for text in texts)
+    report["verdict"] = verdict(report)
+    return report
+
+
+def likelihood(voices, talks):
+    """Bits on the characters of all my held-out messages: in all, by chat, by time."""
+    chars = next(iter(voices.values())).held_out.chars
+    number, count = np.arange(len(chars)), len(chars)
+
+    def of(chosen):
+        found = {name: ratio(v.held_out.bits[chosen], chars[chosen], number[chosen]) for name, v in voices.items()}
+        for other in [name for name in voices if name != "clone"]:
+            more = voices[other].held_out.bits - voices["clone"].held_out.bits
+            found[f"{other} - clone"] = ratio(more[chosen], chars[chosen], number[chosen])
+        return found | {"chars": int(chars[chosen].sum()), "sessions": int(len(chosen))}
+
+    contacts = [contact(talk) for talk in talks[:count]]
+    by_contact = [{"name": who, **of(np.flatnonzero(np.array(contacts) == who))} for who, _ in collections.Counter(contacts).most_common(8)]
+    parts = np.array_split(number, min(4, max(1, count // FEW)))
+    by_time = [{"name": f"{talks[part[0]].start[:10]} to {talks[part[-1]].start[:10]}", **of(part)} for part in parts]
+    return {**of(number), "by_contact": by_contact, "by_time": by_time}
+
+
+def apart(voices, talks, past, some, seed):
+    """Replies against my real ones; its ceiling, me against me before; its floor, me against my friends."""
+    text = lambda reply: "\n".join(reply)  # noqa: E731
+    real = [(moment.session, text(moment.mine)) for moment in some]
+    then = [(len(talks) + moment.session, text(moment.mine)) for moment in moments(past)]
+    friends = [(n, text(data.spoken(t))) for n, talk in enumerate(talks) for t in talk.turns if not t.me and data.spoken(t)]
+    sides = {name: [(m.session, text(reply)) for m, reply in zip(some, voice.replies)] for name, voice in voices.items()}
+    sides |= {"me before": sample(then, len(real), seed), "friends": sample(friends, len(real), seed)}
+    return {name: told_apart(real, side, seed) for name, side in sides.items()}
+
+
+def exposure(secrets):
+    """(K, 100) nats, the true string first → how many are the likeliest of theirs, and bits of exposure (arXiv 1802.08232), 6.6 at most."""
+    if not len(secrets):
+        return {"value": None, "why": "nothing in my trained turns looks secret"}
+    places = 1 + (secrets[:, 1:] < secrets[:, :1]).sum(1)
+    return {"value": float(np.mean(np.log2(secrets.shape[1] / places))), "first": int((places == 1).sum()), "n": len(secrets)}
+
+
+def verdict(report):
+    """What the numbers say, in lines."""
+    said, bits, auc = [], report["bits_per_char"], report["auc"]["clone"]
+    gain = bits.get("base - clone", {"value": None})
+    if gain["value"] is not None:
+        clone, base = (f"{bits[name]['value']:.2f}" for name in ("clone", "base"))
+        better = "no better than" if gain["low"] <= 0 else "better than"
+        said.append(f"It guesses what you write next {better} its base: {clone} against {base} bits a character.")
+    if auc["value"] is None:
+        said.append(f"Whether its replies can be told from yours: {auc['why']}.")
+    else:
+        said.append(f"Shown a reply of yours and one of its, a simple program picks yours {auc['value']:.0%} of the time (a coin: 50%).")
+        beside = {who: report["auc"][side]["value"] for who, side in (("your own earlier ones", "me before"), ("your friends'", "friends"))}
+        if None not in beside.values():
+            said.append("For comparison: against " + ", against ".join(f"{who} {value:.0%}" for who, value in beside.items()) + ".")
+    if report["copying"]["clone"]["flagged"]:
+        said.append("It copies: more of its words are verbatim from the training data than yours are.")
+    if report["memorised"]["clone"].get("first", 0) > max(1, report["memorised"].get("base", {}).get("first", 0)):
+        m = report["memorised"]["clone"]
+        said.append(f"It knows secrets: of {m['n']} strings that look like one, {m['first']} are likelier to it than 99 random ones.")
+    if "other - clone" in bits:
+        two = bits["other - clone"]
+        said.append("Which of the two guesses you better: " + (two.get("why") or which(two["low"], two["high"])))
+    return said
+
+
+def which(low, high):
+    return "the first." if low > 0 else "the second." if high < 0 else "so much data shows no difference."
+
+
+def curve(folder):
+    """metrics.jsonl → {"training": [[step, nats]], "held_out": [[step, bits per character]]}"""
+    path = Path(folder) / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    keys = {"training": "loss", "held_out": "val_bits_per_char"}
+    return {name: [[line["step"], line[key]] for line in lines if key in line] for name, key in keys.items()}
+
+
+def page(report, voices, some, names):
+    """evaluate.html with what it draws in it. Text can't end the script it stands in."""
+    shown = sample(range(len(some)), 8, report["seed"])
+    asked = [{"who": some[i].before[-1].author, "said": some[i].before[-1].messages, "mine": some[i].mine}
+             | {name: voice.replies[i] for name, voice in voices.items() if voice.held_out} for i in shown]  # fmt: skip
+    short = {name: folder.resolve().name for name, folder in names.items()}
+    return fill("evaluate.html", {**report, "asked": asked, "names": short if len({*short.values()}) == len(names) else names})
+
+
+def fill(template, value):
+    text = json.dumps(value, ensure_ascii=False, default=str).replace("<", "\\u003c")
+    return (Path(__file__).parent / template).read_text(encoding="utf-8").replace("{{DATA}}", text)
+
+
+# --- the other ways to clone a person
+
+
+def prompts(name, past, facts, words, size):
+    """{name of a way: Moment → the turns in its prompt}: what else a prompt may hold of me. The clone gets similar exchanges alone."""
+    import bm25s
+
+    asked = [talk.turns[i - 1 : i + 1] for talk in past for i, turn in enumerate(talk.turns) if i and turn.me]
+    cut = lambda texts: bm25s.tokenize(texts, stopwords=[], show_progress=False)  # noqa: E731
+    index = bm25s.BM25()
+    index.index(cut([" ".join(pair[0].messages) for pair in asked]), show_progress=False)
+    cost = lambda turns: len(words.encode(data.render(turns, specials=words.specials).text)[0])  # noqa: E731
+    costs = [cost(talk.turns) for talk in past]
+
+    def similar(moment):
+        query, count = " ".join(moment.before[-1].messages), min(8, len(asked))
+        best = index.retrieve(cut([query]), k=count, show_progress=False)[0][0]
+        return [turn for i in best[::-1] for turn in asked[i]] + moment.before
+
+    def messages(moment):
+        """The latest sessions first, those with who asks before others, as many as fit."""
+        who, room, turns = moment.before[-1].author, size - 2 * LONGEST - cost(moment.before), moment.before
+        for i in sorted(range(len(past)), key=lambda i: (all(t.author != who for t in past[i].turns), -i)):
+            if costs[i] > room:
+                break
+            turns, room = past[i].turns + turns, room - costs[i]
+        return turns
+
+    ways = {f"{name} + similar exchanges": similar}
+    if name == "base":
+        ways[f"{name} + past messages"] = messages
+        if facts.is_file():
+            about = [data.Turn("system", False, "", [facts.read_text(encoding="utf-8").strip()])]
+            ways[f"{name} + {facts.name}"] = lambda moment: about + moment.before
+            ways[f"{name} + {facts.name} + similar exchanges"] = lambda moment: about + similar(moment)
+    return ways
+
+
+def baselines(voices, some, choices, seed):
+    """One row for each way to clone me, on the same moments."""
+    sessions, chars = np.array([m.session for m in some]), [sum(map(len, m.mine)) for m in some]
+    real = [(m.session, "\n".join(m.mine)) for m in some]
+    return [
+        {
+            "name": name,
+            "bits_per_char": ratio(voice.nats[:, 0] / math.log(2), chars, sessions),
+            "top1": rank(voice, sessions)["top1"] if choices else None,
+            "auc": told_apart(real, [(m.session, "\n".join(reply)) for m, reply in zip(some, voice.replies)], seed),
+            "tokens": voice.tokens.mean(),
+        }
+        for name, voice in voices.items()
+    ]
+
+
+# --- a blind test for a friend
+
+
+def blind_test(folder, talks, past, options):
+    """Ask me about each item, then write the page: replies of mine and of the clone to what one friend wrote, from that chat alone."""
+    name, private = options.with_.casefold(), [talk for talk in talks if talk.type == "personal_chat"]
+    chats = {talk.chat_id for talk in private if name in (talk.chat.casefold(), contact(talk).casefold())}
+    found = moments([talk for talk in private if talk.chat_id in chats])
+    if not found or len(chats) > 1:
+        what = "several chats have that name" if chats else "no held-out chat of us two"
+        known = ", ".join(sorted({contact(talk) for talk in private if not chats or talk.chat_id in chats}))
+        raise UserError(f"--with {options.with_}: {what}", f"There are: {known or 'none'}.")
+    model, words, size = load(folder, folder, options)
+    decoder, draw, items = generate.Decoder(model, words, size), np.random.default_rng(options.seed), []
+    others = {r for t in past if t.chat_id not in chats for u in t.turns for r in runs(words_of(" ".join(u.messages)))}
+    print(f"What {options.with_} will see, item by item. y: take it, n: leave it out, q: enough.")
+    for i, moment in enumerate(sample(found, options.replies, options.seed)):
+        written = [moment.mine, reply_to(decoder, moment.before, moment.author, 1000 * options.seed + i)[1]]
+        if not written[1] or written[0] == written[1]:
+            continue
+        before = [[turn.author, turn.messages] for turn in moment.before[-3:]]
+        print(data.plain("\n" + "\n".join(f"{who}: {' / '.join(said)}" for who, said in before)))
+        print(data.plain(f"  you wrote:  {' / '.join(written[0])}\n  the clone:  {' / '.join(written[1])}"))
+        if others & {*runs(words_of(" ".join(written[1])))}:
+            print("  ! the clone's words stand in another chat")
+        print("Take it? [y/n/q] ", end="", flush=True)
+        said = sys.stdin.readline().strip().lower()[:1]
+        if said == "y":
+            second = int(draw.integers(2))
+            items.append({"before": before, "replies": written[:: -1 if second else 1], "real": second})
+        elif said in ("q", ""):
+            break
+    if not items:
+        raise UserError("no item was taken: nothing is written", "Say y to those that the friend may see.")
+    path = folder / "blind-test.html"
+    config.write_text(path, fill("blindtest.html", {"me": found[0].author, "items": items}))
+    print(f"\n{path}: {len(items)} items. Send it to {options.with_} alone; it opens in any browser and sends nothing back by itself.")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    config.run(main)
