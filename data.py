@@ -50,9 +50,10 @@ from tokenizer import load as load_tokenizer
 
 OURS = (  # what data.py, train.py, evaluate.py and lora.py merge write, for --wipe
     "train.jsonl", "val.jsonl", "persona.json", "report.json", "report.html", "blind-test.html", "cache/train-*", "cache/val-*", "cache",
-    "run.json",    "metrics.jsonl", "loss.png", "resume/*.safetensors", "resume/*.json", "resume", "adapter_config.json", "adapter_model.safetensors",
-    "config.json", "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "tokenizer.json",
-    "tokenizer.model", "tokenizer_config.json", "Modelfile", "special_tokens_map.json", "new-*.safetensors", "*.json.new", "*.jsonl.new",
+    "run.json", "metrics.jsonl", "loss.png", "resume/*.safetensors", "resume/*.json", "resume", "adapter_config.json",
+    "adapter_model.safetensors", "config.json", "generation_config.json", "model.safetensors", "model-*.safetensors",
+    "model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "Modelfile", "special_tokens_map.json",
+    "new-*.safetensors", "*.json.new", "*.jsonl.new",
 )  # fmt: skip
 AFTER_FORGETTING = (
     "Others may still name them in their own words. A model that was trained on them must be trained anew, "
