@@ -52,8 +52,7 @@ class Decoder:
         """Yield the ids that continue `ids`, until the model ends its turn (that id is not yielded), `max_new` or the context's end."""
         ids = list(ids)
         for _ in range(min(max_new, self.cache.size - len(ids))):
-            logits = self.forward(ids)
-            logits[self.never] = -torch.inf
+            logits = self.forward(ids).index_fill(0, self.never, -torch.inf)
             chosen = self.share(pick(logits, temperature, top_p, generator))
             if chosen in self.ends:
                 return
@@ -72,40 +71,67 @@ def can_compile(device):
 
 
 class Step:
-    """A token's way through the model, in fp32 between the weights: two compiled functions a block, the same for all of them.
+    """A token's way through the model, in fp32 between the weights: two compiled functions a block, the same for all blocks.
 
     What a compiled function returns it also stores. So each returns the vectors that its matmuls read: else they would be worked out anew
-    for every row of the weights.
+    for every row of the weights. On CUDA the whole step is a graph, one for each power of two of tokens that it looks back on.
     """
 
     def __init__(self, model, cache):
-        self.model, self.cache = model, cache
-        positions = torch.arange(cache.size, device=cache.layers[0].device)[None]
-        self.rotation = rope(positions, model.config)
-        self.before, self.after, self.last = (torch.compile(f, dynamic=False) for f in (before, after, last))
+        self.model, self.cache, self.graphs, device = model, cache, {}, cache.layers[0].device
+        self.token, self.position = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+        self.places = torch.arange(cache.size, device=device)
+        self.rotation = rope(self.places[None], model.config)
+        self.before, self.after, self.last = map(torch.compile, (before, after, last))
         unpack = {kind: torch.compile(kind.unpack, dynamic=False) for kind in quantize.KINDS.values()}
         for module in model.modules():
             if isinstance(module, quantize.Packed):
                 module.unpack = unpack[type(module)]  # for prompts
         with torch.inference_mode():
-            model(positions[:, :2], cache=cache)
-            for cache.length in (2, 3):
-                self(positions[:, :1])
-        self.cache.length = 0
+            model(self.places[None, :2], cache=cache)
+            self(self.token)
+        cache.length = 0
 
     def __call__(self, token):
-        """token (1, 1) int64, read after what is in the cache → logits (1, 1, V)."""
-        cache, window = self.cache, self.model.config.sliding_window or self.cache.size
-        rotation = [part[:, cache.length : cache.length + 1] for part in self.rotation]
-        x = self.model.model.embed_tokens(token).float()
-        for layer, block in enumerate(self.model.model.layers):
+        """token (1, 1) int64, read after what is in the cache → logits (1, 1, V), which the next call may overwrite."""
+        self.token.copy_(token)
+        self.position.fill_(self.cache.length)
+        self.cache.length += 1
+        if token.device.type != "cuda":
+            return self.run(self.cache.length)
+        seen = min(self.cache.size, max(512, 1 << (self.cache.length - 1).bit_length()))
+        if seen not in self.graphs:
+            self.graphs[seen] = self.capture(seen)
+        graph, logits = self.graphs[seen]
+        graph.replay()
+        return logits
+
+    def run(self, seen):
+        """The step itself, without a look at any value: `token` at `position`, over the first `seen` places of the cache."""
+        rotation = [part.index_select(1, self.position) for part in self.rotation]
+        ago = self.position - self.places[:seen]
+        hidden = (ago < 0) | (ago >= (self.model.config.sliding_window or self.cache.size))
+        x = self.model.model.embed_tokens(self.token).float()
+        for block, known in zip(self.model.model.layers, self.cache.layers):
             q, k, v, _ = self.before(block, x, rotation)
-            k, v = (part[0, -window:] for part in cache.extend(layer, k, v))  # (S, G, D)
-            torch._dynamo.maybe_mark_dynamic(k, 0)
-            torch._dynamo.maybe_mark_dynamic(v, 0)
-            x, *_ = self.after(block, x, q, k, v)
-        cache.length += 1
+            known.index_copy_(3, self.position, torch.stack([k, v]).transpose(2, 3).to(known.dtype))
+            known = known[:, 0, :, :seen]
+            torch._dynamo.maybe_mark_dynamic(known, 2)
+            torch._dynamo.maybe_mark_dynamic(hidden, 0)
+            x, *_ = self.after(block, x, q, known, hidden)
         return self.last(self.model, x)[0]
+
+    def capture(self, seen):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # compiled first, and warm: neither can be captured
+            self.run(seen)
+            self.run(seen)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self.run(seen)
+        return graph, logits
 
 
 def before(block, x, rotation):
@@ -113,12 +139,13 @@ def before(block, x, rotation):
     return *block.self_attn(x, rotation), x
 
 
-def after(block, x, q, k, v):
-    """x (1, 1, E), q (1, 1, H, D), k, v (S, G, D), all of which q may see → x (1, 1, E)."""
-    q = q.view(k.shape[1], -1, k.shape[2])  # (G, H / G, D)
-    k, v = (part.transpose(0, 1).float() for part in (k, v))  # (G, S, D)
-    shares = ((q[:, :, None] * k[:, None]).sum(-1) * k.shape[2] ** -0.5).softmax(-1)  # (G, H / G, S)
-    found = (shares[..., None] * v[:, None]).sum(2).view(1, 1, -1)
+def after(block, x, q, known, hidden):
+    """x (1, 1, E), q (1, 1, H, D), keys and values (2, G, S, D), `hidden` (S,): those that q may not see → x (1, 1, E), and more."""
+    keys, values = known.float()
+    q = q.view(len(keys), -1, 1, keys.shape[2])  # (G, H / G, 1, D)
+    scores = (q * keys[:, None]).sum(-1) * keys.shape[2] ** -0.5  # (G, H / G, S)
+    shares = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    found = (shares[..., None] * values[:, None]).sum(2).view(1, 1, -1)
     x = x + block.self_attn.o_proj(found)
     normed = block.post_attention_layernorm(x)
     inner = F.silu(block.mlp.gate_proj(normed)) * block.mlp.up_proj(normed)

@@ -45,7 +45,7 @@ def logits(model, ids):
 # --- fewer bits
 
 
-@pytest.mark.parametrize("width", [32, 64, 384, 5632])
+@pytest.mark.parametrize("width", [256, 384, 5632])
 def test_int8_and_int4_stay_within_half_a_step_of_the_weight(width):
     weight = torch.randn(40, width, generator=torch.Generator().manual_seed(width))
     codes, scales = quantize.Int8Linear.quantise(weight)
