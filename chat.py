@@ -1,4 +1,4 @@
-"""Talk to it, in the terminal: `python chat.py ckpt/`. Each of its messages is a line of its own, as it comes."""
+"""Talk to it, in the terminal: `python chat.py ckpt/`. Each of its messages is a line of its own, as it comes. `--web`: see server.py."""
 
 import dataclasses
 import sys
@@ -33,6 +33,10 @@ class Config:
     )
     device: str | None = flag(None, "cuda, mps or cpu (default: the first there is)")
     seed: int | None = flag(None, "the same answers each time")
+    web: bool = flag(False, "a page to talk on, and an API for other programs")
+    host: str = flag("127.0.0.1", "the address of the page; another one lets others in, and needs --token and --as")
+    port: int = flag(8000, "its port")
+    token: str | None = flag(None, "whoever asks must know this")
 
 
 def main():
@@ -50,7 +54,13 @@ def main():
         )
     if options.prompt is not None and not options.prompt.strip():
         raise UserError("-p is empty", "Say something, or leave it out to talk.")
+    if options.prompt is not None and options.web:
+        raise UserError("-p is answered here, --web elsewhere", "Leave one of them out.")
     me, you = who(folder, options)
+    if options.web:
+        import server
+
+        door = server.listen(options)
     device = checkpoint.pick_device(options.device)
     weights = plan.chat_dtype(folder, options.model, options.context, device, options.weights)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[weights]
@@ -58,6 +68,9 @@ def main():
     model = checkpoint.load_model(str(folder), dtype, device, options.model, words)
     size = min(options.context, model.config.max_position_embeddings)
     decoder = generate.Decoder(model, words, size)
+    if options.web:
+        server.serve(door, decoder, me, you, options)
+        return
 
     def answer(turns):
         seed = None if options.seed is None else options.seed + len(turns)

@@ -22,7 +22,8 @@ MAY = {
     "plan": {"config", "checkpoint", "data", "model", "step", "tokenizer"},
     "resume": {"config", "checkpoint", "step"},
     "train": {"config", "data", "plan", "step", "resume", "generate", "checkpoint", "lora", "model", "quantize", "tokenizer"},
-    "chat": {"config", "data", "plan", "generate", "checkpoint", "tokenizer"},
+    "server": {"config", "data", "generate"},
+    "chat": {"config", "data", "plan", "generate", "checkpoint", "tokenizer", "server"},
 }
 
 
