@@ -5,11 +5,14 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -285,3 +288,256 @@ def test_elsewhere_the_token_is_checked_and_one_is_who_one_is(clone):
         as_bob = {"messages": [{"role": "user", "name": "Bob", "content": "hi"}]}
         assert ask(port, body=as_bob, **mine)[0] == 403
         assert ask(port, body={"messages": HI}, **mine)[0] == 200
+
+
+# --- whoever means ill
+
+
+class Hostile:
+    """Generated requests, by number: each is the bytes that are sent, and whether the rest of it never comes."""
+
+    strange = [
+        None, True, -1, 0, 1e308, -1e-320, 10**400, "", "x", "\ud800", "\0", "<|im_end|>", "\u202e\u2066", [], {}, [[]], [None], {"": ""}, "9" * 999,
+        "\n" * 999, [{"type": "text"}], [{"type": "text", "text": "\udfff"}], "\U0001f986" * 300, ">>> >>>\n>>>", "\ufffd\ufeff\u2028",
+    ]  # fmt: skip
+    names = ["model", "messages", "stream", "stop", "temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "n", "tools",
+             "stream_options", "logprobs", "response_format", "user"]  # fmt: skip
+
+    def __init__(self, number):
+        self.random = random.Random(number)
+
+    def fields(self):
+        draw, strange = self.random, self.strange
+        fields = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": draw.randint(1, 4)}
+        for _ in range(draw.randint(0, 3)):
+            where = (
+                draw.choice([fields, *(m for m in [fields["messages"][0]] if isinstance(m, dict))])
+                if isinstance(fields.get("messages"), list) and fields["messages"]
+                else fields
+            )
+            where[draw.choice(self.names if where is fields else ["role", "content", "name", "tool_calls"])] = draw.choice(strange)
+        return fields
+
+    def body(self):
+        draw = self.random
+        text = json.dumps(self.fields()).encode()
+        return draw.choice([
+            lambda: text, lambda: text, lambda: text, lambda: text[: draw.randint(0, len(text))], lambda: b"[" * 100000, lambda: b'{"a":' * 50000,
+            lambda: text.replace(b"1", b"NaN"), lambda: text.replace(b"hi", b"\xff\xfe"), lambda: b"9" * 5000, lambda: b"", lambda: text[:-1] + b',"n":Infinity}',
+            lambda: bytes(draw.randrange(256) for _ in range(99)), lambda: text + text, lambda: b"\xef\xbb\xbf" + text,
+        ])()  # fmt: skip
+
+    def request(self):
+        draw, body = self.random, self.body()
+        method = draw.choice([b"POST"] * 9 + [b"GET", b"PUT", b"HEAD", b"OPTIONS", b"BREW", b"CONNECT"])
+        path = draw.choice(
+            [b"/v1/chat/completions"] * 12
+            + [b"/v1/models/%00%ff", b"//", b"/../server.py", b"/" + b"x" * 9000, b"*", b"/persona?x=%", b"http://evil/"]
+        )
+        lines = [
+            b"Host: " + draw.choice([b"localhost"] * 9 + [b"", b"[", b"[::1]:99999999", b"evil", b"127.0.0.1:x", b"\xe9"]),
+            b"Content-Type: " + draw.choice([b"application/json"] * 9 + [b"application/json; charset=\xff", b"text/plain", b""]),
+        ]
+        lines += draw.sample([b"Authorization: \xe9", b"Expect: 100-continue", b"Upgrade: websocket\r\nConnection: upgrade", b"Origin: null", b"X: " + b"y" * 70000,
+                              b"Bad Header", b"Content-Length: -1", b"Transfer-Encoding: gzip", b"Host: other", b"Cookie: " + b";" * 999], draw.choice([0, 0, 0, 1, 2]))  # fmt: skip
+        if draw.random() < 0.25:
+            pieces = [body[n : n + 50] for n in range(0, min(len(body), 5000), 50)]
+            ended = b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in pieces) + draw.choice([b"0\r\n\r\n", b"zz\r\n", b""])
+            lines, body = [*lines, b"Transfer-Encoding: chunked"], ended
+        else:
+            lines.append(b"Content-Length: %d" % max(0, len(body) + draw.choice([0] * 9 + [9, -9])))
+        whole = (
+            method
+            + b" "
+            + path
+            + draw.choice([b" HTTP/1.1"] * 9 + [b" HTTP/1.0", b"", b" HTTP/9"])
+            + b"\r\n"
+            + b"\r\n".join(lines)
+            + b"\r\n\r\n"
+            + body
+        )
+        return whole[: draw.randint(0, len(whole))] if draw.random() < 0.15 else whole
+
+
+def burden(process):
+    """→ (threads, MiB of memory, open files) of the server"""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    read = lambda name: int(re.search(rf"{name}:\s*(\d+)", status)[1])
+    return read("Threads"), read("VmRSS") / 1024, len(os.listdir(f"/proc/{process.pid}/fd"))
+
+
+def test_no_hostile_request_makes_it_fail_or_grow(clone):
+    with serving(clone) as (port, process):
+        wanted = greedy(port)
+        begin = burden(process)
+        for number in range(HOSTILE):
+            with socket.create_connection(("127.0.0.1", port)) as one, contextlib.suppress(ConnectionError, TimeoutError):
+                one.settimeout(0.3 if number % 4 else 0.02)  # some wait for the answer, some leave
+                one.sendall(Hostile(number).request())
+                answer = one.recv(65536)
+                assert not answer.startswith(b"HTTP/1.1 500"), (number, answer)
+            assert process.poll() is None, number
+        deadline = time.time() + 30
+        while burden(process)[2] > begin[2] and time.time() < deadline:
+            time.sleep(0.1)
+        threads, memory, files = burden(process)
+        assert greedy(port) == wanted
+        assert threads <= begin[0] and files <= begin[2] and memory < begin[1] + 60, (begin, (threads, memory, files))
+        process.terminate()
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_a_connection_that_says_nothing_or_drips_is_hung_up_on(port):
+    ends = []
+    for opening in (b"", b"GET / HTTP/1.1\r\nHost: loc", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HT"):
+        one = socket.create_connection(("127.0.0.1", port))
+        one.settimeout(2 * server.SLOW + 5)
+        one.sendall(opening)
+        ends.append(one)
+    for one in ends:
+        with one, contextlib.suppress(ConnectionResetError):
+            while one.recv(4096):
+                pass
+
+
+def test_many_talks_at_once_are_each_answered_as_alone(port):
+    def talk(number):
+        draw, messages, said = random.Random(number), [], []
+        for _ in range(draw.randint(1, 4)):
+            messages.append(
+                {
+                    "role": "user",
+                    "name": draw.choice(["Bob", "Eve", "Zoë"]),
+                    "content": draw.choice(["hi", "why?", "да", "🦆", "a\nb"]) * draw.randint(1, 5),
+                }
+            )
+            text, usage, reason = greedy(port, messages, max_tokens=12)
+            assert text and usage["completion_tokens"] <= 12 and reason in ("stop", "length")
+            messages.append({"role": "assistant", "content": text})
+            said.append(text)
+        return said
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(talk, range(TALKS)))
+    assert together == [talk(number) for number in range(TALKS)]
+
+
+# --- the page, in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("no chromium: apt-get install chromium")
+    sync = pytest.importorskip("playwright.sync_api")
+    with sync.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])  # root may not have one
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page that complains of nothing: an error in its script or against its policy fails the test."""
+    page = browser.new_page()
+    page.complaints = []
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.on("console", lambda line: page.complaints.append(line.text) if "Failed to load" not in line.text else None)
+    page.set_default_timeout(15000)
+    yield page
+    assert page.complaints == []
+    page.close()
+
+
+def said(page):
+    return page.locator(".said > span:last-child").all_text_contents()
+
+
+def say(page, text):
+    page.fill("#text", text)
+    page.press("#text", "Enter")
+
+
+def test_the_page_shows_the_answer_as_bubbles_and_sends_what_was_said(page, port):
+    page.goto(f"http://127.0.0.1:{port}/")
+    page.wait_for_selector("text=AI imitation of Ann")
+    page.select_option("#you", "Eve")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        say(page, "hi <b>there</b>\n\n  two ")
+    assert asked.value.post_data_json["messages"] == [{"role": "user", "name": "Eve", "content": "hi <b>there</b>\ntwo"}]
+    page.wait_for_selector("#send:visible")
+    texts = said(page)
+    assert texts[:2] == ["hi <b>there</b>", "two"] and len(texts) > 2 and page.locator("#log b").count() == 0
+    with page.expect_request("**/v1/chat/completions") as asked:
+        say(page, "more")
+    assert [m["role"] for m in asked.value.post_data_json["messages"]] == ["user", "assistant", "user"]
+    assert asked.value.post_data_json["messages"][1]["content"] == "\n".join(texts[2:])
+    page.wait_for_selector("#send:visible")
+    page.click("#retry")
+    page.wait_for_selector("#send:visible")
+    assert said(page)[: len(texts) + 1] == [*texts, "more"]
+    page.click("#clear")
+    assert said(page) == [] and page.is_visible("#empty") and page.evaluate("document.activeElement.id") == "text"
+
+
+def stream(*texts, end=True):
+    chunks = [{"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in texts]
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + ("data: [DONE]\n\n" if end else "")
+
+
+def test_a_lost_connection_is_said_and_tried_again_and_nothing_typed_is_lost(page, port):
+    replies = [None, stream("half an ans", end=False), stream("well", "\nhere ", "I am")]
+
+    def reply(route):
+        text = replies.pop(0)
+        route.fulfill(content_type="text/event-stream", body=text) if text else route.abort()
+
+    page.route("**/v1/chat/completions", reply)
+    page.goto(f"http://127.0.0.1:{port}/")
+    page.wait_for_selector("text=AI imitation of Ann")
+    say(page, "still there?")
+    page.wait_for_selector("text=The connection was lost")
+    page.fill("#text", "being written")
+    page.wait_for_selector("text=here I am")
+    page.wait_for_selector("#send:visible")
+    assert said(page) == ["still there?", "well", "here I am"] and page.input_value("#text") == "being written"
+    assert page.is_hidden("#trouble") and not replies
+
+
+def test_an_answer_can_be_stopped_and_what_it_said_stays(page, port):
+    page.route("**/v1/chat/completions", lambda route: None)  # it never comes
+    page.goto(f"http://127.0.0.1:{port}/")
+    page.wait_for_selector("text=AI imitation of Ann")
+    say(page, "hi")
+    page.wait_for_selector("#typing:visible")
+    page.press("#text", "Escape")
+    page.wait_for_selector("#send:visible")
+    assert said(page) == ["hi"] and page.is_hidden("#typing")
+    page.unroute("**/v1/chat/completions")
+    page.click("#retry")
+    page.wait_for_selector(".said:not(.me)")
+
+
+def test_the_page_has_a_strict_policy_and_names_for_its_parts(page, port, browser):
+    policy = page.goto(f"http://127.0.0.1:{port}/").headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+    page.wait_for_selector("text=AI imitation of Ann")
+    assert page.get_by_role("log", name="Conversation").count() == page.get_by_role("textbox", name="Message").count() == 1
+    assert page.get_by_role("combobox", name="You are").count() == page.get_by_role("button", name="Send").count() == 1
+    assert page.evaluate("try { document.body.innerHTML = '<i>'; false } catch { true }")
+    page.complaints.clear()  # of just that
+    for width in (320, 375, 1200):
+        page.set_viewport_size({"width": width, "height": 700})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_elsewhere_the_page_takes_the_token_from_its_address(page, clone):
+    with serving(clone, "--host", "0.0.0.0", "--token", TOKEN, "--as", "Eve") as (port, _):
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.wait_for_selector("text=needs the token")
+        page.goto(f"http://127.0.0.1:{port}/#{TOKEN}")
+        page.wait_for_selector("text=AI imitation of Ann")
+        assert page.is_hidden("#you") and page.text_content("#fixed") == "Eve"
+        say(page, "hi")
+        page.wait_for_selector(".said:not(.me)")
