@@ -1,4 +1,4 @@
-"""Talk to it, in the terminal: `python chat.py ckpt/`. Each of its messages is a line of its own, as it comes."""
+"""Talk to it, in the terminal: `python chat.py ckpt/`. Each of its messages is a line of its own, as it comes. `--web`: see server.py."""
 
 import dataclasses
 import datetime
@@ -6,8 +6,6 @@ import itertools
 import re
 import sys
 from pathlib import Path
-
-import torch
 
 import checkpoint
 import config
@@ -42,6 +40,10 @@ class Config:
     no_compile: bool = flag(False, "don't compile the model first: sooner ready, half as fast")
     device: str | None = flag(None, "cuda, mps or cpu (default: the first there is)")
     seed: int | None = flag(None, "the same answers each time")
+    web: bool = flag(False, "a page to talk on, and an API for other programs")
+    host: str = flag("127.0.0.1", "the address of the page; another one lets others in, and needs --token and --as")
+    port: int = flag(8000, "its port")
+    token: str | None = flag(None, "whoever asks must know this")
 
 
 def main():
@@ -59,16 +61,21 @@ def main():
         )
     if options.prompt is not None and not options.prompt.strip():
         raise UserError("-p is empty", "Say something, or leave it out to talk.")
+    if options.prompt is not None and options.web:
+        raise UserError("-p is answered here, --web elsewhere", "Leave one of them out.")
     me, you = who(folder, options)
+    if options.web:
+        import server
+
+        door = server.listen(options)
     device = checkpoint.pick_device(options.device)
     words = tokenizers.load(folder)
-    weights = plan.chat_weights(folder, options.model, options.context, device, options.weights)
-    usual = checkpoint.compute_dtype(device)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(weights, usual)
-    kind = weights if weights in ("int8", "int4") else "plain"
-    model = checkpoint.load_model(str(folder), dtype, device, options.model, words, kind)
+    model = plan.load_for_chat(folder, options.model, options.context, device, words, options.weights)
     size = min(options.context, model.config.max_position_embeddings)
     decoder = generate.Decoder(model, words, size, compiled=not options.no_compile and model.config.num_parameters > WORTH_IT)
+    if options.web:
+        server.serve(door, decoder, me, you, options)
+        return
 
     tries = itertools.count(1)
 

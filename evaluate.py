@@ -184,10 +184,8 @@ def candidates(some, seed):
 def load(folder, ckpt, options):
     """→ (model, the tokenizer of `ckpt`, tokens of context)"""
     device = checkpoint.pick_device(options.device)
-    kind = plan.chat_weights(Path(folder), options.model, 2048, device)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(kind, checkpoint.compute_dtype(device))
     words = tokenizers.load(ckpt)
-    model = checkpoint.load_model(str(folder), dtype, device, options.model, words, kind if kind.startswith("int") else "plain")
+    model = plan.load_for_chat(Path(folder), options.model, 2048, device, words)
     return model, words, min(2048, model.config.max_position_embeddings)
 
 

@@ -627,5 +627,12 @@ def chat_weights(folder, base, size, device, asked=None):
     raise UserError(f"the model needs {said}; {device.type} has {free / GIB:.1f} GiB free", way_out)
 
 
+def load_for_chat(folder, base, size, device, words, asked=None):
+    """The model of a `ckpt/` in what `chat_weights` says, an adapter merged → Transformer"""
+    kind = chat_weights(folder, base, size, device, asked)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(kind) or checkpoint.compute_dtype(device)
+    return checkpoint.load_model(str(folder), dtype, device, base, words, "plain" if kind in ("bf16", "fp32") else kind)
+
+
 if __name__ == "__main__":
     config.run(main)

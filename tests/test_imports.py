@@ -23,7 +23,8 @@ MAY = {
     "resume": {"config", "checkpoint", "step"},
     "train": {"config", "data", "plan", "step", "resume", "generate", "checkpoint", "lora", "model", "quantize", "tokenizer"},
     "evaluate": {"config", "data", "exports", "plan", "step", "generate", "checkpoint", "model", "tokenizer"},
-    "chat": {"config", "data", "plan", "generate", "checkpoint", "tokenizer"},
+    "server": {"config", "data", "generate"},
+    "chat": {"config", "data", "plan", "generate", "checkpoint", "tokenizer", "server"},
 }
 
 

@@ -1,0 +1,451 @@
+"""The page and the API of `python chat.py ckpt/ --web`, on one port: OpenAI's `/v1/chat/completions` and `/v1/models`, `/health`, and `/`.
+
+One model, one thread: requests wait in line, and whoever leaves frees the place. At home (on a loopback address) everybody is let in and
+may be anyone; elsewhere a token is asked for, and whoever has it is `--as`. No conversation is written to disk or to a log.
+"""
+
+import asyncio
+import base64
+import concurrent.futures
+import contextlib
+import hashlib
+import hmac
+import ipaddress
+import json
+import os
+import re
+import secrets
+import socket
+import sys
+import time
+import webbrowser
+from pathlib import Path
+from urllib.parse import quote
+
+import config
+import data
+import generate
+from config import UserError
+
+try:
+    import h11
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse
+    from starlette.routing import Route
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+except ImportError as error:
+    raise UserError(f"--web needs {error.name}, which is not installed", "pip install -r requirements-extra.txt") from None
+
+PLACES = 32  # requests in line, the one that is answered included
+BODY = 2**20  # bytes of a request
+MESSAGES = 2000  # in a conversation
+SLOW = 10  # seconds that a client may take to send a request, or to read what it is sent
+SILENT = 10  # seconds after which a stream says that it is still there
+CONNECTIONS = 256
+SECURITY = {
+    "cache-control": "no-store",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+}
+UNABLE = {  # fields of a request that change what an answer is → the values that leave it as it is
+    "n": (1,), "tools": ([],), "functions": ([],), "logprobs": (False,), "response_format": ({"type": "text"},), "modalities": (["text"],),
+    "audio": (), "web_search_options": (),
+}  # fmt: skip
+
+
+class Refused(HTTPException):
+    def __init__(self, status, message, param=None, code=None, headers=None):
+        super().__init__(status, message, headers)
+        self.param, self.code = param, code
+
+
+# --- a request's text → what is asked
+
+
+class Ask:
+    """A request for an answer, checked. `defaults`: chat.py's options; `fixed`: nobody may be anyone but `me` and `you`."""
+
+    def __init__(self, body, me, you, defaults, fixed):
+        def unreadable(constant):
+            raise ValueError(f"{constant} is no number")
+
+        try:
+            fields = json.loads(body, parse_constant=unreadable)
+        except (ValueError, RecursionError) as error:
+            raise Refused(400, f"The body is not JSON: {str(error):.100}") from None
+        if not isinstance(fields, dict):
+            raise Refused(400, "The body must be a JSON object")
+        fields = {name: value for name, value in fields.items() if value is not None}
+        for name, plain in UNABLE.items():
+            if name in fields and fields[name] not in plain:
+                raise Refused(400, f"{name} is not supported: it answers with one text", name, "unsupported_parameter")
+        self.turns = turns(fields.get("messages"), me, you, fixed)
+        self.stream = read(fields, "stream", bool, False)
+        stream_options = read(fields, "stream_options", dict, {})
+        self.include_usage = read(stream_options, "include_usage", bool, False)
+        limits = [read(fields, name, int, defaults.max_tokens, 1, 2**31) for name in ("max_tokens", "max_completion_tokens")]
+        self.max_tokens = min(*limits, defaults.max_tokens)
+        self.temperature = read(fields, "temperature", float, defaults.temperature, 0, 2)
+        self.temperature *= self.temperature >= 0.01  # what is nearly 0 would overflow
+        self.top_p = read(fields, "top_p", float, defaults.top_p, 0, 1)
+        seed = None if defaults.seed is None else defaults.seed + len(self.turns)
+        self.seed = read(fields, "seed", int, seed, -(2**63), 2**63 - 1)
+        stops = fields.get("stop", [])
+        self.stops = [stops] if isinstance(stops, str) else stops
+        if not isinstance(self.stops, list) or len(self.stops) > 4 or not all(isinstance(s, str) and 0 < len(s) <= 200 for s in self.stops):
+            raise Refused(400, "stop must be a string or up to four, each of 1 to 200 characters", "stop")
+
+
+def read(fields, name, kind, missing, least=None, most=None):
+    """A field of a request, of that kind and within these limits, or `missing`."""
+    if fields.get(name) is None:
+        return missing
+    value = fields[name]
+    if type(value) not in ((int, float) if kind is float else (kind,)) or (least is not None and not least <= value <= most):
+        limits = "" if least is None else f" from {least} to {most}"
+        raise Refused(400, f"{name} must be {kind.__name__}{limits}", name)
+    return value
+
+
+def turns(messages, me, you, fixed):
+    """OpenAI's messages → turns: each line of a content is a message, what one author says in a row is one turn."""
+    if not isinstance(messages, list) or not 0 < len(messages) <= MESSAGES:
+        raise Refused(400, f"messages must be a list of 1 to {MESSAGES}", "messages")
+    found = []
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
+        if not isinstance(message, dict):
+            raise Refused(400, f"{where} must be an object", where)
+        role = message.get("role")
+        if role in ("system", "developer"):
+            continue  # it learned from chats, where nobody instructs
+        if role not in ("user", "assistant") or message.get("tool_calls"):
+            raise Refused(400, f"{where}: role must be user, assistant or system, without tools", where)
+        default = me if role == "assistant" else you
+        author = message.get("name") or default
+        if not isinstance(author, str) or not 0 < len(author.strip()) <= 200 or not author.isprintable():
+            raise Refused(400, f"{where}: name must be one line of up to 200 characters", where)
+        if fixed and author != default:
+            raise Refused(403, f"{where}: here {role} is {default}, and nobody else", where)
+        lines = [line.strip() for line in text_of(message.get("content"), where).split("\n")]
+        lines = [line for line in lines if line]
+        if lines and found and found[-1].author == author:
+            found[-1].messages += lines
+        elif lines:
+            found.append(data.Turn(author, author == me, "", lines))
+    if not found:
+        raise Refused(400, "messages hold no text of a user or an assistant", "messages")
+    return found
+
+
+def text_of(content, where):
+    parts = [{"type": "text", "text": content or ""}] if isinstance(content, str | None) else content
+    plain = isinstance(parts, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in parts)
+    if not plain or not all(isinstance(part.get("text"), str) for part in parts):
+        raise Refused(400, f"{where}: content must be text, or a list of text parts", where)
+    text = "\n".join(part["text"] for part in parts)
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise Refused(400, f"{where}: content holds half a character (a lone surrogate)", where)
+    return text
+
+
+# --- the line before the model
+
+
+class Line:
+    """Answers one request after another, in a thread of its own."""
+
+    def __init__(self, decoder, me):
+        self.decoder, self.me, self.places = decoder, me, 0
+        self.turn = asyncio.Lock()  # first come, first served
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+
+    def enter(self, ask):
+        """→ (a task, its queue of what it says: str… and at last a dict, how it ended). Cancel the task to leave."""
+        if self.places >= PLACES:
+            raise Refused(503, "Too many are waiting; try again", code="overloaded", headers={"retry-after": "5"})
+        self.places += 1
+        said = asyncio.Queue()
+        task = asyncio.create_task(self.answer(ask, said))
+        task.add_done_callback(self.leave)
+        return task, said
+
+    def leave(self, task):
+        self.places -= 1
+
+    async def answer(self, ask, said):
+        def do(*work):
+            return asyncio.get_running_loop().run_in_executor(self.thread, *work)
+
+        steps = None
+        async with self.turn:
+            answer = await do(generate.Answer, self.decoder, ask.turns, self.me, ask.max_tokens, ask.temperature, ask.top_p, ask.seed)
+            try:
+                steps, text, sent, stopped = iter(answer), "", 0, False
+                while not stopped and (messages := await do(next, steps, None)) is not None:
+                    text = "\n".join(messages)
+                    stopped, ready = cut(text, ask.stops)
+                    said.put_nowait(text[sent:ready])
+                    sent = max(sent, ready)
+                if not stopped:
+                    said.put_nowait(text[sent:])
+                reason = "stop" if stopped or answer.ended else "length"
+                read, wrote = len(answer.prompt), len(answer.ids)
+                usage = {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": read + wrote}
+                said.put_nowait({"finish_reason": reason, "usage": usage})
+            finally:  # after the step that is under way, in whose thread it is
+                self.thread.submit(steps.close)
+
+
+def cut(text, stops):
+    """→ (does a stop string end it, how many characters are certainly said)."""
+    found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
+    if found:
+        return True, min(found)
+    held = [n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])]
+    return False, len(text) - max(held, default=0)
+
+
+# --- pages and answers
+
+
+def application(decoder, me, you, contacts, options, page):
+    """The whole site as an ASGI app, behind its `gate`. `contacts`: whom one may be, None where one is `you`."""
+    line, created = Line(decoder, me), int(time.time())
+    model = {"id": me, "object": "model", "created": created, "owned_by": "doppelganger"}
+    sources = {kind: re.search(f"<{kind}>(.*?)</{kind}>", page, re.DOTALL)[1].encode() for kind in ("script", "style")}
+    hashes = {kind: f"'sha256-{base64.b64encode(hashlib.sha256(source).digest()).decode()}'" for kind, source in sources.items()}
+    policy = (
+        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; img-src data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types"
+    )
+
+    async def home(request):
+        return HTMLResponse(page, headers={"content-security-policy": policy})
+
+    async def health(request):
+        return JSONResponse({"status": "ok"})
+
+    async def persona(request):
+        return JSONResponse({"me": me, "you": you, "contacts": contacts or []})
+
+    async def models(request):
+        if request.path_params.get("id", me) != me:
+            raise Refused(404, "There is one model here, see /v1/models", "model", "model_not_found")
+        return JSONResponse(model if request.path_params else {"object": "list", "data": [model]})
+
+    async def completions(request):
+        ask = Ask(await body_of(request), me, you, options, contacts is None)
+        task, said = line.enter(ask)
+        kind = "chat.completion.chunk" if ask.stream else "chat.completion"
+        head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": me}
+        if ask.stream:
+            return StreamingResponse(stream(ask, head, task, said), media_type="text/event-stream")
+        leaving = asyncio.create_task(gone(request))
+        try:
+            await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+            task.cancel()
+        if not task.done():
+            return JSONResponse({})  # to nobody
+        task.result()
+        *texts, end = [said.get_nowait() for _ in range(said.qsize())]
+        message = {"role": "assistant", "content": "".join(texts)}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": end["finish_reason"]}
+        return JSONResponse({**head, "choices": [choice], "usage": end["usage"]})
+
+    async def stream(ask, head, task, said):
+        def chunk(delta, reason=None):
+            usage = {"usage": None} if ask.include_usage else {}
+            return event({**head, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}], **usage})
+
+        task.add_done_callback(lambda task: said.put_nowait(None))  # it failed, or has said everything
+        try:
+            yield chunk({"role": "assistant", "content": ""})
+            while True:
+                try:
+                    one = await asyncio.wait_for(said.get(), SILENT)
+                except TimeoutError:
+                    yield ": waiting\n\n"
+                    continue
+                if one is None:
+                    task.result()
+                elif isinstance(one, dict):
+                    yield chunk({}, one["finish_reason"])
+                    if ask.include_usage:
+                        yield event({**head, "choices": [], "usage": one["usage"]})
+                    yield "data: [DONE]\n\n"
+                    return
+                elif one:
+                    yield chunk({"content": one})
+        finally:
+            task.cancel()
+
+    routes = [
+        Route("/", home), Route("/health", health), Route("/persona", persona), Route("/v1/models", models),
+        Route("/v1/models/{id:path}", models), Route("/v1/chat/completions", completions, methods=["POST"]),
+    ]  # fmt: skip
+    app = Starlette(routes=routes, exception_handlers={HTTPException: explained, Exception: failed})
+    app.router.redirect_slashes = False
+    return app
+
+
+def event(value):
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+async def body_of(request):
+    """The body, at most BODY bytes: what is longer is read to its end, and refused."""
+    body, size = b"", 0
+    try:
+        async with asyncio.timeout(SLOW):
+            async for part in request.stream():
+                size += len(part)
+                if size <= BODY:
+                    body += part
+    except TimeoutError:
+        raise Refused(408, "The request took too long to come", headers={"connection": "close"}) from None
+    if size > BODY:
+        raise Refused(413, f"A request has at most {BODY} bytes")
+    return body
+
+
+async def gone(request):
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def explained(request, error):
+    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
+    param, code = getattr(error, "param", None), getattr(error, "code", None)
+    value = {"error": {"message": error.detail, "type": kind, "param": param, "code": code}}
+    return JSONResponse(value, error.status_code, error.headers)
+
+
+async def failed(request, error):
+    return await explained(request, HTTPException(500, "It failed; the terminal says why"))
+
+
+# --- the gate
+
+
+def gate(app, hosts, literals, token):
+    """Before `app`: only for `hosts` (and IP addresses where `literals`), for pages of our own, and for those who know the token."""
+
+    async def gated(scope, receive, send):
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+
+        async def secured(message):
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *((name.encode(), value.encode()) for name, value in SECURITY.items())]
+            await send(message)
+
+        refusal = refused(scope["method"], scope["path"], headers)
+        answer = await explained(None, refusal) if refusal else app
+        with contextlib.suppress(ConnectionError):  # it left
+            await answer(scope, receive, secured)
+
+    def refused(method, path, headers):
+        host = headers.get("host", "").lower()
+        name = re.sub(r":\d{1,5}$", "", host)
+        if name not in hosts and not (literals and is_address(name)):
+            return Refused(403, "Not by this name: see the address that the server printed")
+        if headers.get("origin", f"http://{host}").lower() not in (f"http://{host}", f"https://{host}"):
+            return Refused(403, "Not from another site's page")
+        given = headers.get("authorization", "").encode()
+        if token and path.startswith(("/v1", "/persona")) and not hmac.compare_digest(given, b"Bearer " + token.encode()):
+            wanted = {"www-authenticate": "Bearer"}
+            return Refused(401, "The token is missing or wrong: Authorization: Bearer TOKEN", code="invalid_api_key", headers=wanted)
+        if method == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            return Refused(415, "POST needs Content-Type: application/json")
+
+    return gated
+
+
+def is_address(text):
+    try:
+        return bool(ipaddress.ip_address(text.removeprefix("[").removesuffix("]")))
+    except ValueError:
+        return False
+
+
+class Protocol(H11Protocol):
+    """uvicorn's, which hangs up on who doesn't send a whole request, or doesn't read, in time."""
+
+    late = stuck = None
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self.watch()
+
+    def data_received(self, data):
+        super().data_received(data)
+        self.watch()
+
+    def watch(self):
+        sending = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        if sending and not self.late:
+            self.late = self.loop.call_later(2 * SLOW, self.transport.abort)  # twice: a slow body is told so first
+        elif not sending and self.late:
+            self.late = self.late.cancel()
+
+    def pause_writing(self):
+        super().pause_writing()
+        self.stuck = self.loop.call_later(SLOW, self.transport.abort)
+
+    def resume_writing(self):
+        super().resume_writing()
+        if self.stuck:
+            self.stuck = self.stuck.cancel()
+
+
+# --- start
+
+
+def at_home(host):
+    return host == "localhost" or is_address(host) and ipaddress.ip_address(host).is_loopback
+
+
+def listen(options):
+    """Before the model loads: may it be served like this? → the socket."""
+    token = options.token
+    if not at_home(options.host) and not (token and options.as_):
+        missing = " and ".join(flag for flag, value in (("--token", token), ("--as", options.as_)) if not value)
+        raise UserError(
+            f"--host {options.host} lets others in, and needs {missing}",
+            f"Say also: --token {secrets.token_urlsafe(16)} --as NAME (who is it that will talk to it?)",
+        )
+    if token is not None and not re.fullmatch(r"[!-~]{16,200}", token):
+        raise UserError("--token must have 16 characters or more, none of them a space", f"Here is one: {secrets.token_urlsafe(16)}")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address, family=family)
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"--host {options.host} --port {options.port}: {why}", "Choose another --port (0: any that is free).") from None
+
+
+def serve(door, decoder, me, you, options):
+    """Until Ctrl-C. `door`: from `listen`."""
+    home, host, port = at_home(options.host), options.host, door.getsockname()[1]
+    persona = config.read_json(Path(options.ckpt) / "persona.json", {})
+    contacts = list(dict.fromkeys([you, *(contact["name"] for contact in persona.get("contacts", []))])) if home else None
+    page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    here = socket.gethostname().lower()
+    hosts = {"localhost", "127.0.0.1", "[::1]", host.lower(), f"[{host.lower()}]", *(() if home else (here, f"{here}.local"))}
+    app = gate(application(decoder, me, you, contacts, options, page), hosts, not home, options.token)
+    shown = here if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{port}/" + (f"#{quote(options.token, safe='')}" if options.token else "")
+    print(f"An AI imitation of {me}: {address}\nThe API: http://{shown}:{port}/v1 (Ctrl-C ends)", flush=True)
+    if sys.stdout.isatty() and (sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        webbrowser.open(address)
+    settings = uvicorn.Config(
+        app, http=Protocol, ws="none", lifespan="off", log_level="error", access_log=False, server_header=False, proxy_headers=False,
+        limit_concurrency=CONNECTIONS, timeout_keep_alive=5, timeout_graceful_shutdown=1,
+    )  # fmt: skip
+    uvicorn.Server(settings).run(sockets=[door])

@@ -1,0 +1,543 @@
+"""A real server process over a random model, asked by sockets, by the official client, and by a browser."""
+
+import concurrent.futures
+import contextlib
+import http.client
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from conftest import ROOT, command, refused
+
+import checkpoint
+import generate
+import server
+import tokenizer
+from data import Turn
+
+HOSTILE, TALKS = int(os.environ.get("HOSTILE", 200)), int(os.environ.get("TALKS", 10))
+TOKEN = "correct-horse-battery"
+HI = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def clone(base, words, tmp_path_factory):
+    """A random model folder with ChatML tokens and a persona."""
+    folder = tmp_path_factory.mktemp("clone")
+    model = checkpoint.Transformer(checkpoint.with_vocabulary(checkpoint.read_config(base), 32002))
+    checkpoint.fill(model, base)
+    checkpoint.save_model(model, folder, words, torch.float32)
+    words.save(folder)
+    (folder / "persona.json").write_text(json.dumps({"me": "Ann", "contacts": [{"name": "Bob"}, {"name": "Eve"}]}))
+    return folder
+
+
+@contextlib.contextmanager
+def serving(clone, *flags):
+    """→ (port, process)"""
+    words = [sys.executable, "chat.py", clone, "--web", "--port", 0, "--weights", "fp32", "--device", "cpu", "--max-tokens", 24, *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*map(str, words)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        found = re.search(r":(\d+)/", process.stdout.readline())
+        assert found, process.stderr.read()
+        yield int(found[1]), process
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def port(clone):
+    with serving(clone) as (port, process):
+        yield port
+        assert process.poll() is None
+
+
+@pytest.fixture
+def client(port):
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+def ask(port, method="POST", path="/v1/chat/completions", body=None, **headers):
+    """→ (status, headers, the JSON or text of the answer)"""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    if body is not None:
+        headers = {"content-type": "application/json", **headers}
+        body = body if isinstance(body, bytes | str) else json.dumps(body)
+    connection.request(method, path, body, headers)
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    return answer.status, answer.headers, json.loads(text) if answer.headers["content-type"] == "application/json" else text
+
+
+def greedy(port, messages=HI, **more):
+    status, _, answer = ask(port, body={"messages": messages, "temperature": 0, **more})
+    assert status == 200, answer
+    return answer["choices"][0]["message"]["content"], answer["usage"], answer["choices"][0]["finish_reason"]
+
+
+# --- the API
+
+
+def test_the_official_client_gets_what_the_decoder_says_streamed_or_not(client, clone):
+    decoder = generate.Decoder(checkpoint.load_model(str(clone)), tokenizer.load(clone), 512)
+    turns = [Turn("Bob", False, "", ["hi", "you there?"]), Turn("Ann", True, "", ["yes"]), Turn("Bob", False, "", ["good"])]
+    answer = generate.Answer(decoder, turns, "Ann", 24, 0)
+    said = "\n".join([list(answer), answer.messages][1])
+    messages = [
+        {"role": "system", "content": "You are a pirate."},
+        {"role": "user", "content": "hi"},
+        {"role": "user", "content": [{"type": "text", "text": "you there?"}]},
+        {"role": "assistant", "content": "yes\n\n"},
+        {"role": "user", "content": " good "},
+    ]
+    whole = client.chat.completions.create(model="any", messages=messages, temperature=0)
+    assert whole.choices[0].message.content == said and whole.choices[0].finish_reason == ("stop" if answer.ended else "length")
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(answer.prompt), len(answer.ids))
+    chunks = list(
+        client.chat.completions.create(model="x", messages=messages, temperature=0, stream=True, stream_options={"include_usage": True})
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == said
+    assert chunks[-1].usage == whole.usage and chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_names_are_authors_and_a_last_turn_of_mine_is_gone_on_with(port, clone):
+    decoder = generate.Decoder(checkpoint.load_model(str(clone)), tokenizer.load(clone), 512)
+    turns = [Turn("Eve", False, "", ["hi"]), Turn("Bob", False, "", ["ho"]), Turn("Ann", True, "", ["well"])]
+    answer = generate.Answer(decoder, turns, "Ann", 24, 0)
+    said = "\n".join([list(answer), answer.messages][1])
+    messages = [
+        {"role": "user", "name": "Eve", "content": "hi"},
+        {"role": "user", "content": "ho"},
+        {"role": "assistant", "content": "well"},
+    ]
+    assert greedy(port, messages)[0] == said
+
+
+def test_a_stop_string_ends_it_and_no_part_of_it_is_shown(client, port):
+    said = greedy(port)[0]
+    stop = said[len(said) // 2 :][:3]
+    wanted = said[: said.index(stop)]
+    chunks = list(client.chat.completions.create(model="any", messages=HI, temperature=0, stop=stop, stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == wanted and chunks[-1].choices[0].finish_reason == "stop"
+    assert greedy(port, stop=["never said", stop])[0] == wanted
+    assert greedy(port, stop=said + "x")[0] == said  # what was held back comes at the end
+
+
+def test_what_may_still_become_a_stop_string_is_held_back():
+    assert server.cut("hello", []) == (False, 5)
+    assert server.cut("hello", ["lo w"]) == (False, 3)
+    assert server.cut("hello wide", ["lo w", "e"]) == (True, 1)
+    assert server.cut("aab", ["abc", "bx"]) == (False, 1)
+
+
+def test_limits_and_seeds_are_kept(port):
+    assert greedy(port, max_tokens=3)[1]["completion_tokens"] == 3 and greedy(port, max_completion_tokens=2)[2] == "length"
+    assert greedy(port, max_tokens=10**6)[1]["completion_tokens"] <= 24
+    draw = lambda seed: ask(port, body={"messages": HI, "temperature": 1.9, "seed": seed})[2]["choices"][0]["message"]["content"]
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_models_and_health(client, port):
+    assert [model.id for model in client.models.list()] == ["Ann"] and client.models.retrieve("Ann").id == "Ann"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("Bob")
+    assert ask(port, "GET", "/health")[2] == {"status": "ok"}
+    assert ask(port, "GET", "/persona")[2] == {"me": "Ann", "you": "Bob", "contacts": ["Bob", "Eve"]}
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"n": 2}, "n"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"temperature": 3}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": "1"}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"seed": 2**70}, "seed"),
+        ({"stop": [""]}, "stop"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "name": "a\nb", "content": "x"}]}, "messages[0]"),
+        ({"messages": HI * 2001}, "messages"),
+    ],
+)
+def test_what_it_cannot_do_is_a_400_that_names_the_field(port, fields, named):
+    status, _, answer = ask(port, body={"messages": HI, **fields})
+    assert (status, answer["error"]["param"]) == (400, named), answer
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+
+
+def test_sixteen_clients_at_once_get_what_each_gets_alone(port):
+    talks = [[{"role": "user", "content": f"question {n}"}] * (n % 3 + 1) for n in range(16)]
+    alone = [greedy(port, talk) for talk in talks]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(lambda talk: greedy(port, talk), talks)) == alone
+
+
+def test_more_than_the_line_holds_are_told_to_come_back_and_who_leaves_frees_the_place(clone):
+    body = json.dumps({"messages": [{"role": "user", "content": "word " * 200}], "stream": True, "seed": 1}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with serving(clone, "--max-tokens", 200) as (port, _):
+        began = time.time()
+        greedy(port, max_tokens=200)
+        one_takes = time.time() - began
+        those = [socket.create_connection(("127.0.0.1", port)) for _ in range(server.PLACES + 8)]
+        for one in those:
+            one.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        over = [text for text in (one.recv(4096) for one in those) if b" 503 " in text]
+        assert over and all(b"retry-after: 5" in text and b"overloaded" in text for text in over)
+        for one in those:
+            one.close()
+        began = time.time()
+        while ask(port, body={"messages": HI, "max_tokens": 1})[0] == 503:
+            time.sleep(0.02)
+        assert time.time() - began < server.PLACES * one_takes / 4
+
+
+# --- who is let in
+
+
+def test_strangers_are_refused_in_openais_shape(port):
+    for method, path, headers, status in [
+        ("GET", "/none", {}, 404),
+        ("GET", "/v1/chat/completions", {}, 405),
+        ("DELETE", "/", {}, 405),
+        ("OPTIONS", "/v1/chat/completions", {}, 405),
+        ("GET", "/v1/models", {"Host": "evil.example"}, 403),
+        ("GET", "/", {"Host": "192.168.1.5"}, 403),
+        ("GET", "/health", {"Host": f"localhost:{port}@evil"}, 403),
+        ("GET", "/v1/models", {"Origin": "https://evil.example"}, 403),
+        ("GET", "/v1/models", {"Origin": "null"}, 403),
+        ("GET", "/v1/models", {"Origin": f"http://127.0.0.1:{port + 1}"}, 403),
+        ("GET", "/v1/models", {"Origin": f"http://127.0.0.1:{port}"}, 200),
+    ]:
+        got, headers, answer = ask(port, method, path, **headers)
+        assert got == status, (path, headers, answer)
+        assert status == 200 or set(answer["error"]) == {"message", "type", "param", "code"}
+        assert (
+            headers["cache-control"] == "no-store"
+            and headers["x-content-type-options"] == "nosniff"
+            and headers["referrer-policy"] == "no-referrer"
+        )
+        assert "access-control-allow-origin" not in headers
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+        assert ask(port, body={"messages": HI}, content_type=kind)[0] == 415
+
+
+def test_a_body_too_long_is_a_413_and_a_slow_one_a_408(port):
+    assert ask(port, body=b'"' + b"x" * 2**21 + b'"')[0] == 413
+    with socket.create_connection(("127.0.0.1", port)) as slow:
+        slow.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+        )
+        slow.settimeout(server.SLOW + 5)
+        assert b" 408 " in slow.recv(4096)
+
+
+def test_elsewhere_a_token_and_a_name_are_needed(clone):
+    refused(command("chat.py", clone, "--web", "--host", "0.0.0.0"), "--token", "--as")
+    refused(command("chat.py", clone, "--web", "--host", "0.0.0.0", "--token", TOKEN), "--as")
+    refused(command("chat.py", clone, "--web", "--token", "short"), "--token")
+    refused(command("chat.py", clone, "--web", "--host", "nowhere.invalid", "--token", TOKEN, "--as", "Eve"), "--host nowhere.invalid")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        refused(command("chat.py", clone, "--web", "--port", taken.getsockname()[1]), "--port")
+
+
+def test_a_missing_package_is_named(clone, tmp_path):
+    (tmp_path / "starlette.py").write_text("raise ImportError('no', name='starlette')")
+    refused(command("chat.py", clone, "--web", env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}), "pip install -r requirements-extra.txt")
+
+
+def test_elsewhere_the_token_is_checked_and_one_is_who_one_is(clone):
+    with serving(clone, "--host", "0.0.0.0", "--token", TOKEN, "--as", "Eve") as (port, _):
+        mine = {"Authorization": f"Bearer {TOKEN}"}
+        for wrong in (
+            {},
+            {"Authorization": "Bearer "},
+            {"Authorization": TOKEN},
+            {"Authorization": f"Bearer {TOKEN}x"},
+            {"Authorization": "Bearer \xe9"},
+        ):
+            status, headers, answer = ask(port, "GET", "/v1/models", **wrong)
+            assert (status, answer["error"]["code"], headers["www-authenticate"]) == (401, "invalid_api_key", "Bearer")
+            assert ask(port, "GET", "/persona", **wrong)[0] == ask(port, body={"messages": HI}, **wrong)[0] == 401
+        page = ask(port, "GET", "/")
+        assert page[0] == 200 and not {"Ann", "Bob", "Eve"} & set(re.findall(r"\w+", page[2]))
+        assert ask(port, "GET", "/persona", **mine)[2] == {"me": "Ann", "you": "Eve", "contacts": []}
+        assert ask(port, "GET", "/persona", Host="192.168.1.5:8000", **mine)[0] == 200
+        assert ask(port, "GET", "/persona", Host="evil.example", **mine)[0] == 403
+        as_bob = {"messages": [{"role": "user", "name": "Bob", "content": "hi"}]}
+        assert ask(port, body=as_bob, **mine)[0] == 403
+        assert ask(port, body={"messages": HI}, **mine)[0] == 200
+
+
+# --- whoever means ill
+
+
+class Hostile:
+    """Generated requests, by number: each is the bytes that are sent, and whether the rest of it never comes."""
+
+    strange = [
+        None, True, -1, 0, 1e308, -1e-320, 10**400, "", "x", "\ud800", "\0", "<|im_end|>", "\u202e\u2066", [], {}, [[]], [None], {"": ""}, "9" * 999,
+        "\n" * 999, [{"type": "text"}], [{"type": "text", "text": "\udfff"}], "\U0001f986" * 300, ">>> >>>\n>>>", "\ufffd\ufeff\u2028",
+    ]  # fmt: skip
+    names = ["model", "messages", "stream", "stop", "temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "n", "tools",
+             "stream_options", "logprobs", "response_format", "user"]  # fmt: skip
+
+    def __init__(self, number):
+        self.random = random.Random(number)
+
+    def fields(self):
+        draw, strange = self.random, self.strange
+        fields = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": draw.randint(1, 4)}
+        for _ in range(draw.randint(0, 3)):
+            where = (
+                draw.choice([fields, *(m for m in [fields["messages"][0]] if isinstance(m, dict))])
+                if isinstance(fields.get("messages"), list) and fields["messages"]
+                else fields
+            )
+            where[draw.choice(self.names if where is fields else ["role", "content", "name", "tool_calls"])] = draw.choice(strange)
+        return fields
+
+    def body(self):
+        draw = self.random
+        text = json.dumps(self.fields()).encode()
+        return draw.choice([
+            lambda: text, lambda: text, lambda: text, lambda: text[: draw.randint(0, len(text))], lambda: b"[" * 100000, lambda: b'{"a":' * 50000,
+            lambda: text.replace(b"1", b"NaN"), lambda: text.replace(b"hi", b"\xff\xfe"), lambda: b"9" * 5000, lambda: b"", lambda: text[:-1] + b',"n":Infinity}',
+            lambda: bytes(draw.randrange(256) for _ in range(99)), lambda: text + text, lambda: b"\xef\xbb\xbf" + text,
+        ])()  # fmt: skip
+
+    def request(self):
+        draw, body = self.random, self.body()
+        method = draw.choice([b"POST"] * 9 + [b"GET", b"PUT", b"HEAD", b"OPTIONS", b"BREW", b"CONNECT"])
+        path = draw.choice(
+            [b"/v1/chat/completions"] * 12
+            + [b"/v1/models/%00%ff", b"//", b"/../server.py", b"/" + b"x" * 9000, b"*", b"/persona?x=%", b"http://evil/"]
+        )
+        lines = [
+            b"Host: " + draw.choice([b"localhost"] * 9 + [b"", b"[", b"[::1]:99999999", b"evil", b"127.0.0.1:x", b"\xe9"]),
+            b"Content-Type: " + draw.choice([b"application/json"] * 9 + [b"application/json; charset=\xff", b"text/plain", b""]),
+        ]
+        lines += draw.sample([b"Authorization: \xe9", b"Expect: 100-continue", b"Upgrade: websocket\r\nConnection: upgrade", b"Origin: null", b"X: " + b"y" * 70000,
+                              b"Bad Header", b"Content-Length: -1", b"Transfer-Encoding: gzip", b"Host: other", b"Cookie: " + b";" * 999], draw.choice([0, 0, 0, 1, 2]))  # fmt: skip
+        if draw.random() < 0.25:
+            pieces = [body[n : n + 50] for n in range(0, min(len(body), 5000), 50)]
+            ended = b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in pieces) + draw.choice([b"0\r\n\r\n", b"zz\r\n", b""])
+            lines, body = [*lines, b"Transfer-Encoding: chunked"], ended
+        else:
+            lines.append(b"Content-Length: %d" % max(0, len(body) + draw.choice([0] * 9 + [9, -9])))
+        whole = (
+            method
+            + b" "
+            + path
+            + draw.choice([b" HTTP/1.1"] * 9 + [b" HTTP/1.0", b"", b" HTTP/9"])
+            + b"\r\n"
+            + b"\r\n".join(lines)
+            + b"\r\n\r\n"
+            + body
+        )
+        return whole[: draw.randint(0, len(whole))] if draw.random() < 0.15 else whole
+
+
+def burden(process):
+    """→ (threads, MiB of memory, open files) of the server"""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    read = lambda name: int(re.search(rf"{name}:\s*(\d+)", status)[1])
+    return read("Threads"), read("VmRSS") / 1024, len(os.listdir(f"/proc/{process.pid}/fd"))
+
+
+def test_no_hostile_request_makes_it_fail_or_grow(clone):
+    with serving(clone) as (port, process):
+        wanted = greedy(port)
+        begin = burden(process)
+        for number in range(HOSTILE):
+            with socket.create_connection(("127.0.0.1", port)) as one, contextlib.suppress(ConnectionError, TimeoutError):
+                one.settimeout(0.3 if number % 4 else 0.02)  # some wait for the answer, some leave
+                one.sendall(Hostile(number).request())
+                answer = one.recv(65536)
+                assert not answer.startswith(b"HTTP/1.1 500"), (number, answer)
+            assert process.poll() is None, number
+        deadline = time.time() + 30
+        while burden(process)[2] > begin[2] and time.time() < deadline:
+            time.sleep(0.1)
+        threads, memory, files = burden(process)
+        assert greedy(port) == wanted
+        assert threads <= begin[0] and files <= begin[2] and memory < begin[1] + 60, (begin, (threads, memory, files))
+        process.terminate()
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_a_connection_that_says_nothing_or_drips_is_hung_up_on(port):
+    ends = []
+    for opening in (b"", b"GET / HTTP/1.1\r\nHost: loc", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HT"):
+        one = socket.create_connection(("127.0.0.1", port))
+        one.settimeout(2 * server.SLOW + 5)
+        one.sendall(opening)
+        ends.append(one)
+    for one in ends:
+        with one, contextlib.suppress(ConnectionResetError):
+            while one.recv(4096):
+                pass
+
+
+def test_many_talks_at_once_are_each_answered_as_alone(port):
+    def talk(number):
+        draw, messages, said = random.Random(number), [], []
+        for _ in range(draw.randint(1, 4)):
+            messages.append(
+                {
+                    "role": "user",
+                    "name": draw.choice(["Bob", "Eve", "Zoë"]),
+                    "content": draw.choice(["hi", "why?", "да", "🦆", "a\nb"]) * draw.randint(1, 5),
+                }
+            )
+            text, usage, reason = greedy(port, messages, max_tokens=12)
+            assert text and usage["completion_tokens"] <= 12 and reason in ("stop", "length")
+            messages.append({"role": "assistant", "content": text})
+            said.append(text)
+        return said
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(talk, range(TALKS)))
+    assert together == [talk(number) for number in range(TALKS)]
+
+
+# --- the page, in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("no chromium: apt-get install chromium")
+    sync = pytest.importorskip("playwright.sync_api")
+    with sync.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])  # root may not have one
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page that complains of nothing: an error in its script or against its policy fails the test."""
+    page = browser.new_page()
+    page.complaints = []
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.on("console", lambda line: page.complaints.append(line.text) if "Failed to load" not in line.text else None)
+    page.set_default_timeout(15000)
+    yield page
+    assert page.complaints == []
+    page.close()
+
+
+def said(page):
+    return page.locator(".said > span:last-child").all_text_contents()
+
+
+def say(page, text):
+    page.fill("#text", text)
+    page.press("#text", "Enter")
+
+
+def test_the_page_shows_the_answer_as_bubbles_and_sends_what_was_said(page, port):
+    page.goto(f"http://127.0.0.1:{port}/")
+    page.wait_for_selector("text=AI imitation of Ann")
+    page.select_option("#you", "Eve")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        say(page, "hi <b>there</b>\n\n  two ")
+    assert asked.value.post_data_json["messages"] == [{"role": "user", "name": "Eve", "content": "hi <b>there</b>\ntwo"}]
+    page.wait_for_selector("#send:visible")
+    texts = said(page)
+    assert texts[:2] == ["hi <b>there</b>", "two"] and len(texts) > 2 and page.locator("#log b").count() == 0
+    with page.expect_request("**/v1/chat/completions") as asked:
+        say(page, "more")
+    assert [m["role"] for m in asked.value.post_data_json["messages"]] == ["user", "assistant", "user"]
+    assert asked.value.post_data_json["messages"][1]["content"] == "\n".join(texts[2:])
+    page.wait_for_selector("#send:visible")
+    page.click("#retry")
+    page.wait_for_selector("#send:visible")
+    assert said(page)[: len(texts) + 1] == [*texts, "more"]
+    page.click("#clear")
+    assert said(page) == [] and page.is_visible("#empty") and page.evaluate("document.activeElement.id") == "text"
+
+
+def stream(*texts, end=True):
+    chunks = [{"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in texts]
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + ("data: [DONE]\n\n" if end else "")
+
+
+def test_a_lost_connection_is_said_and_tried_again_and_nothing_typed_is_lost(page, port):
+    replies = [None, stream("half an ans", end=False), stream("well", "\nhere ", "I am")]
+
+    def reply(route):
+        text = replies.pop(0)
+        route.fulfill(content_type="text/event-stream", body=text) if text else route.abort()
+
+    page.route("**/v1/chat/completions", reply)
+    page.goto(f"http://127.0.0.1:{port}/")
+    page.wait_for_selector("text=AI imitation of Ann")
+    say(page, "still there?")
+    page.wait_for_selector("text=The connection was lost")
+    page.fill("#text", "being written")
+    page.wait_for_selector("text=here I am")
+    page.wait_for_selector("#send:visible")
+    assert said(page) == ["still there?", "well", "here I am"] and page.input_value("#text") == "being written"
+    assert page.is_hidden("#trouble") and not replies
+
+
+def test_an_answer_can_be_stopped_and_what_it_said_stays(page, port):
+    page.route("**/v1/chat/completions", lambda route: None)  # it never comes
+    page.goto(f"http://127.0.0.1:{port}/")
+    page.wait_for_selector("text=AI imitation of Ann")
+    say(page, "hi")
+    page.wait_for_selector("#typing:visible")
+    page.press("#text", "Escape")
+    page.wait_for_selector("#send:visible")
+    assert said(page) == ["hi"] and page.is_hidden("#typing")
+    page.unroute("**/v1/chat/completions")
+    page.click("#retry")
+    page.wait_for_selector(".said:not(.me)")
+
+
+def test_the_page_has_a_strict_policy_and_names_for_its_parts(page, port, browser):
+    policy = page.goto(f"http://127.0.0.1:{port}/").headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+    page.wait_for_selector("text=AI imitation of Ann")
+    assert page.get_by_role("log", name="Conversation").count() == page.get_by_role("textbox", name="Message").count() == 1
+    assert page.get_by_role("combobox", name="You are").count() == page.get_by_role("button", name="Send").count() == 1
+    assert page.evaluate("try { document.body.innerHTML = '<i>'; false } catch { true }")
+    page.complaints.clear()  # of just that
+    for width in (320, 375, 1200):
+        page.set_viewport_size({"width": width, "height": 700})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_elsewhere_the_page_takes_the_token_from_its_address(page, clone):
+    with serving(clone, "--host", "0.0.0.0", "--token", TOKEN, "--as", "Eve") as (port, _):
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.wait_for_selector("text=needs the token")
+        page.goto(f"http://127.0.0.1:{port}/#{TOKEN}")
+        page.wait_for_selector("text=AI imitation of Ann")
+        assert page.is_hidden("#you") and page.text_content("#fixed") == "Eve"
+        say(page, "hi")
+        page.wait_for_selector(".said:not(.me)")
