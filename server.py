@@ -32,6 +32,7 @@ try:
     import uvicorn
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
     from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse
     from starlette.routing import Route
     from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -347,7 +348,7 @@ def gate(app, hosts, literals, token):
 
         refusal = refused(scope["method"], scope["path"], headers)
         answer = await explained(None, refusal) if refusal else app
-        with contextlib.suppress(ConnectionError):  # it left
+        with contextlib.suppress(ConnectionError, ClientDisconnect, h11.LocalProtocolError):  # it left, or sent what is no HTTP
             await answer(scope, receive, secured)
 
     def refused(method, path, headers):
@@ -393,6 +394,12 @@ class Protocol(H11Protocol):
             self.late = self.loop.call_later(2 * SLOW, self.transport.abort)  # twice: a slow body is told so first
         elif not sending and self.late:
             self.late = self.late.cancel()
+
+    def send_400_response(self, msg):
+        try:
+            super().send_400_response(msg)
+        except h11.LocalProtocolError:  # in the middle of an answer
+            self.transport.abort()
 
     def pause_writing(self):
         super().pause_writing()
