@@ -33,7 +33,7 @@ def test_its_commands_make_a_clone_of_the_example(tmp_path):
 
 
 def test_every_flag_it_names_exists():
-    for program in ("data.py", "train.py", "chat.py", "plan.py"):
+    for program in ("data.py", "train.py", "chat.py", "plan.py", "evaluate.py"):
         offered = set(re.findall(r"--[a-z-]+", command(program, "--help").stdout))
         for line in re.findall(rf"(?:python|8) {program}([^`\n#]*)", README):
             assert set(re.findall(r"--[a-z-]+", line)) <= offered | {"--lora"}, line
