@@ -72,7 +72,10 @@ def main():
     words = tokenizers.load(folder)
     model = plan.load_for_chat(folder, options.model, options.context, device, words, options.weights)
     size = min(options.context, model.config.max_position_embeddings)
-    decoder = generate.Decoder(model, words, size, compiled=not options.no_compile and model.config.num_parameters > WORTH_IT)
+    compiled = not options.no_compile and model.config.num_parameters > WORTH_IT
+    decoder = generate.Decoder(model, words, size, compiled=compiled)
+    if compiled and not decoder.step:
+        print("(not compiled: that needs g++ or clang++ and Python's headers; it answers at half the speed)", file=sys.stderr)
     if options.web:
         server.serve(door, decoder, me, you, options)
         return

@@ -1,5 +1,6 @@
 """Ids in, ids out, with a cache; turns in, messages out, as they come. Prints nothing."""
 
+import contextlib
 import re
 import shutil
 
@@ -20,7 +21,7 @@ class Decoder:
     def __init__(self, model, tokenizer, size, share=None, compiled=False):
         """`size`: tokens of context, prompt and answer together. `share(id)`: rank 0's choice, where several ranks decode together.
 
-        `compiled`: compile the step of one token now, which takes some seconds; for a model without adapters.
+        `compiled`: compile the step of one token now, which takes some seconds, where that can be done; for a model without adapters.
         """
         norm = model.model.norm.weight
         self.model, self.tokenizer, self.share = model, tokenizer, share or (lambda id: id)
@@ -31,7 +32,11 @@ class Decoder:
         self.ends = ends - {None}
         never = {i for i in range(model.config.vocab_size) if i in tokenizer.special_ids or i >= len(tokenizer)} - self.ends
         self.never = torch.tensor(sorted(never), dtype=torch.long)
-        self.step = Step(model, self.cache) if compiled and can_compile(norm.device) else None
+        self.step = None
+        if compiled and can_compile(norm.device):
+            with contextlib.suppress(torch._dynamo.exc.BackendCompilerFailed):  # a compiler without Python's headers, for one
+                self.step = Step(model, self.cache)
+        self.cache.length = 0
 
     @torch.inference_mode()
     def forward(self, ids):
@@ -84,13 +89,14 @@ class Step:
         self.rotation = rope(self.places[None], model.config)
         self.before, self.after, self.last = map(torch.compile, (before, after, last))
         unpack = {kind: torch.compile(kind.unpack, dynamic=False) for kind in quantize.KINDS.values()}
-        for module in model.modules():
-            if isinstance(module, quantize.Packed):
-                module.unpack = unpack[type(module)]  # for prompts
         with torch.inference_mode():
-            model(self.places[None, :2], cache=cache)
+            cache.length = 2
             self(self.token)
-        cache.length = 0
+            for module in model.modules():
+                if isinstance(module, quantize.Packed):
+                    module.unpack = unpack[type(module)]  # for prompts
+            cache.length = 0
+            model(self.places[None, :2], cache=cache)
 
     def __call__(self, token):
         """token (1, 1) int64, read after what is in the cache → logits (1, 1, V), which the next call may overwrite."""
