@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV = .venv/bin
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test soak lint peers clean
 
 demo: .venv/run  ## an export becomes someone you can talk to, in four minutes on two CPU cores
 	$(VENV)/python examples/demo.py
@@ -16,6 +16,15 @@ soak: .venv/dev  ## what takes long: 10,000 damaged exports and model files, 45 
 lint: .venv/dev
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
+
+peers: build/peers/done  ## llama.cpp, to compare with: for bench.generate and tests/test_gguf.py; needs a C++ compiler and a quarter of an hour
+
+build/peers/done: requirements-peers.txt
+	$(PYTHON) -m venv build/peers
+	build/peers/bin/pip install --quiet -r requirements-peers.txt
+	build/peers/bin/pip download --quiet --no-deps --no-binary llama-cpp-python --dest build/peers $$(grep ^llama requirements-peers.txt)
+	tar xzf build/peers/llama_cpp_python-*.tar.gz --directory build/peers --strip-components 1
+	touch $@
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -97,7 +97,7 @@ class NF4Linear(Packed):
 
 
 class Int8Linear(Packed):
-    """`weight` (out, in) int8 and `scales` (out,) fp32: a row's largest weight is 127 of its scale."""
+    """`weight` (out, in) int8 and `scales` (out,) fp32: a row's largest weight is 127 times its scale."""
 
     names = ("weight", "scales")
 
@@ -197,8 +197,8 @@ def pack(model, kind="nf4"):
     for module in model.modules():
         if type(module) is not Linear or module is model.lm_head and (kind == "nf4" or model.config.tie_word_embeddings):
             continue
-        coarse = kind == "int4" and module is not model.lm_head and group(module.in_features)
-        packed = Int8Linear if kind == "int4" and not coarse else Int8Linear if module is model.lm_head else KINDS[kind]
+        coarse = module is model.lm_head or kind == "int4" and not group(module.in_features)
+        packed = Int8Linear if coarse else KINDS[kind]
         device = module.weight.device
         del module.weight
         for name, (shape, dtype) in zip(packed.names, packed.plan(module.out_features, module.in_features)):

@@ -1,0 +1,48 @@
+"""llama.cpp reads what we write: its own converter, its own tokenizer, its own arithmetic."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import checkpoint
+
+PEERS = ROOT / "build" / "peers"
+PROMPT = "<|im_start|>Bob\n>>> hello there, how's the 42nd?<|im_end|>\n<|im_start|>Ann\n>>>"
+READ = """
+import json, sys
+from llama_cpp import Llama
+path, text, count = sys.argv[1:]
+model, said = Llama(path, n_ctx=256, n_threads=1, verbose=False), []
+ids = model.tokenize(text.encode(), add_bos=True, special=True)
+for id in model.generate(ids, temp=0.0, top_k=1):
+    said.append(id)
+    if len(said) == int(count):
+        break
+print(json.dumps([ids, said]))
+"""
+
+
+@pytest.mark.skipif(not (PEERS / "done").exists(), reason="llama.cpp is not here: make peers (a quarter of an hour)")
+def test_a_gguf_of_our_folder_has_our_ids_and_goes_on_with_the_same_tokens(base, words, tmp_path):
+    folder, file = tmp_path / "clone", tmp_path / "clone.gguf"
+    folder.mkdir()
+    model = checkpoint.Transformer(checkpoint.with_vocabulary(checkpoint.read_config(base), 32002))
+    checkpoint.fill(model, base)
+    checkpoint.save_model(model, folder, words, torch.float32)
+    (folder / "persona.json").write_text(json.dumps({"me": "Ann", "contacts": [{"name": "Bob"}]}))
+    words.save(folder)
+    converter, env = PEERS / "vendor" / "llama.cpp", {**os.environ, "PYTHONPATH": str(PEERS / "vendor" / "llama.cpp" / "gguf-py")}
+    command = [sys.executable, converter / "convert_hf_to_gguf.py", folder, "--outfile", file, "--outtype", "f32"]
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    done = subprocess.run([PEERS / "bin" / "python", "-c", READ, file, PROMPT, "24"], check=True, capture_output=True, text=True)
+    ids, said = json.loads(done.stdout.splitlines()[-1])
+    assert ids == words.encode(PROMPT)[0]
+    with torch.no_grad():
+        for expected in said:
+            assert int(model(torch.tensor([ids]))[0, -1].argmax()) == expected
+            ids.append(expected)
