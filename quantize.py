@@ -111,12 +111,6 @@ class Int8Linear(Packed):
         scales = weight.abs().amax(1).clamp(min=TINY) / 127
         return (weight / scales[:, None]).round().to(torch.int8), scales
 
-    def forward(self, x):
-        if x.device.type != "cpu" or x.dtype != torch.bfloat16 or x.shape[:-1].numel() > 1 or torch.compiler.is_compiling():
-            return super().forward(x)
-        y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scales.bfloat16())  # where there is no compiler
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
-
     @staticmethod
     def unpack(weight, scales, dtype):
         return weight.to(dtype) * scales[:, None].to(dtype)

@@ -119,18 +119,17 @@ def test_a_folder_in_fewer_bits_says_what_was_packed_at_load_and_carries_all(ada
     refused(command("train.py", "--model", tmp_path / "clone", "--data", ROOT, "--out", tmp_path / "x"))
 
 
-def test_without_a_compiler_int8_takes_torchs_own_product(base, words, monkeypatch):
+def test_a_compiler_that_fails_leaves_the_plain_way(base, words, monkeypatch):
     model = checkpoint.load_model(str(base), torch.bfloat16, words=words, weights="int8")
-    layer, x = model.model.layers[0].mlp.up_proj, torch.randn(1, 1, 64).bfloat16()
-    found = layer(x)
-    assert torch.allclose(found, layer(x.expand(1, 2, -1))[:, :1], atol=0.05, rtol=0.02) and found.dtype == torch.bfloat16
 
     def fails(*_):
-        raise torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("no headers"))
+        raise torch._dynamo.exc.BackendCompilerFailed(fails, RuntimeError("no headers"), None)
 
+    plain = list(generate.Decoder(model, words, 64).generate(list(range(3, 9)), 4, temperature=0))
     monkeypatch.setattr(generate, "Step", fails)
+    monkeypatch.setattr(generate, "can_compile", lambda device: True)
     decoder = generate.Decoder(model, words, 64, compiled=True)
-    assert decoder.step is None and len(list(decoder.generate(list(range(3, 9)), 4, temperature=0))) <= 4
+    assert decoder.step is None and list(decoder.generate(list(range(3, 9)), 4, temperature=0)) == plain
 
 
 # --- a step of one token

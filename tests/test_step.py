@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import checkpoint
 import data
@@ -290,3 +291,13 @@ def test_predicted_memory_falls_with_all_that_saves_memory():
     sharded = 16 * SMALL.num_parameters * 7 / 8  # masters, gradients and two moments in fp32
     assert predicted("full, none", world=8) < predicted("full, none") - 0.8 * sharded
     assert not torch.distributed.is_initialized()
+
+
+def test_the_peak_is_this_process_s_own_not_that_of_who_started_it():
+    import subprocess
+    import sys
+
+    code = "import torch, step; print(step.peak_gib(torch.device('cpu')))"
+    big = f"import subprocess, sys; x = bytearray(2 << 30); x[::4096] = bytes([1]) * (2 << 18); subprocess.run([sys.executable, '-c', {code!r}])"
+    done = subprocess.run([sys.executable, "-c", big], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0.05 < float(done.stdout) < 1.5
