@@ -75,7 +75,8 @@ def main():
     compiled = not options.no_compile and model.config.num_parameters > WORTH_IT
     decoder = generate.Decoder(model, words, size, compiled=compiled)
     if compiled and not decoder.step:
-        print("(not compiled: that needs g++ or clang++ and Python's headers; it answers at half the speed)", file=sys.stderr)
+        why = "that needs g++ or clang++ and Python's headers"
+        print(f"(not compiled: {why}; it answers at half the speed, in int8 and int4 at less)", file=sys.stderr)
     if options.web:
         server.serve(door, decoder, me, you, options)
         return
