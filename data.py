@@ -66,6 +66,10 @@ MARK = re.compile(
     r"<(voice|video|gif|audio|photo|file|poll|list|contact|location|game|sticker|phone|email|card|iban|key|password)>"
 )  # what `exports` writes for media, and for secrets
 TALKS = ("personal_chat", "private_group", "private_supergroup", "public_supergroup", "unknown")  # taken by default
+HEADER = "system"  # who speaks a session's context header, which is never a target
+CONTEXTS = ("who", "when", "since", "before", "facts")  # what may stand in it
+QUOTED = 4  # messages of the session before
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 SHOWN = 16  # turns of the session that is shown at the end
 CONTEXT = 4  # a piece of a long session repeats at most 1 / CONTEXT of a row as context
 
@@ -178,7 +182,7 @@ def why_not(session):
     mine = [i for i, turn in enumerate(session.turns) if turn.me and spoken(turn)]
     if not mine:
         return "sessions in which I say nothing"
-    spoken_to = session.type not in TALKS or not all(turn.me for turn in session.turns[: mine[-1]])
+    spoken_to = session.type not in TALKS or not all(turn.me or turn.author == HEADER for turn in session.turns[: mine[-1]])
     return "" if spoken_to else "sessions in which nobody speaks before me"
 
 
@@ -190,6 +194,35 @@ def unique_name(shown, taken):
         name, number = f"{plain} ({number})", number + 1
     taken.add(name.casefold())
     return name
+
+
+def header(kinds, session, before=None, facts=""):
+    """What I know when a session begins → its first turn, nobody's words; None where there is nothing to say.
+
+    `kinds`: some of CONTEXTS. `before`: the Session before it in the same chat. `facts`: lines. Each message quoted is cut at 200 characters.
+    """
+    lines, now = [], datetime.datetime.fromisoformat(session.start)
+    if "facts" in kinds:
+        lines += [line for line in facts.splitlines() if line.strip()]
+    if "who" in kinds:
+        friend = next((turn.author for turn in session.turns if not turn.me), session.chat)
+        lines.append(f"talking to {friend}" if session.type == "personal_chat" else f"in the group {session.chat}")
+    if "when" in kinds:
+        lines.append(f"{DAYS[now.weekday()]}, {now.hour} o'clock")
+    if "since" in kinds and before:
+        lines.append(f"the last talk was {ago(now - datetime.datetime.fromisoformat(before.turns[-1].at))}")
+    if "before" in kinds and before:
+        ended = [f"{turn.author}: {text:.200}" for turn in before.turns[-QUOTED:] for text in turn.messages]
+        lines += ["it ended:", *ended[-QUOTED:]]
+    return Turn(HEADER, False, session.start, lines) if lines else None
+
+
+def ago(time):
+    """A timedelta → "3 days ago", rounded down; a clock that was set back is now."""
+    minutes = max(0, int(time.total_seconds() // 60))
+    units = (("year", 525600), ("month", 43800), ("week", 10080), ("day", 1440), ("hour", 60), ("minute", 1))
+    name, size = next((unit for unit in units if minutes >= unit[1]), units[-1])
+    return f"{minutes // size} {name}{'' if minutes // size == 1 else 's'} ago"
 
 
 # --- sessions → text
@@ -210,7 +243,7 @@ def render(turns, loss_on="me", first=(0, 0), closed=True, specials=SPECIALS):
     for number, turn in enumerate(turns):
         text += f"{IM_START}{safe(turn.author, specials)}"
         trained = [
-            (turn.me or loss_on == "everyone") and (number, i) >= first and not MARK.fullmatch(message)
+            (turn.me or loss_on == "everyone" and turn.author != HEADER) and (number, i) >= first and not MARK.fullmatch(message)
             for i, message in enumerate(turn.messages)
         ]
         for message, target in zip(turn.messages, trained):
@@ -267,7 +300,7 @@ def split(session, tokenizer, seq_len, loss_on="me", number=0):
     A long session is cut on turn borders, a long turn on message borders, a long message on tokens; each piece begins with what
     preceded it, without targets, up to a quarter of the row.
     """
-    taught = [i for i, turn in enumerate(session.turns) if (turn.me or loss_on == "everyone") and spoken(turn)]
+    taught = [i for i, turn in enumerate(session.turns) if (turn.me or loss_on == "everyone" and turn.author != HEADER) and spoken(turn)]
     if not taught:
         return
     turns = session.turns[: taught[-1] + 1]
@@ -449,6 +482,7 @@ class Config:
     exclude: tuple[str, ...] = flag((), "leave this chat out, by name, id or kind (repeatable)")
     forget: tuple[str, ...] = flag((), "leave this person out everywhere, by name or id (repeatable); without an export: out of --out")
     keep_secrets: bool = flag(False, "leave phone numbers, cards, keys and passwords as they were written")
+    context: str = flag("", "open each session with what I knew then: some of who,when,since,before,facts (OUT/facts.md, yours to write)")
     tokenizer: str | None = flag(None, "a model folder: count tokens and rows in the report")
     seq_len: int = flag(1024, "tokens a row, for that count")
     dry_run: bool = flag(False, "report only, write nothing")
@@ -507,6 +541,7 @@ def check(options):
         raise UserError(f"--val {options.val:g}", "It is a share of the sessions: from 0 to 0.2.")
     if not 0 < options.gap_minutes < 1e6:
         raise UserError(f"--gap-minutes {options.gap_minutes:g}", "Give a number of minutes, such as 10.")
+    contexts(options.context)
     if options.seq_len < 16:
         raise UserError(f"--seq-len {options.seq_len} is too short for a message", "Give 16 or more; training's default is 1024.")
     if not options.dry_run:
@@ -639,7 +674,9 @@ def gather(joined, me, forgotten, bots, chats_left_out, options, spool):
     """
     census = doctor.Census()
     census.left_out["chats"].update(chats_left_out.values())
-    taken = {"system"}
+    taken = {HEADER}
+    kinds, facts = contexts(options.context), Path(options.out) / "facts.md"
+    facts = facts.read_text(encoding="utf-8") if "facts" in kinds and facts.is_file() else ""
     my_name = unique_name(next((joined.people[i] for i in me if joined.people.get(i)), "Me"), taken)
     names = dict.fromkeys(me, my_name)
     index, count = array("q"), sum(wrote.total() for wrote in joined.wrote.values())
@@ -648,16 +685,21 @@ def gather(joined, me, forgotten, bots, chats_left_out, options, spool):
             if chat.type == "personal_chat" and chat.key in forgotten:
                 census.left_out["chats"]["of people to forget"] += 1
                 continue
-            own = kept(messages, options, forgotten, bots, census.left_out["messages"])
+            own, before = kept(messages, options, forgotten, bots, census.left_out["messages"]), None
             for session in sessions(own, chat, me, options.gap_minutes * 60):
                 why = why_not(session)
                 bar.update(census.add(session, why))
-                if why:
+                if why and not kinds:
                     continue
                 for turn in session.turns:
                     if turn.author not in names:
                         names[turn.author] = unique_name(joined.people.get(turn.author), taken)
                     turn.author = names[turn.author]
+                known, before = before, session
+                if why:
+                    continue
+                if opening := header(kinds, session, known, facts):
+                    session = dataclasses.replace(session, turns=[opening, *session.turns])
                 written = session.to_json().encode() + b"\n"
                 start = int("0" + re.sub(r"\D", "", session.start)[:14])
                 trained = sum(len(spoken(turn)) for turn in session.turns if turn.me)
@@ -667,7 +709,16 @@ def gather(joined, me, forgotten, bots, chats_left_out, options, spool):
     spool.flush()
     index = np.array(index, dtype=np.int64).reshape(-1, 4)
     contacts = [{"name": names[i], "messages": n} for i, n in census.contacts()]
-    return index[np.argsort(index[:, 0], kind="stable")], {"me": my_name, "contacts": contacts}, census.report()
+    persona = {"me": my_name, "contacts": contacts} | ({"context": kinds} if kinds else {})
+    return index[np.argsort(index[:, 0], kind="stable")], persona, census.report()
+
+
+def contexts(said):
+    """--context → some of CONTEXTS."""
+    kinds = [kind.strip() for kind in said.split(",") if kind.strip()]
+    if unknown := {*kinds} - {*CONTEXTS}:
+        raise UserError(f"--context {said}: {', '.join(sorted(unknown))} is unknown", f"Known: {','.join(CONTEXTS)}")
+    return kinds
 
 
 def check_enough(options, index, report):
@@ -768,7 +819,7 @@ def forget(folder, names, dry_run):
         parts[part] = []
         for talk in load_sessions(folder / f"{part}.jsonl"):
             before += sum(len(turn.messages) for turn in talk.turns)
-            if any(turn.author in gone for turn in talk.turns):
+            if any(turn.author in gone or turn.author == HEADER for turn in talk.turns):
                 talk.turns = without(talk.turns, gone)
                 if talk.type == "personal_chat" or why_not(talk):
                     continue
@@ -792,7 +843,10 @@ def without(turns, gone):
     """Turns but for those of people to forget; what one author wrote before and behind them becomes one turn."""
     left = []
     for turn in turns:
-        if turn.author not in gone:
+        if turn.author == HEADER:
+            said = [text for text in turn.messages if not text.startswith(tuple(f"{name}: " for name in gone))]
+            left += [dataclasses.replace(turn, messages=said)] if said else []
+        elif turn.author not in gone:
             if left and left[-1].author == turn.author:
                 left[-1].messages += turn.messages
             else:

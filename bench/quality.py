@@ -1,10 +1,14 @@
 """What fine-tuning gains on held-out chat: bits per character on the owner's own words, with intervals.
 
     python -m bench.quality EXPORT BASE --run "lora --lora --lr 5e-4" --run "full --lr 1e-4" --peft 5e-4
+    python -m bench.quality EXPORT BASE --run "plain --lora" --run "who --lora --context who"
+    python -m bench.quality EXPORT BASE --run "old --lora --until 2008-12-31" --run "later --lora --init {old}"
 
 Splits EXPORT (the latest sessions are held out), evaluates BASE, trains each --run by train.py and each --peft learning rate by
 transformers + PEFT on the very same rows, steps and schedule, and prints for each: bits per character, its difference from the base
-and from the first run, with 95% intervals by a bootstrap over sessions. The last line is JSON. Every run keeps its best evaluation, chosen
+and from the first run, with 95% intervals by a bootstrap over sessions. A run's --context, --since and --until go to data.py: it is
+trained on such data, and measured on the same held-out turns, with its --context before them. {name}: the folder of a run before it.
+The last line is JSON. Every run keeps its best evaluation, chosen
 on the same held-out sessions: the gains of all are flattered alike.
 """
 
@@ -43,50 +47,49 @@ def main():
     options = parser.parse_args()
     ranks = step.Ranks(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "data"
-        subprocess.run(
-            [sys.executable, ROOT / "data.py", options.export, "--out", folder, "--val", options.val], check=True, stdout=subprocess.DEVNULL
-        )
-        if options.messages:
-            keep_latest(folder / "train.jsonl", options.messages)
-        words = tokenizers.load(options.base)
-        held_out = data.rows(folder / "val.jsonl", words, 1024)
+        scratch, words = Path(scratch), tokenizers.load(options.base)
 
-        def measure(path):
+        def made(**flags):
+            """The folder that data.py makes with such flags."""
+            given = [part for name, value in flags.items() if value for part in (f"--{name}", value)]
+            folder = scratch / ("data" + "".join(given))
+            if not folder.exists():
+                command = [sys.executable, ROOT / "data.py", options.export, "--out", folder, "--val", options.val, *given]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+                if options.messages:
+                    keep_latest(folder / "train.jsonl", options.messages)
+            return folder
+
+        def measure(path, context):
+            held_out = data.rows(made(context=context) / "val.jsonl", words, 1024)
             return step.evaluate(checkpoint.load_model(str(path), torch.float32, words=words), held_out, ranks, 2)
 
-        results, seconds = {"base": measure(options.base)}, {"base": 0.0}
+        results, seconds = {"base": measure(options.base, None)}, {"base": 0.0}
         report("base", results, seconds)
+        of_data = argparse.ArgumentParser()
+        for name in ("context", "since", "until"):
+            of_data.add_argument(f"--{name}")
         for run in options.run:
             name, *flags = shlex.split(run)
-            began = time.time()
-            out = Path(scratch) / name
-            command = [
-                sys.executable,
-                ROOT / "train.py",
-                "--model",
-                options.base,
-                "--data",
-                folder,
-                "--out",
-                out,
-                "--samples",
-                "0",
-                "--device",
-                "cpu",
-                "--epochs",
-                options.epochs,
-            ]
-            done = subprocess.run([*map(str, command), *flags], capture_output=True, text=True)
+            chosen, flags = of_data.parse_known_args(flags)
+            began, out = time.time(), scratch / name
+            command = f"train.py --model {options.base} --data {made(**vars(chosen))} --out {out} --samples 0 --device cpu --keep 0"
+            flags = [flag.format(**{other: scratch / other for other in results}) for flag in flags]
+            epochs = [] if {"--epochs", "--max-steps"} & {*flags} else ["--epochs", options.epochs]
+            done = subprocess.run([sys.executable, *command.split(), *epochs, *flags], cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr[-2000:])
             seconds[name] = time.time() - began
-            results[name] = measure(out)
+            if chosen.context:
+                results[f"base, {chosen.context}"] = measure(options.base, chosen.context)
+                report(f"base, {chosen.context}", results, seconds | {f"base, {chosen.context}": 0.0})
+            results[name] = measure(out, chosen.context)
             last = json.loads((out / "run.json").read_text())["result"]
             report(name, results, seconds, f"best at epoch {last['epoch']:.2f} of {last['steps']} steps")
         for lr in options.peft:
             name, began = f"peft {lr:g}", time.time()
-            results[name], when = peft(options.base, folder, words, held_out, lr, float(options.epochs))
+            held_out = data.rows(made() / "val.jsonl", words, 1024)
+            results[name], when = peft(options.base, made(), words, held_out, lr, float(options.epochs))
             seconds[name] = time.time() - began
             report(name, results, seconds, when)
         print(json.dumps({name: round(r.metrics["val_bits_per_char"], 4) for name, r in results.items()}))
