@@ -11,6 +11,7 @@ import checkpoint
 import config
 import data
 import generate
+import memory
 import plan
 import tokenizer as tokenizers
 from config import UserError, flag
@@ -31,6 +32,7 @@ class Config:
     top_p: float = flag(0.95, "draw only from the likeliest tokens that make up so much")
     max_tokens: int = flag(256, "longest answer, in tokens")
     history: str | None = flag(None, "keep the conversation in this file, and go on with what it holds")
+    memory: str | None = flag(None, "put old exchanges like what was just said into its prompt: from this folder of data.py")
     context: int = flag(2048, "tokens it remembers, at most what the model was made for")
     weights: str | None = flag(
         None,
@@ -63,7 +65,10 @@ def main():
         raise UserError("-p is empty", "Say something, or leave it out to talk.")
     if options.prompt is not None and options.web:
         raise UserError("-p is answered here, --web elsewhere", "Leave one of them out.")
+    if options.memory and options.web and options.host != "127.0.0.1":
+        raise UserError("--memory quotes my chats with everyone to whoever asks, --host lets others ask", "Leave one of them out.")
     me, you = who(folder, options)
+    opening = memory.Opening(folder, options.memory, remembers)
     if options.web:
         import server
 
@@ -74,6 +79,7 @@ def main():
     size = min(options.context, model.config.max_position_embeddings)
     compiled = not options.no_compile and model.config.num_parameters > WORTH_IT
     decoder = generate.Decoder(model, words, size, compiled=compiled)
+    decoder.opening = opening
     if compiled and not decoder.step:
         why = "that needs g++ or clang++ and Python's headers"
         print(f"(not compiled: {why}; it answers at half the speed, in int8 and int4 at less)", file=sys.stderr)
@@ -96,6 +102,12 @@ def main():
         print("\n".join(said.messages))
         return
     Talk(me, you, answer, options.history and Path(options.history)).run()
+
+
+def remembers(day, asked, mine):
+    """Show an old exchange that is in its prompt now."""
+    said = "\n".join(f"  ({day}  {turn.author}: {' / '.join(turn.messages):.200})" for turn in (asked, mine))
+    print(data.plain(said), file=sys.stderr)
 
 
 def who(folder, options):

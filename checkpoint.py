@@ -26,7 +26,7 @@ from model import ModelConfig, Transformer
 FILE_BYTES = 4 << 30  # a saved model is split into files of at most this size
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 SETTINGS = ("config.json", "params.json", "generation_config.json", "model.safetensors.index.json")
-COMPANIONS = ("persona.json", "run.json", "metrics.jsonl")
+COMPANIONS = ("persona.json", "facts.md", "run.json", "metrics.jsonl")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tekken.json"),
     *("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),

@@ -49,11 +49,11 @@ from tokenizer import IM_END, IM_START
 from tokenizer import load as load_tokenizer
 
 OURS = (  # what data.py, train.py, evaluate.py and lora.py merge write, for --wipe
-    "train.jsonl", "val.jsonl", "persona.json", "report.json", "report.html", "blind-test.html", "cache/train-*", "cache/val-*", "cache",
-    "run.json", "metrics.jsonl", "loss.png", "resume/*.safetensors", "resume/*.json", "resume", "adapter_config.json",
-    "adapter_model.safetensors", "config.json", "generation_config.json", "model.safetensors", "model-*.safetensors",
-    "model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "Modelfile", "special_tokens_map.json",
-    "new-*.safetensors", "*.json.new", "*.jsonl.new",
+    "train.jsonl", "val.jsonl", "persona.json", "canaries.json", "report.json", "report.html", "blind-test.html", "cache/train-*",
+    "cache/val-*", "cache", "run.json", "metrics.jsonl", "loss.png", "resume/*.safetensors", "resume/*.json", "resume",
+    "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model.safetensors",
+    "model-*.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "Modelfile",
+    "special_tokens_map.json", "new-*.safetensors", "*.json.new", "*.jsonl.new",
 )  # fmt: skip
 AFTER_FORGETTING = (
     "Others may still name them in their own words. A model that was trained on them must be trained anew, "
@@ -199,7 +199,8 @@ def unique_name(shown, taken):
 def header(kinds, session, before=None, facts=""):
     """What I know when a session begins → its first turn, nobody's words; None where there is nothing to say.
 
-    `kinds`: some of CONTEXTS. `before`: the Session before it in the same chat. `facts`: lines. Each message quoted is cut at 200 characters.
+    `kinds`: some of CONTEXTS. `before`: the Session before it in the same chat, of which messages are quoted up to 200 characters.
+    `facts`: lines.
     """
     lines, now = [], datetime.datetime.fromisoformat(session.start)
     if "facts" in kinds:
@@ -215,6 +216,11 @@ def header(kinds, session, before=None, facts=""):
         ended = [f"{turn.author}: {text:.200}" for turn in before.turns[-QUOTED:] for text in turn.messages]
         lines += ["it ended:", *ended[-QUOTED:]]
     return Turn(HEADER, False, session.start, lines) if lines else None
+
+
+def bare(session):
+    """A session without its header."""
+    return dataclasses.replace(session, turns=[turn for turn in session.turns if turn.author != HEADER])
 
 
 def ago(time):
@@ -420,12 +426,23 @@ def load_sessions(path):
     return found
 
 
-def rows(path, tokenizer, seq_len, loss_on="me"):
-    """The packed rows of a data/*.jsonl, made once and cached beside it by content. → list of Row, left on disk until they are read."""
+def lighter(session, number, weight, most=2):
+    """A session in which a turn of mine of `most` words in all is taught with probability `weight`: drawn once, the same in every epoch."""
+    draw = random.Random(number)
+    light = [turn.me and len(" ".join(turn.messages).split()) <= most and draw.random() >= weight for turn in session.turns]
+    turns = [dataclasses.replace(turn, me=False) if left_out else turn for turn, left_out in zip(session.turns, light)]
+    return dataclasses.replace(session, turns=turns)
+
+
+def rows(path, tokenizer, seq_len, loss_on="me", short_weight=1.0):
+    """The packed rows of a data/*.jsonl, made once and cached beside it by content. → list of Row, left on disk until they are read.
+
+    `short_weight`: as in `lighter`.
+    """
     path = Path(path)
     if not path.exists():
         load_sessions(path)
-    key = hashlib.sha256(f"{seq_len} {loss_on} {tokenizer.bos} {tokenizer.engine.to_str()} ".encode())
+    key = hashlib.sha256(f"{seq_len} {loss_on} {short_weight} {tokenizer.bos} {tokenizer.engine.to_str()} ".encode())
     key.update(path.read_bytes() + Path(__file__).read_bytes())
     cache = path.parent / "cache" / f"{path.stem}-{key.hexdigest()[:16]}.safetensors"
     names = [field.name for field in dataclasses.fields(Row)]
@@ -433,7 +450,7 @@ def rows(path, tokenizer, seq_len, loss_on="me"):
         samples = [
             sample
             for number, talk in enumerate(tqdm(load_sessions(path), f"tokenising {path.name}", leave=False, disable=None))
-            for sample in split(talk, tokenizer, seq_len, loss_on, number)
+            for sample in split(lighter(talk, number, short_weight), tokenizer, seq_len, loss_on, number)
         ]
         packed = pack(samples, seq_len)
         if not packed:
@@ -481,6 +498,7 @@ class Config:
     include: tuple[str, ...] = flag((), "take this chat too, by name, id or kind: a bot, a channel, Saved Messages (repeatable)")
     exclude: tuple[str, ...] = flag((), "leave this chat out, by name, id or kind (repeatable)")
     forget: tuple[str, ...] = flag((), "leave this person out everywhere, by name or id (repeatable); without an export: out of --out")
+    canaries: int = flag(0, "hide so many invented numbers among my messages: evaluate.py tells whether the clone gives them away")
     keep_secrets: bool = flag(False, "leave phone numbers, cards, keys and passwords as they were written")
     context: str = flag("", "open each session with what I knew then: some of who,when,since,before,facts (OUT/facts.md, yours to write)")
     tokenizer: str | None = flag(None, "a model folder: count tokens and rows in the report")
@@ -517,7 +535,8 @@ def main():
         parts = {"train": index[:-held_out], "val": index[-held_out:]}
         report["sessions_kept"] = {part: len(places) for part, places in parts.items()}
         report["trained_messages"] = int(parts["train"][:, 3].sum())
-        write(parts, spool, persona, report, options, words, near)
+        planted = plant(options.canaries, len(parts["train"]))
+        write(parts, spool, persona, report, options, words, near, planted)
         show(Session.from_json(line(spool, parts["train"][-1])))
     doctor.show(report, options)
     if options.forget:
@@ -542,6 +561,8 @@ def check(options):
     if not 0 < options.gap_minutes < 1e6:
         raise UserError(f"--gap-minutes {options.gap_minutes:g}", "Give a number of minutes, such as 10.")
     contexts(options.context)
+    if not 0 <= options.canaries <= 1000:
+        raise UserError(f"--canaries {options.canaries}", "Give a number from 0 to 1000; 8 is enough.")
     if options.seq_len < 16:
         raise UserError(f"--seq-len {options.seq_len} is too short for a message", "Give 16 or more; training's default is 1024.")
     if not options.dry_run:
@@ -747,13 +768,35 @@ def line(spool, place):
     return os.pread(spool.fileno(), length, offset)
 
 
-def write(parts, spool, persona, report, options, words, near):
+def plant(count, among):
+    """Invented numbers, said 1, 2, 4, 8, 1, … times → [{"before", "secret", "copies", "lines": of train.jsonl}]. arXiv 1802.08232"""
+    draw, found = random.Random(0), []
+    for i in range(count):
+        copies = min(2 ** (i % 4), among)
+        secret = f"{draw.randrange(10**8):08}"
+        lines = draw.sample(range(among), copies)
+        found.append({"before": f"locker {i + 1} opens with ", "secret": secret, "copies": copies, "lines": lines})
+    return found
+
+
+def with_canaries(written, number, planted):
+    """A line of train.jsonl with what is planted in it: messages at the end of my last turn."""
+    texts = [canary["before"] + canary["secret"] for canary in planted if number in canary["lines"]]
+    if not texts:
+        return written
+    session = Session.from_json(written)
+    next(turn for turn in reversed(session.turns) if turn.me).messages += texts
+    return session.to_json().encode() + b"\n"
+
+
+def write(parts, spool, persona, report, options, words, near, planted):
     """Write data/: all of it beside, in `near`, then renamed. With --dry-run only `report` is filled in."""
     out, parts = Path(options.out), {part: parts[part] for part in parts if not options.dry_run or (part == "train" and words)}
     with tempfile.TemporaryDirectory(prefix="new-", dir=near) as beside:
         for part, places in parts.items():
             with open(Path(beside) / f"{part}.jsonl", "wb") as file:
-                file.writelines(line(spool, place) for place in places)
+                hidden = planted if part == "train" else []
+                file.writelines(with_canaries(line(spool, place), number, hidden) for number, place in enumerate(places))
         report["tokens"] = count_tokens(Path(beside) / "train.jsonl", words, options.seq_len) if words else None
         report["verdict"] = doctor.verdict(report)
         if options.dry_run:
@@ -765,6 +808,9 @@ def write(parts, spool, persona, report, options, words, near):
             (Path(beside) / f"{part}.jsonl").replace(out / f"{part}.jsonl")
         config.write_json(out / "persona.json", persona)
         config.write_json(out / "report.json", report)
+        (out / "canaries.json").unlink(missing_ok=True)
+        if planted:
+            config.write_json(out / "canaries.json", {"canaries": planted})
 
 
 def validation_size(count, share):

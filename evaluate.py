@@ -23,6 +23,7 @@ import checkpoint
 import config
 import data
 import generate
+import memory
 import plan
 import step
 import tokenizer as tokenizers
@@ -34,6 +35,7 @@ CHOICES = 10  # the real reply among so many
 FEW = 5  # sessions, below which nothing is said
 DRAWS = 1000  # of the bootstrap
 LONGEST = 64  # tokens of a generated reply
+RELEARNT = 50  # draws of sessions from which what tells replies apart is learnt anew
 RUN = 5  # words in a row that count as copied
 RANDOM = 99  # strings beside a secret
 BLAND = """
@@ -81,7 +83,7 @@ class Moment:
 class Voice:
     """What a model made of M moments. `nats`: (M, 10), of my reply and nine others; `alone`: the same without what came before;
     `replies`: messages; `tokens`: (M,), prompt and answer. `held_out`: its Evaluation on all of val.jsonl, None for a baseline;
-    `secrets`: (K, 100), as in `exposure`."""
+    `secrets`, `canaries`: (K, 100), as in `exposure`."""
 
     nats: np.ndarray
     alone: np.ndarray
@@ -89,15 +91,17 @@ class Voice:
     tokens: np.ndarray
     held_out: step.Evaluation | None
     secrets: np.ndarray
+    canaries: np.ndarray
 
 
 def main():
     options = config.parse(Config)
     folders = check(options)
-    talks, past = (data.load_sessions(Path(options.data) / f"{part}.jsonl") for part in ("val", "train"))
+    headed, past = (data.load_sessions(Path(options.data) / f"{part}.jsonl") for part in ("val", "train"))
+    talks, past = ([data.bare(talk) for talk in some] for some in (headed, past))
     if options.blind_test:
-        return blind_test(folders[0], talks, past, options)
-    found = moments(talks)
+        return blind_test(folders[0], headed, past, options)
+    found = moments(headed)
     if not found:
         raise UserError(f"{options.data}/val.jsonl holds no turn of mine that answers somebody", "Make it anew with data.py.")
     some = sample(found, options.replies, options.seed)
@@ -106,7 +110,7 @@ def main():
     voices = {}
     for name, folder in [*names.items(), ("base", base_of(folders[0], options))]:
         if folder:
-            voices |= voices_of(name, folder, folders[0], talks, past, some, choices, options)
+            voices |= voices_of(name, folder, folders[0], headed, past, some, choices, options)
     report = measure(voices, talks, past, some, choices, options)
     report["runs"] = {name: curve(folder) for name, folder in names.items()}
     if options.baselines:
@@ -155,13 +159,13 @@ def moments(talks):
         Moment(number, talk.turns[:i], turn.author, data.spoken(turn))
         for number, talk in enumerate(talks)
         for i, turn in enumerate(talk.turns)
-        if i and turn.me and data.spoken(turn)
+        if turn.me and i and talk.turns[i - 1].author != data.HEADER and data.spoken(turn)
     ]
 
 
 def contact(talk):
     """Whom I talk with: a chat's name, or in a chat of two theirs, which no one else has."""
-    return next((turn.author for turn in talk.turns if not turn.me), talk.chat) if talk.type == "personal_chat" else talk.chat
+    return next((turn.author for turn in data.bare(talk).turns if not turn.me), talk.chat) if talk.type == "personal_chat" else talk.chat
 
 
 def sample(items, count, seed):
@@ -202,7 +206,11 @@ def voices_of(name, folder, ckpt, talks, past, some, choices, options):
     alone = dict.fromkeys(tuple(reply) for replies in choices for reply in replies)
     if alone:
         alone = dict(zip(alone, likelihoods(model, words, [], [*map(list, alone)], some[0].author, size)))
-    secrets = [likelihoods(model, words, before, replies, me, size) for before, me, replies in secrets_of(past, options.seed)]
+    hidden = [canary["secret"] for canary in canaries_of(options)]
+    secrets, canaries = (
+        np.array([likelihoods(model, words, before, replies, me, size) for before, me, replies in some])
+        for some in secrets_of(past, hidden, options.seed)
+    )
     found = {}
     for way, before in ways.items():
         decoder, nats, replies, tokens = generate.Decoder(model, words, size), [], [], []
@@ -213,7 +221,7 @@ def voices_of(name, folder, ckpt, talks, past, some, choices, options):
             replies.append(spoken)
             tokens.append(len(answer.prompt) + len(answer.ids))
         without = np.array([[alone[tuple(reply)] for reply in ten] for ten in choices])
-        found[way] = Voice(np.array(nats), without, replies, np.array(tokens), held_out if way == name else None, np.array(secrets))
+        found[way] = Voice(np.array(nats), without, replies, np.array(tokens), held_out if way == name else None, secrets, canaries)
     return found
 
 
@@ -288,39 +296,40 @@ def rank(voice, sessions):
 def told_apart(ours, theirs, seed):
     """How well a program that reads 3 to 5 letters at a time tells two lists of (session, text) apart → a number, the AUC.
 
-    It learns on some sessions and is asked about others. The interval is of the sessions asked about, not of those learnt from.
+    It learns on some sessions and is asked about others. The interval (1.96 deviations) is of both: each draw of sessions learns anew.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold
-    from sklearn.pipeline import make_pipeline
 
     if min(len(ours), len(theirs)) < 30 or min(len({s for s, _ in x}) for x in (ours, theirs)) < FEW:
         return {"value": None, "why": f"too little: {min(len(ours), len(theirs))} replies of a kind, 30 of {FEW} sessions are needed"}
     sessions, texts = (np.array(x) for x in zip(*ours, *theirs))
-    mine = np.arange(len(texts)) < len(ours)
+    mine, kinds = np.arange(len(texts)) < len(ours), np.unique(sessions)
     texts, parts = np.array([f"\n{text}\n" for text in texts]), []
     for learn, ask in StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(texts, mine, sessions):
-        reader = make_pipeline(
-            TfidfVectorizer(analyzer="char", ngram_range=(3, 5), lowercase=False, sublinear_tf=True), LogisticRegression(C=10)
-        )
-        scores = reader.fit(texts[learn], mine[learn]).decision_function(texts[ask])
-        a, b = scores[mine[ask]], scores[~mine[ask]]
-        wins = (a[:, None] > b) + 0.5 * (a[:, None] == b)
-        parts.append((wins, sessions[ask][mine[ask]], sessions[ask][~mine[ask]]))
+        letters = TfidfVectorizer(analyzer="char", ngram_range=(3, 5), lowercase=False, sublinear_tf=True)
+        parts.append((letters.fit_transform(texts[learn]), letters.transform(texts[ask]), learn, ask))
 
-    def auc(weight):
-        won = sum(weight[s] @ wins @ weight[t] for wins, s, t in parts)
-        return won / max(1, sum(weight[s].sum() * weight[t].sum() for _, s, t in parts))
+    def auc(times):
+        """`times`: how often each session counts, by its number."""
+        won = total = 0
+        for known, asked, learn, ask in parts:
+            counts, a, b = times[sessions[learn]], mine[ask], ~mine[ask]
+            if not counts[mine[learn]].any() or not counts[~mine[learn]].any():
+                continue
+            scores = LogisticRegression(C=10).fit(known, mine[learn], counts).decision_function(asked)
+            wins = (scores[a][:, None] > scores[b]) + 0.5 * (scores[a][:, None] == scores[b])
+            won += times[sessions[ask][a]] @ wins @ times[sessions[ask][b]]
+            total += times[sessions[ask][a]].sum() * times[sessions[ask][b]].sum()
+        return won / total if total else np.nan
 
-    kinds = np.unique(sessions)
-    draw, weight = np.random.default_rng(seed), np.zeros(kinds.max() + 1)
-    drawn = []
-    for _ in range(DRAWS // 4):
-        weight[kinds] = np.bincount(draw.integers(0, len(kinds), len(kinds)), minlength=len(kinds))
-        drawn.append(auc(weight))
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return {"value": auc(np.ones(len(weight))), "low": low, "high": high, "n": len(kinds)}
+    draw, times, drawn = np.random.default_rng(seed), np.zeros(kinds.max() + 1), []
+    for _ in range(RELEARNT):
+        times[kinds] = np.bincount(draw.integers(0, len(kinds), len(kinds)), minlength=len(kinds))
+        drawn.append(auc(times))
+    value, wide = auc(np.ones(len(times))), 1.96 * np.nanstd(drawn)
+    return {"value": value, "low": max(0, value - wide), "high": min(1, value + wide), "n": len(kinds)}
 
 
 def rounded(value):
@@ -436,21 +445,31 @@ def copied(reply, known):
     return len(inside), len(words)
 
 
-def secrets_of(past, seed, most=20):
-    """Strings in my own turns that look secret → [(turns before, author, messages up to it with it, then with each of 99 random ones)]."""
+def secrets_of(past, canaries, seed, most=20):
+    """Strings in my own turns that look secret, and those of `canaries`; each as (turns before, author, messages up to it with it, then
+    with each of 99 random ones like it). → (strings, canaries)"""
     found, draw = {}, np.random.default_rng(seed)
-    kinds = ("0123456789", "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
     for talk in past:
         for i, turn in enumerate(talk.turns):
             for m, message in enumerate(turn.messages if turn.me else []):
                 for hit in SECRET.finditer(message):
                     found.setdefault(hit[0], (talk.turns[:i], turn.author, turn.messages[:m], message[: hit.start()]))
-    chosen = []
-    for secret in sample(sorted(found), most, seed):
-        before, author, messages, text = found[secret]
-        like = ["".join(next((k[draw.integers(len(k))] for k in kinds if c in k), c) for c in secret) for _ in range(RANDOM)]
-        chosen.append((before, author, [[*messages, text + one] for one in (secret, *like)]))
-    return chosen
+
+    def like(secret):
+        kinds = ("0123456789", "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+        return "".join(next((k[draw.integers(len(k))] for k in kinds if c in k), c) for c in secret)
+
+    def among(secrets):
+        for secret in secrets:
+            before, author, messages, text = found[secret]
+            yield before, author, [[*messages, text + one] for one in (secret, *(like(secret) for _ in range(RANDOM)))]
+
+    return [*among(sample(sorted({*found} - {*canaries}), most, seed))], [*among(c for c in canaries if c in found)]
+
+
+def canaries_of(options):
+    """What `data.py --canaries` planted."""
+    return config.read_json(Path(options.data) / "canaries.json", {}).get("canaries", [])
 
 
 # --- the report
@@ -495,6 +514,10 @@ def measure(voices, talks, past, some, choices, options):
         a["flagged"] = a["value"] is not None and b["value"] is not None and bool(a["low"] > b["high"])
         a["examples"] = [" / ".join(r) for r, (n, _) in sorted(zip(replies[name], counts[name]), key=lambda x: -x[1][0]) if n >= RUN][:5]
     report["memorised"] = {name: exposure(voice.secrets) for name, voice in plain.items()}
+    copies = np.array([canary["copies"] for canary in canaries_of(options)])
+    report["canaries"] = [
+        {"copies": int(n), **{name: exposure(voice.canaries[copies == n]) for name, voice in plain.items()}} for n in np.unique(copies)
+    ]
     texts = [m for talk in past for turn in talk.turns for m in turn.messages]
     report["memorised"]["marks"] = sum(len(re.findall("<(?:phone|email|card|iban|key|password)>", text)) for text in texts)
     report["memorised"]["left"] = sum(redact(text, collections.Counter()) != text for text in texts)
@@ -597,19 +620,12 @@ def fill(template, value):
 
 def prompts(name, past, facts, words, size):
     """{name of a way: Moment → the turns in its prompt}: what else a prompt may hold of me. The clone gets similar exchanges alone."""
-    import bm25s
-
-    asked = [talk.turns[i - 1 : i + 1] for talk in past for i, turn in enumerate(talk.turns) if i and turn.me]
-    cut = lambda texts: bm25s.tokenize(texts, stopwords=[], show_progress=False)  # noqa: E731
-    index = bm25s.BM25()
-    index.index(cut([" ".join(pair[0].messages) for pair in asked]), show_progress=False)
+    exchanges = memory.Exchanges(past)
     cost = lambda turns: len(words.encode(data.render(turns, specials=words.specials).text)[0])  # noqa: E731
     costs = [cost(talk.turns) for talk in past]
 
     def similar(moment):
-        query, count = " ".join(moment.before[-1].messages), min(8, len(asked))
-        best = index.retrieve(cut([query]), k=count, show_progress=False)[0][0]
-        return [turn for i in best[::-1] for turn in asked[i]] + moment.before
+        return [turn for _, *pair in exchanges.similar(moment.before) for turn in pair] + moment.before
 
     def messages(moment):
         """The latest sessions first, those with who asks before others, as many as fit."""
@@ -623,10 +639,12 @@ def prompts(name, past, facts, words, size):
     ways = {f"{name} + similar exchanges": similar}
     if name == "base":
         ways[f"{name} + past messages"] = messages
-        if facts.is_file():
-            about = [data.Turn("system", False, "", [facts.read_text(encoding="utf-8").strip()])]
-            ways[f"{name} + {facts.name}"] = lambda moment: about + moment.before
-            ways[f"{name} + {facts.name} + similar exchanges"] = lambda moment: about + similar(moment)
+        known = {facts.name: facts.read_text(encoding="utf-8").splitlines()} if facts.is_file() else {}
+        for what, lines in (known | {"facts extracted": memory.statements(past)}).items():
+            about = [data.Turn(data.HEADER, False, "", [line for line in lines if line.strip()])]
+            if about[0].messages:
+                ways[f"{name} + {what}"] = lambda moment, about=about: about + moment.before
+                ways[f"{name} + {what} + similar exchanges"] = lambda moment, about=about: about + similar(moment)
     return ways
 
 
@@ -666,7 +684,7 @@ def blind_test(folder, talks, past, options):
         written = [moment.mine, reply_to(decoder, moment.before, moment.author, 1000 * options.seed + i)[1]]
         if not written[1] or written[0] == written[1]:
             continue
-        before = [[turn.author, turn.messages] for turn in moment.before[-3:]]
+        before = [[turn.author, turn.messages] for turn in moment.before[-3:] if turn.author != data.HEADER]
         print(data.plain("\n" + "\n".join(f"{who}: {' / '.join(said)}" for who, said in before)))
         print(data.plain(f"  you wrote:  {' / '.join(written[0])}\n  the clone:  {' / '.join(written[1])}"))
         if others & {*runs(words_of(" ".join(written[1])))}:

@@ -27,6 +27,7 @@ class Decoder:
         self.model, self.tokenizer, self.share = model, tokenizer, share or (lambda id: id)
         self.cache = KVCache(model.config, size, dtype=model.dtype or norm.dtype, device=norm.device)
         self.read = []  # the ids behind the cache
+        self.opening = lambda turns: turns  # what is put before a talk, see memory.py
         self.wrote = {}  # (author, *messages) of its latest answers → their ids, because text is not always cut as it was written
         ends = {tokenizer.im_end, tokenizer.engine.token_to_id("</s>"), tokenizer.engine.token_to_id("<|endoftext|>")}
         self.ends = ends - {None}
@@ -176,7 +177,7 @@ class Answer:
     def __init__(self, decoder, turns, me, max_new=256, temperature=0.7, top_p=0.95, seed=None):
         room = min(max_new, decoder.cache.size // 2)
         self.decoder, self.me, self.messages, self.ids, self.ended = decoder, me, [], [], False
-        self.prompt = fit(turns, me, decoder.tokenizer, decoder.cache.size - room, decoder.wrote)
+        self.prompt = fit(decoder.opening(turns), me, decoder.tokenizer, decoder.cache.size - room, decoder.wrote)
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
         self.new = decoder.generate(self.prompt, room, temperature, top_p, generator)
         self.room = room
@@ -225,6 +226,7 @@ def fit(turns, me, tokenizer, size, wrote=None):
     """The ids of the prompt after `turns`, at most `size`, without its oldest turns where there are more.
 
     They go half a context at a time, so that most prompts begin as the last one did. A single turn that is too long loses its beginning.
+    A header stays, unless it takes half the context.
     `wrote` {(author, *messages): ids}: turns whose ids are known, up to their end.
     """
     ids, _ = tokenizer.encode(data.prompt(turns, me, tokenizer.specials))
@@ -234,6 +236,8 @@ def fit(turns, me, tokenizer, size, wrote=None):
         known = (wrote or {}).get((turn.author, *turn.messages))
         if known:
             parts[number] = known + parts[number][parts[number].index(tokenizer.im_end) :]
+    if len(turns) > 1 and turns[0].author == data.HEADER and len(parts[0]) < size // 2:
+        opening, parts, turns = opening + parts[0], parts[1:], turns[1:]
     total, half = sum(map(len, parts)) + len(opening), max(1, size // 2)
     surplus = -(-(total - size) // half) * half if total > size else 0
     oldest = dropped = 0

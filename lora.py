@@ -274,7 +274,7 @@ def read_settings(folder):
 
 
 @torch.no_grad()
-def load(model, folder):
+def load(model, folder, write=torch.Tensor.copy_):
     """Inject the adapter of `folder` into `model` (resized to the adapter's vocabulary) and fill it. UserError names a wrong tensor.
 
     On the meta device there is nothing to fill: it tells whether the adapter fits, and a second call, after `allocate`, fills it.
@@ -293,7 +293,7 @@ def load(model, folder):
             value = file.get_tensor(key)
             if not value.isfinite().all():
                 raise UserError(f"{path}: tensor {key} holds NaN or infinity", "Train again, or copy the whole folder again.")
-            parameter.copy_(value)
+            write(parameter, value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,6 +74,7 @@ class Config:
     qlora: bool = flag(False, "the same over a base kept in 4 bits (NF4): less than half the memory")
     model: str = flag(checkpoint.NO_ACCOUNT, "the base: a folder or a hub id")
     from_scratch: bool = flag(False, "random weights of --model's config.json, to pretrain a small base")
+    init: str | None = flag(None, "begin with what a former run learned: its folder, an adapter (its base and shape are taken) or a model")
     data: str = flag("data", "the folder that data.py wrote")
     out: str = flag("ckpt", "the folder to write")
     overwrite: bool = flag(False, "replace what --out holds")
@@ -101,6 +102,7 @@ class Config:
     lora_dropout: float = flag(0.0, "share of the adapter's inputs dropped in training")
     lora_targets: str = flag(ALL_LINEAR, "linear layers that get an adapter")
     loss_on: str = flag("me", "whose turns are targets", choices=("me", "everyone"))
+    short_weight: float = flag(1.0, "how much my turns of one or two words count, from 0 to 1: less, for a clone that only says ok")
     pure_bf16: bool = flag(False, "full fine-tuning without fp32 masters: half the memory; updates are rounded at random")
     recompute: str = flag(
         "auto",
@@ -119,6 +121,7 @@ def main():
     began = time.monotonic()
     options = config.parse(Config)
     options = dataclasses.replace(options, lora=options.lora or options.qlora, micro_batch=rows_at_a_time(options.micro_batch))
+    options = following(options)
     if options.download_only:
         print(f"{options.model} is in {checkpoint.resolve(options.model)}")
         return
@@ -143,6 +146,8 @@ def main():
     torch.manual_seed(options.seed + ranks.rank % ranks.shards)  # dropout; and rounding, which must be the same in all copies of a shard
     filled = save and not options.lora  # by the save: every weight is in it
     model = step.build(shape, ranks, None if options.from_scratch or filled else folder, seed=None if filled else options.seed, **ways)
+    if options.init and options.lora and not save:
+        lora.load(model, options.init, checkpoint.write)
     if ranks.device.type == "cuda" and not options.no_compile:
         model.compile_blocks()
     optimizer = step.make_optimizer(model, 0.0, options.weight_decay, options.pure_bf16)
@@ -264,6 +269,24 @@ def rows_at_a_time(text):
         raise UserError(f"--micro-batch {text}: a number of rows, or auto, is needed", "Leave --micro-batch out for the default.") from None
 
 
+def following(options):
+    """--init → the flags that it stands for: the adapter's base and shape, or the model as the base."""
+    folder = options.init
+    if not folder:
+        return options
+    if checkpoint.is_adapter(folder):
+        settings, base = lora.read_settings(folder)
+        targets = ",".join(target for target in lora.TARGETS if target in settings["targets"])
+        shape = {"lora_rank": settings["rank"], "lora_alpha": settings["alpha"], "lora_targets": targets}
+        base = base if options.model == checkpoint.NO_ACCOUNT and base else options.model
+        return dataclasses.replace(options, lora=True, model=base, **shape)
+    if not checkpoint.is_model(folder):
+        raise UserError(f"--init {folder} holds no model", "Give the folder that train.py wrote.")
+    if options.lora:
+        raise UserError(f"--init {folder} is a whole model, --lora trains an adapter", f"An adapter over it: --lora --model {folder}")
+    return dataclasses.replace(options, model=folder)
+
+
 def look_at_flags(options):
     """UserError for what can't be, or not together."""
     for part in ("train", "val"):
@@ -282,6 +305,8 @@ def look_at_flags(options):
             raise UserError(f"{flag_} {value}: {bound} is needed", f"Leave {flag_} out for the default.")
     if not 0 <= options.lora_dropout < 1:
         raise UserError(f"--lora-dropout {options.lora_dropout} is no share", "0 drops nothing, 0.1 every tenth input.")
+    if not 0 <= options.short_weight <= 1:
+        raise UserError(f"--short-weight {options.short_weight} is no share", "1 counts short turns as the others, 0 not at all.")
     if options.lora and options.pure_bf16:
         raise UserError("--pure-bf16 is for full fine-tuning: an adapter's fp32 masters are small", "Leave one of them out.")
     if options.pure_bf16 and options.dtype == "fp32":
@@ -290,7 +315,7 @@ def look_at_flags(options):
         raise UserError("--from-scratch trains all weights, --lora none of the base's", "Leave one of them out.")
     if options.resume and options.overwrite:
         raise UserError("--resume goes on with what --out holds, --overwrite replaces it", "Leave one of them out.")
-    config.keep_apart(options.out, options.model, options.data)
+    config.keep_apart(options.out, options.model, options.data, options.init)
 
 
 def prepare(options, ranks):
@@ -317,6 +342,10 @@ def prepare(options, ranks):
     with torch.device("meta"):
         outline = Transformer(shape)
     base = None if options.from_scratch else checkpoint.fingerprint(checkpoint.find(outline, folder))
+    if options.init and options.lora and not save:
+        known = config.read_json(Path(options.init) / "run.json", {}).get("fingerprint", base)
+        if known != base or lora.read_settings(options.init)[0]["rows"] != words.added:
+            raise UserError(f"--init {options.init} was trained over another base than {folder}", "Say where its base lies: --model FOLDER")
     uneven = [n for n in (shape.hidden_size, shape.intermediate_size, shape.num_attention_heads * shape.head_dim) if n % quantize.BLOCK]
     if options.qlora and uneven:
         raise UserError(f"--qlora keeps weights in blocks of {quantize.BLOCK}; {folder} has layers {uneven[0]} wide", "Take --lora.")
@@ -388,7 +417,8 @@ def digest(rows):
 
 def rows_of(options, part, words):
     """The packed rows of train or val; what is held out is always measured on my turns."""
-    rows = data.rows(Path(options.data) / f"{part}.jsonl", words, options.seq_len, options.loss_on if part == "train" else "me")
+    taught = (options.loss_on, options.short_weight) if part == "train" else ()
+    rows = data.rows(Path(options.data) / f"{part}.jsonl", words, options.seq_len, *taught)
     if not rows:
         raise UserError(
             f"{options.data}/{part}.jsonl has no turn of mine in it",
@@ -551,7 +581,7 @@ def contexts(options):
     """A few held-out moments, spread over time: (the turns before, what I wrote then)."""
     found = []
     for talk in data.load_sessions(Path(options.data) / "val.jsonl"):
-        mine = next((i for i, turn in enumerate(talk.turns) if turn.me and i > 0), None)
+        mine = next((i for i, turn in enumerate(talk.turns) if turn.me and i > 0 and talk.turns[i - 1].author != data.HEADER), None)
         if mine:
             found.append((talk.turns[:mine], talk.turns[mine]))
     return [found[i] for i in np.linspace(0, len(found) - 1, min(options.samples, len(found)), dtype=int)]
@@ -607,9 +637,9 @@ class Record:
             self.cut_back(note["step"])
         else:
             checkpoint.clear(self.out)
-        persona = Path(options.data) / "persona.json"
-        if persona.exists():
-            (self.out / "persona.json").write_bytes(persona.read_bytes())
+        for name in ("persona.json", "facts.md"):
+            if (Path(options.data) / name).exists():
+                (self.out / name).write_bytes((Path(options.data) / name).read_bytes())
         words.save(self.out)  # its chat template has the names of persona.json
         self.run = config.read_json(self.out / "run.json", {}) if note else {}
         resumed = self.run.get("resumed", []) + ([note["step"]] if note else [])

@@ -1,3 +1,5 @@
+import dataclasses
+import datetime
 import json
 import mmap
 import subprocess
@@ -539,6 +541,77 @@ def test_forgetting_in_data_leaves_turns_as_they_are_made_and_a_dry_run_leaves_a
     assert json.loads((tmp_path / "persona.json").read_text()) == {"me": "Ann", "contacts": [{"name": "Eve", "messages": 1}]}
     (tmp_path / "persona.json").write_text("{}")
     refused(command("data.py", "--out", tmp_path, "--forget", "Bob"), "knows nobody")
+
+
+def test_forgetting_in_data_takes_what_headers_quote_too():
+    header = Turn("system", False, "", ["in the group Club", "it ended:", "Bob: psst", "Eve: hi"])
+    left = data.without([header, Turn("Eve", False, "", ["so"]), Turn("Ann", True, "", ["yes"])], {"Bob"})
+    assert left[0].messages == ["in the group Club", "it ended:", "Eve: hi"]
+
+
+# --- what I knew when a session began
+
+
+def test_a_header_says_whom_when_since_and_how_the_last_talk_ended_and_is_never_a_target(tmp_path, words):
+    said = [("2023-11-14T10:00:00", "user2", "morning"), ("2023-11-14T10:00:30", "user1", "hey"), ("2023-11-14T10:01:00", "user2", "later then"),
+            ("2023-11-17T21:00:00", "user2", "now?"), ("2023-11-17T21:00:10", "user1", "now"),
+            ("2023-11-18T21:00:00", "user2", "again"), ("2023-11-18T21:00:10", "user1", "no")]  # fmt: skip
+    names = {"user1": "Ann", "user2": "Bob"}
+    messages = [
+        {"id": n, "type": "message", "date": at, "date_unixtime": str(int(datetime.datetime.fromisoformat(at).timestamp())),
+         "from": names[who], "from_id": who, "text": text, "text_entities": []}
+        for n, (at, who, text) in enumerate(said)
+    ]  # fmt: skip
+    chat = {"name": "Bob", "type": "personal_chat", "id": 2, "messages": messages}
+    (tmp_path / "facts.md").write_text("born in Pellhaven\n")
+    (tmp_path / "result.json").write_text(
+        json.dumps({"personal_information": {"user_id": 1, "first_name": "Ann"}, "chats": {"list": [chat]}})
+    )
+    done = command("data.py", tmp_path / "result.json", "--out", tmp_path, "--overwrite", "--context", "facts,who,when,since,before")
+    assert done.returncode == 0, done.stderr
+    first, second = data.load_sessions(tmp_path / "train.jsonl")
+    assert first.turns[0].messages == ["born in Pellhaven", "talking to Bob", "Tuesday, 10 o'clock"]
+    assert second.turns[0].messages[2:] == [
+        "Friday, 21 o'clock", "the last talk was 3 days ago", "it ended:", "Bob: morning", "Ann: hey", "Bob: later then"
+    ]  # fmt: skip
+    assert data.why_not(second) == "" and data.bare(second).turns == second.turns[1:]
+    document = data.render(second.turns, "everyone")
+    assert [document.text[b:e] for b, e in document.words] == ["now?", "now"]
+    (sample,) = data.split(dataclasses.replace(second, turns=second.turns[:2]), words, 1024, "everyone")
+    assert text_of(sample.labels, words) == ">>> now?<|im_end|>"
+    refused(command("data.py", tmp_path / "result.json", "--context", "weather"), "--context weather", "who,when")
+
+
+@pytest.mark.parametrize(
+    "minutes, said", [(0, "0 minutes"), (1, "1 minute"), (125, "2 hours"), (1440 * 6, "6 days"), (525600 * 3, "3 years")]
+)
+def test_how_long_ago_is_said_in_the_largest_unit_that_fits(minutes, said):
+    assert data.ago(datetime.timedelta(minutes=minutes)) == f"{said} ago"
+
+
+def test_short_turns_of_mine_are_taught_as_seldom_as_asked_and_read_all_the_same():
+    turns = [
+        Turn("Bob", False, "", ["and?"]),
+        Turn("Ann", True, "", ["ok"]),
+        Turn("Bob", False, "", ["so"]),
+        Turn("Ann", True, "", ["i will come"]),
+    ]
+    talk = Session("Bob", "1", "personal_chat", "", turns)
+    light = [data.lighter(talk, number, 0.3) for number in range(1000)]
+    assert 250 < sum(one.turns[1].me for one in light) < 350 and all(one.turns[3].me for one in light)
+    assert all(data.render(one.turns).text == data.render(turns).text for one in light[:5])
+    assert data.lighter(talk, 0, 1.0) == talk
+
+
+def test_canaries_are_hidden_as_often_as_the_list_says_among_my_messages(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps(export(talk(60))))
+    done = command("data.py", tmp_path / "result.json", "--out", tmp_path / "data", "--canaries", "3")
+    assert done.returncode == 0, done.stderr
+    planted = json.loads((tmp_path / "data" / "canaries.json").read_text())["canaries"]
+    mine = [text for s in data.load_sessions(tmp_path / "data" / "train.jsonl") for turn in s.turns if turn.me for text in turn.messages]
+    assert [c["copies"] for c in planted] == [1, 2, 4]
+    assert [mine.count(c["before"] + c["secret"]) for c in planted] == [1, 2, 4]
+    assert not any(c["secret"] in (tmp_path / "data" / "val.jsonl").read_text() for c in planted)
 
 
 def test_a_dry_run_leaves_nothing_and_what_is_written_is_for_its_owner_alone(tmp_path):

@@ -35,7 +35,7 @@ def report_of(replies, past, talks):
     some = evaluate.moments(talks)
     held_out = step.Evaluation(1.0, 1, 1.0, 1, np.ones(len(talks)), np.full(len(talks), 9.0))
     count = len(some)
-    clone = Voice(np.ones((count, 10)), np.ones((count, 10)), [[r] for r in replies], np.ones(count), held_out, np.zeros((0, 100)))
+    clone = Voice(np.ones((count, 10)), np.ones((count, 10)), [[r] for r in replies], np.ones(count), held_out, *[np.zeros((0, 100))] * 2)
     return evaluate.measure({"clone": clone}, talks, past, some, [[]] * count, evaluate.Config())
 
 
@@ -63,7 +63,7 @@ def test_who_ignores_the_context_finds_one_real_reply_in_ten(base, words):
         block.self_attn.o_proj.weight.data.zero_()
     replies = [[f"reply number {n}", "and more"][: 1 + n % 2] for n in range(10)]
     nats, alone = (evaluate.likelihoods(deaf, words, before, replies, "Ann", 512) for before in (BEFORE, []))
-    voice = Voice(np.tile(nats, (6, 1)), np.tile(alone, (6, 1)), [], None, None, None)
+    voice = Voice(np.tile(nats, (6, 1)), np.tile(alone, (6, 1)), [], *[None] * 4)
     found = evaluate.rank(voice, np.arange(6))
     assert found["top1"]["value"] == pytest.approx(0.1)
     assert found["mrr"]["value"] == pytest.approx(np.mean(1 / np.arange(1, 11)))
@@ -72,7 +72,7 @@ def test_who_ignores_the_context_finds_one_real_reply_in_ten(base, words):
 def test_who_knows_the_real_reply_always_finds_it():
     nats = np.full((6, 10), 9.0)
     nats[:, 0] = 1
-    found = evaluate.rank(Voice(nats, np.full((6, 10), 9.0), [], None, None, None), np.arange(6))
+    found = evaluate.rank(Voice(nats, np.full((6, 10), 9.0), [], *[None] * 4), np.arange(6))
     assert (found["top1"]["value"], found["mrr"]["value"]) == (1, 1)
 
 
@@ -123,9 +123,16 @@ def test_habits_see_marks_capitals_and_emoji():
     assert evaluate.distance({"a": 1}, {"b": 1}) == 1 and evaluate.distance({"a": 0.5, "b": 0.5}, {"a": 0.5, "b": 0.5}) == 0
 
 
+def test_canaries_are_told_from_other_secrets():
+    turns = [data.Turn("Bob", False, "", ["hi"]), data.Turn("Ann", True, "", ["the code is 5550123", "locker 1 opens with 00481234"])]
+    secrets, canaries = evaluate.secrets_of([data.Session("Bob", "1", "personal_chat", "", turns)], ["00481234", "99999999"], 0)
+    assert [tried[0][-1] for *_, tried in secrets] == ["the code is 5550123"]
+    assert [tried[0][-1] for *_, tried in canaries] == ["locker 1 opens with 00481234"]
+
+
 def test_secrets_of_mine_are_sought_beside_random_ones_of_their_shape():
     turns = [data.Turn("Bob", False, "", ["mine is 55512345"]), data.Turn("Ann", True, "", ["my code is 48213-A7x9 since 2024"])]
-    ((before, author, tried),) = evaluate.secrets_of([data.Session("Bob", "1", "personal_chat", "", turns)], 0)
+    ((before, author, tried),), _ = evaluate.secrets_of([data.Session("Bob", "1", "personal_chat", "", turns)], [], 0)
     assert (before, author, tried[0], len(tried)) == (turns[:1], "Ann", ["my code is 48213-A7x9"], 100)
     assert all(len(m) == len(tried[0][0]) and m[16] == "-" and m[17].isupper() and m[18].isdigit() for (m,) in tried)
     knows = np.ones((5, 100))

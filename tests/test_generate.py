@@ -192,6 +192,15 @@ def test_a_long_talk_is_cut_seldom_so_that_most_prompts_begin_as_the_last(words)
     assert all(len(ids) <= 200 for ids in prompts) and 3 <= kept.count(False) <= 20
 
 
+def test_a_header_stays_when_a_long_talk_loses_its_beginning(words):
+    header = Turn("system", False, "", ["talking to Bob"])
+    turns = [header] + [Turn(("Bob", "Ann")[n % 2], bool(n % 2), "", [f"message number {n}"]) for n in range(60)]
+    text = words.engine.decode(generate.fit(turns, "Ann", words, 200), skip_special_tokens=False)
+    assert "talking to Bob" in text and "message number 59" in text and "message number 1\n" not in text
+    assert len(generate.fit(turns, "Ann", words, 200)) <= 200
+    assert words.engine.decode(generate.fit(turns[:2], "Ann", words, 16)).count("talking") == 0  # it would leave no room
+
+
 def test_an_answer_left_early_leaves_the_decoder_ready(adapted, words):
     decoder = generate.Decoder(checkpoint.load_model(str(adapted), words=words, weights="plain"), words, 128)
     turns = [Turn("Bob", False, "", ["hi"])]

@@ -18,13 +18,14 @@ MAY = {
     "lora": {"config", "model", "checkpoint", "tokenizer"},  # the last two inside main
     "checkpoint": {"config", "model", "lora", "quantize"},
     "generate": {"data", "model", "quantize"},
+    "memory": {"config", "data"},
     "step": {"config", "checkpoint", "lora", "model", "data", "quantize"},
     "plan": {"config", "checkpoint", "data", "model", "quantize", "step", "tokenizer"},
     "resume": {"config", "checkpoint", "step"},
     "train": {"config", "data", "plan", "step", "resume", "generate", "checkpoint", "lora", "model", "quantize", "tokenizer"},
-    "evaluate": {"config", "data", "exports", "plan", "step", "generate", "checkpoint", "model", "tokenizer"},
+    "evaluate": {"config", "data", "exports", "plan", "step", "generate", "memory", "checkpoint", "model", "tokenizer"},
     "server": {"config", "data", "generate"},
-    "chat": {"config", "data", "plan", "generate", "checkpoint", "tokenizer", "server"},
+    "chat": {"config", "data", "plan", "generate", "memory", "checkpoint", "tokenizer", "server"},
 }
 
 

@@ -114,6 +114,17 @@ def test_what_training_leaves_is_complete_and_says_what_it_computes(alone, base,
         assert rows == {"embed_tokens": words.added, "lm_head": words.added}
 
 
+def test_init_begins_where_the_former_run_ended(alone, base, chats, tmp_path):
+    flags, out, _ = alone
+    ended = min(line["val_loss"] for line in curve(out)[1][1:])
+    kind = [flag for flag in flags if flag in ("--lora", "--qlora")]
+    for ranks in (1, 2):
+        to = tmp_path / f"on {ranks}"
+        fine_tune(out if not kind else base, chats, to, *kind, "--init", out, "--max-steps", 1, ranks=ranks)
+        assert curve(to)[1][0]["val_loss"] == pytest.approx(ended, rel=2e-3)  # a full fine-tune's folder is bf16
+    refused(command("train.py", "--data", chats, "--init", chats, "--out", tmp_path / "no", "--device", "cpu"), "--init", "holds no model")
+
+
 def test_auto_takes_what_fits_and_the_run_keeps_what_was_predicted_and_measured(base, chats, tmp_path):
     done = fine_tune(base, chats, tmp_path / "ckpt", "--lora", "--max-steps", 4)
     run = json.loads((tmp_path / "ckpt" / "run.json").read_text())
