@@ -40,6 +40,7 @@ def main():
     parser.add_argument("export")
     parser.add_argument("base")
     parser.add_argument("--run", action="append", default=[], help="a name, then flags of train.py")
+    parser.add_argument("--context", action="append", default=[], help="measure the base behind such a header too, as data.py's --context")
     parser.add_argument("--peft", action="append", default=[], type=float, help="a learning rate for transformers + PEFT")
     parser.add_argument("--messages", type=int, help="train on the latest sessions with so many messages of the owner's")
     parser.add_argument("--val", default="0.2")
@@ -66,6 +67,9 @@ def main():
 
         results, seconds = {"base": measure(options.base, None)}, {"base": 0.0}
         report("base", results, seconds)
+        for context in options.context:
+            results[f"base, {context}"] = measure(options.base, context)
+            report(f"base, {context}", results, seconds | {f"base, {context}": 0.0})
         of_data = argparse.ArgumentParser()
         for name in ("context", "since", "until"):
             of_data.add_argument(f"--{name}")
@@ -80,9 +84,6 @@ def main():
             if done.returncode:
                 sys.exit(done.stderr[-2000:])
             seconds[name] = time.time() - began
-            if chosen.context:
-                results[f"base, {chosen.context}"] = measure(options.base, chosen.context)
-                report(f"base, {chosen.context}", results, seconds | {f"base, {chosen.context}": 0.0})
             results[name] = measure(out, chosen.context)
             last = json.loads((out / "run.json").read_text())["result"]
             report(name, results, seconds, f"best at epoch {last['epoch']:.2f} of {last['steps']} steps")
