@@ -557,12 +557,12 @@ def check(options):
         except ValueError:
             raise UserError(f"--{name} {day} is no day", "Write it as 2021-12-31.") from None
     if not 0 <= options.val <= 0.2:
-        raise UserError(f"--val {options.val:g}", "It is a share of the sessions: from 0 to 0.2.")
+        raise UserError(f"--val {options.val:g} is no share from 0 to 0.2", "0.05 keeps the latest twentieth, 0 as few sessions as can be.")
     if not 0 < options.gap_minutes < 1e6:
-        raise UserError(f"--gap-minutes {options.gap_minutes:g}", "Give a number of minutes, such as 10.")
+        raise UserError(f"--gap-minutes {options.gap_minutes:g} is no silence", "Give a number of minutes, such as 10.")
     contexts(options.context)
     if not 0 <= options.canaries <= 1000:
-        raise UserError(f"--canaries {options.canaries}", "Give a number from 0 to 1000; 8 is enough.")
+        raise UserError(f"--canaries {options.canaries} is no number from 0 to 1000", "8 are enough.")
     if options.seq_len < 16:
         raise UserError(f"--seq-len {options.seq_len} is too short for a message", "Give 16 or more; training's default is 1024.")
     if not options.dry_run:

@@ -129,7 +129,7 @@ def check(options):
         if not ((folder / "config.json").exists() or checkpoint.is_adapter(folder)):
             raise UserError(f"{folder} holds no model", "Give the folder that train.py wrote.")
     if options.replies < 1:
-        raise UserError(f"--replies {options.replies}", "Leave it out for the default, or give 1 or more.")
+        raise UserError(f"--replies {options.replies}: 1 or more are needed", "Leave it out for the default.")
     if options.blind_test != bool(options.with_):
         raise UserError("--blind-test and --with NAME belong together", "Say whose chat with you the friend may see: --with NAME")
     needs = [] if options.blind_test else ["sklearn"] + ["bm25s"] * options.baselines

@@ -249,7 +249,7 @@ def fewer(size, options, ranks, watch, say):
         watch.no_room(size, options.seq_len)
     if size == 1:
         raise UserError(
-            f"The {ranks.device.type.upper()} has no room for one row of {options.seq_len} tokens",
+            f"The {'GPU' if ranks.device.type == 'cuda' else ranks.device.type} has no room for one row of {options.seq_len} tokens",
             "Take --recompute full, --qlora, or a shorter --seq-len.",
         )
     say(f"no room for {size} rows at a time: {size // 2} from here on, twice as often (the result is the same)")
