@@ -24,7 +24,7 @@ from config import UserError, read_json, write_json
 from model import ModelConfig, Transformer
 
 FILE_BYTES = 4 << 30  # a saved model is split into files of at most this size
-LOOK = 1 << 25  # bytes of a mapped weight in memory while it is looked at
+LOOK = 1 << 23  # bytes of a mapped weight in memory while it is looked at
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 SETTINGS = ("config.json", "params.json", "generation_config.json", "model.safetensors.index.json")
 COMPANIONS = ("persona.json", "run.json", "metrics.jsonl")
