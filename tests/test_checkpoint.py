@@ -167,34 +167,6 @@ def test_a_card_that_this_torch_cannot_use_is_an_error_never_the_cpu(tmp_path, m
     assert checkpoint.pick_device("cpu").type == "cpu"
 
 
-SHARDED = """
-import sys, torch, checkpoint, step
-now = lambda what: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
-ranks, adapter = step.start("cpu"), {"rank": 1, "rows": [32000, 32001, 32002]}
-step.build(checkpoint.ModelConfig(32003, 64, 64, 1, 2, 2, 32), ranks, adapter=adapter)  # imports what comes late
-before, shape = now("VmRSS"), checkpoint.with_vocabulary(checkpoint.read_config(sys.argv[1]), 32003)
-model = step.build(shape, ranks, sys.argv[1], adapter)
-most, whole = now("VmHWM") - before, checkpoint.full(model.lm_head.weight)
-assert torch.equal(whole[32000:], whole[32000].expand(3, -1)) and whole[32000].any()
-assert torch.equal(model.lm_head.row_values.full_tensor(), whole[32000:].float())
-print(f"held {most}\\n", end="")
-"""
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
-def test_each_of_two_ranks_holds_half_of_a_frozen_base_and_at_most_one_tensor(tmp_path):
-    import transformers
-
-    folder = save_mistral(tmp_path, hidden_size=512, intermediate_size=8192, num_hidden_layers=8, dtype=torch.bfloat16)
-    transformers.MistralForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
-    (tmp_path / "load.py").write_text(SHARDED)
-    done = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path / "load.py", folder)
-    assert done.returncode == 0, done.stderr
-    held = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("held")]
-    size, largest = (folder / "model.safetensors").stat().st_size, 32000 * 512 * 2
-    assert len(held) == 2 and max(held) < size / 2 + largest + (16 << 20), (size, held)  # the last: what gloo and Python take
-
-
 # --- the hub, as a small server that speaks its protocol
 
 
