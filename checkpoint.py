@@ -24,6 +24,7 @@ from config import UserError, read_json, write_json
 from model import ModelConfig, Transformer
 
 FILE_BYTES = 4 << 30  # a saved model is split into files of at most this size
+LOOK = 1 << 23  # bytes of a mapped weight in memory while it is looked at
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 SETTINGS = ("config.json", "params.json", "generation_config.json", "model.safetensors.index.json")
 COMPANIONS = ("persona.json", "facts.md", "run.json", "metrics.jsonl")
@@ -119,48 +120,39 @@ def compute_dtype(device):
 
 def resolve(model):
     """A folder, or a hub id (downloaded, or taken from the hub's cache) → the folder. UserError says what to do when there is neither."""
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
-        raise UserError(
-            f"{model}: there is no such folder",
-            f"Give a model folder, or a hub id such as {NO_ACCOUNT}.",
-        )
-    return download(model)
+    return Path(model) if Path(model).is_dir() else download(hub_id(model))
+
+
+def hub_id(model):
+    if Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1:
+        raise UserError(f"{model}: there is no such folder", f"Give a model folder, or a hub id such as {NO_ACCOUNT}.")
+    return model
 
 
 @contextlib.contextmanager
 def hub(repo):
     """The hub's own errors → UserError with the way out."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors
 
     try:
         yield
-    except GatedRepoError:
+    except errors.GatedRepoError:
         raise UserError(
             f"{repo} wants an account that accepted its terms: accept them on https://huggingface.co/{repo}, then run `hf auth login`.",
             f"Or take a base that needs no account: --model {NO_ACCOUNT}",
         ) from None
-    except (RepositoryNotFoundError, HFValidationError):
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise UserError(
             f"{repo}: no such folder here, and no such model on the hub (or it is private: run `hf auth login`).",
             f"A base that needs no account: --model {NO_ACCOUNT}",
         ) from None
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no answer"
         raise UserError(
             f"The hub answered {status} for {repo}: {str(error).splitlines()[0]}",
             "Run it again: a download continues where it stopped.",
         ) from None
-    except (OSError, LocalEntryNotFoundError, HTTPError) as error:
+    except (OSError, errors.LocalEntryNotFoundError, errors.HTTPError) as error:
         raise UserError(
             f"{repo} is not on this machine and the hub can't be reached ({type(error).__name__}).",
             "Download it where there is a network (train.py --download-only), or give a folder: --model FOLDER",
@@ -183,11 +175,9 @@ def cached(repo):
 
 def fetch_config(model):
     """A hub id's config.json, and nothing else. → its folder"""
-    if Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1:
-        raise UserError(f"{model}: there is no such folder", f"Give a model folder, or a hub id such as {NO_ACCOUNT}.")
     from huggingface_hub import hf_hub_download
 
-    with hub(model):
+    with hub(hub_id(model)):
         return Path(hf_hub_download(model, "config.json")).parent
 
 
@@ -213,8 +203,7 @@ def download(repo):
     if folder := cached(repo):
         return folder
     with hub(repo):
-        info = HfApi().model_info(repo, files_metadata=True)
-        sizes = {f.rfilename: f.size or 0 for f in info.siblings}
+        sizes = {f.rfilename: f.size or 0 for f in HfApi().model_info(repo, files_metadata=True).siblings}
         small = [n for n in (*TOKENIZER_FILES, *SETTINGS) if n in sizes]
         folder = Path(snapshot_download(repo, allow_patterns=small))
         weights = weight_files(folder, sizes)
@@ -223,10 +212,7 @@ def download(repo):
         have = sum(f.stat().st_size for f in (cache / f"models--{repo.replace('/', '--')}" / "blobs").glob("*"))
         free = shutil.disk_usage(cache).free
         if need - have > free:
-            raise UserError(
-                f"{repo} needs {need / 1e9:.1f} GB, {cache} has {free / 1e9:.1f} GB free",
-                "Make room, or set HF_HOME to a larger disk.",
-            )
+            raise UserError(f"{repo} needs {need / 1e9:.1f} GB, {cache} has {free / 1e9:.1f} GB free", "Make room, or move HF_HOME.")
         return Path(snapshot_download(repo, allow_patterns=small + weights))
 
 
@@ -243,10 +229,8 @@ def weight_files(folder, names=None):
         return ["model.safetensors"]
     if own := sorted(name for name in names if name.startswith("consolidated") and name.endswith(".safetensors")):
         return own
-    raise UserError(
-        f"{folder} has no model.safetensors{config.pickles(folder)}",
-        "Give a folder with config.json or params.json, safetensors and a tokenizer.",
-    )
+    way_out = "Give a folder with config.json or params.json, safetensors and a tokenizer."
+    raise UserError(f"{folder} has no model.safetensors{config.pickles(folder)}", way_out)
 
 
 def read_index(path):
@@ -299,10 +283,7 @@ def read_config(folder):
             f"Known: {', '.join(FAMILIES)} (Mistral, Nemo, Small, Ministral 3, Llama 2 and 3, Qwen2.5, Qwen3).",
         )
     if raw.get("quantization_config") and packed_kind(folder) not in ("int8", "int4"):
-        raise UserError(
-            f"{folder} holds quantised weights, which are not read",
-            "Take the bf16 or fp32 original.",
-        )
+        raise UserError(f"{folder} holds quantised weights, which are not read", "Take the bf16 or fp32 original.")
     if raw.get("auto_map"):
         raise UserError(
             f"{folder} brings code of its own (auto_map), which is never run here",
@@ -394,23 +375,33 @@ def shard(tensor):
     return tensor.detach().to_local(), min(rows * mesh.get_local_rank(mesh.ndim - 1), len(tensor))
 
 
-def write(target, value, keep=False):
-    """Set a parameter, or the weight of a Packed layer, from its whole value (or a file's slice of it); each rank takes its own rows.
+def rows_of(tensor, rows):
+    """Some rows of a parameter, from all ranks where it is sharded (a collective), which never hold it whole."""
+    local, first = shard(tensor)
+    wanted = torch.tensor(rows, device=local.device) - first
+    held = (wanted >= 0) & (wanted < len(local))
+    values = local.new_zeros(len(rows), local.shape[1])
+    values[held] = local[wanted[held]]
+    if isinstance(tensor, DTensor):
+        torch.distributed.all_reduce(values, group=tensor.device_mesh.get_group(-1))
+    return values
 
-    `keep`: a value of the right kind may become the parameter itself. → whether they are all numbers
-    """
+
+def write(target, value):
+    """Set a parameter, or a Packed layer's weight, from its whole value or a slice; each rank its own rows. → whether all are numbers"""
     local, first = shard(target.stored()[0] if isinstance(target, quantize.Packed) else target)
     rows = value[first : first + len(local)]
     if isinstance(target, quantize.Packed):
         for parameter, part in zip(target.stored(), target.quantise(rows.to(local.device))):
             shard(parameter)[0].copy_(part)
-    elif keep and (rows.dtype, rows.device) == (local.dtype, local.device) and not isinstance(target, DTensor):
-        target.data = rows  # the file's pages, mapped; whoever writes into them gets copies of his own
     else:
         local.copy_(rows)
-    if not rows.is_floating_point():
-        return True
-    return not rows.numel() or all(end.isfinite() for end in rows.aminmax())  # 30 times as fast as isfinite() of all
+    return finite(rows)
+
+
+def finite(rows):
+    """Whether all are numbers: 30 times as fast as isfinite() of all."""
+    return not rows.is_floating_point() or not rows.numel() or all(end.isfinite() for end in rows.aminmax())
 
 
 def weights(model, as_stored=False):
@@ -438,17 +429,24 @@ def shape_of(target):
 def fill(model, folder, ranks=None, keep=False, fold=None):
     """Read the weights of `folder` into an allocated model, each rank only its rows, one tensor in memory at a time.
 
-    `keep`: as in `write`. `fold(name, weight)`: what becomes of each, as of `lora.folding`. A vocabulary larger than the files' (new
-    ChatML tokens) gets the mean of the old rows. UserError as of `find`, and for a weight that is no number, which any of `ranks` may hold.
+    `keep`: weights of the model's own kind stay in the file, mapped, and come into memory when they are used. `fold(name, weight)`: what
+    becomes of each, as of `lora.folding`. A vocabulary larger than the files' (new ChatML tokens) gets the mean of the old rows.
+    UserError as of `find`, and for a weight that is no number, which any of `ranks` may hold.
     """
     found, bad = find(model, folder), []
     for name, target in weights(model, packed_kind(folder)).items():
-        value = found[name].get_slice(name)
+        value = found[name].anew()
         if name in VOCABULARY and shape_of(target)[0] > value.get_shape()[0]:
-            rows = value[:]
-            mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
-            value = torch.cat([rows, mean.expand(shape_of(target)[0] - len(rows), -1)])
-        bad.append(not write(target, fold(name, value[:]) if fold else value, keep))
+            mean = sum(part.float().sum(0) for part in found[name].anew()[:].split(1024)) / value.get_shape()[0]
+            value = Grown(value, mean, shape_of(target)[0])
+        elif keep and not fold and isinstance(target, torch.Tensor):
+            mapped = found[name].get_slice(name)[:]
+            if (mapped.dtype, mapped.device) == (target.dtype, target.device):
+                target.data = mapped  # whoever writes into the file's pages gets copies of his own
+                few = max(1, LOOK // max(1, mapped[:1].nbytes))
+                bad.append(not all(finite(found[name].anew()[i : i + few]) for i in range(0, len(mapped), few)))
+                continue
+        bad.append(not write(target, fold(name, value[:]) if fold else value))
     if ranks:
         bad = ranks.sum(torch.tensor(bad, dtype=torch.int32, device=ranks.device)).tolist()
     for name, is_bad in zip(weights(model, packed_kind(folder)), bad):
@@ -465,6 +463,11 @@ class Stored(NamedTuple):
     file: Any
     name: str
     heads: int
+    path: Path
+
+    def anew(self):
+        """Its slice, mapped a second time: the pages that are read there leave memory with it."""
+        return self._replace(file=config.open_safetensors(self.path)).get_slice(self.name)
 
     def get_slice(self, _):
         part = self.file.get_slice(self.name)
@@ -485,6 +488,19 @@ class Interleaved(NamedTuple):
         return self.part[:].unflatten(0, (self.heads, -1, 2)).transpose(1, 2).flatten(0, 2)[rows]
 
 
+class Grown(NamedTuple):
+    """A slice with more rows, all the mean of those there are."""
+
+    part: Any
+    mean: Any
+    size: int
+
+    def __getitem__(self, rows):
+        first, last, _ = rows.indices(self.size)
+        there = self.part[:][first:last]
+        return torch.cat([there, self.mean.to(there.dtype).expand(last - first - len(there), -1)])
+
+
 def find(model, folder):
     """{tensor by HF's name: where it is Stored} of all that `model`, which may be on the meta device, takes from `folder`.
 
@@ -503,7 +519,7 @@ def find(model, folder):
                 raise UserError(f"{folder}: tensor {tensor} is in {name}, and should be in {where[tensor]}", "Copy the folder again.")
             if ours:
                 heads = {"wq": shape.num_attention_heads, "wk": shape.num_key_value_heads}.get(tensor.split(".")[-2:][0], 0)
-                found[ours] = Stored(file, tensor, heads)
+                found[ours] = Stored(file, tensor, heads, folder / name)
     if shape.tie_word_embeddings and "lm_head.weight" in found:
         head, embeddings = (found[name].get_slice(name) for name in reversed(VOCABULARY))
         if head.get_shape() != embeddings.get_shape() or not torch.equal(head[-9:], embeddings[-9:]):
@@ -612,16 +628,7 @@ def with_vocabulary(shape, size):
 
 def clear(folder):
     """Delete what an earlier run or merge left in an output folder, and nothing else."""
-    old = (
-        "metrics.jsonl",
-        "loss.png",
-        "adapter_*",
-        "config.json",
-        "model*.safetensors",
-        "Modelfile",
-        "new-*.safetensors",
-        "model.safetensors.index.json",
-    )
+    old = ("metrics.jsonl", "loss.png", "adapter_*", "config.json", "model*.safetensors", "Modelfile", "new-*.safetensors", SETTINGS[-1])
     for path in (path for pattern in old for path in Path(folder).glob(pattern)):
         path.unlink()
     shutil.rmtree(Path(folder) / "resume", ignore_errors=True)
@@ -655,14 +662,12 @@ def save_model(model, folder, tokenizer, dtype=torch.bfloat16):
 
     packed = {id(part) for module in model.modules() if isinstance(module, quantize.Packed) for part in module.stored()}
     for name, parameter in model.named_parameters():
-        value = full(parameter.detach())
-        value = value if id(parameter) in packed else value.to(dtype)
+        value = full(parameter.detach()).to(parameter.dtype if id(parameter) in packed else dtype)
         if not writes:
             continue
-        bytes_ = value.numel() * value.element_size()
-        if size + bytes_ > FILE_BYTES:
+        if size + value.nbytes > FILE_BYTES:
             flush()
-        batch[name], size, total = value.cpu().contiguous(), size + bytes_, total + bytes_
+        batch[name], size, total = value.cpu().contiguous(), size + value.nbytes, total + value.nbytes
     flush()
     if not writes:
         return
@@ -681,16 +686,11 @@ def save_model(model, folder, tokenizer, dtype=torch.bfloat16):
     shape = {key: value for key, value in vars(model.config).items() if key in FAMILIES[model.config.model_type] or value}
     if "layer_types" in FAMILIES[model.config.model_type] and model.config.sliding_window:
         shape |= {"use_sliding_window": True, "max_window_layers": 0}
-    said = {
-        "architectures": [f"{model.config.model_type.capitalize()}ForCausalLM"],
-        "hidden_act": "silu",
-        "dtype": str(dtype).removeprefix("torch."),
-        "tie_word_embeddings": False,
-    }
+    said = {"architectures": [f"{model.config.model_type.capitalize()}ForCausalLM"], "hidden_act": "silu"}
+    said |= {"dtype": str(dtype).removeprefix("torch."), "tie_word_embeddings": False}
     kinds = {type(module) for module in model.modules() if isinstance(module, quantize.Packed)}
     if kinds:
-        kind = "int4" if quantize.Int4Linear in kinds else "int8"
-        said["quantization_config"] = {"quant_method": OURS, "weights": kind}
+        said["quantization_config"] = {"quant_method": OURS, "weights": "int4" if quantize.Int4Linear in kinds else "int8"}
     ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.im_end}
     write_json(folder / "config.json", said | shape | ends)
     write_json(folder / "generation_config.json", ends)

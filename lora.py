@@ -131,10 +131,10 @@ def inject(model, rank=32, alpha=16, dropout=0.0, targets=TARGETS, rows=()):
     return matched
 
 
-def initial(model, seed=0, whole=lambda tensor: tensor):
+def initial(model, seed=0, rows_of=lambda tensor, rows: tensor[rows]):
     """Yield (parameter, first value) for all that `inject` added: A as PEFT draws it, B zero, rows as they are in the base.
 
-    `whole` gathers a sharded parameter. The values do not depend on the number of ranks.
+    `rows_of` fetches rows of a sharded parameter. The values do not depend on the number of ranks.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
@@ -143,7 +143,7 @@ def initial(model, seed=0, whole=lambda tensor: tensor):
             yield module.lora_A, torch.empty(module.lora_A.shape).uniform_(-bound, bound, generator=generator)
             yield module.lora_B, torch.zeros(module.lora_B.shape)
         elif isinstance(module, (RowsEmbedding, RowsLinear)):
-            yield module.row_values, whole(module.weight)[module.rows].float()
+            yield module.row_values, rows_of(module.weight, module.rows).float()
 
 
 def trained(model):

@@ -139,7 +139,7 @@ def build(shape, ranks, folder=None, adapter=None, dtype=torch.bfloat16, recompu
         randomise(model, seed)
     if adapter:
         with torch.no_grad():
-            for parameter, value in lora.initial(model, seed, checkpoint.full):
+            for parameter, value in lora.initial(model, seed, checkpoint.rows_of):
                 checkpoint.write(parameter, value)
     return model.train()
 

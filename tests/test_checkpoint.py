@@ -77,6 +77,27 @@ def test_old_and_new_spellings_of_rope_are_read(tmp_path):
         assert checkpoint.read_config(folder).rope_theta == 5e5
 
 
+def held():
+    """Bytes of memory in use that are a file's pages."""
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssFile"))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
+@pytest.mark.parametrize("where", [0, -1])
+def test_weights_are_looked_at_to_the_last_and_come_into_memory_when_they_are_used(tmp_path, where, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LOOK", 1 << 20)
+    folder = save_mistral(tmp_path, intermediate_size=1 << 16)
+    before = held()
+    model = checkpoint.load_model(str(folder))
+    looked = held() - before
+    up = model.model.layers[1].mlp.up_proj.weight
+    assert up.shape == (1 << 16, 64) and looked < up.nbytes
+    assert float(sum(layer.mlp.up_proj.weight.sum() for layer in model.model.layers)) != 0 and held() - before - looked > up.nbytes
+    change(folder, lambda t: t["model.layers.1.mlp.up_proj.weight"].view(-1)[where : where + 1 or None].fill_(torch.inf))
+    with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight holds NaN or infinity"):
+        checkpoint.load_model(str(folder))
+
+
 def test_new_rows_are_the_mean_of_the_old_and_the_size_is_not_padded(base):
     shape = checkpoint.with_vocabulary(checkpoint.read_config(base), 32002)
     model = checkpoint.Transformer(shape)
