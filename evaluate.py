@@ -114,7 +114,8 @@ def main():
     report = measure(voices, talks, past, some, choices, options)
     report["runs"] = {name: curve(folder) for name, folder in names.items()}
     if options.baselines:
-        report["baselines"] = baselines(voices, some, choices, options.seed)
+        kinds = {name: "LoRA" if checkpoint.is_adapter(folder) else "all weights" for name, folder in names.items()}
+        report["baselines"] = baselines(voices, some, choices, options.seed, kinds)
     config.write_json(folders[0] / "report.json", rounded(report))
     config.write_text(folders[0] / "report.html", page(rounded(report), voices, some, names))
     print("\n".join(report["verdict"]) + f"\n{folders[0]}/report.html says more. It quotes your chats: keep it to yourself.")
@@ -648,13 +649,13 @@ def prompts(name, past, facts, words, size):
     return ways
 
 
-def baselines(voices, some, choices, seed):
-    """One row for each way to clone me, on the same moments."""
+def baselines(voices, some, choices, seed, kinds):
+    """One row for each way to clone me, on the same moments. `kinds` {name of a voice: how it was trained}."""
     sessions, chars = np.array([m.session for m in some]), [sum(map(len, m.mine)) for m in some]
     real = [(m.session, "\n".join(m.mine)) for m in some]
     return [
         {
-            "name": name,
+            "name": re.sub("^(clone|other)", lambda found: f"{found[0]}, {kinds[found[0]]}", name),
             "bits_per_char": ratio(voice.nats[:, 0] / math.log(2), chars, sessions),
             "top1": rank(voice, sessions)["top1"] if choices else None,
             "auc": told_apart(real, [(m.session, "\n".join(reply)) for m, reply in zip(some, voice.replies)], seed),
