@@ -8,7 +8,7 @@ import unicodedata
 
 import numpy as np
 
-LETTERS = 1 << 20  # counted at once
+TOGETHER = 1 << 14  # messages whose letters are counted at once
 ONLY_MINE = "Export again and untick 'Only my messages'."
 KINDS = {"saved_messages": "Saved Messages", "bot_chat": "chats with bots", "private_channel": "private channels",
          "public_channel": "public channels", "replies": "Replies", "verification_codes": "sign-in codes"}  # fmt: skip
@@ -41,44 +41,40 @@ class Census:
 
     def __init__(self):
         self.left_out = {what: collections.Counter() for what in ("chats", "messages", "sessions")}
-        self.chats = self.sessions = self.messages = self.characters = self.mine = self.my_characters = self.short = 0
+        self.seen = collections.Counter()  # chats, sessions, messages, characters; mine, my characters and short: of my messages
         self.turns, self.private, self.total = collections.Counter(), collections.Counter(), collections.Counter()
         self.authors, self.only_mine, self.days = set(), [], ("9999", "0000")
-        self.letters, self.waiting, self.room = np.zeros(sys.maxunicode + 1, dtype=np.int64), [], LETTERS
+        self.letters, self.waiting = np.zeros(sys.maxunicode + 1, dtype=np.int64), []
 
     def add(self, session, why):
         """Count a session, left out for the reason `why` if there is one. → its messages"""
-        before = self.messages
+        seen, before = self.seen, self.seen["messages"]
         for turn in session.turns:
-            texts = turn.messages
-            n, characters = len(texts), sum(map(len, texts))
-            self.messages += n
-            self.characters += characters
+            n, characters = len(turn.messages), sum(map(len, turn.messages))
+            seen["messages"] += n
+            seen["characters"] += characters
+            self.authors.add(turn.me or turn.author)
             if turn.me:
-                self.mine += n
-                self.my_characters += characters
-                self.short += sum(len(text) <= 3 for text in texts)
-                self.waiting += texts
-                self.room -= characters
+                seen["mine"] += n
+                seen["my characters"] += characters
+                seen["short"] += sum(len(text) <= 3 for text in turn.messages)
+                self.waiting += turn.messages
                 self.turns[session.chat, session.chat_id] += not why
-                self.authors.add(True)
-            else:
-                self.authors.add(turn.author)
-                if not why:
-                    self.total[turn.author] += n
-                    self.private[turn.author] += n * (session.type == "personal_chat")
-        if self.room < 0:
+            elif not why:
+                self.total[turn.author] += n
+                self.private[turn.author] += n * (session.type == "personal_chat")
+        if len(self.waiting) > TOGETHER:
             self.count_letters()
-        self.sessions += 1
+        seen["sessions"] += 1
         if why:
             self.left_out["sessions"][why] += 1
         else:
             self.days = (min(self.days[0], session.start), max(self.days[1], session.turns[-1].at))
-        return self.messages - before
+        return seen["messages"] - before
 
     def end_of(self, chat, whole):
         """`whole`: nobody was taken out of the chat."""
-        self.chats += 1
+        self.seen["chats"] += 1
         if whole and "group" in chat.type and self.authors == {True}:
             self.only_mine.append(chat.name)
         self.authors = set()
@@ -87,7 +83,7 @@ class Census:
         text = re.sub("<[a-z]+>", "", "\n".join(self.waiting))  # without marks
         codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
         self.letters += np.bincount(codes, minlength=len(self.letters))
-        self.waiting, self.room = [], LETTERS
+        self.waiting = []
 
     def contacts(self):
         """[(id, messages)] of whom I talk with, personal chats first, then by messages."""
@@ -96,14 +92,19 @@ class Census:
     def report(self):
         self.count_letters()
         (chat, _), turns = (self.turns.most_common(1) or [(("", ""), 0)])[0]
+        seen = self.seen
+
+        def share(part, whole):
+            return seen[part] / max(1, seen[whole])
+
         return {
-            "chats": self.chats + self.left_out["chats"].total(),
-            "messages": self.messages + self.left_out["messages"].total(),
-            "sessions": self.sessions,
+            "chats": seen["chats"] + self.left_out["chats"].total(),
+            "messages": seen["messages"] + self.left_out["messages"].total(),
+            "sessions": seen["sessions"],
             **{f"{what}_left_out": dict(reasons.most_common()) for what, reasons in self.left_out.items()},
-            "my_messages": self.mine,
-            "share_of_voice": {"messages": self.mine / max(1, self.messages), "characters": self.my_characters / max(1, self.characters)},
-            "short_share": self.short / max(1, self.mine),
+            "my_messages": seen["mine"],
+            "share_of_voice": {"messages": share("mine", "messages"), "characters": share("my characters", "characters")},
+            "short_share": share("short", "mine"),
             "scripts": scripts({chr(code): int(self.letters[code]) for code in np.flatnonzero(self.letters)}),
             "largest_chat": {"name": chat, "share": turns / max(1, self.turns.total())},
             "only_mine": self.only_mine,
@@ -149,26 +150,18 @@ def verdict(report):
 
 def show(report, options):
     """Print the report for a person."""
-
-    def line(count, what, reasons=()):
-        left = "".join(f"\n{'':>12}- {n:,} {why}" for why, n in sorted(dict(reasons).items(), key=lambda item: -item[1]))
-        noun, _, rest = what.partition(" ")
-        print(f"{count:>11,} {noun.removesuffix('s') if count == 1 else noun} {rest}".rstrip() + left)
-
-    line(report["chats"], "chats", {kind(why): n for why, n in report["chats_left_out"].items()})
+    voice, kept, tokens = report["share_of_voice"], report["sessions_kept"], report["tokens"]
+    chats = {kind(why): n for why, n in report["chats_left_out"].items()}
+    line(report["chats"], "chats", chats)
     line(report["messages"], "messages in the chats that are taken", report["messages_left_out"])
-    voice = report["share_of_voice"]
     line(report["my_messages"], f"of them mine ({voice['messages']:.0%}; of the letters {voice['characters']:.0%})")
     line(report["sessions"], f"sessions (cut at {options.gap_minutes:g} minutes of silence)", report["sessions_left_out"])
-    kept = report["sessions_kept"]
     line(sum(kept.values()), f"sessions kept: {kept['train']:,} to train on, the latest {kept['val']:,} to validate")
-    if tokens := report["tokens"]:
+    if tokens:
         line(tokens["written"], "tokens in the sessions to train on")
         line(tokens["computed"], "tokens computed (the rest stands behind my last word; some count twice, as context)")
-        line(
-            tokens["rows"],
-            f"rows of {options.seq_len:,} tokens, {tokens['filled']:.1%} filled; {tokens['trained']:,} of their tokens trained",
-        )
+        filled = f"{tokens['filled']:.1%} filled; {tokens['trained']:,} of their tokens trained"
+        line(tokens["rows"], f"rows of {options.seq_len:,} tokens, {filled}")
         dense = ", ".join(f"{n} of {name}" for name, n in tokens["per_1000_characters"].items())
         print(f"{'':>11} tokens for 1,000 characters of mine: {dense}")
     elif report["scripts"]:
@@ -178,6 +171,11 @@ def show(report, options):
         line(sum(report["secrets"].values()), "secrets replaced by marks as the exports were read", what)
     for what, n in report["repairs"].items():
         line(n, what)
-    print()
-    for words in report["verdict"]:
-        print(words)
+    print("", *report["verdict"], sep="\n")
+
+
+def line(count, what, reasons=()):
+    noun, _, rest = what.partition(" ")
+    print(f"{count:>11,} {noun.removesuffix('s') if count == 1 else noun} {rest}".rstrip())
+    for why, n in sorted(dict(reasons).items(), key=lambda item: -item[1]):
+        print(f"{'':>12}- {n:,} {why}")

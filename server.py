@@ -17,6 +17,7 @@ import re
 import secrets
 import socket
 import sys
+import threading
 import time
 import webbrowser
 from pathlib import Path
@@ -71,11 +72,8 @@ class Ask:
     """A request for an answer, checked. `defaults`: chat.py's options; `fixed`: nobody may be anyone but `me` and `you`."""
 
     def __init__(self, body, me, you, defaults, fixed):
-        def unreadable(constant):
-            raise ValueError(f"{constant} is no number")
-
         try:
-            fields = json.loads(body, parse_constant=unreadable)
+            fields = json.loads(body)
         except (ValueError, RecursionError) as error:
             raise Refused(400, f"The body is not JSON: {str(error):.100}") from None
         if not isinstance(fields, dict):
@@ -162,44 +160,43 @@ class Line:
 
     def __init__(self, decoder, me):
         self.decoder, self.me, self.places = decoder, me, 0
-        self.turn = asyncio.Lock()  # first come, first served
-        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)  # first come, first served
 
     def enter(self, ask):
-        """→ (a task, its queue of what it says: str… and at last a dict, how it ended). Cancel the task to leave."""
+        """→ (a future of how it ends, the queue of the texts that it says). Cancel the future to leave."""
         if self.places >= PLACES:
             raise Refused(503, "Too many are waiting; try again", code="overloaded", headers={"retry-after": "5"})
         self.places += 1
-        said = asyncio.Queue()
-        task = asyncio.create_task(self.answer(ask, said))
-        task.add_done_callback(self.leave)
-        return task, said
+        loop, said, left = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
 
-    def leave(self, task):
-        self.places -= 1
+        def say(text):
+            loop.call_soon_threadsafe(said.put_nowait, text)
 
-    async def answer(self, ask, said):
-        def do(*work):
-            return asyncio.get_running_loop().run_in_executor(self.thread, *work)
+        def leave(end):
+            self.places -= 1
+            left.set()
 
-        steps = None
-        async with self.turn:
-            answer = await do(generate.Answer, self.decoder, ask.turns, self.me, ask.max_tokens, ask.temperature, ask.top_p, ask.seed)
-            try:
-                steps, text, sent, stopped = iter(answer), "", 0, False
-                while not stopped and (messages := await do(next, steps, None)) is not None:
-                    text = "\n".join(messages)
-                    stopped, ready = cut(text, ask.stops)
-                    said.put_nowait(text[sent:ready])
-                    sent = max(sent, ready)
-                if not stopped:
-                    said.put_nowait(text[sent:])
-                reason = "stop" if stopped or answer.ended else "length"
-                read, wrote = len(answer.prompt), len(answer.ids)
-                usage = {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": read + wrote}
-                said.put_nowait({"finish_reason": reason, "usage": usage})
-            finally:  # after the step that is under way, in whose thread it is
-                self.thread.submit(steps.close)
+        end = loop.run_in_executor(self.thread, self.answer, ask, say, left)
+        end.add_done_callback(leave)
+        return end, said
+
+    def answer(self, ask, say, left):
+        """Say an answer piece by piece, until it ends or the client has `left`. → (why it ended, usage), as OpenAI calls them"""
+        answer = generate.Answer(self.decoder, ask.turns, self.me, ask.max_tokens, ask.temperature, ask.top_p, ask.seed)
+        text, sent, stopped = "", 0, False
+        with contextlib.closing(iter(answer)) as steps:
+            for messages in steps:
+                text = "\n".join(messages)
+                stopped, ready = cut(text, ask.stops)
+                say(text[sent:ready])
+                sent = max(sent, ready)
+                if stopped or left.is_set():
+                    break
+        if not stopped:
+            say(text[sent:])
+        read, wrote = len(answer.prompt), len(answer.ids)
+        usage = {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": read + wrote}
+        return "stop" if stopped or answer.ended else "length", usage
 
 
 def cut(text, stops):
@@ -241,51 +238,49 @@ def application(decoder, me, you, contacts, options, page):
 
     async def completions(request):
         ask = Ask(await body_of(request), me, you, options, contacts is None)
-        task, said = line.enter(ask)
+        end, said = line.enter(ask)
         kind = "chat.completion.chunk" if ask.stream else "chat.completion"
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": me}
         if ask.stream:
-            return StreamingResponse(stream(ask, head, task, said), media_type="text/event-stream")
+            return StreamingResponse(stream(ask, head, end, said), media_type="text/event-stream")
         leaving = asyncio.create_task(gone(request))
         try:
-            await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({end, leaving}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             leaving.cancel()
-            task.cancel()
-        if not task.done():
+            end.cancel()
+        if end.cancelled():
             return JSONResponse({})  # to nobody
-        task.result()
-        *texts, end = [said.get_nowait() for _ in range(said.qsize())]
-        message = {"role": "assistant", "content": "".join(texts)}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": end["finish_reason"]}
-        return JSONResponse({**head, "choices": [choice], "usage": end["usage"]})
+        reason, usage = end.result()
+        message = {"role": "assistant", "content": "".join(said.get_nowait() for _ in range(said.qsize()))}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
+        return JSONResponse({**head, "choices": [choice], "usage": usage})
 
-    async def stream(ask, head, task, said):
+    async def stream(ask, head, end, said):
         def chunk(delta, reason=None):
             usage = {"usage": None} if ask.include_usage else {}
             return event({**head, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}], **usage})
 
-        task.add_done_callback(lambda task: said.put_nowait(None))  # it failed, or has said everything
+        end.add_done_callback(said.put_nowait)  # behind all that it says
         try:
             yield chunk({"role": "assistant", "content": ""})
             while True:
                 try:
-                    one = await asyncio.wait_for(said.get(), SILENT)
+                    text = await asyncio.wait_for(said.get(), SILENT)
                 except TimeoutError:
                     yield ": waiting\n\n"
                     continue
-                if one is None:
-                    task.result()
-                elif isinstance(one, dict):
-                    yield chunk({}, one["finish_reason"])
-                    if ask.include_usage:
-                        yield event({**head, "choices": [], "usage": one["usage"]})
-                    yield "data: [DONE]\n\n"
-                    return
-                elif one:
-                    yield chunk({"content": one})
+                if text is end:
+                    break
+                if text:
+                    yield chunk({"content": text})
+            reason, usage = end.result()
+            yield chunk({}, reason)
+            if ask.include_usage:
+                yield event({**head, "choices": [], "usage": usage})
+            yield "data: [DONE]\n\n"
         finally:
-            task.cancel()
+            end.cancel()
 
     routes = [
         Route("/", home), Route("/health", health), Route("/persona", persona), Route("/v1/models", models),
@@ -376,39 +371,26 @@ def is_address(text):
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, which hangs up on who doesn't send a whole request, or doesn't read, in time."""
-
-    late = stuck = None
+    """uvicorn's, which hangs up on who doesn't send a whole request, or doesn't read, within two looks."""
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        self.watch()
+        self.look()
 
-    def data_received(self, data):
-        super().data_received(data)
-        self.watch()
-
-    def watch(self):
+    def look(self, before=None):
+        """Each SLOW seconds. (A slow body is told so first, see `body_of`.)"""
         sending = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
-        if sending and not self.late:
-            self.late = self.loop.call_later(2 * SLOW, self.transport.abort)  # twice: a slow body is told so first
-        elif not sending and self.late:
-            self.late = self.late.cancel()
+        now = self.cycle, sending, self.flow.write_paused  # `cycle`: the request that is answered, or was answered last
+        if now == before and (sending or self.flow.write_paused):
+            self.transport.abort()
+        elif not self.transport.is_closing():
+            self.loop.call_later(SLOW, self.look, now)
 
     def send_400_response(self, msg):
         try:
             super().send_400_response(msg)
         except h11.LocalProtocolError:  # in the middle of an answer
             self.transport.abort()
-
-    def pause_writing(self):
-        super().pause_writing()
-        self.stuck = self.loop.call_later(SLOW, self.transport.abort)
-
-    def resume_writing(self):
-        super().resume_writing()
-        if self.stuck:
-            self.stuck = self.stuck.cancel()
 
 
 # --- start

@@ -13,10 +13,8 @@ from config import UserError
 
 DELETED = "Deleted Account"
 PIECE = 1 << 16  # bytes read at a time; from 128 KiB on, each costs fresh memory
-ENCODINGS = ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"), (b"", "utf-8-sig"))
 BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeDecodeError)
 HEAD = 1 << 16  # bytes by which a messenger's file is recognised
-DAMAGED_ZIP = "Copy it again, or unpack it as far as it goes and give the folder."
 WHAT_TO_GIVE = "Give the result.json that Telegram Desktop wrote (Export, format JSON), or a WhatsApp chat (Export chat: .txt or .zip)."
 
 
@@ -49,7 +47,7 @@ class Source:
     """One file of an export, on disk or in a zip. `watch(n)` is called as bytes are read."""
 
     def __init__(self, path, watch=lambda read: None, archive=None, member=None):
-        self.path, self.watch, self.zip, self.member = PurePosixPath(member.filename) if archive else path, watch, archive, member
+        self.path, self.watch, self.zip, self.member = path, watch, archive, member
         self.archive = Path(archive.filename) if archive else None
         self.size = member.file_size if archive else path.stat().st_size
 
@@ -94,7 +92,8 @@ class Source:
 
 
 def decoder(data):
-    return codecs.getincrementaldecoder(next(name for mark, name in ENCODINGS if data.startswith(mark)))("replace")
+    utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return codecs.getincrementaldecoder("utf-16" if utf_16 else "utf-8-sig")("replace")
 
 
 def sources(path, watch=lambda read: None):
@@ -109,20 +108,14 @@ def sources(path, watch=lambda read: None):
     found = []
     for source in candidates(path, watch):
         found += [(reader, source) for reader in (telegram, whatsapp) if reader.recognises(source.head())][:1]
-    if not found and path.is_dir() and not any(path.iterdir()):
+    if found:
+        return found
+    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else [str(inner) for inner in (path, *path.rglob("*"))]
+    if names == [str(path)] and path.is_dir():
         raise UserError(f"{path} is empty", WHAT_TO_GIVE)
-    if not found and any("messages" in name and name.endswith(".html") for name in names(path)):
+    if any("messages" in name and name.endswith(".html") for name in names):
         raise UserError(f"{path} is an export in HTML", "Export again, format JSON.")
-    if not found:
-        raise UserError(f"{path} is not an export that we know", WHAT_TO_GIVE)
-    return found
-
-
-def names(path):
-    """The names of the files in a folder or a zip; of a file its own."""
-    if path.is_dir():
-        return [str(inner) for inner in path.rglob("*")]
-    return zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else [str(path)]
+    raise UserError(f"{path} is not an export that we know", WHAT_TO_GIVE)
 
 
 def candidates(path, watch):
@@ -130,20 +123,18 @@ def candidates(path, watch):
     if path.is_dir():
         files = [p for p in sorted(path.iterdir()) if p.suffix in (".json", ".txt") and p.is_file()] + sorted(path.glob("*/result.json"))
         return [Source(p, watch) for p in files] + [source for inner in sorted(path.glob("*.zip")) for source in candidates(inner, watch)]
-    if not zipfile.is_zipfile(path):
-        with open(path, "rb") as file:
-            if file.read(4) == b"PK\x03\x04":
-                raise UserError(f"{path} is a damaged zip", DAMAGED_ZIP)
-        return [Source(path, watch)]
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04" and not zipfile.is_zipfile(path):
+            return [Source(path, watch)]
     try:
         archive = zipfile.ZipFile(path)
     except BROKEN_ZIP:
-        raise UserError(f"{path} is a damaged zip", DAMAGED_ZIP) from None
+        raise UserError(f"{path} is a damaged zip", "Copy it again, or unpack it as far as it goes and give the folder.") from None
     members = [m for m in archive.infolist() if m.filename.endswith((".json", ".txt")) and not m.filename.startswith("__MACOSX/")]
     if any(m.flag_bits & 1 for m in members):
         raise UserError(f"{path} is encrypted", "Unpack it, then give the folder.")
     named = [m for m in members if m.filename.rpartition("/")[2] in ("result.json", "_chat.txt") or "/" not in m.filename]
-    return [Source(None, watch, archive, member) for member in named or members]
+    return [Source(PurePosixPath(member.filename), watch, archive, member) for member in named or members]
 
 
 def read(path, notes=None, watch=lambda read: None):

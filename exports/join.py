@@ -24,6 +24,10 @@ BATCH = 256  # messages
 TIME = operator.itemgetter(3)  # of a Message
 
 
+def order(message):
+    return message.at, message.id or 0
+
+
 class Run:
     """Batches in order of time. `first`, `last`: the times at its ends; `places`: (offset, length) of its batches in the file."""
 
@@ -52,7 +56,7 @@ class Joined:
             batch.sort(key=TIME)  # stable: what was written in one second stays in its order
             numbers, authors, names, times, dates, texts, left_out = zip(*batch)
             shown |= dict.fromkeys(zip(authors, names))
-            self.wrote[export].update(itertools.compress(authors, map(operator.not_, left_out)))
+            self.wrote[export].update(author for author, why in zip(authors, left_out) if not why)
             if not runs or times[0] < runs[-1].last:
                 runs.append(Run(times[0]))
             runs[-1].last = times[-1]
@@ -72,27 +76,19 @@ class Joined:
                 if runs is not copies[0][1]:
                     found = np.array(newer + array("q", (number for number, _ in numbered(self.merged(runs)))))
                     newer = array("q", np.unique(found).tobytes())
-            yield copies[-1][0], heapq.merge(*streams, key=lambda m: (m.at, m.id or 0)) if len(streams) > 1 else streams[0]
+            yield copies[-1][0], heapq.merge(*streams, key=order)
 
     def merged(self, runs):
-        """The messages of runs in order. A run is opened when its turn has come: memory holds a batch of each of those that overlap."""
-        runs, waiting, heap = sorted(runs, key=lambda run: run.first), 0, []
-        while heap or waiting < len(runs):
-            if waiting < len(runs) and (not heap or runs[waiting].first <= heap[0][0]):
-                stream = self.messages(runs[waiting])
-                message = next(stream)
-                heapq.heappush(heap, (message.at, message.id or 0, waiting, message, stream))
-                waiting += 1
-                continue
-            _, _, run, message, stream = heap[0]
-            yield message
-            if len(heap) == 1 and (waiting == len(runs) or runs[run].last < runs[waiting].first):
-                yield from stream  # alone, as nearly always
-                heap.clear()
-            elif message := next(stream, None):
-                heapq.heapreplace(heap, (message.at, message.id or 0, run, message, stream))
+        """The messages of runs in order. Those that overlap are read side by side, a batch of each in memory."""
+        groups, until = [], 0
+        for run in sorted(runs, key=lambda run: run.first):
+            if groups and run.first <= until:
+                groups[-1].append(run)
             else:
-                heapq.heappop(heap)
+                groups.append([run])
+            until = max(until, run.last)
+        for group in groups:
+            yield from heapq.merge(*map(self.messages, group), key=order)
 
     def messages(self, run):
         for offset, length in run.places:

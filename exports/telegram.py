@@ -2,22 +2,25 @@
 
 import collections
 import datetime
+import functools
 import json
 import re
 
 from config import UserError
 from exports import DELETED, WHAT_TO_GIVE, Chat, Message, forward, make
-from exports.repair import Cursor, Damaged, mend
+from exports.repair import Cursor, mend
 
 PASSES = 1  # over the file
 # Telegram writes these keys first, in this order; nothing that people typed can look like it, for their quotes are escaped.
 BEGINS = re.compile(
     r"""\{\s*"id"\s*:\s*-?\d+\s*,\s*"type"\s*:\s*"(?:message|service|unsupported)"
+    |"personal_information"\s*:\s*\{\s*"user_id"\s*:\s*(?P<owner>\d{1,18})
     |(?:\{\s*(?:"name"\s*:\s*(?P<name>null|"(?:[^"\\]|\\.)*+")\s*,\s*)?)?
-     "type"\s*:\s*(?P<type>null|"\w*")\s*,\s*"id"\s*:\s*(?P<id>-?\d{1,18})\s*,\s*"messages"\s*:\s*(?=\[)""",
+     "type"\s*:\s*(?P<type>null|"\w*")\s*,\s*"id"\s*:\s*(?P<id>-?\d{1,18}|"[^"]{0,40}")\s*,\s*
+     (?:"\w+"\s*:\s*(?:"(?:[^"\\]|\\.)*+"|[\w.-]+)\s*,\s*){0,9}"messages"\s*:\s*(?=\[)""",
     re.VERBOSE,
 )
-USER = re.compile(r'\{\s*"user_id"\s*:\s*(\d{1,18})')
+DATE = re.compile(r"\d{4}-\d\d-\d\dT[\d:]+$", re.ASCII)
 MEDIA = {"voice_message": "<voice>", "video_message": "<video>", "video_file": "<video>", "animation": "<gif>", "audio_file": "<audio>"}
 MARKS = (
     ("photo", "<photo>"),
@@ -42,125 +45,49 @@ def recognises(head):
 
 
 def read(source, notes):
-    """See `exports.read`. A file that is damaged between its messages is read on chat by chat, wherever one plainly begins."""
-    cursor, account = Cursor(source.pieces(notes), BEGINS, notes), {}
-    try:
-        yield from chats(cursor, source, account)
-        if cursor.peek():  # something behind the end: a bracket was missing
-            raise Damaged
-    except Damaged:
-        notes["files that end early or are damaged between messages, read as far as they go"] += 1
-        yield from rest(cursor, source, account)
-    if "found" not in account:
-        raise UserError(f"{source} is not a Telegram export: neither chats nor messages in it", WHAT_TO_GIVE)
-
-
-def chats(cursor, source, account, skim=False):
-    """Walk the whole file. The root of a single chat's export is that chat. `skim`: only note each chat's head in `account`."""
-
-    def one():
-        header = {}
-        for key in cursor.keys():
-            if key == "messages" and skim:
-                account["heads"].append(header)  # of which some keys may still follow
-                cursor.skip()
-            elif key == "messages":
-                account["read"] = account.get("read", 0) + 1
-                head = header if {"type", "id"} <= header.keys() else following(source, account)
-                if head:
-                    yield from messages_here(cursor, source, head, account)
-                else:
-                    cursor.notes["chats whose head is damaged, left out"] += 1
-                    cursor.skip()
-            elif key in ("name", "type", "id"):
-                header[key] = cursor.value()
-            elif key == "personal_information":
-                owner(cursor, account)
-            elif key in ("chats", "left_chats"):
-                account["found"] = True
-                yield from listed()
-            else:
-                cursor.skip()
-
-    def listed():
-        for key in cursor.keys():
-            if key == "list":
-                for _ in cursor.elements():
-                    yield from one()
-            else:
-                cursor.skip()
-
-    yield from one()
-
-
-def following(source, account):
-    """The head of a chat whose messages come first, for some tool sorted the keys: the file is walked once more, for all such heads."""
-    if "heads" not in account:
-        account["heads"] = []
-        try:
-            collections.deque(chats(Cursor(source.pieces(collections.Counter()), BEGINS, collections.Counter()), source, account, True), 0)
-        except Damaged:
-            pass
-    head = account["heads"][account["read"] - 1] if account["read"] <= len(account["heads"]) else {}
-    return head if {"type", "id"} <= head.keys() else None
-
-
-def rest(cursor, source, account):
-    """Read on behind a damage: every chat whose head is whole."""
-    while True:
-        cursor.at = cursor.find(0)
-        begins = BEGINS.match(cursor.text, cursor.at)
-        if not begins and cursor.ended:
-            return
-        if not begins:
-            cursor.more()
-        elif not begins["type"]:
-            cursor.notes["messages of chats whose head is damaged, left out"] += 1
-            cursor.at = begins.end()
+    """See `exports.read`. Chats and messages are looked for where they plainly begin: what is broken costs no more than itself."""
+    cursor, owner, closing, found, broken = Cursor(source.pieces(notes), BEGINS, notes), None, "}]}}", False, False
+    while begins := cursor.next():
+        cursor.at = begins.end()
+        if begins["owner"]:
+            owner = f"user{begins['owner']}"
+            continue
+        if not found and not cursor.text[: begins.start()].strip():
+            closing = "}"  # the file is a single chat
+        found = True
+        if begins["type"]:
+            chat, raw = describe(begins, owner), cursor.messages()
+            owner = chat.owner
+            yield chat, messages(raw, source)
+            collections.deque(raw, 0)  # what the caller left unread
+            broken = broken or cursor.lost
         else:
-            cursor.at = begins.end()
-            header = {key: json.loads(mend(begins[key] or "null"), strict=False) for key in ("name", "type", "id")}
-            try:
-                yield from messages_here(cursor, source, header, account)
-            except Damaged:
-                continue
+            notes["messages of chats whose head is damaged, left out"] += 1
+    if not found and re.search(r'"messages"\s*:\s*\[', source.head()):
+        raise UserError(f"{source} is not a Telegram export: no chat begins in it as Telegram writes one", WHAT_TO_GIVE)
+    if broken or not closed(cursor.text[cursor.at :], closing):
+        notes["files that end early or are damaged between messages, read as far as they go"] += 1
 
 
-def messages_here(cursor, source, header, account):
-    """Yield the (Chat, messages) whose array begins at the cursor, then move behind what the caller left unread."""
-    account["found"] = True
-    raw = cursor.messages()
-    yield describe(header, account), messages(raw, source)
-    for _ in raw:
-        pass
-    if cursor.lost:
-        raise Damaged
+def closed(rest, closing):
+    """Whether what stands behind the last messages ends all that was open before them."""
+    brackets = re.sub(r'"(?:[^"\\]|\\.)*"|[^][{}]', "", rest)
+    return brackets.endswith(closing[1:] or closing) or len(closing) == sum(-1 if one in "[{" else 1 for one in brackets)
 
 
-def owner(cursor, account):
-    """Note whose account it is. The number is taken before the rest is read, which may be damaged."""
-    if found := USER.match(cursor.text, cursor.at):
-        account["owner"] = f"user{found[1]}"
-        cursor.skip()
-    else:
-        value = cursor.value()
-        if isinstance(value, dict) and peer(value.get("user_id")):
-            account["owner"] = f"user{value['user_id']}"
-
-
-def describe(header, account):
-    kind, number = header.get("type"), whole(str(header.get("id")))
-    kind = kind if isinstance(kind, str) else "unknown"
-    if kind == "saved_messages" and not account.get("owner"):
-        account["owner"] = f"user{number}"
+def describe(begins, owner):
+    """The match of a chat's head → Chat. Saved Messages say whose they are."""
+    kind, number = begins["type"].strip('"'), begins["id"].strip('"')
+    kind = "unknown" if kind == "null" else kind
     key = next((peer for peer, kinds in KINDS.items() if kind in kinds), kind) + number  # a group that turns public stays itself
-    name = header.get("name") or NAMELESS.get(kind)
-    return Chat(key, number, kind, whole(name) if isinstance(name, str) else DELETED, account.get("owner"))
+    name = json.loads(mend(begins["name"] or "null"), strict=False) or NAMELESS.get(kind, DELETED)
+    return Chat(key, number, kind, whole(name), owner or (f"user{number}" if kind == "saved_messages" else None))
 
 
+@functools.lru_cache(1 << 16, typed=True)
 def peer(value):
     """`user123` for `user123`, `123` or 123; None for what is no id. A bare number (before 2021-04) says the kind of peer above 32 bits."""
-    text = str(value) if isinstance(value, (str, int)) else ""
+    text = str(value)
     if re.fullmatch(r"\d{1,18}", text, re.ASCII):
         kind, number = divmod(int(text), 1 << 32)
         return {1: f"chat{number}", 2: f"channel{number}"}.get(kind, f"user{text}")
@@ -168,10 +95,12 @@ def peer(value):
 
 
 def flat(text):
-    """A string, or a list that mixes strings and `{type, text}`, of whatever type."""
-    if isinstance(text, list):
-        return "".join(part if isinstance(part, str) else flat(part.get("text")) if isinstance(part, dict) else "" for part in text)
-    return text if isinstance(text, str) else ""
+    """The words of a string, of `{type, text}` whatever the type, or of a list of these."""
+    if isinstance(text, str):
+        return text
+    if isinstance(text, dict):
+        return flat(text.get("text"))
+    return "".join(map(flat, text)) if isinstance(text, list) else ""
 
 
 def whole(text):
@@ -198,10 +127,9 @@ def message(raw, last, source):
         return Message(None, None, None, last, iso(last), "", "damaged messages")
     get = raw.get
     number, author, name, date, kind = get("id"), get("from_id"), get("from"), get("date"), get("type")
-    text, left_out = "", ""
     at = seconds(get("date_unixtime"), date, last)
-    if author.__class__ is not str or author[:4] != "user" or not author[4:].isdecimal():
-        author = peer(author)
+    author = peer(author) if isinstance(author, (str, int)) else None
+    text, left_out = "", ""
     if kind != "message":
         left_out = "service messages" if kind == "service" else "messages of an unsupported kind"
     elif "forwarded_from" in raw or "saved_from" in raw:
@@ -211,18 +139,13 @@ def message(raw, last, source):
     elif at is None or author is None:
         left_out = "messages without author or date"
     else:
-        text = get("text")
-        if text.__class__ is not str:
-            text = flat(text)
-        text = (text if text.isascii() else whole(text)).strip() or mark(raw, source)
+        text = whole(flat(get("text"))).strip() or mark(raw, source)
         left_out = "" if text else "messages without text"
-    if at is None:
-        at = last
-    if date.__class__ is not str or date[4:5] != "-" or date[10:11] != "T" or not date.isascii():
+    at = last if at is None else at
+    if not isinstance(date, str) or not DATE.match(date):
         date = iso(at)
-    if name is not None and (name.__class__ is not str or not name.isascii()):
-        name = whole(name) if isinstance(name, str) else None
-    if number.__class__ is not int or abs(number) >= 1 << 62:
+    name = whole(name) if isinstance(name, str) else None
+    if not isinstance(number, int) or abs(number) >= 1 << 62:
         number = None
     return make((number, author, name, at, date, text, left_out))
 

@@ -8,21 +8,19 @@
 A first pass counts the shapes that lines begin with and, for each, who wrote and what its dates can mean; a second pass yields the messages
 of the commonest shape. A line that begins otherwise continues the message before it.
 
-- The order of day, month and year makes fewest impossible dates and steps back in time, then fewest different years. Where that leaves
-  two, it is the writer's habit: month first with slashes, capital AM or PM and no zero before a number (the United States), year first with
-  Korean, Chinese or Japanese halves of the day, else day first.
-- A person is a name of at most 60 characters who wrote anything but service messages. A name met once that has a quotation mark, the end
-  of a sentence or a system line's verb in it is the beginning of a system line; four words with an open quote are, however often met.
-- What WhatsApp wrote in place of a message is known by its U+200E or angle brackets, then by word stems of some forty languages. Only
-  deletions, missed calls and `null`, which Android leaves unmarked, are known by their whole text.
+- The order of day, month and year makes fewest impossible dates and steps back in time, then fewest different years; then it is habit.
+- A person is a name of at most 60 characters who wrote anything but service messages. A name met once that reads like a system line is one.
+- What WhatsApp wrote in place of a message is known by its U+200E or angle brackets, then by word stems (whatsapp.toml). Only deletions,
+  missed calls and `null`, which Android leaves unmarked, are known by their whole text.
 """
 
 import collections
 import datetime
 import hashlib
 import re
+import tomllib
 import unicodedata
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from exports import Chat, Message, forward
@@ -38,7 +36,7 @@ BLANK = MARKS + "".join(c for c in map(chr, range(0x3001)) if c.isspace())
 UNSEEN = dict.fromkeys(map(ord, BLANK))
 
 SEPARATOR = rf"[{MARKS}]{{0,3}}[-/.]\s?[{MARKS}]{{0,3}}"
-DATE = rf"(?P<a>\d{{1,4}})(?P<first>{SEPARATOR})(?P<b>\d{{1,2}})(?P<second>{SEPARATOR})(?P<c>\d{{4}}|\d{{1,2}})"
+DATE = rf"(?P<a>\d{{1,4}}){SEPARATOR}(?P<b>\d{{1,2}}){SEPARATOR}(?P<c>\d{{4}}|\d{{1,2}})"
 TIME = r"(?P<hour>\d{1,2})(?:[:.]|\s?h\s?)(?P<minute>\d\d)(?:(?:[:.]|\smin\s)(?P<seconds>\d\d))?"  # Canada: 22 h 05 min 33 s
 WORDS = r"[^\d:/\[\]–-]{0,24}"
 START, END = rf"[{MARKS}]{{0,9}}(?P<open>\[?)[{MARKS}]{{0,3}}", r"(?P<end>\]\s?|\s[-–]\s|:\s)"
@@ -60,112 +58,25 @@ def fold(text):
     return "".join(c for c in unicodedata.normalize("NFKD", text) if unicodedata.category(c) != "Mn").casefold()
 
 
+def alternatives(text):
+    return [phrase.casefold() for phrase in text.replace("\n", "|").split("|")]
+
+
 def stems(text):
     """The pattern that finds any of these in a folded text."""
-    return re.compile(fold(text))
+    return re.compile(fold("|".join(alternatives(text))))
 
 
-def whole(text):
-    return {phrase.casefold() for phrase in text.split("|")}
-
-
-# fmt: off
+WRITTEN = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 FILLER = {"", "a", "à", "at", "um", "kl", "klo", "alas", "г", "ч", "uhr", "h", "s", "be"}  # `14.3.2021 klo 22.05`
-MORNING = {word(w) for w in (
-    "am|ص|صباحا|上午|凌晨|清晨|早上|午前|오전|πμ|ق.ظ|قبل ازظهر|לפנה״צ|vorm|dop|de|fm|fh|ap|öö|sa|pg|дп|пр.об|претпл|пре подне|"
-    "прије подне|pre podne|prije podne|priekšp|priešpiet|vm|yb|pd|e paradites|पूर्वाह्न|পূর্বাহ্ণ|முற்பகல்|ก่อนเที่ยง|ກ່ອນທ່ຽງ|පෙ.ව|ү.ө|atm|ਪੂ.ਦੁ|ب.ن|"
-    "ጥዋት|da manhã|de la mañana|in the morning").split("|")}
-EVENING = {word(w) for w in (
-    "pm|م|مساء|下午|中午|晚上|午後|오후|μμ|ب.ظ|بعدازظهر|אחה״צ|nachm|odp|pop|du|em|eh|ip|ös|ch|ptg|пп|сл.об|попл|по подне|поподне|"
-    "po podne|popodne|pēcp|popiet|nm|yh|md|e pasdites|अपराह्न|অপরাহ্ণ|பிற்பகல்|หลังเที่ยง|ຫຼັງທ່ຽງ|ප.ව|ү.х|ptm|ਬਾ.ਦੁ|د.ن|ከሰዓት|da tarde|"
-    "de la tarde|in the afternoon|in the evening").split("|")}
+MORNING, EVENING = ({word(half) for half in alternatives(WRITTEN[name])} for name in ("morning", "evening"))
+HALVES = MORNING | EVENING
 EASTERN = {"오전", "오후", "上午", "下午", "午前", "午後"}
-OMITTED = stems(
-    r"omitted|omitid|ocult|revelad|\bomis|\bomess|\bomes|esclus|non inclus|mancant|\babsent|manquant|\bretire|weggel|ausgel|ausgeschl|"
-    "weglaat|utelämn|utels|utesl|utelatt|sløyfet|ikke inkludert|udelad|ei kuvaa|sisällytet|jätetty|jätettiin|pominię|vynech|izostav|"
-    "kihagy|hiányz|sikertelen|fără|пропущ|отсутств|опущен|не добавл|відсутн|не додан|пропусн|изостав|παράλ|εξαίρ|הושמט|הוסר|נכלל|إدراج|"
-    "استبعاد|حذف|نظر|نکال|edilmedi|atlanm|tidak di|disingkir|bỏ qua|đã bỏ|हटा|छोड़|वगळ|বাদ|ไม่|ถูกลบ|ละเว้น|略|忽略|含まれて|생략|제외")
-MEDIA = stems(
-    "medi|mídia|medya|meedia|mitjan|multim|медиа|медіа|медиј|файл|fichier|ficheiro|archivo|vedlegg|bijlage|pliki|πολυμέσ|фајл|ملف|"
-    "αρχεί|מדיה|وسائط|رسانه|میڈیا|मीडिया|মিডিয়া|สื่อ|媒體|媒体|メディア|미디어")
-ATTACHED = stems(
-    "attach|angehäng|bijgevoegd|aangeheg|joint|adjunt|anexad|allegat|ataşat|atașat|załączon|прикреп|добавлен|додано|прикачен|ekli|"
-    "bifogad|vedlagt|vedhæft|liite|přilož|pripojen|csatol|privitku|pievieno|prisegta|lisatud|συνημμ|מצורף|مرفق|پیوست|संलग्न|अटैच|সংযুক্ত|"
-    "lampir|đính kèm|แนบ|附件|添付|첨부")
-EDITED = stems(
-    r"\bedit|bearbeitet|modifi|bewerkt|gewijzigd|edytowan|zmienion|измен|отредакт|редаг|змінен|düzenle|rediger|muokat|uprav|szerkeszt|"
-    "επεξεργ|נערכ|تعديل|ویرایش|संपादित|diedit|chỉnh sửa|แก้ไข|編集|编辑|編輯|수정")
-KINDS = [
-    ("<gif>", stems("gif|জিআইএফ")),
-    ("<sticker>", stems(
-        "sticker|стикер|наклейк|αυτοκόλλητ|סטיקר|ملصق|اسٹیکر|استیکر|çıkartma|สติกเกอร์|nálepk|naklejk|figurinha|klistrem|klisterm|"
-        "pelekat|स्टिकर|স্টিকার|스티커|スタンプ|ステッカー|matrica|stiker|naljepnic|tarra|adhesiu|autocollant|adesiv|貼圖|贴图")),
-    ("<contact>", stems(
-        "contact|contat|kontak|контакт|επαφ|איש קשר|جهة اتصال|مخاطب|رابطہ|পরিচিতি|聯絡人|联系人|連絡先|liên lạc|kişi|รายชื่อ|wizytówk|"
-        "visitekaart|kenalan|संपर्क|कॉन्टैक्ट|연락처|névjegy|posjetnic|yhteystieto|vizitk")),
-    ("<video>", stems(
-        "video|wideo|видео|відео|βίντεο|וידאו|فيديو|ویدی|ویڈیو|ভিডিও|影片|视频|視訊|วิดีโอ|व्हिडी|वीडियो|비디오|동영상|ビデオ|動画")),
-    ("<photo>", stems(
-        "image|imatge|imagin|immagin|bild|billed|foto|photo|תמונה|изображ|зображ|εικόν|صور|تصویر|ইমেজ|圖|图|图像|照片|hình ảnh|görüntü|"
-        "รูป|obráz|afbeelding|imej|इमेज|फ़ोटो|이미지|사진|画像|写真|kép |gambar|slika|kuva")),
-    ("<voice>", stems(
-        "audio|voice|ses |קול|аудио|аудіо|ήχο|صوت|صدا|آڈیو|অডিও|音訊|音频|語音|语音|音声|âm thanh|เสียง|ljud|zvuk|lyd |äänit|ऑडि|오디오|"
-        "음성|hang ")),
-    ("<file>", stems(
-        "document|dokument|документ|מסמך|έγγραφ|مستند|سند|دستاویز|ডকুমেন্ট|文件|文档|tài liệu|belge|เอกสาร|dokumen|डॉक्यु|문서|"
-        "ドキュメント|asiakirj")),
-]
-DELETED = whole(
-    "this message was deleted|you deleted this message|you deleted this message as admin|diese nachricht wurde gelöscht|"
-    "du hast diese nachricht gelöscht|se eliminó este mensaje|este mensaje fue eliminado|eliminaste este mensaje|"
-    "ce message a été supprimé|vous avez supprimé ce message|questo messaggio è stato eliminato|hai eliminato questo messaggio|"
-    "esta mensagem foi apagada|mensagem apagada|você apagou esta mensagem|apagou esta mensagem|dit bericht is verwijderd|"
-    "u hebt dit bericht verwijderd|je hebt dit bericht verwijderd|ta wiadomość została usunięta|usunięto tę wiadomość|"
-    "данное сообщение удалено|это сообщение удалено|вы удалили это сообщение|вы удалили данное сообщение|це повідомлення було видалено|"
-    "ви видалили це повідомлення|bu mesaj silindi|bu mesajı sildiniz|detta meddelande raderades|det här meddelandet raderades|"
-    "du raderade detta meddelande|du raderade det här meddelandet|denne meldingen ble slettet|du slettet denne meldingen|"
-    "denne besked blev slettet|denne besked er blevet slettet|du slettede denne besked|du har slettet denne besked|"
-    "tämä viesti poistettiin|poistit tämän viestin|tato zpráva byla odstraněna|tato zpráva byla smazána|tuto zprávu jste odstranil/a|"
-    "tuto zprávu jste smazal/a|táto správa bola odstránená|túto správu ste odstránili|ez az üzenet törlésre került|"
-    "törölted ezt az üzenetet|acest mesaj a fost șters|ați șters acest mesaj|αυτό το μήνυμα διαγράφηκε|διαγράψατε αυτό το μήνυμα|"
-    "הודעה זו נמחקה|מחקת הודעה זו|מחקת את ההודעה הזו|تم حذف هذه الرسالة|لقد حذفت هذه الرسالة|أنت حذفت هذه الرسالة|این پیام حذف شد|"
-    "این پیام حذف شده است|شما این پیام را حذف کردید|यह संदेश मिटाया गया|यह मैसेज डिलीट कर दिया गया है|आपने यह संदेश मिटाया|"
-    "आपने यह मैसेज डिलीट किया|pesan ini telah dihapus|pesan ini dihapus|anda telah menghapus pesan ini|anda menghapus pesan ini|"
-    "mesej ini telah dipadam|tin nhắn này đã bị xóa|tin nhắn này đã bị xoá|bạn đã xóa tin nhắn này|bạn đã xoá tin nhắn này|"
-    "ข้อความนี้ถูกลบแล้ว|ข้อความนี้ได้ถูกลบ|คุณลบข้อความนี้|คุณได้ลบข้อความนี้|此訊息已刪除|您已刪除此訊息|这条消息已被删除|此消息已删除|您已删除这条消息|"
-    "このメッセージは削除されました|このメッセージを削除しました|이 메시지는 삭제되었습니다|삭제된 메시지입니다|삭제한 메시지입니다|"
-    "съобщението беше изтрито|изтрихте това съобщение|ova poruka je izbrisana|ova je poruka izbrisana|izbrisali ste ovu poruku|"
-    "ова порука је обрисана|aquest missatge s'ha suprimit|aquest missatge està esborrat|has suprimit aquest missatge|"
-    "has esborrat aquest missatge")
-CALLS = whole(
-    "null|missed voice call|missed video call|missed group voice call|missed group video call|verpasster sprachanruf|"
-    "verpasster videoanruf|llamada perdida|llamada de voz perdida|videollamada perdida|appel vocal manqué|appel vidéo manqué|"
-    "chamada de voz perdida|chamada de vídeo perdida|videochamada perdida|chiamata vocale persa|videochiamata persa|"
-    "gemiste spraakoproep|gemist spraakgesprek|gemiste video-oproep|gemist videogesprek|nieodebrane połączenie|"
-    "nieodebrane połączenie głosowe|nieodebrane połączenie wideo|пропущенный аудиозвонок|пропущенный голосовой вызов|"
-    "пропущенный видеозвонок|пропущений аудіодзвінок|пропущений відеодзвінок|cevapsız sesli arama|cevapsız görüntülü arama|"
-    "missat röstsamtal|missat videosamtal|tapt taleanrop|tapt videoanrop|mistet opkald|ubesvaret taleopkald|ubesvaret videoopkald|"
-    "vastaamaton äänipuhelu|vastaamaton videopuhelu|zmeškaný hovor|zmeškaný hlasový hovor|zmeškaný videohovor|nem fogadott hanghívás|"
-    "nem fogadott videóhívás|apel vocal nepreluat|apel video nepreluat|αναπάντητη κλήση|αναπάντητη φωνητική κλήση|"
-    "αναπάντητη βιντεοκλήση|שיחה קולית שלא נענתה|שיחת וידאו שלא נענתה|مكالمة صوتية فائتة|مكالمة فيديو فائتة|تماس صوتی پاسخ داده نشده|"
-    "تماس تصویری پاسخ داده نشده|panggilan suara tak terjawab|panggilan video tak terjawab|cuộc gọi nhỡ|cuộc gọi nhỡ video|未接語音通話|"
-    "未接视频通话|未接语音通话|未接視像通話|不在着信|音声通話不在着信|ビデオ通話不在着信|부재중 전화|부재중 영상통화")
-WAITING = tuple(whole(  # "…This may take a while." follows
-    "waiting for this message|warten auf diese nachricht|auf diese nachricht warten|diese nachricht wird erwartet|"
-    "esperando este mensaje|esperando el mensaje|en attente de ce message|en attente du message|aguardando esta mensagem|"
-    "aguardando mensagem|in attesa del messaggio|in attesa di questo messaggio|wachten op dit bericht|oczekiwanie na wiadomość|"
-    "oczekiwanie na tę wiadomość|ожидание сообщения|ожидание этого сообщения|в ожидании данного сообщения|bu mesaj bekleniyor|"
-    "menunggu pesan ini"))
-BY_ADMIN = tuple(whole("this message was deleted by admin|diese nachricht wurde von admin|este mensaje fue eliminado por el admin"))
-LIVE = whole(
-    "live location shared|live-standort wird geteilt|ubicación en tiempo real compartida|localisation en direct partagée|"
-    "localização atual compartilhada|posizione attuale condivisa|live locatie gedeeld|геоданные отправлены|геодані надіслано|"
-    "mevcut konum paylaşıldı|liveposition delad|live placering delt|udostępniona transmisja położenia|lokasi terkini dibagikan")
-SYSTEM = stems(
-    r'["“„«「]|\w{5,}[.] |\b(?:added|changed|created|joined|left\b|removed|encrypted|hinzugefügt|geändert|erstellt|verlassen|entfernt|'
-    r"verschlüsselt|añadió|cambió|creó\b|salió|cifrad|ajouté|modifié|créé|quitté|chiffr|adicionou|mudou|alterou|criou|saiu|aggiunto|cambiato|"
-    r"creato|crittograf|toegevoegd|gewijzigd|добавил|изменил|создал|покинул|удалил|шифр|ekledi|değiştirdi|oluşturdu)")
-# fmt: on
+DELETED, CALLS, LIVE = (set(alternatives(WRITTEN[name])) for name in ("deleted", "calls", "live"))
+WAITING, BY_ADMIN = (tuple(alternatives(WRITTEN[name])) for name in ("waiting", "by_admin"))
+OMITTED, MEDIA, ATTACHED, EDITED = (stems(WRITTEN[name]) for name in ("omitted", "media", "attached", "edited"))
+KINDS = [(f"<{kind}>", stems(words)) for kind, words in WRITTEN["kinds"].items()]
+SYSTEM = re.compile(rf'["“„«「]|\w{{5,}}[.] |\b(?:{stems(WRITTEN["changed"]).pattern})')
 FILES = [  # what an attachment is, by its name
     ("<gif>", re.compile(r"-GIF-|\.gif$", re.I)),
     ("<sticker>", re.compile(r"^STK-|-STICKER-|\.webp$", re.I)),
@@ -191,9 +102,9 @@ TITLE = re.compile(
 
 
 class Front(NamedTuple):
-    """What a message's line begins with. `shape`: what is the same in every line of one file."""
+    """What a message's line begins with."""
 
-    shape: tuple
+    shape: str  # what is the same in every line of one file: `9/9/y,9:9half-`
     date: tuple  # three numbers, in the order of the file
     clock: tuple  # hour of 24, minute, second
     habit: str  # the order that such lines have where nothing else says it
@@ -202,21 +113,21 @@ class Front(NamedTuple):
 
 def front(line):
     """→ Front, or None for a line that continues a message."""
-    match = next(filter(None, (pattern.match(line) for pattern in FRONTS)), None)
-    if not match:
+    match = FRONTS[0].match(line) or FRONTS[1].match(line)
+    if not match or bool(match["open"]) != match["end"].startswith("]"):
         return None
-    before, after = word(match["before"]), word(match["after"])
-    half = next((w for w in (before, after) if w in MORNING or w in EVENING), None)
-    if any(w not in FILLER and w != half for w in (before, after)) or bool(match["open"]) != match["end"].startswith("]"):
-        return None
-    a, first, b, second, c, hour, minute, seconds = match.group("a", "first", "b", "second", "c", "hour", "minute", "seconds")
-    hour = int(hour) % 12 + 12 * (half in EVENING) if half else int(hour)
-    marks = [s.translate(UNSEEN) for s in (match["open"], first, second, match["end"])]
-    places = [None if w == half else w for w in (before, after)]  # am and pm are one shape
-    shape = (*marks, *places, "," in match["before"], len(a) > 2, len(c) > 2, bool(seconds), match.re is FRONTS[0])
-    american = marks[1] == "/" and match["after"].strip(BLANK) in ("AM", "PM") and "0" not in (a[0], b[0])
+    shape, half = match[0].translate(UNSEEN), ""
+    for words in match.group("before", "after"):
+        if (plain := word(words)) in HALVES:
+            half, shape = plain, shape.replace(words.translate(UNSEEN).strip(",،"), "half")
+        elif plain not in FILLER:
+            return None
+    shape = re.sub(r"\d+", "9", re.sub(r"\d{3,}", "y", shape))
+    hour = int(match["hour"]) % 12 + 12 * (half in EVENING) if half else int(match["hour"])
+    american = "9/" in shape and match["after"].strip(BLANK) in ("AM", "PM") and "0" not in (match["a"][0], match["b"][0])
     habit = "month first" if american else "year first" if half in EASTERN else "day first"
-    return Front(shape, (int(a), int(b), int(c)), (hour, int(minute), int(seconds or 0)), habit, line[match.end() :])
+    date = tuple(map(int, match.group("a", "b", "c")))
+    return Front(shape, date, (hour, int(match["minute"]), int(match["seconds"] or 0)), habit, line[match.end() :])
 
 
 def moment(found, order):
@@ -258,7 +169,7 @@ class Survey:
     """What the lines of one shape say together."""
 
     def __init__(self):
-        self.count, self.habits, self.names = 0, set(), {}
+        self.count, self.habits, self.names, self.wrote = 0, set(), collections.Counter(), set()
         self.wrong, self.last, self.years = collections.Counter(), {}, {order: set() for order in ORDERS}
 
     def add(self, found):
@@ -272,15 +183,16 @@ class Survey:
                 self.years[order].add(at.year)
         name, text = signed(found.rest)
         if name and (name in self.names or len(self.names) < MOST_PEOPLE):
-            times, wrote = self.names.get(name, (0, False))
-            self.names[name] = times + 1, wrote or content(text, found.shape[0])[1] != "service messages"
+            self.names[name] += 1
+            if name not in self.wrote and content(text, found.shape)[1] != "service messages":
+                self.wrote.add(name)
 
     def order(self):
         habit = "day first" if len(self.habits) > 1 else next(iter(self.habits), "")
         return min(ORDERS, key=lambda order: (self.wrong[order], max(2, len(self.years[order])), order != habit))
 
     def people(self):
-        return {name for name, (times, wrote) in self.names.items() if wrote and is_person(name, times)}
+        return {name for name in self.wrote if is_person(name, self.names[name])}
 
 
 def is_person(name, times):
@@ -305,7 +217,7 @@ def read(source, notes):
     for line in lines(source, collections.Counter()):
         if found := front(line):
             surveys[found.shape].add(found)
-    shape, survey = max(surveys.items(), key=lambda item: item[1].count, default=(None, Survey()))
+    shape, survey = max(surveys.items(), key=lambda item: item[1].count, default=("", Survey()))
     people = survey.people()
     name = chat_name(source)
     known = name or ", ".join(sorted(people))
@@ -317,41 +229,42 @@ def read(source, notes):
 
 def blocks(source, notes, shape, order):
     """Each message of the file: its local time, and its text behind the front, continued lines too."""
-    time, parts, size = None, [], 0
+    time, text = None, []
     for line in lines(source, notes):
         found = front(line)
         new = moment(found, order) if found and found.shape == shape else None
-        if found and not new:
-            notes["lines with a date of another format, kept as text"] += 1
+        if new and time:
+            yield time, "\n".join(text)
         if new:
-            if time:
-                yield time, "\n".join(parts)
-            time, parts, size, line = new, [], 0, found.rest
-        elif not time:
-            notes["lines before the first message"] += 1
+            time, text, size = new, [found.rest], len(found.rest)
             continue
-        if size <= LONGEST:
-            parts.append(line[: LONGEST - size])
-            size += len(line) + 1
-            if size > LONGEST:
-                notes["messages cut to a million characters"] += 1
+        if found:
+            notes["lines with a date of another format, kept as text"] += 1
+        if not time:
+            notes["lines before the first message"] += 1
+        elif size <= LONGEST:
+            text.append(line)
+            size += 1 + len(line)
     if time:
-        yield time, "\n".join(parts)
+        yield time, "\n".join(text)
 
 
 def messages(source, notes, shape, order, people):
     last = None
     for time, text in blocks(source, notes, shape, order):
+        if len(text) > LONGEST:
+            notes["messages cut to a million characters"] += 1
+            text = text[:LONGEST]
         last = forward(int((time - EPOCH).total_seconds()), last)
         name, said = signed(text)
         if name in people:
-            said, left_out = content(said, shape[0], source.beside)
+            said, left_out = content(said, shape, source.beside)
             yield Message(None, f"whatsapp:{name}", name, last, time.isoformat(), said, left_out)
         else:
             yield Message(None, None, None, last, time.isoformat(), text.strip(BLANK), "service messages")
 
 
-def content(text, iphone, beside=lambda name: None):
+def content(text, shape, beside=lambda name: None):
     """What stands behind a name → (text, why it is left out). `beside`: reads the transcript of a voice message, see `Source.beside`."""
     text = MENTION.sub(r"@\1", unedited(text))
     plain = text.strip(BLANK)
@@ -367,6 +280,7 @@ def content(text, iphone, beside=lambda name: None):
         mark = (beside(PurePath(file).stem + ".txt") or "")[:LONGEST].strip(BLANK) or mark
     if mark:
         return mark, ""
+    iphone = shape.startswith("[")
     if iphone and text.startswith(LRM) and not plain.endswith(":"):  # of a poll the first pass sees `POLL:` only
         return plain, "service messages"
     return plain, "" if plain else "messages without text"
