@@ -11,12 +11,9 @@ import json
 import math
 import os
 import re
-import statistics
-import sys
-import time
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
 import checkpoint
@@ -67,23 +64,19 @@ CARDS = {
     "h100": Card("H100 SXM", 79.11, 3350, 989, 0.5, "from NeMo-Automodel's published speed", 350, (1.60, 3.90)),
     "h200": Card("H200", 139.72, 4800, 989, 0.5, "assumed, as the H100", 350, (2.20, 4.50)),
     "b200": Card("B200", 178.35, 8000, 2250, 0.35, "assumed", 700, (3.50, 6.50)),
-    "t4": Card("T4", 14.56, 320, 0, 0, "no bf16", 6, (0.15, 0.40)),
-    **{f"mac-{n}": Card(f"Mac with {n} GB", 0.75 * n, 0, 0, 0, "chat alone", 0) for n in (8, 16, 24, 32, 36, 48, 64, 96, 128)},
+    "t4": Card("T4", 14.56, 320, 0, 0, "has no bf16", 6, (0.15, 0.40)),
+    **{f"mac-{n}": Card(f"Mac with {n} GB", 0.75 * n, 0, 0, 0, "can only chat", 0) for n in (8, 16, 24, 32, 36, 48, 64, 96, 128)},
 }
 # Peak: measured where it runs. The rest, and what a process holds, is fitted to the runs of `python -m bench.plan --calibrate`.
 CPU = Card("CPU", 0, 10, 0, 0.9, "fitted to our runs", 1, attention=0.2, unpacking=15, updating=2.7)
 PYTHON, SLACK = 0.46 * GIB, 0.46  # a CPU process: its libraries, and what of the activations the C library doesn't give back
 
 MISTRAL = ModelConfig(32000, 4096, 14336, 32, 32, 8, 128)
-NEMO = ModelConfig(131072, 5120, 14336, 40, 32, 8, 128, max_position_embeddings=131072)
 SHAPES = {  # what needs no look at the hub
     checkpoint.NO_ACCOUNT: dataclasses.replace(MISTRAL, vocab_size=32002),
     "mistralai/Mistral-7B-v0.1": MISTRAL,
     "mistralai/Mistral-7B-v0.3": dataclasses.replace(MISTRAL, vocab_size=32768),
-    "mistralai/Mistral-Nemo-Base-2407": NEMO,
-    "mistralai/Mistral-Nemo-Instruct-2407": NEMO,
 }
-CHATML = (checkpoint.NO_ACCOUNT,)  # of these, the ones that have our special tokens already
 ORIGINAL = 15_789  # sessions that the first doppelganger was made of
 SESSION, LABELLED = 276, 0.4  # tokens a session, and the share of them with a target: our example's
 FILLED = 0.985  # of a row's positions, after packing
@@ -91,28 +84,20 @@ FEWEST_STEPS = 50  # however little data there is
 NETWORK = 50e6  # bytes/s to a rented machine, assumed
 INSTALLED = 7.0e9, 3.0e9, 180  # bytes of the virtual environment with CUDA, bytes to download for it, seconds to unpack
 START = 150  # seconds to read a 7B's weights, compile and try the longest rows, assumed
-KINDS = ("weights", "gradients", "optimizer", "activations", "head", "communication")
+KINDS = ("weights", "gradients", "optimizer", "activations", "head")
 BYTES, PER_MESSAGE, PER_TURN = 4, 4, 7  # tokens of a text: bytes each holds, and what the marks around add; our example's to 1%
 FEW = 100  # tokens at a time at which a card works at half its rate, assumed
 
 
-# --- memory
+# --- memory and time
 
 
 def memory(shape, *given, **more):
-    """The most that one GPU holds, as `step.predict`, by kind. → {kind: bytes}"""
-    few = [n for n in (3, 4) if n < shape.num_hidden_layers] if shape.num_hidden_layers > 4 else [shape.num_hidden_layers]
-    found = [step.moments(dataclasses.replace(shape, num_hidden_layers=n), *given, **more) for n in few]
-    further = shape.num_hidden_layers - few[0]
-    parts = []
-    for part, held in found[0].items():
-        more_layers = found[-1][part]
-        kinds = {*held, *more_layers}
-        parts.append({kind: held.get(kind, 0) + further * (more_layers.get(kind, 0) - held.get(kind, 0)) for kind in kinds})
+    """The most that one GPU holds in a training step, given as for `step.moments`. → {kind: bytes}"""
+    layers, few = shape.num_hidden_layers, min(3, shape.num_hidden_layers)
+    fewer, one_more = (step.moments(dataclasses.replace(shape, num_hidden_layers=n), *given, **more) for n in (few, few + 1))
+    parts = [{kind: held[kind] + (layers - few) * (one_more[part][kind] - held[kind]) for kind in KINDS} for part, held in fewer.items()]
     return max(parts, key=lambda held: sum(held.values()))
-
-
-# --- time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,21 +117,19 @@ class Work:
 
     @functools.cached_property
     def model(self):
-        given = {"adapter": None, "dtype": torch.bfloat16, "recompute": "none", "nf4": False, "pure": False} | self.ways
-        model = step.outline(self.shape, step.Ranks(torch.device("cpu")), **given)
+        model = step.outline(self.shape, step.Ranks(torch.device("cpu")), **self.ways)
         model.compiled = self.compiled
         return model
 
-    @functools.cached_property
-    def counts(self):
-        tokens, document = self.rows * self.length * self.filled, min(self.document, self.length)
-        return tokens, tokens * self.labelled, tokens * (document + 1) / 2
+    @property
+    def sizes(self):
+        """As step.sizes."""
+        tokens = self.rows * self.length * self.filled
+        return tokens, tokens * self.labelled, tokens * (min(self.document, self.length) + 1) / 2
 
-    @functools.cached_property
-    def linear(self):
-        """Weights of the blocks' matrices."""
-        blocks = self.model.model.layers.modules()
-        return sum(m.in_features * m.out_features for m in blocks if isinstance(m, torch.nn.Linear))
+    @property
+    def trained(self):
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def memory(self, rows, way):
         """What a GPU holds with `rows` rows at a time and recomputation `way`. → {kind: bytes}"""
@@ -157,26 +140,26 @@ class Work:
     def seconds(self, card, rows, way):
         """A step's: matmuls, attention and memory traffic one after the other, or communication where that takes longer."""
         shape, times, again = self.shape, math.ceil(self.rows / rows), way == "full"
-        tokens, labelled, pairs = self.counts
-        flops, forward = step.flops_of(self.model, *self.counts)
-        flops += forward if again else 0
-        attention = (16 if again else 12) * shape.num_attention_heads * shape.head_dim * pairs * shape.num_hidden_layers
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        pure, masters = self.ways.get("pure"), trained > self.linear / 2
-        heads = shape.num_attention_heads + 2 * shape.num_key_value_heads
-        wide = 2 * (20 * shape.hidden_size + 8 * heads * shape.head_dim + 12 * shape.intermediate_size)  # bytes a token and block
-        traffic = tokens * shape.num_hidden_layers * wide * (1 if way == "none" else 4 / 3) + labelled * shape.vocab_size * 16
+        layers, heads = shape.num_hidden_layers, shape.num_attention_heads
+        tokens, labelled, pairs = self.sizes
+        flops, forward = step.flops_of(self.model, *self.sizes)
+        attention = (16 if again else 12) * heads * shape.head_dim * pairs * layers
+        matmuls = flops + again * forward - attention
+        linear = layers * sum(wide * out for wide, out, _ in shape.linears.values())
+        pure, masters = self.ways.get("pure"), self.trained > linear / 2
+        projected = (heads + 2 * shape.num_key_value_heads) * shape.head_dim
+        wide = 2 * (20 * shape.hidden_size + 8 * projected + 12 * shape.intermediate_size)  # bytes a token and block
+        traffic = tokens * layers * wide * (1 if way == "none" else 4 / 3) + labelled * shape.vocab_size * 16
         weight = card.unpacking if self.ways.get("nf4") else 6 if masters and not pure else 2  # bytes, each time that it is used
-        traffic += times * (3 if again else 2) * self.linear * weight + trained / self.world * (60 if pure else 40) * card.updating
+        traffic += times * (3 if again else 2) * linear * weight + self.trained / self.world * (60 if pure else 40) * card.updating
         rate = 1e12 * card.peak / (1 + FEW / (rows * self.length))
-        compute = (flops - attention) / rate / card.efficiency + attention / rate / card.attention + traffic / card.bandwidth / 1e9
+        compute = matmuls / rate / card.efficiency + attention / rate / card.attention + traffic / card.bandwidth / 1e9
         gathered = sum(p.numel() * (2 if p.is_floating_point() else p.itemsize) for p in self.model.parameters())
-        sent = times * (2 * gathered + 4 * trained) * (self.world - 1) / self.world
+        sent = times * (2 * gathered + 4 * self.trained) * (self.world - 1) / self.world
         return max(compute, sent / card.link / 1e9)
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """`rows` at a time with recomputation `way`: `needs` {kind: bytes}, `seconds` a step."""
 
     rows: int
@@ -189,11 +172,6 @@ class Choice:
     def bytes(self):
         return sum(self.needs.values())
 
-    def at_least(self, rows):
-        """Bytes that so many rows need at least: what lies there anyway doesn't shrink with them, the rest not faster than they do."""
-        fixed = sum(self.needs.get(kind, 0) for kind in ("weights", "gradients", "optimizer", "communication"))
-        return fixed + (self.bytes - fixed) * rows / self.rows
-
 
 def choose(work, card, free, sizes=None, ways=RECOMPUTE):
     """The fastest of rows at a time (powers of two, or `sizes`) and recomputations that needs at most `free` bytes.
@@ -201,14 +179,16 @@ def choose(work, card, free, sizes=None, ways=RECOMPUTE):
     Where none does: the leanest, `fits` False.
     """
     sizes = sizes or [1 << n for n in range(work.rows.bit_length())]
-    beyond = []  # what had no room; less recomputation needs no less
-    for seconds, rows, less in sorted((work.seconds(card, rows, way), rows, RECOMPUTE.index(way)) for rows in sizes for way in ways):
-        if any(less <= RECOMPUTE.index(other.way) and other.at_least(rows) > free for other in beyond):
+    order = sorted((work.seconds(card, rows, way), rows, RECOMPUTE.index(way)) for rows in sizes for way in ways)
+    beyond = []  # what had no room: less recomputation needs no less, and what grows with rows doesn't shrink faster than they do
+    for seconds, rows, way in order:
+        if any(way <= other and fixed + grown * rows / more > free for other, more, fixed, grown in beyond):
             continue
-        choice = Choice(rows, RECOMPUTE[less], work.memory(rows, RECOMPUTE[less]), seconds, True)
-        if choice.bytes <= free:
-            return choice
-        beyond.append(choice)
+        needs = work.memory(rows, RECOMPUTE[way])
+        grown = needs.get("activations", 0) + needs.get("head", 0)
+        if sum(needs.values()) <= free:
+            return Choice(rows, RECOMPUTE[way], needs, seconds, True)
+        beyond.append((way, rows, sum(needs.values()) - grown, grown))
     rows, way = min(sizes), ways[-1]
     return Choice(rows, way, work.memory(rows, way), work.seconds(card, rows, way), False)
 
@@ -225,8 +205,7 @@ def schedule(rows, batch, epochs):
 # --- how much there is to train
 
 
-@dataclasses.dataclass(frozen=True)
-class Amount:
+class Amount(NamedTuple):
     """Of one epoch: full `rows`, the share of tokens with a target, tokens in a document; `known`: from what."""
 
     rows: int
@@ -237,32 +216,31 @@ class Amount:
 
 def amount(options, folder):
     """By the model's own tokenizer where its `folder` is at hand, else by the letters; without data, the original's. → Amount"""
-    length = options.seq_len
-    if options.tokens is not None:
-        return Amount(math.ceil(options.tokens / length / FILLED), LABELLED, SESSION, f"{options.tokens:,} tokens an epoch, as you say")
-    if options.data is None:
+    tokens, labelled, document, path = options.tokens, LABELLED, SESSION, Path(options.data or "") / "train.jsonl"
+    if tokens is not None:
+        known = f"{tokens:,} tokens an epoch, as you say"
+    elif options.data is None:
+        tokens = ORIGINAL * SESSION
         known = f"no --data: as many sessions as the original's, {ORIGINAL:,}, of {SESSION} tokens each"
-        return Amount(math.ceil(ORIGINAL * SESSION / length / FILLED), LABELLED, SESSION, known)
-    path = Path(options.data) / "train.jsonl"
-    if not path.is_file():
+    elif not path.is_file():
         raise UserError(f"--data {options.data}: there is no train.jsonl", "Make it: python data.py result.json. Or say --tokens N.")
-    if folder and any((folder / name).exists() for name in checkpoint.TOKENIZER_FILES):
-        rows = data.rows(path, tokenizers.load(folder), length)
-        tokens, labelled, documents = (
-            sum(len(r.ids) for r in rows),
-            sum(int((r.labels != data.IGNORED).sum()) for r in rows),
-            sum(len(r.doc_lengths) for r in rows),
-        )
-        if not rows:
-            raise UserError(f"{path} has no turn of mine in it", "Make it anew with data.py.")
-        return Amount(len(rows), labelled / tokens, tokens / documents, f"{path}, by the model's own tokenizer")
-    talks = list(data.load_sessions(path))
-    texts = [(turn, sum(len(m.encode()) / BYTES + PER_MESSAGE for m in turn.messages)) for talk in talks for turn in talk.turns]
-    tokens, mine = sum(n + PER_TURN for _, n in texts), sum(n for turn, n in texts if turn.me)
-    if not mine:
+    elif not any(turn.me for talk in data.load_sessions(path) for turn in talk.turns):
         raise UserError(f"{path} has no turn of mine in it", "Make it anew with data.py.")
-    known = f"{path}, guessed by its letters ({BYTES} bytes a token), because the model's tokenizer isn't here"
-    return Amount(math.ceil(tokens / length / FILLED), mine / tokens, tokens / len(talks), known)
+    elif folder and has_tokenizer(folder):
+        rows = data.rows(path, tokenizers.load(folder), options.seq_len)
+        tokens, mine, _ = step.sizes(rows)
+        return Amount(len(rows), mine / tokens, tokens / sum(len(r.doc_lengths) for r in rows), f"{path}, by the model's own tokenizer")
+    else:
+        talks = list(data.load_sessions(path))
+        sizes = [(turn.me, sum(len(m.encode()) / BYTES + PER_MESSAGE for m in turn.messages)) for talk in talks for turn in talk.turns]
+        tokens = sum(size + PER_TURN for _, size in sizes)
+        labelled, document = sum(size for me, size in sizes if me) / tokens, tokens / len(talks)
+        known = f"{path}, guessed by its letters ({BYTES} bytes a token), because the model's tokenizer isn't here"
+    return Amount(math.ceil(tokens / options.seq_len / FILLED), labelled, document, known)
+
+
+def has_tokenizer(folder):
+    return any((folder / name).exists() for name in checkpoint.TOKENIZER_FILES)
 
 
 def shape_of(model):
@@ -271,21 +249,90 @@ def shape_of(model):
     → (ModelConfig with room for our special tokens, the rows that are new, its folder or None)
     """
     folder = Path(model) if Path(model).is_dir() else checkpoint.cached(model)
-    if folder:
-        if checkpoint.is_adapter(folder):
-            raise UserError(f"{folder} is an adapter, not a base", f"Merge it first: python lora.py merge {folder} clone/")
-        try:
-            words = tokenizers.load(folder)
-            return checkpoint.fitted(folder, words), words.added, folder
-        except UserError:
-            shape = checkpoint.read_config(folder)
-    elif model in SHAPES:
-        shape = SHAPES[model]
-    else:
-        shape = checkpoint.read_config(checkpoint.fetch_config(model))
-    if model in CHATML:
+    if folder and checkpoint.is_adapter(folder):
+        raise UserError(f"{folder} is an adapter, not a base", f"Merge it first: python lora.py merge {folder} clone/")
+    if folder and has_tokenizer(folder):
+        words = tokenizers.load(folder)
+        return checkpoint.fitted(folder, words), words.added, folder
+    shape = None if folder else SHAPES.get(model)
+    shape = shape or checkpoint.read_config(folder or checkpoint.fetch_config(model))
+    if model == checkpoint.NO_ACCOUNT:  # it has our special tokens
         return shape, (), folder
     return checkpoint.with_vocabulary(shape, shape.vocab_size + 2), (shape.vocab_size, shape.vocab_size + 1), folder
+
+
+# --- cards and machines
+
+
+def card_named(name, model):
+    """--gpu → the Card. UserError for one that isn't known or can't train."""
+    if not name:
+        if not torch.cuda.is_available():
+            raise UserError("there is no GPU here: --gpu says which one to plan for", f"Known: {', '.join(CARDS)}, cpu.")
+        return card_of(torch.cuda.get_device_name())
+    key = name.lower().replace(" ", "-").removeprefix("rtx-").removeprefix("rtx").removesuffix("-sxm")
+    if key == "cpu":
+        return CPU
+    if key not in CARDS:
+        near = [known for known in CARDS if key and known.startswith(key)]
+        what = f"Did you mean {' or '.join(near)}? " if near else ""
+        raise UserError(f"--gpu {name} is not known", f"{what}Known: {', '.join(CARDS)}, cpu.")
+    card = CARDS[key]
+    if not card.peak:
+        need = " and ".join(f"{n / GIB:.1f} GiB in {how}" for how, n in chat_needs(shape_of(model)[0], 2048).items())
+        raise UserError(
+            f"--gpu {name}: the {card.name} {card.basis}, nothing is trained there",
+            f"To chat, {model} needs {need}; it has {card.gib:.1f} GiB.",
+        )
+    return card
+
+
+def card_of(name):
+    """The Card of what torch.cuda.get_device_name() says; of an unknown one the peak is measured."""
+    gib, words = torch.cuda.mem_get_info()[1] / GIB, re.split(r"[-_ ]+", name.lower())
+    for key, card in CARDS.items():
+        if card.peak and key.split("-")[0] in words and abs(card.gib - gib) < 0.1 * gib:
+            return dataclasses.replace(card, gib=gib)
+    peak = step.measured_peak(torch.device("cuda"), torch.bfloat16) / 1e12
+    return Card(name, gib, 800, peak, 0.6, "assumed for an unknown card, its peak measured", 12)
+
+
+def on_this_cpu(dtype):
+    return dataclasses.replace(at_peak(step.measured_peak(torch.device("cpu"), dtype)), gib=available() / GIB)
+
+
+def at_peak(flops):
+    """A CPU that does so many FLOP/s in a large matmul; its memory is as much slower or faster as that."""
+    return dataclasses.replace(CPU, peak=flops / 1e12, bandwidth=CPU.bandwidth * flops / 400e9)
+
+
+def here(device, dtype):
+    """→ (this machine's device as a Card, bytes of it that a model may fill)"""
+    card = card_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else on_this_cpu(dtype)
+    if device.type == "mps":
+        card = dataclasses.replace(card, name="MPS", basis="assumed")
+    return card, free(device) - step.RESERVE
+
+
+def free(device):
+    """Bytes of memory that a device can give now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return torch.mps.recommended_max_memory() if device.type == "mps" else available()
+
+
+def available():
+    """The same for this machine's own memory."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def resident(needs):
+    """A CPU process's peak resident memory for {kind: bytes} that live in it."""
+    return PYTHON + sum(needs.values()) + SLACK * needs.get("activations", 0)
 
 
 # --- the command
@@ -309,280 +356,126 @@ class Config:
     lora_rank: int = flag(32, "rank of the adapter")
     price: float | None = flag(None, f"$ a GPU-hour (default: a rough range of {PRICES})")
     check: bool = flag(False, "ask the hub whether the base's files can be had with this account")
-    measure: bool = flag(False, "run a minute of steps on this machine's own device, and correct the prediction by it")
     json: bool = flag(False, "for programs")
 
 
 def main():
     options = config.parse(Config)
     options = dataclasses.replace(options, lora=options.lora or options.qlora)
-    card = look_at_flags(options)
+    look_at_flags(options)
+    card = card_named(options.gpu, options.model)
+    cpu = card is CPU
+    if cpu and options.gpus > 1:
+        raise UserError(f"--gpus {options.gpus}: there is one CPU to plan for", "Leave --gpus out.")
     if options.check:
-        reachable = checkpoint.ask_hub(options.model) if not Path(options.model).is_dir() else f"{options.model} is here already"
-        print(reachable, flush=True)
+        print(f"{options.model} is here already" if Path(options.model).is_dir() else checkpoint.ask_hub(options.model), flush=True)
     shape, added, folder = shape_of(options.model)
-    if options.seq_len > shape.max_position_embeddings:
-        raise UserError(
-            f"--seq-len {options.seq_len}: {options.model} was made for {shape.max_position_embeddings} tokens", "Take shorter rows."
-        )
-    if options.qlora and any(n % BLOCK for n in (shape.hidden_size, shape.intermediate_size, shape.num_attention_heads * shape.head_dim)):
-        raise UserError(f"--qlora keeps weights in blocks of {BLOCK}, of which {options.model}'s layers are no multiple", "Take --lora.")
+    check_shape(options, shape)
     some = amount(options, folder)
-    batch, epoch, steps = schedule(some.rows, options.batch, options.epochs)
+    batch, _, steps = schedule(some.rows, options.batch, options.epochs)
     ways = {"adapter": {"rank": options.lora_rank, "alpha": 16, "rows": added} if options.lora else None}
     ways |= {"nf4": options.qlora, "pure": options.pure_bf16}
-    cpu = card is CPU
     if cpu:
-        dtype = checkpoint.compute_dtype(torch.device("cpu"))
-        ways["dtype"] = dtype
-        card = on_this_cpu(dtype)
+        ways["dtype"] = checkpoint.compute_dtype(torch.device("cpu"))
+        card = on_this_cpu(ways["dtype"])
     work = Work(shape, ways, math.ceil(batch / options.gpus), options.seq_len, options.gpus, some.labelled, some.document, not cpu, cpu)
-    choice = choose(work, card, room(card), *([[1, 2][: work.rows], RECOMPUTE] if cpu else []))
-    factor = corrected(work, choice, card) if options.measure else 1.0
-    found = figures(options, card, shape, some, work, choice, batch, epoch, steps, factor)
-    print(json.dumps(found) if options.json else told(options, card, shape, some, choice, found))
+    choice = choose(work, card, card.gib * GIB - step.RESERVE, *([[1, 2][: work.rows], RECOMPUTE] if cpu else []))
+    found = figures(options, card, shape, some, work, choice, batch, steps)
+    print(json.dumps(found) if options.json else told(options, card, shape, some, found))
 
 
 def look_at_flags(options):
-    """→ the Card. UserError for what can't be, or not together."""
-    for name, least in {"gpus": 1, "batch": 1, "seq_len": 16, "lora_rank": 1, "tokens": 1}.items():
+    """UserError for what can't be, or not together."""
+    least = {"gpus": 1, "batch": 1, "seq_len": 16, "lora_rank": 1, "tokens": 1, "epochs": 1e-9, "price": 1e-9}
+    for name, limit in least.items():
         value = getattr(options, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least {least} is needed", "Leave it out for the default.")
-    for name in ("epochs", "price"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name} {value}: more than 0 is needed", "Leave it out for the default.")
+        if value is not None and not limit <= value < math.inf:
+            bound = "more than 0" if limit < 1 else f"at least {limit}"
+            raise UserError(f"--{name.replace('_', '-')} {value}: {bound} is needed", "Leave it out for the default.")
     if options.tokens is not None and options.data is not None:
         raise UserError("--tokens and --data both say how much there is", "Leave one of them out.")
     if options.lora and options.pure_bf16:
         raise UserError("--pure-bf16 is for full fine-tuning: an adapter's fp32 masters are small", "Leave one of them out.")
-    name = (options.gpu or "").lower().replace(" ", "-").removeprefix("rtx-").removeprefix("rtx").removesuffix("-sxm")
-    if not options.gpu:
-        if not torch.cuda.is_available():
-            raise UserError("there is no GPU here: --gpu says which one to plan for", f"Known: {', '.join(CARDS)}, cpu.")
-        return card_of(torch.cuda.get_device_name())
-    if name == "cpu":
-        if options.gpus > 1:
-            raise UserError(f"--gpus {options.gpus}: there is one CPU to plan for", "Leave --gpus out.")
-        return CPU
-    near = [known for known in CARDS if name and known.startswith(name)]
-    if name not in CARDS:
-        what = f"Did you mean {' or '.join(near)}? " if near else ""
-        raise UserError(f"--gpu {options.gpu} is not known", f"{what}Known: {', '.join(CARDS)}, cpu.")
-    card = CARDS[name]
-    if not card.peak:
-        shape, *_ = shape_of(options.model)
-        need = " and ".join(f"{n / GIB:.1f} GiB in {how}" for how, n in chat_needs(shape, 2048).items())
-        why = "has no bf16" if card.basis == "no bf16" else "can only chat"
+
+
+def check_shape(options, shape):
+    """UserError when a model of this shape can't be trained as asked."""
+    if options.seq_len > shape.max_position_embeddings:
         raise UserError(
-            f"--gpu {name}: the {card.name} {why}, nothing is trained there",
-            f"To chat, {options.model} needs {need}; it has {card.gib:.1f} GiB.",
+            f"--seq-len {options.seq_len}: {options.model} was made for {shape.max_position_embeddings} tokens", "Take shorter rows."
         )
-    return card
+    if options.qlora and any(wide % BLOCK for wide, _, _ in shape.linears.values()):
+        raise UserError(f"--qlora keeps weights in blocks of {BLOCK}, of which {options.model}'s layers are no multiple", "Take --lora.")
 
 
-def card_of(name):
-    """The Card of what torch.cuda.get_device_name() says; of an unknown one the peak is measured."""
-    gib = torch.cuda.mem_get_info()[1] / GIB
-    for key, card in CARDS.items():
-        if (
-            card.peak
-            and set(re.split(r"[-_ ]+", key.split("-")[0])) <= set(re.split(r"[-_ ]+", name.lower()))
-            and abs(card.gib - gib) < 0.1 * gib
-        ):
-            return dataclasses.replace(card, gib=gib)
-    peak = step.measured_peak(torch.device("cuda"), torch.bfloat16) / 1e12
-    return Card(name, gib, 800, peak, 0.6, "assumed for an unknown card, its peak measured", 12)
-
-
-def on_this_cpu(dtype):
-    return dataclasses.replace(at_peak(step.measured_peak(torch.device("cpu"), dtype)), gib=available() / GIB)
-
-
-def at_peak(flops):
-    """A CPU that does so many FLOP/s in a large matmul; its memory is as much slower or faster as that."""
-    return dataclasses.replace(CPU, peak=flops / 1e12, bandwidth=CPU.bandwidth * flops / 400e9)
-
-
-def here(device, dtype):
-    """→ (this machine's device as a Card, bytes of it that a model may fill)"""
-    if device.type == "cuda":
-        return card_of(torch.cuda.get_device_name(device)), torch.cuda.mem_get_info(device)[0] - step.RESERVE
-    card = on_this_cpu(dtype)
-    if device.type == "mps":
-        return dataclasses.replace(card, name="MPS", basis="assumed"), torch.mps.recommended_max_memory() - step.RESERVE
-    return card, available() - step.RESERVE
-
-
-def resident(needs):
-    """A CPU process's peak resident memory for {kind: bytes} that live in it."""
-    return PYTHON + sum(needs.values()) + SLACK * needs.get("activations", 0)
-
-
-def available():
-    """Bytes of memory that this machine can give now."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def room(card):
-    return card.gib * GIB - step.RESERVE
-
-
-def figures(options, card, shape, some, work, choice, batch, epoch, steps, factor):
-    """What --json prints."""
-    seconds = choice.seconds * factor
-    trained = sum(p.numel() for p in work.model.parameters() if p.requires_grad)
-    forward = step.flops_of(work.model, *work.counts)[1]
-    evaluations = seconds * forward / step.flops_of(work.model, *work.counts)[0] * 0.05 / 0.95 * steps * 4
-    hours = (steps * seconds + evaluations + (0 if work.cpu else START)) / 3600
+def figures(options, card, shape, some, work, choice, batch, steps):
+    """What --json prints: GiB, hours, $, GB."""
+    flops, forward = step.flops_of(work.model, *work.sizes)
+    evaluations = choice.seconds * forward / flops * 0.05 / 0.95 * steps * 4
+    hours = (steps * choice.seconds + evaluations + (0 if work.cpu else START)) / 3600
     base = 2 * shape.num_parameters
-    install = 0 if work.cpu else INSTALLED[1] / NETWORK + INSTALLED[2]
-    setup = (install + (0 if Path(options.model).is_dir() else base / NETWORK)) / 3600
-    prices = (options.price, options.price) if options.price is not None else card.price
-    money = [[round(p * options.gpus * h, 2) for p in prices] for h in (hours, setup)]
-    total = [round(a + b, 2) for a, b in zip(*money)]
-    save = trained * (6 if options.pure_bf16 else 12)
-    best = 4 * trained if options.lora else base
-    parts = {kind: round(choice.needs.get(kind, 0) / GIB, 2) for kind in KINDS} | {"reserve": round(step.RESERVE / GIB, 2)}
+    fetched = (0 if work.cpu else INSTALLED[1]) + (0 if Path(options.model).is_dir() else base)
+    setup = (fetched / NETWORK + (0 if work.cpu else INSTALLED[2])) / 3600
+    prices = card.price if options.price is None else (options.price, options.price)
+    cost = [price * options.gpus * (hours + setup) for price in prices]
+    saves = 3 * work.trained * (6 if options.pure_bf16 else 12)
+    best = 2 * (4 * work.trained if options.lora else base)
+    parts = {kind: choice.needs.get(kind, 0) / GIB for kind in KINDS} | {"reserve": step.RESERVE / GIB}
+    disk = {"base": base / 1e9, "installed": INSTALLED[0] / 1e9, "saves": saves / 1e9, "best": best / 1e9}
     return {
         "fits": choice.fits,
-        "gib_per_gpu": parts | {"total": round((choice.bytes + step.RESERVE) / GIB, 2), "card": round(card.gib, 2)},
+        "gib_per_gpu": rounded(parts | {"total": sum(parts.values()), "card": card.gib}, 2),
         "micro_batch": choice.rows,
         "recompute": choice.way,
         "rows": some.rows,
         "batch": batch,
         "steps": steps,
-        "tok_per_s": round(batch * options.seq_len * FILLED / seconds, 1),
-        "efficiency": card.basis if factor == 1 else "measured here",
-        "hours": round(hours, 3),
-        "setup_hours": round(setup, 3),
-        "cost": round(sum(total) / 2, 2),
-        "cost_range": total,
-        "cost_of_training": money[0],
-        "cost_of_setup": money[1],
-        "disk_gb": {
-            "base": round(base / 1e9, 1),
-            "installed": INSTALLED[0] / 1e9,
-            "saves": round(3 * save / 1e9, 1),
-            "best": round(2 * best / 1e9, 1),
-            "total": round((base + INSTALLED[0] + 3 * save + 2 * best) / 1e9, 1),
-        },
+        "efficiency": card.basis,
+        "tok_per_s": round(batch * options.seq_len * FILLED / choice.seconds, 1),
+        **rounded({"hours": hours, "setup_hours": setup}, 3),
+        "cost": round(sum(cost) / 2, 2),
+        "cost_range": [round(dollars, 2) for dollars in cost],
+        "disk_gb": rounded(disk | {"total": sum(disk.values())}, 1),
     }
 
 
-def told(options, card, shape, some, choice, found):
+def rounded(figures, digits):
+    return {name: round(value, digits) for name, value in figures.items()}
+
+
+def told(options, card, shape, some, found):
     """What a person reads."""
     gib, disk = found["gib_per_gpu"], found["disk_gb"]
-    kind = (
-        "QLoRA"
-        if options.qlora
-        else "LoRA"
-        if options.lora
-        else "full fine-tuning in pure bf16"
-        if options.pure_bf16
-        else "full fine-tuning"
-    )
-    verdict = "fits" if choice.fits else f"does NOT fit: {gib['total']:.1f} GiB are needed at least, there are {gib['card']:.1f}"
+    kind = "QLoRA" if options.qlora else "LoRA" if options.lora else "full fine-tuning" + " in pure bf16" * options.pure_bf16
+    size, verdict = f"{shape.num_parameters / 1e9:.2f}B parameters", "fits"
     parts = " + ".join(f"{name} {gib[name]:.1f}" for name in (*KINDS, "reserve") if gib[name] >= 0.05)
-    each = "" if options.gpus == 1 else " on each"
     low, high = found["cost_range"]
-    money = "no price known" if not high else " + ".join(f"{dollars(*found[f'cost_of_{what}'])} {what}" for what in ("training", "setup"))
-    where = f"at ${options.price:g}" if options.price is not None else f"at ${card.price[0]:.2f} to {card.price[1]:.2f} ({PRICES}, rough)"
-    known, size = found["efficiency"], f"{shape.num_parameters / 1e9:.2f}B parameters"
-    lines = [
-        f"{kind} of {options.model} ({size}) on {options.gpus} x {card.name}: {verdict}",
-        f"  memory{each:<10}{parts} = {gib['total']:.1f} of {gib['card']:.1f} GiB",
-        f"  a step          {found['batch']} rows of {options.seq_len:,} tokens, {choice.rows} at a time on a GPU, recompute {choice.way}",
-        f"  data            {found['rows']:,} rows, {found['steps']:,} steps, {options.epochs:g} epochs ({some.known})",
-        f"  speed           {found['tok_per_s']:,.0f} tok/s, {card.efficiency:.0%} of {card.peak:,.3g} TFLOP/s in matmuls ({known})",
-        f"  time            {clock(found['hours'])} of training; before it {clock(found['setup_hours'])} to install and download "
+    where = f"${card.price[0]:.2f} to {card.price[1]:.2f} ({PRICES}, rough)" if options.price is None else f"${options.price:g}"
+    lines = {
+        "memory": f"{parts} = {gib['total']:.1f} of {gib['card']:.1f} GiB{' on each' if options.gpus > 1 else ''}",
+        "a step": f"{found['batch']} rows of {options.seq_len:,} tokens, {found['micro_batch']} at a time on a GPU, "
+        f"recompute {found['recompute']}",
+        "data": f"{found['rows']:,} rows, {found['steps']:,} steps, {options.epochs:g} epochs ({some.known})",
+        "speed": f"{found['tok_per_s']:,.0f} tok/s, {card.efficiency:.0%} of {card.peak:,.3g} TFLOP/s in matmuls ({card.basis})",
+        "time": f"{clock(found['hours'])} of training; before it {clock(found['setup_hours'])} to install and download "
         f"(at {8 * NETWORK / 1e6:.0f} Mbit/s, assumed)",
-        f"  money           {money} = {dollars(low, high)}, {where} a GPU-hour" if high else f"  money           {money}",
-        f"  disk            base {disk['base']} + Python {disk['installed']} + saves {disk['saves']} + the best model twice {disk['best']} "
+        "money": f"${low:.2f}{f' to {high:.2f}' if high > low else ''} for both, at {where} a GPU-hour" if high else "no price known",
+        "disk": f"base {disk['base']} + Python {disk['installed']} + saves {disk['saves']} + the best model twice {disk['best']} "
         f"= {disk['total']} GB",
-    ]
-    if not choice.fits:
-        others = [name for name, other in CARDS.items() if other.peak and other.gib >= gib["total"]]
-        lines.append(
-            f"  what would      {f'a card of more memory: {chr(44).join(others)}; ' if others else ''}--lora or --qlora, or more --gpus"
-        )
-    return "\n".join(lines)
+    }
+    if not found["fits"]:
+        verdict = f"does NOT fit: {gib['total']:.1f} GiB are needed at least, there are {gib['card']:.1f}"
+        others = ", ".join(name for name, other in CARDS.items() if other.peak and other.gib >= gib["total"])
+        lines["what would"] = f"{f'a card of more memory: {others}; ' if others else ''}--lora or --qlora, or more --gpus"
+    title = f"{kind} of {options.model} ({size}) on {options.gpus} x {card.name}: {verdict}"
+    return "\n".join([title, *(f"  {what:<16}{text}" for what, text in lines.items())])
 
 
 def clock(hours):
     return f"{60 * hours:.0f} minutes" if hours < 2 else f"{hours:.1f} hours"
 
 
-def dollars(low, high):
-    return f"${low:.2f}" if low == high else f"${low:.2f} to {high:.2f}"
-
-
-# --- this machine
-
-
-def try_out(work, choice, device, seconds=60, rows=None, steps=4):
-    """Train on random weights for so long, and `steps` at least. → (median seconds a step but the first, bytes that were live at most)
-
-    `rows`: a step's, else made up. On a CPU storages are counted in one step more, which is not timed.
-    """
-    ranks = step.Ranks(device)
-    given = {"adapter": None, "nf4": False, "pure": False} | work.ways
-    model = step.build(work.shape, ranks, recompute=choice.way, **given)
-    if device.type == "cuda" and work.compiled:
-        model.compile_blocks()
-    optimizer = step.make_optimizer(model, 1e-4, 0.0, given["pure"])
-    rows = rows or [made_up(work, seed) for seed in range(work.rows)]
-
-    def take():
-        step.synchronise(device)
-        before = time.perf_counter()
-        step.train_step(model, optimizer, step.micro_batches(rows, choice.rows, ranks, work.length), ranks)
-        step.synchronise(device)
-        return time.perf_counter() - before
-
-    began, took = time.perf_counter(), [take()]  # which also compiles
-    if device.type == "cuda":
-        most = torch.cuda.max_memory_allocated(device)
-    else:
-        with step.Live() as live:
-            live.known_before(model, optimizer)
-            take()
-        most = live.peak
-    while len(took) < steps or time.perf_counter() - began < seconds:
-        took.append(take())
-    return statistics.median(took[1:]), most
-
-
-def made_up(work, seed):
-    """A Row of random tokens, in documents of one length."""
-    n, each = work.length, max(1, min(round(work.document), work.length))
-    ids = np.random.default_rng(seed).integers(0, work.shape.vocab_size, n)
-    labels = np.where(np.arange(n) % 100 < 100 * work.labelled, ids, data.IGNORED)
-    lengths = np.array([each] * (n // each) + ([n % each] if n % each else []))
-    zeros = np.zeros(len(lengths), dtype=np.int64)
-    return data.Row(ids, labels, labels != data.IGNORED, lengths, zeros, zeros)
-
-
-def corrected(work, choice, card):
-    """By what the prediction of a step's time must be multiplied here: the same step of a model of at most four of the blocks."""
-    device = checkpoint.pick_device()
-    if work.cpu and device.type != "cpu":
-        device = torch.device("cpu")
-    shape = dataclasses.replace(work.shape, num_hidden_layers=min(4, work.shape.num_hidden_layers))
-    small = dataclasses.replace(work, shape=shape, rows=choice.rows, world=1, filled=1.0)
-    hoped, needs = small.seconds(card, choice.rows, choice.way), sum(small.memory(choice.rows, choice.way).values())
-    took, most = try_out(small, choice, device)
-    print(
-        f"measured on {device.type}, {shape.num_hidden_layers} blocks, {choice.rows} rows: {took:.3f} s a step, {hoped:.3f} predicted; "
-        f"{most / GIB:.2f} GiB, {needs / GIB:.2f} predicted",
-        file=sys.stderr,
-    )
-    return took / hoped
+# --- chat
 
 
 def chat_needs(shape, size):
@@ -611,20 +504,17 @@ def chat_weights(folder, base, size, device, asked=None):
         shape = None
     if not shape:
         return usual
-    free = {"cuda": lambda: torch.cuda.mem_get_info(device)[0], "mps": lambda: torch.mps.recommended_max_memory()}
-    free = free.get(device.type, available)()
-    needs = chat_needs(shape, min(size, shape.max_position_embeddings))
-    fitting = [name for name, need in needs.items() if need <= free]
-    wanted = stored or usual
-    if wanted in fitting:
-        return asked or wanted
+    room, needs = free(device), chat_needs(shape, min(size, shape.max_position_embeddings))
+    fitting = [name for name, need in needs.items() if need <= room]
+    if (stored or usual) in fitting:
+        return asked or stored or usual
     if fitting and not asked and not stored:
         return fitting[0]
     said = ", ".join(f"{need / GIB:.1f} GiB in {name}" for name, need in needs.items())
-    way_out = (
-        f"Say --weights {fitting[0]}." if fitting and not stored else "Close what uses it, say --context less, or take a smaller base."
-    )
-    raise UserError(f"the model needs {said}; {device.type} has {free / GIB:.1f} GiB free", way_out)
+    way_out = "Close what uses it, say --context less, or take a smaller base."
+    if fitting and not stored:
+        way_out = f"Say --weights {fitting[0]}."
+    raise UserError(f"the model needs {said}; {device.type} has {room / GIB:.1f} GiB free", way_out)
 
 
 def load_for_chat(folder, base, size, device, words, asked=None):

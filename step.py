@@ -73,22 +73,18 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def share(self, number):
-        """Rank 0's int, on every rank."""
+    def most(self, number):
+        """The largest of all ranks' ints."""
         self.move()
         if self.world == 1:
             return number
-        tensor = torch.tensor([number], device=self.device)
-        dist.broadcast(tensor, 0)
-        return int(tensor)
-
-    def most(self, number):
-        """The largest of all ranks' ints."""
-        if self.world == 1:
-            return number
-        tensor = torch.tensor([number], device=self.device)
+        tensor = torch.tensor(number, device=self.device)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
+
+    def share(self, number):
+        """Rank 0's int, on every rank."""
+        return self.most(int(number) if self.first else -(1 << 62))
 
     def barrier(self):
         if self.world > 1:
@@ -144,8 +140,8 @@ def build(shape, ranks, folder=None, adapter=None, dtype=torch.bfloat16, recompu
     return model.train()
 
 
-def outline(shape, ranks, adapter, dtype, recompute, nf4, pure, device="meta"):
-    """The model with its adapter, sharded, without memory."""
+def outline(shape, ranks, adapter=None, dtype=torch.bfloat16, recompute="none", nf4=False, pure=False, device="meta"):
+    """The model with its adapter, sharded, without memory; given as for `build`."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype if adapter or pure else torch.float32)
     try:
@@ -177,9 +173,12 @@ def shard_model(model, ranks, dtype):
 def randomise(model, seed):
     generator = torch.Generator().manual_seed(seed)
     for name, target in checkpoint.weights(model).items():
-        shape = checkpoint.shape_of(target)
-        vector = torch.full(shape, float(name.endswith("norm.weight"))) if len(shape) == 1 else None  # a norm, or a bias
-        checkpoint.write(target, torch.empty(shape).normal_(0, 0.02, generator=generator) if vector is None else vector)
+        value = torch.empty(checkpoint.shape_of(target))
+        if value.dim() == 1:
+            value.fill_(float(name.endswith("norm.weight")))  # a norm, or a bias
+        else:
+            value.normal_(0, 0.02, generator=generator)
+        checkpoint.write(target, value)
 
 
 def make_optimizer(model, lr, weight_decay, pure=False):
@@ -262,22 +261,20 @@ def collate(rows, device, shape=(1, 1)):
     """
     device = torch.device(device)
     count, length = max(shape[0], len(rows)), max([shape[1], *(len(row.ids) for row in rows)])
-    tokens, labels, positions = (np.full((count, length), fill, dtype=np.int64) for fill in (0, IGNORED, 0))
-    edges = []
-    for i, row in enumerate([*rows, *[None] * (count - len(rows))]):
-        lengths = [length]
-        if row is not None:
-            tokens[i, : len(row.ids)], labels[i, : len(row.ids)] = row.ids, row.labels
-            lengths = [n for n in (*row.doc_lengths.tolist(), length - len(row.ids)) if n]
-        positions[i] = np.concatenate([np.arange(n) for n in lengths])
-        edges.extend(i * length + np.cumsum([0, *lengths[:-1]]))
-    edges = [*map(int, edges), count * length]
-    kept = torch.from_numpy(np.flatnonzero(labels != IGNORED))
+    tokens, labels = np.zeros((count, length), np.int64), np.full((count, length), IGNORED)
+    documents = []
+    for i, row in enumerate(rows):
+        tokens[i, : len(row.ids)], labels[i, : len(row.ids)] = row.ids, row.labels
+        documents += [n for n in (*row.doc_lengths.tolist(), length - len(row.ids)) if n]
+    documents += [length] * (count - len(rows))
+    positions = np.concatenate([np.arange(n) for n in documents]).reshape(count, length)
+    edges = [0, *np.cumsum(documents).tolist()]
     if device.type == "cuda":
-        edges += edges[-1:] * ((1 << max(6, (len(edges) - 1).bit_length())) + 1 - len(edges))
-        edges = torch.tensor(edges, dtype=torch.int32)
-    tensors = (*map(torch.from_numpy, (tokens, positions, labels)), edges, kept)
-    return Batch(*(x if isinstance(x, list) else x.to(device, non_blocking=True) for x in tensors))
+        size = 1 << max(6, (len(documents) - 1).bit_length())
+        edges = torch.tensor(edges + edges[-1:] * (size + 1 - len(edges)), dtype=torch.int32).to(device, non_blocking=True)
+    arrays = tokens, positions, labels, np.flatnonzero(labels != IGNORED)
+    tokens, positions, labels, kept = (torch.from_numpy(x).to(device, non_blocking=True) for x in arrays)
+    return Batch(tokens, positions, labels, edges, kept)
 
 
 def micro_batches(rows, size, ranks, length=1):
@@ -393,31 +390,28 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(model, rows, ranks, micro_batch, length=1):
     """The loss of every target of `rows`, summed over the ranks. `length` as in `micro_batches`. → Evaluation"""
-    shape = (micro_batch, length) if ranks.device.type == "cuda" else (1, 1)
     model.eval()
-    sessions = 1 + max(int(row.sessions.max()) for row in rows)
-    sums = torch.zeros(4 + 2 * sessions, dtype=torch.float64)
-    bits, chars = sums[4 : 4 + sessions], sums[4 + sessions :]
-    mine = rows[ranks.rank :: ranks.world]
-    for i in range(0, math.ceil(len(rows) / ranks.world), micro_batch):
+    losses = []
+    for batch in micro_batches(rows, micro_batch, ranks, length):
         ranks.move()
-        part = mine[i : i + micro_batch]
-        losses, _ = model(**collate(part, ranks.device, shape)._asdict(), reduction="none")
-        if not part:
-            continue
-        losses = losses.cpu().double()
-        kept = torch.from_numpy(np.concatenate([row.labels for row in part]) != IGNORED)
-        words = torch.from_numpy(np.concatenate([row.words for row in part]))[kept]
-        session = torch.from_numpy(np.concatenate([np.repeat(row.sessions, row.doc_lengths) for row in part])).long()[kept]
-        sums[:4] += torch.stack([losses.sum(), kept.sum(), losses[words].sum(), words.sum()])
-        bits.index_add_(0, session[words], losses[words] / math.log(2))
-        for row in part:
-            chars.index_add_(0, torch.from_numpy(row.sessions).long(), torch.from_numpy(row.chars).double())
+        losses.append(model(**batch._asdict(), reduction="none")[0].cpu().double())
     model.train()
+    mine, losses, count = rows[ranks.rank :: ranks.world], torch.cat(losses).numpy(), 1 + max(int(row.sessions.max()) for row in rows)
+    kept = joined(row.labels for row in mine) != IGNORED
+    words = joined(row.words for row in mine)[kept] > 0
+    session = joined(np.repeat(row.sessions, row.doc_lengths) for row in mine)[kept]
+    bits = np.bincount(session[words], losses[words] / math.log(2), count)
+    chars = np.bincount(joined(row.sessions for row in mine), joined(row.chars for row in mine), count)
+    sums = torch.from_numpy(np.concatenate([[losses.sum(), len(losses), losses[words].sum(), words.sum()], bits, chars]))
     if ranks.world > 1:
         sums = ranks.sum(sums.to(ranks.device)).cpu()
-    nats, count, word_nats, words = sums[:4].tolist()
-    return Evaluation(nats, int(count), word_nats, int(words), sums[4 : 4 + sessions].numpy(), sums[4 + sessions :].numpy())
+    nats, targets, word_nats, words = sums[:4].tolist()
+    return Evaluation(nats, int(targets), word_nats, int(words), *sums[4:].view(2, count).numpy())
+
+
+def joined(arrays):
+    """One array of integers, also of none."""
+    return np.concatenate([np.zeros(0, np.int64), *arrays])
 
 
 # --- speed and memory
@@ -432,56 +426,57 @@ class Live(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.now = self.peak = 0
-        self.kind, self.held, self.most = "weights", collections.Counter(), {}
-        self.known = {}
+        self.kind, self.held, self.most = "weights", collections.Counter(), collections.Counter()
+        self.known = {}  # a storage's address → (kind, bytes)
+
+    def __enter__(self):
+        def resize(storage, size):
+            torch._C.StorageBase.resize_(storage, size)
+            if storage._cdata in self.known:
+                self.count(storage._cdata, self.known[storage._cdata][0], size)
+
+        torch.UntypedStorage.resize_ = resize  # by which FSDP2 frees what it gathered; no op tells
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        del torch.UntypedStorage.resize_  # StorageBase's own is there again
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
-        for tensor in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.add((tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage())
-        if self.kind == "communication":
-            self.look_again()
-        if self.now > self.peak:
-            self.peak, self.most = self.now, dict(self.held)
+        self.add(tensor for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor))
         return out
 
-    def look_again(self):
-        """FSDP2 makes storages empty to free what it gathered, and no op tells."""
-        for key, (kind, size, known) in [*self.known.items()]:
-            if (storage := known()) is not None and storage.nbytes() != size:
-                self.known[key] = kind, storage.nbytes(), known
-                self.count(kind, storage.nbytes() - size)
+    def add(self, tensors):
+        """Count what isn't known yet."""
+        for storage in map(storage_of, tensors):
+            if storage._cdata not in self.known:
+                self.count(storage._cdata, self.kind, storage.nbytes())
+                weakref.finalize(storage, self.drop, storage._cdata)
 
-    def add(self, storage):
-        if storage._cdata not in self.known:
-            self.known[storage._cdata] = self.kind, storage.nbytes(), weakref.ref(storage)
-            self.count(self.kind, storage.nbytes())
-            weakref.finalize(storage, self.drop, storage._cdata)
-
-    def known_before(self, model, optimizer):
-        """Count what a model and its optimizer already hold."""
-        states = [value for state in optimizer.state.values() for value in state.values()]
-        for tensor in (*model.parameters(), *states):
-            self.add(tensor.untyped_storage())
-
-    def drop(self, key):
-        kind, size, _ = self.known.pop(key)
-        self.count(kind, -size)
-
-    def count(self, kind, size):
+    def count(self, key, kind, size):
+        """From now on a storage is of this kind and size."""
+        self.drop(key)
+        self.known[key] = kind, size
         self.now += size
         self.held[kind] += size
+        if self.now > self.peak:
+            self.peak, self.most = self.now, self.held.copy()
+
+    def drop(self, key):
+        kind, size = self.known.pop(key, (self.kind, 0))
+        self.now -= size
+        self.held[kind] -= size
 
     def rename(self, tensors, kind):
         """From now on count these tensors as `kind`."""
-        for tensor in tensors:
-            storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+        for storage in map(storage_of, tensors):
             if storage._cdata in self.known:
-                old, size, known = self.known[storage._cdata]
-                self.known[storage._cdata] = kind, size, known
-                self.held[old] -= size
-                self.held[kind] += size
+                self.count(storage._cdata, kind, storage.nbytes())
+
+
+def storage_of(tensor):
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
 
 
 class Moments:
@@ -492,73 +487,42 @@ class Moments:
     parts, and what is live in one is a constant and so much a block.
     """
 
-    def __init__(self, live, model, ranks):
-        self.live, self.found, self.parts, self.sharded = live, {}, (), ranks.world > 1
+    def __init__(self, live, model):
+        self.live, self.found, self.parts = live, {}, []
         self.trained = [p for p in model.parameters() if p.requires_grad]
         for index, block in enumerate(layers := model.model.layers):
-            names = [n for n in (index, index - len(layers)) if n in (0, 1, -1, -2)]
-            self.watch(block, names)
-        model.model.norm.register_forward_pre_hook(lambda *_: self.at("head", "head"))
+            self.watch(block, [n for n in (index, index - len(layers)) if n in (0, 1, -1, -2)])
+        model.model.norm.register_forward_pre_hook(lambda *_: self.at("head", kind="head"))
 
     def watch(self, block, names):
-        """Hooks around FSDP2's own: what they allocate is communication's, the rest activations."""
+        """With hooks before FSDP2's own."""
 
-        def enter(*_):
-            self.at("forward", "communication", names)
+        def forward(*_):
+            self.at(*(f"forward {name}" for name in names))
 
-        def compute(module, args):
-            self.kind("activations")
-            if args[0].requires_grad:
-                args[0].register_hook(lambda grad: self.kind("communication"))  # FSDP2 reduces the block's gradients next
+        def backward(module, args, out):
+            out.register_hook(lambda grad: self.at(*(f"backward {name}" for name in names)))
 
-        def back(module, args, out):
-            out.register_hook(lambda grad: self.at("backward", "communication", names))
+        block.register_forward_pre_hook(forward, prepend=True)
+        block.register_forward_hook(backward, prepend=True)
 
-        def computes_back(module, args, out):
-            out.register_hook(lambda grad: self.kind("activations"))
-
-        block.register_forward_pre_hook(enter, prepend=True)
-        block.register_forward_pre_hook(compute)
-        block.register_forward_hook(back, prepend=True)
-        block.register_forward_hook(computes_back)
-
-    def kind(self, kind):
-        if self.sharded:
-            self.live.look_again()
-        self.live.kind = "activations" if kind == "communication" and not self.sharded else kind
-
-    def at(self, part, kind, names=("",)):
+    def at(self, *parts, kind="activations"):
         """One part ends and the next begins."""
         live = self.live
         for name in self.parts:
             if sum(self.found.get(name, {}).values()) < live.peak:
                 self.found[name] = live.most
         live.rename((p.grad for p in self.trained if p.grad is not None), "gradients")
-        self.parts = [f"{part} {name}" for name in names]
-        self.kind(kind)
-        live.peak, live.most = live.now, dict(live.held)
+        self.parts, live.kind = parts, kind
+        live.peak, live.most = live.now, live.held.copy()
 
 
-def moments(
-    shape,
-    micro_batch,
-    length,
-    micro_batches=1,
-    world=1,
-    adapter=None,
-    dtype=torch.bfloat16,
-    recompute="none",
-    nf4=False,
-    pure=False,
-    labelled=0.4,
-    document=None,
-    compiled=False,
-):
+def moments(shape, micro_batch, length, micro_batches=1, world=1, labelled=0.4, document=None, compiled=False, **ways):
     """What one of `world` GPUs holds in each part of a training step, found by running it on fake tensors. → `Moments.found`
 
     Of several micro-batches the last is run, beside the gradients of those before. `labelled`: the share of tokens with a target.
     `document`: tokens in one, for a step on a CPU, whose attention keeps other things. `compiled`: the order of work of `compile_blocks`,
-    not what its compiler saves. The rest as for `build`.
+    not what its compiler saves. `ways`: as for `build`.
     """
     if world > 1:
         from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -569,28 +533,27 @@ def moments(
         if world > 1:
             assert ranks.mesh  # made before tensors are fake
         with FakeTensorMode(), Live() as live:
-            model = outline(shape, ranks, adapter, dtype, recompute, nf4, pure, "cpu").train()
+            model = outline(shape, ranks, **ways, device="cpu").train()
             model.compiled = compiled
             live.kind = "optimizer"
-            optimizer = make_optimizer(model, 1e-4, 0.0, pure)
-            parts = Moments(live, model, ranks)
-            parts.at("start", "activations")
+            optimizer = make_optimizer(model, 1e-4, 0.0, ways.get("pure", False))
+            parts = Moments(live, model)
+            parts.at("start")
             tokens = torch.zeros(micro_batch, length, dtype=torch.int64)
             edges = torch.zeros(65, dtype=torch.int32)  # a tensor: attention as on CUDA
             if document:
                 edges = [*range(0, micro_batch * length, document), micro_batch * length]
-            kept = torch.zeros(int(micro_batch * length * labelled), dtype=torch.int64)
-            batch = Batch(tokens, tokens, tokens, edges, kept)
+            batch = Batch(tokens, tokens, tokens, edges, torch.zeros(int(micro_batch * length * labelled), dtype=torch.int64))
             if micro_batches > 1:
                 for parameter in parts.trained:
                     parameter.grad = torch.zeros_like(parameter)
             gradients(model, [batch], ranks, 1)
-            parts.at("clip", "activations")
+            parts.at("clip")
             nn.utils.clip_grad_norm_(parts.trained, 1.0)
-            parts.at("update", "activations")
+            parts.at("update")
             optimizer.step()
             optimizer.zero_grad()
-            parts.at("end", "activations")
+            parts.at("end")
         return parts.found
     finally:
         if world > 1:
@@ -598,10 +561,7 @@ def moments(
 
 
 def predict(*given, **more):
-    """The most bytes that one GPU holds in a training step, given as for `moments`. `plan.memory` says it sooner.
-
-    Real runs need more: CUDA's context and libraries, and what the allocator can't use (RESERVE).
-    """
+    """The most bytes that one GPU holds in a training step, given as for `moments`, RESERVE apart. `plan.memory` says it sooner."""
     return max(sum(held.values()) for held in moments(*given, **more).values())
 
 

@@ -105,10 +105,9 @@ def measure(name, kind, rows, length):
     """One process. → what was measured, and the time that is predicted for the peak measured just before and after"""
     some, device = rows_of(length, name), torch.device("cpu")
     work = work_of(name, kind, rows, length, some)
-    choice = plan.Choice(rows, "none", {}, 0, True)
     peaks = [step.measured_peak(device, torch.bfloat16) for _ in range(3)]
     before, own = usage(), time.process_time()
-    seconds, live = plan.try_out(work, choice, device, seconds=0, rows=some, steps=6)
+    seconds, live = try_out(work, rows, some)
     after, own = usage(), time.process_time() - own
     peaks += [step.measured_peak(device, torch.bfloat16) for _ in range(3)]
     peak = max(peaks)  # others can only take from it
@@ -119,6 +118,24 @@ def measure(name, kind, rows, length):
         "resident_gib": step.peak_gib(device),
         "busy": max(0.0, 1 - (after[1] - before[1] + 100 * own) / max(1, after[0] - before[0])),  # by others; 100 ticks a second
     }
+
+
+def try_out(work, at, rows, steps=6):
+    """Train on `rows`, `at` at a time, from random weights. → (median seconds a step but the first, bytes that were live at most)"""
+    ranks = step.Ranks(torch.device("cpu"))
+    model = step.build(work.shape, ranks, **work.ways)
+    optimizer = step.make_optimizer(model, 1e-4, 0.0, work.ways.get("pure", False))
+
+    def take():
+        before = time.perf_counter()
+        step.train_step(model, optimizer, step.micro_batches(rows, at, ranks), ranks)
+        return time.perf_counter() - before
+
+    take()
+    with step.Live() as live:  # counting takes time: this step isn't timed
+        live.add([*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())])
+        take()
+    return statistics.median(take() for _ in range(steps - 1)), live.peak
 
 
 def compare(runs, promised):

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, command, refused
 
 import checkpoint
 import config
+import data
 import plan
 import step
 from config import UserError
@@ -108,13 +110,20 @@ def test_time_grows_with_what_costs_time():
     assert work("full", world=8).seconds(slow, 4, "none") > work("full", world=8).seconds(card, 4, "none")
 
 
+def row(length, document):
+    """A row of random tokens in documents of one length, of which plan.LABELLED are targets."""
+    ids, zeros = torch.randint(0, MIDDLE.vocab_size, (length,)).numpy(), np.zeros(length // document, int)
+    labels = np.where(np.arange(length) % 5 < 5 * plan.LABELLED, ids, data.IGNORED)
+    return data.Row(ids, labels, labels != data.IGNORED, zeros + document, zeros, zeros)
+
+
 def test_time_counts_the_same_flops_as_training():
     """On a card whose memory and attention cost nothing, a step's time is the FLOPs of step.flops over the peak."""
     card = plan.Card("ideal", 1, 1e12, 1.0, 1.0, "", 1e12, attention=1.0)
     for kind in ("lora", "full"):
         some = work(kind, filled=1.0, document=64, compiled=False)
         some.model.compiled = True  # nobody drops rows in the last block
-        rows = [plan.made_up(some, seed) for seed in range(8)]
+        rows = [row(256, 64) for _ in range(8)]
         needed, _ = step.flops(some.model, rows)
         assert some.seconds(card, 8, "none") * 1e12 == pytest.approx(needed * (1 + plan.FEW / 2048), rel=0.03)
 
@@ -125,11 +134,18 @@ def test_too_little_data_still_gets_fifty_steps():
     assert batch == 1 and steps >= plan.FEWEST_STEPS and epoch == 20
 
 
-def test_a_trial_of_a_small_model_takes_what_it_was_said_to_take():
-    some = plan.Work(MIDDLE, {"adapter": {"rank": 8}}, 2, 128, document=32, compiled=False, cpu=True, filled=1.0)
-    choice = plan.Choice(2, "none", some.memory(2, "none"), 1.0, True)
-    seconds, most = plan.try_out(some, choice, torch.device("cpu"), seconds=0)
-    assert seconds > 0 and most == pytest.approx(choice.bytes, rel=0.03)
+def test_a_step_on_a_cpu_takes_the_memory_it_was_said_to_take():
+    some, alone = (
+        plan.Work(MIDDLE, {"adapter": {"rank": 8}}, 2, 128, document=32, compiled=False, cpu=True),
+        step.Ranks(torch.device("cpu")),
+    )
+    with step.Live() as live:
+        model = step.build(MIDDLE, alone, **some.ways)
+        optimizer = step.make_optimizer(model, 1e-4, 0.0)
+        for _ in range(2):
+            live.peak = live.now
+            step.train_step(model, optimizer, step.micro_batches([row(128, 32)] * 2, 2, alone), alone)
+    assert live.peak == pytest.approx(sum(some.memory(2, "none").values()), rel=0.03)
 
 
 # --- the command
