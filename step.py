@@ -308,8 +308,7 @@ def train_step(model, optimizer, batches, ranks, clip=1.0):
     if count == 0:
         return 0.0, 0.0, 0
     total = ranks.sum(gradients(model, batches, ranks, count)).item() / count
-    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
-    norm = checkpoint.full(norm).item()
+    norm = checkpoint.full(nn.utils.clip_grad_norm_(model.parameters(), clip)).item()
     if not math.isfinite(total) or not math.isfinite(norm):
         optimizer.zero_grad()
         raise NotFinite(f"loss {total}, gradient norm {norm}")
@@ -333,8 +332,7 @@ def gradients(model, batches, ranks, count):
         return total
     except torch.OutOfMemoryError:
         pass  # the error holds the frames, and they the tensors: leave it first
-    for parameter in model.parameters():
-        parameter.grad = None
+    model.zero_grad()
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()
     set_random_state(random)
@@ -346,8 +344,7 @@ def probe(model, rows, size, ranks, length, accumulates):
     longest = sorted(rows, key=lambda row: -len(row.ids))[:size]
     random = random_state(ranks.device)
     gradients(model, micro_batches(longest * ranks.world, size, ranks, length) * (2 if accumulates else 1), ranks, 1)
-    for parameter in model.parameters():
-        parameter.grad = None
+    model.zero_grad()
     set_random_state(random)
 
 
