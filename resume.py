@@ -17,7 +17,9 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -134,14 +136,13 @@ class Writer(threading.Thread):
     def __init__(self, folder, tensors, ranks, note):
         super().__init__(daemon=True)
         self.path, self.error, self.began = folder / f"rank-{ranks.rank:05}", None, time.monotonic()
-        shards = {name: (tensor, *checkpoint.shard(tensor)) for name, tensor in tensors.items()}
-        self.tensors = {name: local.to("cpu", copy=True).contiguous() for name, (_, local, _) in shards.items()}
-        places = {
-            name: {"first": first, "rows": len(local), "shape": list(tensor.shape)} for name, (tensor, local, first) in shards.items()
-        }
+        self.tensors, places = {}, {}
+        for name, tensor in tensors.items():
+            local, first = checkpoint.shard(tensor)
+            self.tensors[name] = local.to("cpu", copy=True).contiguous()
+            places[name] = {"first": first, "rows": len(local), "shape": list(tensor.shape)}
         random = {name: base64.b64encode(value.numpy().tobytes()).decode() for name, value in step.random_state(ranks.device).items()}
-        own = {"rank": ranks.rank, "world": ranks.world, "random": random}
-        self.note = {**note, **own, "tensors": places}
+        self.note = {**note, "rank": ranks.rank, "world": ranks.world, "random": random, "tensors": places}
         self.start()
 
     def run(self):
@@ -161,9 +162,7 @@ class Writer(threading.Thread):
 
 def to_disk(path):
     """Wait until a file, or the names in a folder, would survive the machine's end."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -181,7 +180,7 @@ class Keeper:
         """`keep` saves in `folder`, one each `every` steps or `minutes`; end before `limit` (of time.monotonic())."""
         self.folder, self.state, self.optimizer, self.ranks = Path(folder), state(model, optimizer), optimizer, ranks
         self.keep, self.every, self.minutes, self.limit = keep, every, minutes, limit
-        self.writer = self.at = self.signal = None
+        self.writer = self.signal = None
         self.done = step_of(saves(folder)[-1]) if saves(folder) else 0  # the last step that is saved
         self.fresh = False  # a save got its name in this step: the oldest goes in the next, when all hosts' have theirs
         self.saved = self.last = time.monotonic()
@@ -191,16 +190,7 @@ class Keeper:
         self.save_seconds = self.bytes / DISK
         if local_rank() == 0:
             for half in self.folder.glob("*.new"):
-                shutil.rmtree(half, ignore_errors=True)  # on a disk that hosts share, another one does so too
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        """What a run that fails was writing has no name and never will: away with it."""
-        if error is not None and self.writer:
-            self.writer.join()
-            shutil.rmtree(self.writer.path.parent, ignore_errors=True)
+                shutil.rmtree(half, ignore_errors=True)  # of a run that failed; on a disk that hosts share, another one does so too
 
     def check_room(self, best):
         """UserError when the disk has no room for all saves and two copies of `best` bytes, old and new."""
@@ -223,7 +213,7 @@ class Keeper:
             signal.signal(kind, self.hear)
 
     def hear(self, number, _):
-        if number == signal.SIGINT and self.signal == signal.SIGINT:
+        if number == self.signal == signal.SIGINT:
             print("\nstopped at once", file=sys.stderr, flush=True)
             os._exit(130)
         self.signal = number
@@ -233,18 +223,18 @@ class Keeper:
 
         a signal's number, "time", or None. UserError when some rank couldn't write: the saves before are as they were.
         """
-        now = time.monotonic()
+        now, first = time.monotonic(), self.ranks.first
         self.slowest, self.last = max(self.slowest, now - self.last), now
-        first = self.ranks.first
-        due = first and (done - self.done >= self.every if self.every else now - self.saved >= 60 * self.minutes)
-        late = first and self.limit is not None and now + 1.5 * self.slowest + 1.5 * self.save_seconds > self.limit
-        heard = [self.signal == signal.SIGTERM, self.signal == signal.SIGINT]
-        writing, failed, due, late, *heard = self.agree(self.writing, self.failed, due, late, *heard)
+        due = done - self.done >= self.every if self.every else now - self.saved >= 60 * self.minutes
+        late = self.limit is not None and now + 1.5 * self.slowest + 1.5 * self.save_seconds > self.limit
+        writing = self.writer is not None and self.writer.is_alive()
+        heard = self.signal == signal.SIGTERM, self.signal == signal.SIGINT
+        writing, failed, due, late, term, interrupt = self.agree(writing, self.failed, first and due, first and late, *heard)
         if self.fresh:
             self.drop()
         if self.writer and not writing:
             self.name(failed)
-        ends = signal.SIGTERM if heard[0] else signal.SIGINT if heard[1] else "time" if late else None
+        ends = signal.SIGTERM if term else signal.SIGINT if interrupt else "time" if late else None
         if ends is not None:
             self.save(done, note)
         elif due and not self.writer and self.keep:
@@ -267,24 +257,22 @@ class Keeper:
         self.drop()
 
     @property
-    def writing(self):
-        return self.writer is not None and self.writer.is_alive()
-
-    @property
     def failed(self):
         return self.writer is not None and self.writer.error is not None
 
     def agree(self, *signs):
+        """How many ranks say so, of each sign."""
         return self.ranks.sum(torch.tensor([int(sign) for sign in signs], device=self.ranks.device)).tolist()
 
     def begin(self, done, note):
-        self.at, self.saved = self.folder / f"step-{done:08}", time.monotonic()
         told = {"step": done, "updates": updates(self.optimizer), **note()}
-        self.writer = Writer(self.at.with_name(self.at.name + ".new"), self.state, self.ranks, told)
+        self.saved, self.writer = time.monotonic(), Writer(self.folder / f"step-{done:08}.new", self.state, self.ranks, told)
 
     def name(self, failed):
         """The save that was written gets its name, or is dropped when a rank `failed`."""
-        new, writer, self.writer = self.at.with_name(self.at.name + ".new"), self.writer, None
+        writer, self.writer = self.writer, None
+        new = writer.path.parent
+        whole = new.with_suffix("")
         if failed:
             if local_rank() == 0:
                 shutil.rmtree(new, ignore_errors=True)
@@ -292,18 +280,18 @@ class Keeper:
             raise config.unwritten(new, writer.error or "another rank failed", f"{last}. Make room. {AGAIN}")
         if local_rank() == 0:
             try:
-                new.rename(self.at)
+                new.rename(whole)
                 to_disk(self.folder)
             except FileNotFoundError:
-                if not self.at.is_dir():  # on a disk that hosts share another one was first
+                if not whole.is_dir():  # on a disk that hosts share another one was first
                     raise
-        self.done, self.save_seconds, self.fresh = step_of(self.at), writer.took, True
+        self.done, self.save_seconds, self.fresh = step_of(whole), writer.took, True
 
     def drop(self):
         self.fresh = False
         if local_rank() == 0 and self.keep:
             for old in saves(self.folder)[: -self.keep]:
-                half = old.with_name(old.name + ".new")  # first the name: half a save must have none
+                half = old.with_suffix(".new")  # first the name: half a save must have none
                 with contextlib.suppress(OSError):  # on a disk that hosts share, another one was first
                     old.rename(half)
                 shutil.rmtree(half, ignore_errors=True)
@@ -313,12 +301,17 @@ def local_rank():
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def host():
-    """torchrun's number of this host: rented ones may all have the same name."""
-    return int(os.environ.get("GROUP_RANK", 0))
-
-
 # --- several ranks
+
+
+class Sign(NamedTuple):
+    """What a rank tells of itself. `host`: torchrun's number of it, for rented ones may all have the same name."""
+
+    beat: int
+    moves: int
+    host: int
+    pid: int
+    where: str
 
 
 class Watch(threading.Thread):
@@ -331,11 +324,11 @@ class Watch(threading.Thread):
     def __init__(self, ranks, out, timeout):
         super().__init__(daemon=True)
         self.ranks, self.out, self.timeout, self.step, self.over = ranks, Path(out), timeout, 0, threading.Event()
-        self.main = threading.main_thread().ident
-        self.seen = {}  # rank → [its last sign, when that was new, when its moves were new]
+        self.main, self.host, self.beat = threading.main_thread().ident, int(os.environ.get("GROUP_RANK", 0)), 0
+        self.changed = {}  # (rank, "beat" or "moves") → (its last value, when that was new)
         if ranks.world == 1:
             return
-        self.store, self.beat = step.open_store("watch"), 0
+        self.store = step.open_store("watch")
         self.tell()
         if ranks.first:
             self.store.set("end", "null")
@@ -348,26 +341,25 @@ class Watch(threading.Thread):
         return self
 
     def __exit__(self, kind, error, trace):
-        if self.ranks.world == 1:
-            return
-        if isinstance(error, RuntimeError):  # a collective that failed, most likely: the watch says why, within seconds
-            self.over.wait(5)
+        if self.ranks.world > 1 and isinstance(error, RuntimeError):
+            self.over.wait(5)  # a collective that failed, most likely: the watch says why, within seconds
         self.over.set()
 
     def tell(self):
         self.beat += 1
-        self.store.set(str(self.ranks.rank), json.dumps([self.beat, self.ranks.moves[0], host(), os.getpid(), self.where()]))
+        sign = Sign(self.beat, self.ranks.moves[0], self.host, os.getpid(), self.where())
+        self.store.set(str(self.ranks.rank), json.dumps(sign))
 
     def where(self):
         """The step and the line of our own code that the main thread is in, and whether it waits there for other ranks."""
-        frame, waits, here = sys._current_frames().get(self.main), False, ""
-        while frame and not here:
+        waits = ""
+        for frame, line in traceback.walk_stack(sys._current_frames().get(self.main)):
             file = Path(frame.f_code.co_filename)
-            waits |= "distributed" in file.parts
             if file.parent == Path(__file__).parent:
-                here = f"{file.name}, line {frame.f_lineno} ({frame.f_code.co_name})"
-            frame = frame.f_back
-        return f"step {self.step}, {here}{', waiting for others' if waits else ''}"
+                return f"step {self.step}, {file.name}, line {line} ({frame.f_code.co_name}){waits}"
+            if "distributed" in file.parts:
+                waits = ", waiting for others"
+        return f"step {self.step}"
 
     def run(self):
         try:
@@ -377,7 +369,7 @@ class Watch(threading.Thread):
                 self.heard = time.monotonic()
                 if end:
                     self.end(*end)
-                self.look(signs)
+                self.look([Sign(*sign) for sign in signs])
         except (RuntimeError, dist.DistError):
             if not self.over.wait(2):
                 self.cut_off("is gone")
@@ -389,49 +381,50 @@ class Watch(threading.Thread):
                 self.cut_off(f"gave no answer for {self.timeout:g} s")
 
     def cut_off(self, what):
-        self.end(f"rank {self.ranks.rank}: the first rank, or its host, {what}", AGAIN, None, [], self.ranks.rank - local_rank())
+        self.end(f"rank {self.ranks.rank}: the first rank, or its host, {what}", AGAIN, speaker=self.ranks.rank - local_rank())
 
     def look(self, signs):
-        now, here = time.monotonic(), host()
-        for rank, sign in enumerate(signs):
-            known = self.seen.setdefault(rank, [sign, now, now])
-            if known[0][0] != sign[0]:
-                known[1] = now
-            if known[0][1] != sign[1]:
-                known[2] = now
-            known[0] = sign
-        gone = [rank for rank, sign in enumerate(signs) if sign[2] == here and not alive(sign[3])]
-        silent = [rank for rank, (_, beat, _) in self.seen.items() if now - beat > self.timeout]
-        still = [rank for rank, (_, _, moved) in self.seen.items() if now - moved > self.timeout]
+        everyone = range(len(signs))
+        gone = [rank for rank in everyone if signs[rank].host == self.host and not alive(signs[rank].pid)]
+        silent = [rank for rank in everyone if self.stands(rank, "beat", signs[rank].beat)]
+        still = [rank for rank in everyone if self.stands(rank, "moves", signs[rank].moves)]
         if gone:
             self.blame(gone, "is gone, it was in", signs)
         elif silent:
             self.blame(silent, f"gave no sign for {self.timeout:g} s, it was in", signs)
         elif len(still) == len(signs):  # all wait for those that have done the least
-            fewest = min(sign[1] for sign in signs)
-            late = [rank for rank in still if signs[rank][1] == fewest]
-            late = [rank for rank in late if "waiting" not in signs[rank][4]] or late
+            fewest = min(sign.moves for sign in signs)
+            late = [rank for rank in still if signs[rank].moves == fewest]
+            late = [rank for rank in late if "waiting" not in signs[rank].where] or late
             self.blame(late, f"hasn't moved for {self.timeout:g} s, it is in", signs)
+
+    def stands(self, rank, what, value):
+        """Whether a number that a rank tells hasn't changed for `timeout` seconds."""
+        now = time.monotonic()
+        last, since = self.changed.get((rank, what), (None, now))
+        if value != last:
+            self.changed[rank, what] = value, now
+        return value == last and now - since > self.timeout
 
     def blame(self, guilty, what, signs):
         if self.over.wait(0.2):  # the end of a run looks the same
             return
-        text = "; ".join(f"rank {rank} {what} {signs[rank][4]}" for rank in guilty)
-        pids = [signs[rank][3] for rank in guilty if signs[rank][2] == host() and rank != self.ranks.rank]
-        speaker = min({*range(self.ranks.world)} - {*guilty}, default=0)
-        self.end(text, AGAIN, None, pids, speaker)
+        text = "; ".join(f"rank {rank} {what} {signs[rank].where}" for rank in guilty)
+        pids = [signs[rank].pid for rank in guilty if signs[rank].host == self.host and rank != self.ranks.rank]
+        self.end(text, AGAIN, pids=pids, speaker=min({*range(len(signs))} - {*guilty}, default=0))
 
     def no_room(self, size, length):
         """This rank has no room for `size` rows of `length` tokens: end all ranks, and leave word of what to try. Never returns."""
-        less = max(1, size // 2)
+        less = size // 2
         problem = f"rank {self.ranks.rank}: the GPU has no room for {size} rows of {length} tokens"
         way_out = f"Take fewer at a time: --micro-batch {less} (the result is the same). torchrun --max-restarts does so by itself."
-        if size == 1:
+        if not less:
             way_out = "Take --recompute full, --qlora, more GPUs, or a shorter --seq-len."
-        self.store.set("end", json.dumps([problem, way_out, less if size > 1 else None, []]))
+        self.store.set("end", json.dumps([problem, way_out, less]))
         self.over.wait()
 
-    def end(self, problem, way_out, micro_batch, pids, speaker=0):
+    def end(self, problem, way_out, micro_batch=0, pids=(), speaker=0):
+        """End this process; `speaker` says why. `micro_batch`: for the next start, which takes so many rows at a time."""
         if micro_batch and self.ranks.first:
             config.private_folder(self.out)
             config.write_json(self.out / "micro-batch.json", {"micro_batch": micro_batch})
@@ -439,9 +432,8 @@ class Watch(threading.Thread):
             print(f"\n{problem}\n{way_out}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # the first to end takes the others with it: let it be who speaks
-        for pid in pids:
-            if alive(pid):
-                os.kill(pid, signal.SIGKILL)
+        for pid in filter(alive, pids):
+            os.kill(pid, signal.SIGKILL)
         os._exit(1)
 
 

@@ -161,7 +161,7 @@ def main():
 
     ends = None
     bar = tqdm(total=plan.steps, initial=done, unit="step", disable=not ranks.first, dynamic_ncols=True)
-    with bar, keeper, resume.Watch(ranks, options.out, options.timeout) as watch:
+    with bar, resume.Watch(ranks, options.out, options.timeout) as watch:
         size = probe(model, train_rows, plan, options, ranks, watch, say)
 
         def evaluate():
