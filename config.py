@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import sys
-import types
 import typing
 from pathlib import Path
 
@@ -44,10 +43,8 @@ def parse(cls, argv=None, prog=None):
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         hint, meta = hints[field.name], field.metadata
-        if isinstance(hint, types.UnionType):  # `str | None`
-            hint = next(t for t in typing.get_args(hint) if t is not types.NoneType)
         many = typing.get_origin(hint) in (list, tuple)
-        kind = typing.get_args(hint)[0] if many else hint
+        kind = (typing.get_args(hint) or (hint,))[0]  # of `str | None` too
         shown = "" if field.default in (None, "", (), False) or meta["positional"] else f" (default: {field.default})"
         options = {"help": (meta["help"] + shown).replace("%", "%%"), "default": field.default}
         if meta["positional"]:
@@ -71,21 +68,17 @@ def run(main):
     try:
         main()
         sys.stdout.flush()
-    except UserError as error:
-        leave(error)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `python data.py … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # no right to read or write, a full disk, a folder where a file belongs
-        leave(UserError(f"{error.filename or 'a file'}: {error.strerror}", "Mend that, then run it again."))
-
-
-def leave(error):
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(error, file=sys.stderr)
-    sys.exit(2)
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):  # no right to read or write, a full disk, a folder where a file belongs
+            error = UserError(f"{error.filename or 'a file'}: {error.strerror or error}", "Mend that, then run it again.")
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 def unwritten(path, error, way_out="Make room, or mend that, and run it again."):
@@ -135,10 +128,13 @@ def read_json(path, missing=None):
     return value
 
 
+NAMES = {int: "a whole number", float: "a number", bool: "true or false,"}
+
+
 def number(path, name, value, least, most, kind=int):
     """A number (or bool) that a JSON file gives. UserError unless it is one, within these limits."""
     if type(value) not in ((int, float) if kind is float else (kind,)) or not least <= value <= most:
-        raise UserError(f"{path}: {name} is {value!r:.60}, it must be {kind.__name__} from {least} to {most}", "Copy it again.")
+        raise UserError(f"{path}: {name} is {value!r:.60}, it must be {NAMES[kind]} from {least} to {most}", "Copy it again.")
     return value
 
 

@@ -23,6 +23,7 @@ from model import KEPT, Linear
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ROUNDING = 0.05  # of the logits' deviation: what a merge may add, whose every weight is rounded
 PREFIX = "base_model.model."  # PEFT's, before our own names
+NOT_COMPUTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "fan_in_fan_out")
 
 
 class LoRALinear(Linear):
@@ -107,10 +108,7 @@ def inject(model, rank=32, alpha=16, dropout=0.0, targets=TARGETS, rows=()):
     kinds = {name.rpartition(".")[2] for name in linears}
     unknown = sorted(set(targets) - kinds)
     if unknown or not targets:
-        raise UserError(
-            f"--lora-targets {','.join(unknown)}: this model has no such linear layer",
-            f"It has: {', '.join(sorted(kinds))}.",
-        )
+        raise UserError(f"--lora-targets {','.join(unknown)}: this model has no such linear layer", f"It has: {', '.join(sorted(kinds))}.")
     matched = [name for name in linears if name.rpartition(".")[2] in targets]
     model.requires_grad_(False)
     for name in matched:
@@ -238,39 +236,31 @@ def save(model, folder, base, tensors=None):
 def read_settings(folder):
     """`adapter_config.json` → the arguments of `inject` and the base's name. UserError for kinds of adapter that we don't compute."""
     path = Path(folder) / "adapter_config.json"
-    said = {"lora_dropout": 0.0, **read_json(path)}
-    indices = said.get("trainable_token_indices") or []
-    indices = indices if isinstance(indices, dict) else {"embed_tokens": indices}
-    rows = indices.get("embed_tokens", [])
-    odd = [
-        k
-        for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "fan_in_fan_out")
-        if said.get(k)
-    ]
-    if said.get("bias", "none") != "none":
-        odd.append("bias")
+    said = {"lora_dropout": 0.0, "bias": "none", **read_json(path)}
+    odd = [key for key in NOT_COMPUTED if said.get(key)] + ["bias"] * (said["bias"] != "none")
     if said.get("peft_type") != "LORA" or odd or not isinstance(said.get("target_modules"), list):
         raise UserError(
             f"{path}: {', '.join(odd) or said.get('peft_type')} is no plain LoRA over named layers",
             "Merge it with PEFT first, and use the merged folder.",
         )
     targets, base = sorted({str(name).rpartition(".")[2] for name in said["target_modules"]}), said.get("base_model_name_or_path")
-    unknown = sorted({*targets} - {*TARGETS})
+    unknown = ", ".join(sorted({*targets} - {*TARGETS}))
     if unknown or not targets:
-        raise UserError(
-            f"{path}: target_modules {', '.join(unknown)[:60]}: no such linear layers are known", f"Known: {', '.join(TARGETS)}."
-        )
+        raise UserError(f"{path}: target_modules {unknown[:60]}: no such linear layers are known", f"Known: {', '.join(TARGETS)}.")
+    indices = said.get("trainable_token_indices") or []
+    indices = indices if isinstance(indices, dict) else {"embed_tokens": indices}
+    rows = indices.get("embed_tokens", [])
     if not isinstance(rows, list) or len({*map(str, rows)}) < len(rows) or any(other != rows for other in indices.values()):
         raise UserError(f"{path}: trainable_token_indices are no list of rows, the same for embed_tokens and lm_head", "Copy it again.")
     if not isinstance(base or "", str):
         raise UserError(f"{path}: base_model_name_or_path is {base!r:.60}", "It is a folder or a hub id.")
-    arguments = {
+    return {
         "rank": config.number(path, "r", said.get("r"), 1, 1 << 16),
         "alpha": config.number(path, "lora_alpha", said.get("lora_alpha"), -1e6, 1e6, float),
         "dropout": config.number(path, "lora_dropout", said["lora_dropout"], 0, 1, float),
         "rows": [config.number(path, "one of trainable_token_indices", row, 0, 1 << 20) for row in rows],
-    }
-    return arguments | {"targets": targets}, base
+        "targets": targets,
+    }, base
 
 
 @torch.no_grad()
@@ -334,26 +324,21 @@ def main():
     import tokenizer
 
     if sys.argv[1:2] != ["merge"]:
-        raise UserError(
-            "lora.py knows one verb: merge",
-            "python lora.py merge ckpt/ clone/",
-        )
+        raise UserError("lora.py knows one verb: merge", "python lora.py merge ckpt/ clone/")
     options = config.parse(MergeConfig, sys.argv[2:], prog="lora.py merge")
     if options.weights == "bf16" and not (Path(options.ckpt) / "adapter_config.json").exists():
-        raise UserError(
-            f"{options.ckpt} holds no adapter (adapter_config.json)",
-            "Give the folder that train.py --lora wrote.",
-        )
+        raise UserError(f"{options.ckpt} holds no adapter (adapter_config.json)", "Give the folder that train.py --lora wrote.")
     config.check_folder(options.out, options.overwrite)
     base = read_settings(options.ckpt)[1] if checkpoint.is_adapter(options.ckpt) else None
     config.keep_apart(options.out, options.ckpt, options.model or base)
     words = tokenizer.load(options.ckpt)
-    me, you = tokenizer.names(options.ckpt)
-    probe = words.encode(f"{tokenizer.IM_START}{me}\n>>> {tokenizer.PROBE}{tokenizer.IM_END}")[0]
+    me, _ = tokenizer.names(options.ckpt)
+    given = {"base": options.model or None, "words": words}
     if options.weights == "bf16":
-        model = merge_checked(checkpoint.load_model(options.ckpt, base=options.model or None, words=words), probe)
+        probe = words.encode(f"{tokenizer.IM_START}{me}\n>>> {tokenizer.PROBE}{tokenizer.IM_END}")[0]
+        model = merge_checked(checkpoint.load_model(options.ckpt, **given), probe)
     else:
-        model = checkpoint.load_model(options.ckpt, torch.bfloat16, base=options.model or None, words=words, weights=options.weights)
+        model = checkpoint.load_model(options.ckpt, torch.bfloat16, weights=options.weights, **given)
     out = config.private_folder(options.out)
     checkpoint.clear(out)
     checkpoint.save_model(model, out, words)

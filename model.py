@@ -280,18 +280,15 @@ def varlen():
     """torch's kernel for documents on CUDA. Up to 2.11 it has no word for groups: keys and values are repeated."""
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    groups = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
-    def with_groups(q, k, v, where):
+    def kernel(q, k, v, where):
         size = (-1 if where.window is None else where.window - 1, 0)
-        return varlen_attn(q, k, v, where.edges, where.edges, where.longest, where.longest, window_size=size, enable_gqa=True)
+        if not groups:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        return varlen_attn(q, k, v, where.edges, where.edges, where.longest, where.longest, window_size=size, **groups)
 
-    def repeated(q, k, v, where):
-        size = (-1 if where.window is None else where.window - 1, 0)
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        return varlen_attn(q, k, v, where.edges, where.edges, where.longest, where.longest, window_size=size)
-
-    return with_groups if grouped else repeated
+    return kernel
 
 
 def by_document(q, k, v, where):

@@ -145,20 +145,17 @@ class Int4Linear(Packed):
     def quantise_rows(weight):
         weight = weight.float().unflatten(1, (group(weight.shape[1]), -1))  # (out, n, groups)
         low, high = weight.aminmax(dim=1, keepdim=True)
-        best = code = scale = least = None
+        best, code = torch.full_like(low, torch.inf), torch.zeros_like(weight)
+        scale = least = torch.zeros_like(low, dtype=torch.bfloat16)
         for share in SHARES:
             step = ((high - low) * (share / 15)).clamp(min=TINY).bfloat16()
             bottom = ((high + low) / 2 - 7.5 * step).bfloat16()
             codes = ((weight - bottom) / step).round().clamp(0, 15)
             error = torch.addcmul(bottom.float(), codes, step.float()).sub_(weight).square_().sum(1, keepdim=True)
-            if best is None:
-                best, code, scale, least = error, codes, step, bottom
-            else:
-                better = error < best
-                best, code = torch.minimum(error, best), torch.where(better, codes, code)
-                scale, least = torch.where(better, step, scale), torch.where(better, bottom, least)
-        code = code.to(torch.uint8)
-        first, second = code.chunk(2, 1)
+            better = error < best
+            best, code = torch.minimum(error, best), torch.where(better, codes, code)
+            scale, least = torch.where(better, step, scale), torch.where(better, bottom, least)
+        first, second = code.to(torch.uint8).chunk(2, 1)
         return first | second << 4, scale.squeeze(1), least.squeeze(1)
 
     @staticmethod

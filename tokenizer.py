@@ -94,12 +94,9 @@ class Tokenizer:
         """
         folder = Path(folder)
         self.engine.save(str(folder / "tokenizer.json"))
-        tokens = self.engine.get_added_tokens_decoder()
         config = {k: v for k, v in read_json(self.folder / "tokenizer_config.json", {}).items() if k not in IN_ENGINE}
-        config["added_tokens_decoder"] = {
-            str(i): {k: getattr(t, k) for k in ("content", "lstrip", "normalized", "rstrip", "single_word", "special")}
-            for i, t in sorted(tokens.items())
-        }
+        facts, tokens = ("content", "lstrip", "normalized", "rstrip", "single_word", "special"), self.engine.get_added_tokens_decoder()
+        config["added_tokens_decoder"] = {str(i): {fact: getattr(t, fact) for fact in facts} for i, t in sorted(tokens.items())}
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # "LlamaTokenizer" makes transformers 5 convert anew, with other ids
         config |= {"eos_token": IM_END, "add_bos_token": self.bos is not None, "add_eos_token": False}
         if self.bos is not None:
@@ -121,8 +118,7 @@ def names(folder):
 
 def chat_template(me, you, begins):
     """The Jinja template that joins turns, one dict each, as `data.render` does: `content` holds the `>>> ` lines, `name` the author."""
-    spelt = {"me": me, "you": you}
-    sets = "".join(f"{{%- set {key} = {json.dumps(name, ensure_ascii=False)} -%}}" for key, name in spelt.items())
+    sets = "".join(f"{{%- set {key} = {json.dumps(name, ensure_ascii=False)} -%}}" for key, name in (("me", me), ("you", you)))
     author = '(m.name or (you if m.role == "user" else me if m.role == "assistant" else m.role))'
     close = '("\\n" if add_generation_prompt or not loop.last else "")'
     turn = f'{{{{- "{IM_START}" + {author} + "\\n" + m.content + "{IM_END}" + {close} -}}}}'
@@ -137,26 +133,19 @@ def load(folder):
     """
     folder = Path(folder)
     found = [*folder.glob("tokenizer.json"), *sorted(folder.glob("tokenizer.model*")), *folder.glob("tekken.json")]
-    path = found[0] if found else None
-    if not path:
+    if not found:
         raise UserError(
-            f"{folder} has no tokenizer.json, no tokenizer.model and no tekken.json",
-            "Copy the base model's tokenizer files there.",
+            f"{folder} has no tokenizer.json, no tokenizer.model and no tekken.json", "Copy the base model's tokenizer files there."
         )
-    config, added = read_json(folder / "tokenizer_config.json", {}), read_json(folder / "added_tokens.json", {})
+    path, config, added = found[0], read_json(folder / "tokenizer_config.json", {}), read_json(folder / "added_tokens.json", {})
     try:
         bos = config.get("bos_token")
         bos = bos["content"] if isinstance(bos, dict) else bos
-        if path.name == "tekken.json":
-            engine, bos = from_tekken(read_json(path)), bos or "<s>"
-            begins = config.get("add_bos_token", True)
-        elif path.suffix == ".json":
+        if path.name == "tokenizer.json":
             engine = Engine.from_file(str(path))
-            begins = adds_bos(engine, config, bos)
         else:
-            engine, bos = from_sentencepiece(path, added), bos or "<s>"
-            begins = config.get("add_bos_token", True)
-        words = Tokenizer(engine, folder, bos if begins else None)
+            engine, bos = from_tekken(read_json(path)) if path.suffix == ".json" else from_sentencepiece(path, added), bos or "<s>"
+        words = Tokenizer(engine, folder, bos if adds_bos(engine, config, bos) else None)
         for i, token in config.get("added_tokens_decoder", {}).items():
             have, said = engine.id_to_token(int(i)), token["content"]
             if have not in (None, said) and (int(i) not in words.added or said in (IM_START, IM_END)):
@@ -224,10 +213,7 @@ def from_sentencepiece(path, added):
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     probe = "Ａ ½  é\u0301 ﬁ"
     if model.normalize(probe).replace("▁", " ").strip() != probe:
-        raise UserError(
-            f"{path} normalises text (NFKC), which no Mistral-style base does",
-            "Use a base with a tokenizer.json.",
-        )
+        raise UserError(f"{path} normalises text (NFKC), which no Mistral-style base does", "Use a base with a tokenizer.json.")
     size = model.vocab_size()
     vocab = {model.id_to_piece(i): i for i in range(size)}
     mergeable = [i for i in range(size) if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i) or model.is_unused(i))]
@@ -242,8 +228,7 @@ def from_sentencepiece(path, added):
         engine.add_special_tokens([special(spelling)])
         if engine.token_to_id(spelling) != i:
             raise UserError(
-                f"added_tokens.json gives {spelling} the id {i}, but {path} has {size} pieces",
-                "Copy both from one base model.",
+                f"added_tokens.json gives {spelling} the id {i}, but {path} has {size} pieces", "Copy both from one base model."
             )
     bos = model.id_to_piece(model.bos_id())
     engine.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, model.bos_id())])
