@@ -16,6 +16,7 @@ soak: .venv/dev  ## what takes long: 10,000 damaged exports and model files, 45 
 lint: .venv/dev
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
+	$(VENV)/mypy --no-error-summary
 
 peers: build/peers/done  ## llama.cpp, to compare with: for bench.generate and tests/test_gguf.py; needs a C++ compiler and a quarter of an hour
 

@@ -372,7 +372,7 @@ def shard(tensor):
         return tensor.detach(), 0
     mesh = tensor.device_mesh
     rows = -(-len(tensor) // mesh.shape[-1])  # FSDP2 cuts dimension 0 as torch.chunk does, along the mesh's last
-    return tensor.detach().to_local(), min(rows * mesh.get_local_rank(mesh.ndim - 1), len(tensor))
+    return tensor.to_local().detach(), min(rows * mesh.get_local_rank(mesh.ndim - 1), len(tensor))
 
 
 def rows_of(tensor, rows):

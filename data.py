@@ -728,10 +728,10 @@ def gather(joined, me, forgotten, bots, chats_left_out, options, spool):
                 spool.write(written)
             census.end_of(chat, not forgotten)
     spool.flush()
-    index = np.array(index, dtype=np.int64).reshape(-1, 4)
+    table = np.array(index, dtype=np.int64).reshape(-1, 4)
     contacts = [{"name": names[i], "messages": n} for i, n in census.contacts()]
     persona = {"me": my_name, "contacts": contacts} | ({"context": kinds} if kinds else {})
-    return index[np.argsort(index[:, 0], kind="stable")], persona, census.report()
+    return table[np.argsort(table[:, 0], kind="stable")], persona, census.report()
 
 
 def contexts(said):

@@ -509,7 +509,7 @@ def measure(voices, talks, past, some, choices, options):
     report["distinct"] = {name: {n: distinct(rs, n) for n in (1, 2)} for name, rs in replies.items()}
     known = {run for talk in past for turn in talk.turns for run in runs(words_of(" ".join(turn.messages)))}
     counts = {name: [copied(reply, known) for reply in rs] for name, rs in replies.items()}
-    report["copying"] = {name: ratio(*zip(*pairs), sessions) for name, pairs in counts.items()}
+    report["copying"] = {name: ratio([n for n, _ in pairs], [of for _, of in pairs], sessions) for name, pairs in counts.items()}
     for name in plain:
         a, b = report["copying"][name], report["copying"]["mine"]
         a["flagged"] = a["value"] is not None and b["value"] is not None and bool(a["low"] > b["high"])

@@ -127,7 +127,7 @@ class Linear(nn.Linear):
         if x.shape[:-1].numel() == 1 and torch.compiler.is_compiling():
             y = self.product(x.flatten().float(), *self.stored()).to(x.dtype).view(*x.shape[:-1], -1)
             return y if bias is None else y + bias
-        return F.linear(x, self.unpack(*self.stored(), x.dtype), bias)
+        return F.linear(x, self.unpack(*self.stored(), dtype=x.dtype), bias)
 
 
 def rope(positions, config):

@@ -10,6 +10,8 @@ share anything, so FSDP2 may shard all three by rows, and a rank that holds only
 pair of floats is stored as integers, because FSDP2's mixed precision would cast a float32 parameter to bf16.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -177,7 +179,7 @@ def group(width):
     return max((n for n in range(2, GROUP + 1, 2) if width % (16 * n) == 0), default=0)
 
 
-KINDS = {"nf4": NF4Linear, "int8": Int8Linear, "int4": Int4Linear}
+KINDS: dict[str, Any] = {"nf4": NF4Linear, "int8": Int8Linear, "int4": Int4Linear}
 
 
 def pack(model, kind="nf4"):
@@ -189,7 +191,7 @@ def pack(model, kind="nf4"):
         if type(module) is not Linear or module is model.lm_head and (kind == "nf4" or model.config.tie_word_embeddings):
             continue
         coarse = module is model.lm_head or kind == "int4" and not group(module.in_features)
-        packed = Int8Linear if coarse else KINDS[kind]
+        packed = KINDS["int8" if coarse else kind]
         device = module.weight.device
         del module.weight
         for name, (shape, dtype) in zip(packed.names, packed.plan(module.out_features, module.in_features)):

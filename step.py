@@ -276,8 +276,8 @@ def collate(rows, device, shape=(1, 1)):
     if device.type == "cuda":
         edges += edges[-1:] * ((1 << max(6, (len(edges) - 1).bit_length())) + 1 - len(edges))
         edges = torch.tensor(edges, dtype=torch.int32)
-    tensors = (*map(torch.from_numpy, (tokens, positions, labels)), edges, kept)
-    return Batch(*(x if isinstance(x, list) else x.to(device, non_blocking=True) for x in tensors))
+    batch = *map(torch.from_numpy, (tokens, positions, labels)), edges, kept
+    return Batch(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in batch))
 
 
 def micro_batches(rows, size, ranks, length=1):

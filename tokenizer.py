@@ -101,7 +101,8 @@ class Tokenizer:
         config |= {"eos_token": IM_END, "add_bos_token": self.bos is not None, "add_eos_token": False}
         if self.bos is not None:
             config["bos_token"] = self.engine.id_to_token(self.bos)
-        config["chat_template"] = chat_template(*names(folder), self.bos is not None)
+        me, you = names(folder)
+        config["chat_template"] = chat_template(me, you, self.bos is not None)
         write_json(folder / "tokenizer_config.json", config)
 
 

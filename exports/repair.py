@@ -44,8 +44,8 @@ class Cursor:
     def __init__(self, pieces, begins, notes):
         self.pieces, self.begins, self.notes = pieces, begins, notes
         self.text, self.at, self.ended, self.lost = "", 0, False, False
-        self.strict = json.JSONDecoder(object_pairs_hook=self.object).scan_once
-        self.lenient = json.JSONDecoder(object_pairs_hook=self.object, strict=False).scan_once
+        self.strict = json.JSONDecoder(object_pairs_hook=self.object).scan_once  # type: ignore[attr-defined]
+        self.lenient = json.JSONDecoder(object_pairs_hook=self.object, strict=False).scan_once  # type: ignore[attr-defined]
 
     def object(self, pairs):
         found = dict(pairs)

@@ -196,7 +196,7 @@ LIES = {
     "a tensor in another file": ("two", moved("lm_head.weight", Path(FIRST).name), "lm_head.weight is in .*should be in"),
     "a tensor in two files": ("two", tensors(FIRST, lambda t: t.update({"lm_head.weight": torch.ones(2002, 64)})), "lm_head.weight is in"),
     # config.json
-    "no hidden_size": ("base", edit(CONFIG, hidden_size=...), "hidden_size is None, it must be int"),
+    "no hidden_size": ("base", edit(CONFIG, hidden_size=...), "hidden_size is None, it must be a whole number"),
     "hidden_size as text": ("base", edit(CONFIG, hidden_size="64"), "hidden_size is '64'"),
     "no layers": ("base", edit(CONFIG, num_hidden_layers=0), "num_hidden_layers is 0"),
     "a billion layers": ("base", edit(CONFIG, num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
