@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
 import config
 import lora
@@ -361,18 +360,28 @@ def is_adapter(folder):
 # --- weights in
 
 
+def sharded(tensor):
+    """Whether its rows lie on several ranks: FSDP2's DTensor, asked without an import that takes half a second."""
+    return hasattr(tensor, "device_mesh")
+
+
+def held(tensor):
+    """What this rank holds of a parameter."""
+    return tensor.to_local() if sharded(tensor) else tensor
+
+
 def full(tensor):
     """A parameter's whole value, gathered from all ranks where it is sharded (a collective: every rank must ask)."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if sharded(tensor) else tensor
 
 
 def shard(tensor):
     """(the rows of a parameter that this rank holds, the number of the first): all of it where nothing is sharded."""
-    if not isinstance(tensor, DTensor):
+    if not sharded(tensor):
         return tensor.detach(), 0
     mesh = tensor.device_mesh
     rows = -(-len(tensor) // mesh.shape[-1])  # FSDP2 cuts dimension 0 as torch.chunk does, along the mesh's last
-    return tensor.to_local().detach(), min(rows * mesh.get_local_rank(mesh.ndim - 1), len(tensor))
+    return held(tensor).detach(), min(rows * mesh.get_local_rank(mesh.ndim - 1), len(tensor))
 
 
 def rows_of(tensor, rows):
@@ -382,7 +391,7 @@ def rows_of(tensor, rows):
     held = (wanted >= 0) & (wanted < len(local))
     values = local.new_zeros(len(rows), local.shape[1])
     values[held] = local[wanted[held]]
-    if isinstance(tensor, DTensor):
+    if sharded(tensor):
         torch.distributed.all_reduce(values, group=tensor.device_mesh.get_group(-1))
     return values
 

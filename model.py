@@ -444,7 +444,9 @@ class Stack(nn.Module):
 
     def __init__(self, config, recompute):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # not nn.Embedding's own first values: drawing them on the meta device imports torch's compiler, more than a second
+        values = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)
+        self.embed_tokens = nn.Embedding.from_pretrained(values, freeze=False)
         self.layers = nn.ModuleList(Block(config, recompute) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -20,9 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -60,7 +57,7 @@ class Ranks:
         """Sharded in a host, replicated over hosts: between them travels one sum of gradients a step."""
         dims = {"replicate": self.replicas, "shard": self.shards} if self.replicas > 1 else {"shard": self.world}
         device = self.device.type  # the default would take a GPU whatever --device says
-        return init_device_mesh(device, tuple(dims.values()), mesh_dim_names=tuple(dims))
+        return dist.device_mesh.init_device_mesh(device, tuple(dims.values()), mesh_dim_names=tuple(dims))
 
     @property
     def first(self):
@@ -164,6 +161,8 @@ def outline(shape, ranks, adapter, dtype, recompute, nf4, pure, device="meta"):
 
 def shard_model(model, ranks, dtype):
     """FSDP2, a unit per block, as `Ranks.mesh` says: parameters gathered in `dtype`, gradients reduced in fp32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # half a second, for several ranks alone
+
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # cos and sin stay fp32
     blocks = list(model.model.layers)
     for unit in (*blocks, model):
@@ -439,7 +438,7 @@ class Live(TorchDispatchMode):
         out = op(*args, **(kwargs or {}))
         for tensor in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                self.add((tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage())
+                self.add(checkpoint.held(tensor).untyped_storage())
         if self.kind == "communication":
             self.look_again()
         if self.now > self.peak:
@@ -476,7 +475,7 @@ class Live(TorchDispatchMode):
     def rename(self, tensors, kind):
         """From now on count these tensors as `kind`."""
         for tensor in tensors:
-            storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+            storage = checkpoint.held(tensor).untyped_storage()
             if storage._cdata in self.known:
                 old, size, known = self.known[storage._cdata]
                 self.known[storage._cdata] = kind, size, known

@@ -1,10 +1,13 @@
 """Small random models made by transformers' own classes, and small talks; every test runs on the CPU, without a network."""
 
+import functools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import mistral_common
@@ -128,10 +131,31 @@ def edges_in_a_tensor(monkeypatch):
 # --- programs
 
 
-def command(*words, env=None, stdin=None):
-    """Run one of the project's programs as a person does. → CompletedProcess with text"""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=env, input=stdin, capture_output=True, text=True, timeout=240)
+@functools.cache
+def warm():
+    """The connection to this worker's tests/warm.py, which ends with it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    words = [sys.executable, ROOT / "tests" / "warm.py", str(theirs.fileno())]
+    subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, pass_fds=[theirs.fileno()])
+    theirs.close()
+    ours.settimeout(240)
+    return ours
+
+
+def command(*words, env=None, stdin=""):
+    """Run one of the project's programs as a person does; with an `env` of its own in a Python of its own. → CompletedProcess with text"""
+    words, mine = [*map(str, words)], {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+    if env:
+        return subprocess.run([sys.executable, *words], cwd=ROOT, env=mine, input=stdin, capture_output=True, text=True, timeout=240)
+    with tempfile.TemporaryFile("w+") as given, tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        given.write(stdin)
+        given.seek(0)
+        line = warm()
+        socket.send_fds(line, [json.dumps([words, mine, str(ROOT)]).encode()], [file.fileno() for file in (given, out, errors)])
+        code = int(line.recv(64))
+        out.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(words, code, out.read(), errors.read())
 
 
 def refused(done, *expected):

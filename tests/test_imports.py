@@ -59,3 +59,11 @@ def test_data_needs_no_torch_and_importing_has_no_side_effects():
     code = "import sys, data, exports, tokenizer; assert 'torch' not in sys.modules; print('quiet')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("quiet\n", "")
+
+
+def test_programs_start_in_what_torch_takes():
+    code = (
+        "import sys, train, chat, evaluate, plan; print(sorted({'torch.distributed.tensor', 'torch._dynamo', 'sklearn'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", ""), done.stderr
