@@ -51,6 +51,53 @@ def test_a_folder_with_something_in_it_is_kept(tmp_path):
     config.check_folder(tmp_path, True)
 
 
+@dataclasses.dataclass(frozen=True)
+class Grouped:
+    """Has groups.
+
+    python grouped.py
+    """
+
+    file: str = flag("", "the file", positional=True, group="what is read")
+    rows: int = flag(0, "rows")
+    minutes: float = flag(10.0, "minutes from save to save", group="the run")
+    way: str = flag("a", "which", choices=("a", "b"), shown="a, as ever")
+    quiet: bool = flag(False, "say nothing")
+
+
+def test_flags_stand_under_the_group_last_named_with_choices_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        config.parse(Grouped, ["--help"], prog="grouped.py")
+    assert (
+        capsys.readouterr().out
+        == """usage: grouped.py [flags] FILE
+
+Has groups.
+
+python grouped.py
+
+what is read:
+  FILE         the file
+  --rows N     rows (default: 0)
+
+the run:
+  --minutes X  minutes from save to save (default: 10)
+  --way TEXT   which: a, b (default: a, as ever)
+  --quiet      say nothing
+"""
+    )
+
+
+@pytest.mark.parametrize("columns", ["50", "200"])
+def test_help_is_as_wide_as_the_terminal_and_at_most_100(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    long = dataclasses.make_dataclass("Long", [("rows", int, flag(1, "some words " * 20))])
+    with pytest.raises(SystemExit):
+        config.parse(long, ["--help"])
+    widest = max(map(len, capsys.readouterr().out.splitlines()))
+    assert min(int(columns), 100) - len("words ") <= widest <= min(int(columns), 100)
+
+
 @pytest.mark.parametrize("program", ["data.py", "train.py", "chat.py"])
 def test_help_is_there(program):
     done = command(program, "--help")
