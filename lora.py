@@ -288,14 +288,15 @@ def load(model, folder, write=torch.Tensor.copy_):
 
 @dataclasses.dataclass(frozen=True)
 class MergeConfig:
-    """Merge an adapter into its base: a Hugging Face folder that any tool reads.  python lora.py merge ckpt/ clone/"""
+    """Merge an adapter into its base: a folder that any tool reads.  python lora.py merge ckpt/ clone/"""
 
-    ckpt: str = flag("", "an adapter folder (train.py --lora)", positional=True)
-    out: str = flag("", "the folder to write", positional=True)
+    ckpt: str = flag("", "an adapter folder (train.py --lora)", positional=True, group="what to merge")
     model: str = flag("", "the base, when it lies elsewhere than the adapter says")
-    as_: str | None = flag(None, "write an Ollama Modelfile too, for a talk with NAME (default: none)")
-    weights: str = flag("bf16", "what to keep them in; int8 and int4 are for chat.py alone", choices=("bf16", "int8", "int4"))
-    overwrite: bool = flag(False, "replace what is in OUT")
+
+    out: str = flag("", "the folder to write", positional=True, group="what to write")
+    weights: str = flag("bf16", "precision, all but bf16 for chat.py alone", choices=("bf16", "int8", "int4"))
+    as_: str | None = flag(None, "an Ollama Modelfile too, for a talk with this person")
+    overwrite: bool = flag(False, "replace what OUT holds")
 
 
 # Ollama's recipe for a merged folder; >>> comes before what is said, by whom Ollama calls user and assistant

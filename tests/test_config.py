@@ -1,4 +1,6 @@
 import dataclasses
+import importlib
+import re
 
 import pytest
 from conftest import command, refused
@@ -98,10 +100,38 @@ def test_help_is_as_wide_as_the_terminal_and_at_most_100(columns, capsys, monkey
     assert min(int(columns), 100) - len("words ") <= widest <= min(int(columns), 100)
 
 
-@pytest.mark.parametrize("program", ["data.py", "train.py", "chat.py"])
-def test_help_is_there(program):
-    done = command(program, "--help")
-    assert done.returncode == 0 and "usage: " in done.stdout
+PROGRAMS = {
+    "data.py": "Config",
+    "train.py": "Config",
+    "chat.py": "Config",
+    "plan.py": "Config",
+    "evaluate.py": "Config",
+    "lora.py": "MergeConfig",
+}
+
+
+@pytest.mark.parametrize("words", [*([program] for program in PROGRAMS if program != "lora.py"), ["lora.py", "merge"]], ids=" ".join)
+def test_help_warns_of_nothing_and_is_grouped_in_short_entries(words):
+    done = command(*words, "--help", env={"COLUMNS": "100"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.match(r"usage: [a-z.]+( merge)? \[flags\][A-Z .[\]]*\n\n", done.stdout)
+    assert not re.search("^(options|positional arguments):", done.stdout, re.M)
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    entries = re.split(r"\n(?=  \S)", done.stdout)[1:]
+    assert [entry for entry in entries if "\n   " in entry and "--gpu " not in entry] == []  # one line each, but for the cards' names
+
+
+@pytest.mark.parametrize("program, name", PROGRAMS.items())
+def test_a_default_that_is_shown_can_be_typed(program, name, capsys):
+    options = getattr(importlib.import_module(program.removesuffix(".py")), name)
+    needed = [field.name for field in dataclasses.fields(options) if field.metadata["positional"]]
+    with pytest.raises(SystemExit):
+        config.parse(options, ["--help"])
+    shown = dict(re.findall(r"^  (?:-\w TEXT, )?(--[a-z-]+) (?:.|\n {9})*?\(default:\s+([^ ,)]+)", capsys.readouterr().out, re.M))
+    for field in dataclasses.fields(options):
+        given = "--" + field.name.rstrip("_").replace("_", "-")
+        if field.default not in (None, "", ()) and not isinstance(field.default, bool) and given != "--lora-targets":
+            assert config.parse(options, [*needed, given, shown[given]]) == config.parse(options, needed), given
 
 
 def test_lora_has_one_verb():
