@@ -324,9 +324,9 @@ def main():
     import checkpoint
     import tokenizer
 
-    if sys.argv[1:2] != ["merge"]:
+    if sys.argv[1:2] not in (["merge"], ["--help"], ["-h"]):
         raise UserError("lora.py knows one verb: merge", "python lora.py merge ckpt/ clone/")
-    options = config.parse(MergeConfig, sys.argv[2:], prog="lora.py merge")
+    options = config.parse(MergeConfig, sys.argv[2:] if sys.argv[1] == "merge" else sys.argv[1:], prog="lora.py merge")
     if options.weights == "bf16" and not (Path(options.ckpt) / "adapter_config.json").exists():
         raise UserError(f"{options.ckpt} holds no adapter (adapter_config.json)", "Give the folder that train.py --lora wrote.")
     config.check_folder(options.out, options.overwrite)

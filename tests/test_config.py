@@ -110,7 +110,7 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("words", [*([program] for program in PROGRAMS if program != "lora.py"), ["lora.py", "merge"]], ids=" ".join)
+@pytest.mark.parametrize("words", [*([program] for program in PROGRAMS), ["lora.py", "merge"]], ids=" ".join)
 def test_help_warns_of_nothing_and_is_grouped_in_short_entries(words):
     done = command(*words, "--help", env={"COLUMNS": "100"})
     assert (done.returncode, done.stderr) == (0, "")
@@ -136,3 +136,4 @@ def test_a_default_that_is_shown_can_be_typed(program, name, capsys):
 
 def test_lora_has_one_verb():
     refused(command("lora.py"), "merge")
+    refused(command("lora.py", "split", "--help"), "merge")
