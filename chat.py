@@ -23,29 +23,28 @@ WORTH_IT = 200e6  # parameters, below which an answer is there before the compil
 class Config:
     """Talk to a fine-tuned model (an adapter, a whole model, or a plain base)."""
 
-    ckpt: str = flag("", "the folder that train.py wrote, or any model folder", positional=True)
-    prompt: str | None = flag(None, "answer this once and end", short="-p")
-    as_: str | None = flag(None, "who is talking to it (default: the contact I talk to most)")
-    me: str | None = flag(None, "whom it imitates (default: whose chats it learned from)")
+    ckpt: str = flag("", "the folder that train.py wrote, or any model folder", positional=True, group="who talks")
+    as_: str | None = flag(None, "who is talking to it", shown="the contact I talk to most")
+    me: str | None = flag(None, "whom it imitates", shown="whose chats it learned from")
     model: str | None = flag(None, "the base, when it lies elsewhere than the adapter says")
+
+    prompt: str | None = flag(None, "answer this once and end", short="-p", group="the talk")
+    history: str | None = flag(None, "keep the talk in this file, and go on with what it holds")
+    memory: str | None = flag(None, "remind it of old exchanges from this folder of data.py")
+    context: int = flag(2048, "tokens it remembers, at most what the model was made for")
+    max_tokens: int = flag(256, "longest answer, in tokens")
     temperature: float = flag(0.7, "0: always the likeliest token")
     top_p: float = flag(0.95, "draw only from the likeliest tokens that make up so much")
-    max_tokens: int = flag(256, "longest answer, in tokens")
-    history: str | None = flag(None, "keep the conversation in this file, and go on with what it holds")
-    memory: str | None = flag(None, "put old exchanges like what was just said into its prompt: from this folder of data.py")
-    context: int = flag(2048, "tokens it remembers, at most what the model was made for")
-    weights: str | None = flag(
-        None,
-        "what the weights are held in (default: bf16, on CPUs without bf16 instructions fp32, or what fits)",
-        choices=("fp32", "bf16", "int8", "int4"),
-    )
-    no_compile: bool = flag(False, "don't compile the model first: sooner ready, half as fast")
-    device: str | None = flag(None, "cuda, mps or cpu (default: the first there is)")
     seed: int | None = flag(None, "the same answers each time")
-    web: bool = flag(False, "a page to talk on, and an API for other programs")
-    host: str = flag("127.0.0.1", "the address of the page; another one lets others in, and needs --token and --as")
+
+    web: bool = flag(False, "a page to talk on, and an API for other programs", group="on a page")
+    host: str = flag("127.0.0.1", "its address; another needs --token and --as")
     port: int = flag(8000, "its port")
     token: str | None = flag(None, "whoever asks must know this")
+
+    no_compile: bool = flag(False, "don't compile the model first: sooner ready, half as fast", group="speed and memory")
+    weights: str | None = flag(None, "what they're held in", choices=("fp32", "bf16", "int8", "int4"), shown="bf16, or what fits")
+    device: str | None = flag(None, "cuda, mps or cpu", shown="the first there is")
 
 
 def main():

@@ -3,8 +3,11 @@
 import argparse
 import dataclasses
 import errno
+import functools
+import inspect
 import json
 import os
+import shutil
 import sys
 import typing
 from pathlib import Path
@@ -27,9 +30,12 @@ class UserError(Exception):
         super().__init__(f"{problem}\n{way_out}")
 
 
-def flag(default, help, choices=None, short=None, positional=False):
-    """A dataclass field that is also a flag: `--micro-batch` for `micro_batch`; a bool is a switch."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "short": short, "positional": positional})
+def flag(default, help, choices=None, short=None, positional=False, shown=None, group=None):
+    """A dataclass field that is also a flag: `--micro-batch` for `micro_batch`; a bool is a switch.
+
+    `shown`: the default in words, where its value doesn't tell. `group`: heads this flag and those after it in `--help`.
+    """
+    return dataclasses.field(default=default, metadata=locals())
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,25 +45,30 @@ class Parser(argparse.ArgumentParser):
 
 def parse(cls, argv=None, prog=None):
     """Fill dataclass `cls` from `argv` (default: the command line); its docstring heads `--help`."""
-    parser = Parser(prog=prog, description=cls.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    hints = typing.get_type_hints(cls)
+    width = min(100, shutil.get_terminal_size((100, 24)).columns)
+    layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=26, width=width)
+    parser = Parser(prog=prog, usage="%(prog)s [flags]", description=inspect.getdoc(cls), formatter_class=layout, add_help=False)
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    hints, group = typing.get_type_hints(cls), parser
     for field in dataclasses.fields(cls):
-        hint, meta = hints[field.name], field.metadata
+        hint, meta, default = hints[field.name], field.metadata, field.default
         many = typing.get_origin(hint) in (list, tuple)
         kind = (typing.get_args(hint) or (hint,))[0]  # of `str | None` too
-        shown = "" if field.default in (None, "", (), False) or meta["positional"] else f" (default: {field.default})"
-        options = {"help": (meta["help"] + shown).replace("%", "%%"), "default": field.default}
+        shown = meta["shown"] or ("" if default in (None, "", ()) or kind is bool else f"{default:g}" if kind is float else default)
+        said = f"{meta['help']}: {', '.join(meta['choices'])}" if meta["choices"] else meta["help"]
+        said += f" (default: {shown})" if shown != "" else ""
+        options = {"help": said.replace("%", "%%"), "default": default}
+        group = parser.add_argument_group(meta["group"]) if meta["group"] else group
         if meta["positional"]:
-            parser.add_argument(field.name, metavar=field.name.upper().removesuffix("S"), type=kind, nargs="*" if many else None, **options)
+            metavar = field.name.upper().removesuffix("S")
+            parser.usage += f" [{metavar} ...]" if many else f" {metavar}"
+            group.add_argument(field.name, metavar=metavar, type=kind, nargs="*" if many else None, **options)
             continue
         names = [n for n in (meta["short"], "--" + field.name.removesuffix("_").replace("_", "-")) if n]  # `as_` is --as
-        if kind is bool:
-            parser.add_argument(*names, dest=field.name, action="store_true", **options)
-        elif many:
-            parser.add_argument(*names, dest=field.name, type=kind, action="append", metavar="TEXT", **options | {"default": None})
-        else:
-            metavar = None if meta["choices"] else {int: "N", float: "X"}.get(kind, "TEXT")
-            parser.add_argument(*names, dest=field.name, type=kind, choices=meta["choices"], metavar=metavar, **options)
+        takes = {"metavar": {int: "N", float: "X"}.get(kind, "TEXT"), "type": kind, "choices": meta["choices"]}
+        if many:
+            takes |= {"action": "append", "default": None}
+        group.add_argument(*names, dest=field.name, **options | ({"action": "store_true"} if kind is bool else takes))
     given = vars(parser.parse_intermixed_args(argv))
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None})
 

@@ -482,29 +482,31 @@ def mapped(path):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Turn chat exports into data/train.jsonl and data/val.jsonl: sessions to read, to edit and to train on.
+    """Turn chat exports into data/train.jsonl and data/val.jsonl: sessions to read, edit and train on.
 
-    python data.py result.json                    a Telegram export (JSON), a WhatsApp chat (.txt or .zip), a folder of them
-    python data.py old.json new.json chat.zip     several as one: joined by chat, no message twice
+    python data.py result.json                   Telegram (JSON), WhatsApp (.txt or .zip), or a folder
+    python data.py old.json new.json chat.zip    several as one: joined by chat, no message twice
     """
 
-    exports: tuple[str, ...] = flag((), "Telegram's result.json, WhatsApp's .txt or .zip, or a folder; several are joined", positional=True)
-    out: str = flag("data", "the folder to write")
-    me: tuple[str, ...] = flag((), "whose voice to learn: a name or an id (default: whose export it is; once a messenger)")
-    gap_minutes: float = flag(10.0, "a session ends where nobody wrote for so long")
-    val: float = flag(0.05, "share of the sessions, the latest, kept for validation (at least 20 of them, at most a fifth)")
+    exports: tuple[str, ...] = flag((), "Telegram's result.json, WhatsApp's .txt or .zip, a folder", positional=True, group="what to read")
+    me: tuple[str, ...] = flag((), "whose voice: a name or an id, once a messenger", shown="whose export it is")
     since: str | None = flag(None, "leave out messages before this day, YYYY-MM-DD")
     until: str | None = flag(None, "leave out messages after this day, YYYY-MM-DD")
-    include: tuple[str, ...] = flag((), "take this chat too, by name, id or kind: a bot, a channel, Saved Messages (repeatable)")
+    include: tuple[str, ...] = flag((), "take this too, by name, id or kind: a bot, channel, Saved Messages (repeatable)")
     exclude: tuple[str, ...] = flag((), "leave this chat out, by name, id or kind (repeatable)")
-    forget: tuple[str, ...] = flag((), "leave this person out everywhere, by name or id (repeatable); without an export: out of --out")
-    canaries: int = flag(0, "hide so many invented numbers among my messages: evaluate.py tells whether the clone gives them away")
-    keep_secrets: bool = flag(False, "leave phone numbers, cards, keys and passwords as they were written")
-    context: str = flag("", "open each session with what I knew then: some of who,when,since,before,facts (OUT/facts.md, yours to write)")
+
+    out: str = flag("data", "the folder to write", group="what to write")
+    overwrite: bool = flag(False, "replace what --out holds")
+    dry_run: bool = flag(False, "report only, write nothing")
+    gap_minutes: float = flag(10.0, "minutes of silence that end a session")
+    val: float = flag(0.05, "share of the sessions, the latest, kept to validate, 0 to 0.2")
+    context: str = flag("", "open each session with some of who,when,since,before,facts (of OUT/facts.md)")
+    canaries: int = flag(0, "invented numbers to hide in my messages: evaluate.py's leak test")
     tokenizer: str | None = flag(None, "a model folder: count tokens and rows in the report")
     seq_len: int = flag(1024, "tokens a row, for that count")
-    dry_run: bool = flag(False, "report only, write nothing")
-    overwrite: bool = flag(False, "replace what --out holds")
+
+    keep_secrets: bool = flag(False, "leave phone numbers, cards, keys and passwords as they were written", group="privacy")
+    forget: tuple[str, ...] = flag((), "leave a person out everywhere, name or id (repeatable); no EXPORT: out of --out")
     wipe: bool = flag(False, "list all that holds chats below this folder, ask, and delete it")
 
 

@@ -51,22 +51,23 @@ SECRET = re.compile(  # an address, letters and digits mixed, or a number longer
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Measure whether a clone sounds like me: report.html (for people) and report.json (for programs) in the first folder.
+    """Does a clone sound like me? report.html for people, report.json for programs, in the first folder.
 
-    python evaluate.py ckpt/                              the clone beside its base, on the sessions that were held out
-    python evaluate.py ckpt-a/ ckpt-b/                    and beside another run
-    python evaluate.py ckpt/ --blind-test --with NAME     a page on which a friend guesses which replies are mine
+    python evaluate.py ckpt/                             the clone beside its base, on held-out sessions
+    python evaluate.py ckpt-a/ ckpt-b/                   and beside another run
+    python evaluate.py ckpt/ --blind-test --with NAME    a friend guesses which replies are mine
     """
 
-    ckpts: tuple[str, ...] = flag((), "the folder that train.py wrote, or two of them", positional=True)
-    data: str = flag("data", "the folder that data.py wrote")
-    seed: int = flag(0, "the same numbers each time")
-    replies: int = flag(100, "held-out moments that are answered")
-    baselines: bool = flag(False, "also other ways to clone a person: prompts with past messages, DATA/facts.md, similar exchanges")
-    blind_test: bool = flag(False, "write a page for a friend, of one chat alone and of what you approve, in place of the report")
-    with_: str | None = flag(None, "whose chat with me the blind test is made of")
+    ckpts: tuple[str, ...] = flag((), "the folder that train.py wrote, or two of them", positional=True, group="what to measure")
     model: str | None = flag(None, "the base, when it lies elsewhere than the checkpoint says")
-    device: str | None = flag(None, "cuda, mps or cpu (default: the first there is)")
+    data: str = flag("data", "the folder that data.py wrote")
+    replies: int = flag(100, "held-out moments that are answered")
+    baselines: bool = flag(False, "also prompts with past messages, DATA/facts.md, similar exchanges")
+    seed: int = flag(0, "the same numbers each time")
+    device: str | None = flag(None, "cuda, mps or cpu", shown="the first there is")
+
+    blind_test: bool = flag(False, "a page of one chat alone, of what you approve, and no report", group="a page for a friend")
+    with_: str | None = flag(None, "whose chat with me it is made of")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -288,14 +288,15 @@ def load(model, folder, write=torch.Tensor.copy_):
 
 @dataclasses.dataclass(frozen=True)
 class MergeConfig:
-    """Merge an adapter into its base: a Hugging Face folder that any tool reads.  python lora.py merge ckpt/ clone/"""
+    """Merge an adapter into its base: a folder that any tool reads.  python lora.py merge ckpt/ clone/"""
 
-    ckpt: str = flag("", "an adapter folder (train.py --lora)", positional=True)
-    out: str = flag("", "the folder to write", positional=True)
+    ckpt: str = flag("", "an adapter folder (train.py --lora)", positional=True, group="what to merge")
     model: str = flag("", "the base, when it lies elsewhere than the adapter says")
-    as_: str | None = flag(None, "write an Ollama Modelfile too, for a talk with NAME (default: none)")
-    weights: str = flag("bf16", "what to keep them in; int8 and int4 are for chat.py alone", choices=("bf16", "int8", "int4"))
-    overwrite: bool = flag(False, "replace what is in OUT")
+
+    out: str = flag("", "the folder to write", positional=True, group="what to write")
+    weights: str = flag("bf16", "precision, all but bf16 for chat.py alone", choices=("bf16", "int8", "int4"))
+    as_: str | None = flag(None, "an Ollama Modelfile too, for a talk with this person")
+    overwrite: bool = flag(False, "replace what OUT holds")
 
 
 # Ollama's recipe for a merged folder; >>> comes before what is said, by whom Ollama calls user and assistant
@@ -323,9 +324,9 @@ def main():
     import checkpoint
     import tokenizer
 
-    if sys.argv[1:2] != ["merge"]:
+    if sys.argv[1:2] not in (["merge"], ["--help"], ["-h"]):
         raise UserError("lora.py knows one verb: merge", "python lora.py merge ckpt/ clone/")
-    options = config.parse(MergeConfig, sys.argv[2:], prog="lora.py merge")
+    options = config.parse(MergeConfig, sys.argv[2:] if sys.argv[1] == "merge" else sys.argv[1:], prog="lora.py merge")
     if options.weights == "bf16" and not (Path(options.ckpt) / "adapter_config.json").exists():
         raise UserError(f"{options.ckpt} holds no adapter (adapter_config.json)", "Give the folder that train.py --lora wrote.")
     config.check_folder(options.out, options.overwrite)

@@ -293,23 +293,25 @@ def shape_of(model):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What a training run needs, before anything is rented: does it fit, how long does it take, what does it cost?"""
+    """What a training run needs, before anything is rented: does it fit, how long, how much money?"""
 
-    gpu: str | None = flag(None, f"the card: {', '.join(CARDS)}, or cpu (default: this machine's)")
+    gpu: str | None = flag(None, f"{', '.join(CARDS)} or cpu", shown="this machine's", group="the card")
     gpus: int = flag(1, "how many of them, in one machine")
-    lora: bool = flag(False, "as in train.py; without any of these three: all weights, with fp32 masters")
+    price: float | None = flag(None, "$ a GPU-hour", shown=f"a rough range of {PRICES}")
+
+    lora: bool = flag(False, "as in train.py; without any of these three: all weights, with fp32 masters", group="the run")
     qlora: bool = flag(False, "as in train.py")
     pure_bf16: bool = flag(False, "as in train.py")
-    model: str = flag(checkpoint.NO_ACCOUNT, "the base: a folder, or a hub id (of which only config.json is fetched)")
+    model: str = flag(checkpoint.NO_ACCOUNT, "folder or hub id, for its config.json")
+    lora_rank: int = flag(32, "rank of the adapter")
     data: str | None = flag(None, "the folder that data.py wrote, to count the rows")
     tokens: int | None = flag(None, "tokens of one epoch, in place of --data")
     epochs: float = flag(3.0, "times over the data")
     batch: int = flag(8, "rows a step, over all GPUs")
     seq_len: int = flag(1024, "tokens a row")
-    lora_rank: int = flag(32, "rank of the adapter")
-    price: float | None = flag(None, f"$ a GPU-hour (default: a rough range of {PRICES})")
-    check: bool = flag(False, "ask the hub whether the base's files can be had with this account")
-    measure: bool = flag(False, "run a minute of steps on this machine's own device, and correct the prediction by it")
+
+    check: bool = flag(False, "ask the hub if this account may fetch the base's files", group="the answer")
+    measure: bool = flag(False, "run a minute of steps on this machine's own device, and correct by it")
     json: bool = flag(False, "for programs")
 
 

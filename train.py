@@ -68,53 +68,51 @@ FREE |= {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Fine-tune a Mistral-style model on data/ (made by data.py): all of its weights, or a LoRA adapter with --lora."""
+    """Fine-tune a Mistral-style model on data/ (made by data.py): all its weights, or an adapter (--lora)."""
 
-    lora: bool = flag(False, "train a low-rank adapter, the base stays as it is")
+    lora: bool = flag(False, "train a low-rank adapter, the base stays as it is", group="what to train")
     qlora: bool = flag(False, "the same over a base kept in 4 bits (NF4): less than half the memory")
     model: str = flag(checkpoint.NO_ACCOUNT, "the base: a folder or a hub id")
     from_scratch: bool = flag(False, "random weights of --model's config.json, to pretrain a small base")
-    init: str | None = flag(None, "begin with what a former run learned: its folder, an adapter (its base and shape are taken) or a model")
+    init: str | None = flag(None, "begin with a former run, an adapter (its base and shape are taken) or a model")
     data: str = flag("data", "the folder that data.py wrote")
-    out: str = flag("ckpt", "the folder to write")
+    loss_on: str = flag("me", "whose turns are targets", choices=("me", "everyone"))
+    short_weight: float = flag(1.0, "how much my turns of one or two words count, 0 to 1")
+    download_only: bool = flag(False, "fetch --model from the hub and stop (on a machine that has no GPU)")
+
+    out: str = flag("ckpt", "the folder to write", group="the run")
     overwrite: bool = flag(False, "replace what --out holds")
     resume: bool = flag(False, "go on from the last save in --out; the other flags as before")
-    keep: int = flag(2, "saves to keep for --resume, and one more while it is written (0: none)")
-    save_every: int | None = flag(None, "save every so many steps, in place of --save-minutes")
+    keep: int = flag(2, "saves kept for --resume, and one more being written; 0: none")
     save_minutes: float = flag(10.0, "minutes from save to save")
+    save_every: int | None = flag(None, "steps from save to save, in place of --save-minutes")
     max_minutes: float | None = flag(None, "save and end before so many minutes are over")
-    skip_nonfinite: int = flag(0, "leave out so many steps at most whose loss or gradient is no number, in place of stopping")
-    timeout: float = flag(600.0, "seconds without a sign of progress after which a job of several ranks ends")
-    epochs: float = flag(3.0, "times over the data, at most (--patience ends sooner)")
+    timeout: float = flag(600.0, "seconds without progress, then a job of several ranks ends")
+    skip_nonfinite: int = flag(0, "steps of no finite loss or gradient to leave out before it stops")
+    samples: int = flag(3, "held-out contexts to answer at each evaluation")
+    seed: int = flag(0, "order of the rows, first values of the adapter, samples")
+
+    epochs: float = flag(3.0, "times over the data, at most (--patience ends sooner)", group="the steps")
     max_steps: int | None = flag(None, "exactly so many steps, in place of --epochs and --patience")
-    patience: int = flag(3, "stop after so many evaluations without a better one")
+    patience: int = flag(3, "evaluations without a better one, then it stops")
     batch: int = flag(8, "rows a step, over all ranks")
-    micro_batch: str = flag(
-        "auto", "rows at a time on one rank, the result is the same (auto: what fits and is the fastest, by prediction)"
-    )
     seq_len: int = flag(1024, "tokens a row")
-    lr: float | None = flag(None, "peak learning rate (default: 2e-4 with --lora, else 2e-5)")
+    lr: float | None = flag(None, "peak learning rate", shown="2e-4 with --lora, else 2e-5")
     warmup: float = flag(0.03, "share of the steps in which the rate climbs")
     weight_decay: float = flag(0.0, "AdamW's")
     clip: float = flag(1.0, "largest norm of the gradient")
-    lora_rank: int = flag(32, "rank of the adapter")
-    lora_alpha: float = flag(16.0, "the adapter counts alpha / rank times")
-    lora_dropout: float = flag(0.0, "share of the adapter's inputs dropped in training")
-    lora_targets: str = flag(ALL_LINEAR, "linear layers that get an adapter")
-    loss_on: str = flag("me", "whose turns are targets", choices=("me", "everyone"))
-    short_weight: float = flag(1.0, "how much my turns of one or two words count, from 0 to 1: less, for a clone that only says ok")
-    pure_bf16: bool = flag(False, "full fine-tuning without fp32 masters: half the memory; updates are rounded at random")
-    recompute: str = flag(
-        "auto",
-        "what the backward pass makes anew, for memory: selective keeps matmuls and attention (auto: what fits)",
-        choices=("auto", *RECOMPUTE),
-    )
+
+    lora_rank: int = flag(32, "its rank", group="the adapter")
+    lora_alpha: float = flag(16.0, "it counts alpha / rank times")
+    lora_dropout: float = flag(0.0, "share of its inputs dropped in training")
+    lora_targets: str = flag(ALL_LINEAR, "layers that get it, as q_proj,v_proj", shown="all seven linear layers")
+
+    micro_batch: str = flag("auto", "rows at a time on one rank", shown="auto, the fastest that fits", group="speed and memory")
+    recompute: str = flag("auto", "redone in backward", choices=("auto", *RECOMPUTE), shown="auto, what fits")
+    pure_bf16: bool = flag(False, "no fp32 masters in full fine-tuning: half the memory, rounded at random")
     no_compile: bool = flag(False, "on CUDA, don't compile the blocks: it starts at once")
-    dtype: str = flag("auto", "what is computed in (auto: bf16; fp32 on CPUs without bf16 instructions)", choices=("auto", "bf16", "fp32"))
-    device: str | None = flag(None, "cuda, mps or cpu (default: the first there is)")
-    seed: int = flag(0, "order of the rows, first values of the adapter, samples")
-    samples: int = flag(3, "held-out contexts to answer at each evaluation")
-    download_only: bool = flag(False, "fetch --model from the hub and stop (for machines with a network and no GPU)")
+    dtype: str = flag("auto", "what is computed in", choices=("auto", "bf16", "fp32"), shown="auto, bf16 if the CPU can")
+    device: str | None = flag(None, "cuda, mps or cpu", shown="the first there is")
 
 
 def main():

@@ -1,4 +1,6 @@
 import dataclasses
+import importlib
+import re
 
 import pytest
 from conftest import command, refused
@@ -51,11 +53,87 @@ def test_a_folder_with_something_in_it_is_kept(tmp_path):
     config.check_folder(tmp_path, True)
 
 
-@pytest.mark.parametrize("program", ["data.py", "train.py", "chat.py"])
-def test_help_is_there(program):
-    done = command(program, "--help")
-    assert done.returncode == 0 and "usage: " in done.stdout
+@dataclasses.dataclass(frozen=True)
+class Grouped:
+    """Has groups.
+
+    python grouped.py
+    """
+
+    file: str = flag("", "the file", positional=True, group="what is read")
+    rows: int = flag(0, "rows")
+    minutes: float = flag(10.0, "minutes from save to save", group="the run")
+    way: str = flag("a", "which", choices=("a", "b"), shown="a, as ever")
+    quiet: bool = flag(False, "say nothing")
+
+
+def test_flags_stand_under_the_group_last_named_with_choices_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        config.parse(Grouped, ["--help"], prog="grouped.py")
+    assert (
+        capsys.readouterr().out
+        == """usage: grouped.py [flags] FILE
+
+Has groups.
+
+python grouped.py
+
+what is read:
+  FILE         the file
+  --rows N     rows (default: 0)
+
+the run:
+  --minutes X  minutes from save to save (default: 10)
+  --way TEXT   which: a, b (default: a, as ever)
+  --quiet      say nothing
+"""
+    )
+
+
+@pytest.mark.parametrize("columns", ["50", "200"])
+def test_help_is_as_wide_as_the_terminal_and_at_most_100(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    long = dataclasses.make_dataclass("Long", [("rows", int, flag(1, "some words " * 20))])
+    with pytest.raises(SystemExit):
+        config.parse(long, ["--help"])
+    widest = max(map(len, capsys.readouterr().out.splitlines()))
+    assert min(int(columns), 100) - len("words ") <= widest <= min(int(columns), 100)
+
+
+PROGRAMS = {
+    "data.py": "Config",
+    "train.py": "Config",
+    "chat.py": "Config",
+    "plan.py": "Config",
+    "evaluate.py": "Config",
+    "lora.py": "MergeConfig",
+}
+
+
+@pytest.mark.parametrize("words", [*([program] for program in PROGRAMS), ["lora.py", "merge"]], ids=" ".join)
+def test_help_warns_of_nothing_and_is_grouped_in_short_entries(words):
+    done = command(*words, "--help", env={"COLUMNS": "100"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.match(r"usage: [a-z.]+( merge)? \[flags\][A-Z .[\]]*\n\n", done.stdout)
+    assert not re.search("^(options|positional arguments):", done.stdout, re.M)
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    entries = re.split(r"\n(?=  \S)", done.stdout)[1:]
+    assert [entry for entry in entries if "\n   " in entry and "--gpu " not in entry] == []  # one line each, but for the cards' names
+
+
+@pytest.mark.parametrize("program, name", PROGRAMS.items())
+def test_a_default_that_is_shown_can_be_typed(program, name, capsys):
+    options = getattr(importlib.import_module(program.removesuffix(".py")), name)
+    needed = [field.name for field in dataclasses.fields(options) if field.metadata["positional"]]
+    with pytest.raises(SystemExit):
+        config.parse(options, ["--help"])
+    shown = dict(re.findall(r"^  (?:-\w TEXT, )?(--[a-z-]+) (?:.|\n {9})*?\(default:\s+([^ ,)]+)", capsys.readouterr().out, re.M))
+    for field in dataclasses.fields(options):
+        given = "--" + field.name.rstrip("_").replace("_", "-")
+        if field.default not in (None, "", ()) and not isinstance(field.default, bool) and given != "--lora-targets":
+            assert config.parse(options, [*needed, given, shown[given]]) == config.parse(options, needed), given
 
 
 def test_lora_has_one_verb():
     refused(command("lora.py"), "merge")
+    refused(command("lora.py", "split", "--help"), "merge")

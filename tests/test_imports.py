@@ -1,6 +1,7 @@
 """The table of imports in docs: one way only, and nothing heavy where it isn't needed."""
 
 import ast
+import os
 import subprocess
 import sys
 
@@ -56,7 +57,7 @@ def test_lora_imports_what_is_above_it_only_inside_main():
 
 
 def test_data_needs_no_torch_and_importing_has_no_side_effects():
-    code = "import sys, data, exports, tokenizer; assert 'torch' not in sys.modules; print('quiet')"
+    code = "import sys, data, exports, memory, tokenizer; assert 'torch' not in sys.modules; print('quiet')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("quiet\n", "")
 
@@ -67,3 +68,15 @@ def test_programs_start_in_what_torch_takes():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("[]\n", ""), done.stderr
+
+
+def test_data_starts_in_half_a_second():
+    """Of the processor's time, the least of three starts: other work on this machine doesn't count."""
+
+    def seconds():
+        before = os.times()
+        subprocess.run([sys.executable, "data.py", "--help"], cwd=ROOT, capture_output=True, check=True)
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    assert min(seconds() for _ in range(3)) < 0.5
