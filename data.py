@@ -17,6 +17,7 @@ model's own tokenizer.
 
 import bisect
 import collections
+import contextlib
 import dataclasses
 import datetime
 import difflib
@@ -48,13 +49,14 @@ from exports.redact import redact
 from tokenizer import IM_END, IM_START
 from tokenizer import load as load_tokenizer
 
-OURS = (  # what data.py, train.py, evaluate.py and lora.py merge write, for --wipe
+OURS = (  # what data.py, train.py, evaluate.py, lora.py merge and remote.sh write, for --wipe; what is in a folder comes before it
     "train.jsonl", "val.jsonl", "persona.json", "canaries.json", "report.json", "report.html", "blind-test.html", "cache/train-*",
-    "cache/val-*", "cache", "run.json", "metrics.jsonl", "loss.png", "resume/*.safetensors", "resume/*.json", "resume",
+    "cache/val-*", "cache", "run.json", "metrics.jsonl", "loss.png", "micro-batch.json", "resume/step-*/rank-*", "resume/step-*", "resume",
     "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model.safetensors",
     "model-*.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "Modelfile",
-    "special_tokens_map.json", "new-*.safetensors", "*.json.new", "*.jsonl.new",
+    "special_tokens_map.json", "new-*.safetensors", ".remote", ".incoming/resume/step-*/*", ".incoming/resume/*", ".incoming/*", ".incoming",
 )  # fmt: skip
+BOX = ("flags", "lock", "log", "exit")  # remote.sh's in .run, on the box: the log quotes chats
 AFTER_FORGETTING = (
     "Others may still name them in their own words. A model that was trained on them must be trained anew, "
     "and --forget be said at the next export too."
@@ -902,18 +904,17 @@ def without(turns, gone):
 
 def ours(folder):
     """Whether one of our programs wrote into this folder."""
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         with open(folder / "train.jsonl", encoding="utf-8") as file:
             Session.from_json(file.readline())
-        return True
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        pass
+            return True
+    with contextlib.suppress(OSError, ValueError):  # how remote.sh's word of a run ends
+        if (folder / ("flags" if folder.name == ".run" else ".remote")).read_text(encoding="utf-8").endswith(" --data data --out ckpt \n"):
+            return True
     for name, keys in (("persona.json", {"me", "contacts"}), ("run.json", {"config", "commit", "versions"})):
-        try:
+        with contextlib.suppress(UserError, OSError):
             if keys <= config.read_json(folder / name, {}).keys():
                 return True
-        except (UserError, OSError):
-            pass
     return False
 
 
@@ -922,9 +923,10 @@ def wipe(root, dry_run):
     found, seen = {}, set()
     for name, inner, _ in os.walk(root, followlinks=True):
         folder = Path(name)
-        inner[:] = [] if folder.resolve() in seen else [n for n in inner if n not in (".git", ".venv", "cache", "resume")]
+        inner[:] = [] if folder.resolve() in seen else [n for n in inner if n not in (".git", ".venv", "cache", "resume", ".incoming")]
         if folder.resolve() not in seen and ours(folder):
-            found[folder] = [path for pattern in OURS for path in sorted(folder.glob(pattern))]
+            patterns = BOX if folder.name == ".run" else (beside for name in OURS for beside in (name, name + ".new"))
+            found[folder] = [*dict.fromkeys(path for pattern in patterns for path in sorted(folder.glob(pattern)))]
         seen.add(folder.resolve())
     if not found:
         print(f"Nothing below {root.resolve()} holds chats, as far as our own files go.")
@@ -939,8 +941,8 @@ def wipe(root, dry_run):
         print("Nothing was deleted.")
         return
     for folder, paths in reversed(found.items()):  # a folder's own folders first
-        for path in paths:  # and what is in `cache` and `resume` before them
-            if not path.is_dir():
+        for path in paths:
+            if path.is_symlink() or not path.is_dir():
                 path.unlink()
             elif not any(path.iterdir()):
                 path.rmdir()
@@ -948,7 +950,7 @@ def wipe(root, dry_run):
             print(f"Left in {folder}/, for it isn't ours: {', '.join(left[:8])}")
         elif folder != root and not folder.is_symlink():
             folder.rmdir()
-    print("Deleted. The exports themselves, and copies elsewhere (a rented machine, a backup), are yours to delete.")
+    print("Deleted. The exports, talks kept with chat.py --history, and copies elsewhere (a rented machine, a backup) are yours to delete.")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A run that cannot be lost. KILLS=30 (`make soak`) kills that often in place of a few times."""
 
+import io
 import json
 import os
 import random
@@ -186,7 +187,7 @@ def test_what_is_said_of_runs_that_have_begun(undisturbed, base, chats, tmp_path
     assert "already holds something" in run(out, base, chats, *flags, code=2)
 
 
-def test_a_save_is_tensors_and_json_of_which_some_stay(undisturbed, base, chats, tmp_path):
+def test_a_save_is_tensors_and_json_of_which_some_stay(base, chats, tmp_path, monkeypatch):
     out = tmp_path / "ckpt"
     run(out, base, chats, *KINDS["full"], "--save-every", 3, ranks=2)
     kept = resume.saves(out / "resume")
@@ -199,6 +200,9 @@ def test_a_save_is_tensors_and_json_of_which_some_stay(undisturbed, base, chats,
     for name, place in notes[0]["tensors"].items():
         assert place["first"] == 0 and notes[1]["tensors"][name]["first"] == place["rows"]
         assert place["rows"] + notes[1]["tensors"][name]["rows"] == place["shape"][0]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("yes\n"))
+    data.wipe(tmp_path, dry_run=False)  # which knows them, and all else of a run
+    assert not out.exists()
 
 
 def test_damaged_saves_are_named_with_the_way_out(base, chats, tmp_path):
