@@ -43,7 +43,7 @@ from tqdm import tqdm
 import config
 import doctor
 import exports
-from config import UserError, flag
+from config import UserError, counted, flag
 from exports.join import Joined
 from exports.redact import redact
 from tokenizer import IM_END, IM_START
@@ -228,9 +228,9 @@ def bare(session):
 def ago(time):
     """A timedelta → "3 days ago", rounded down; a clock that was set back is now."""
     minutes = max(0, int(time.total_seconds() // 60))
-    units = (("year", 525600), ("month", 43800), ("week", 10080), ("day", 1440), ("hour", 60), ("minute", 1))
+    units = (("years", 525600), ("months", 43800), ("weeks", 10080), ("days", 1440), ("hours", 60), ("minutes", 1))
     name, size = next((unit for unit in units if minutes >= unit[1]), units[-1])
-    return f"{minutes // size} {name}{'' if minutes // size == 1 else 's'} ago"
+    return f"{counted(minutes // size, name)} ago"
 
 
 # --- sessions → text
@@ -620,7 +620,7 @@ def called(said, people):
 
 def listed(people, wrote):
     likely = sorted(people, key=lambda i: -wrote[i])[:8]
-    return ", ".join(f"{' '.join((people[i] or exports.DELETED).split())} ({i}, {wrote[i]:,} messages)" for i in likely)
+    return ", ".join(f"{' '.join((people[i] or exports.DELETED).split())} ({i}, {counted(wrote[i], 'messages')})" for i in likely)
 
 
 def find_me(joined, owners, options):
@@ -748,7 +748,7 @@ def check_enough(options, index, report):
     """UserError, with the likeliest reason and its way out, when there is nothing to learn from."""
     path, outside = ", ".join(options.exports), report["messages_left_out"].get("outside --since and --until", 0)
     if not report["messages"]:
-        kinds = ", ".join(f"{n} {doctor.kind(why)}" for why, n in report["chats_left_out"].items())
+        kinds = ", ".join(counted(n, doctor.kind(why)) for why, n in report["chats_left_out"].items())
         raise UserError(
             f"{path} holds no messages in chats that are taken" + (f" (left out: {kinds})" if kinds else ""),
             "Export again with the personal chats ticked, or --include a chat.",
@@ -758,7 +758,7 @@ def check_enough(options, index, report):
     if not report["my_messages"]:
         raise UserError(f"{path} holds no message by me", "Say who you are with --me NAME, or export your own messages too.")
     if len(index) < 2:
-        why = "; ".join(f"{n} {why}" for why, n in [*report["sessions_left_out"].items(), *report["repairs"].items()])
+        why = "; ".join(counted(n, why) for why, n in [*report["sessions_left_out"].items(), *report["repairs"].items()])
         raise UserError(
             f"{path}: sessions in which I answer somebody: {len(index)}; two are needed" + (f" ({why})" if why else ""),
             doctor.ONLY_MINE if report["only_mine"] else "Export more chats, or try a larger --gap-minutes.",
@@ -882,7 +882,7 @@ def forget(folder, names, dry_run):
         config.write_json(folder / "persona.json", persona | {"contacts": contacts})
         for path in [folder / "report.json", *(folder / "cache").glob("*")]:
             path.unlink(missing_ok=True)
-    would, count = "would be forgotten" if dry_run else "forgotten", f"{before - after:,} of {before:,} messages"
+    would, count = "would be forgotten" if dry_run else "forgotten", f"{before - after:,} of {counted(before, 'messages')}"
     print(f"{', '.join(sorted(gone))} {would} in {folder}/: {count}, theirs and what was said to them alone.")
     print(AFTER_FORGETTING)
 

@@ -470,7 +470,7 @@ def fit(options, shape, ranks, plan, ways, rows, say):
         needs = planning.resident(choice.needs) if work.cpu else choice.bytes
         prediction = {"gib": needs / 2**30, "tok_per_s": plan.batch * options.seq_len * work.filled / choice.seconds}
         say(
-            f"{size} {'row' if size == 1 else 'rows'} at a time, recompute {choice.way}: {needs / 2**30:.2f} GiB predicted, "
+            f"{config.counted(size, 'rows at a time')}, recompute {choice.way}: {needs / 2**30:.2f} GiB predicted, "
             f"{'of' if choice.fits else 'MORE than'} {free / 2**30:.1f} to use; {prediction['tok_per_s']:,.0f} tok/s"
         )
     return dataclasses.replace(options, micro_batch=ranks.share(size)), RECOMPUTE[ranks.share(way)], prediction
@@ -519,9 +519,9 @@ def describe(options, shape, ranks, dtype, train_rows, val_rows, plan):
     full = data.filled(train_rows, options.seq_len)
     text = (
         f"{what} on {ranks.world} x {ranks.device.type}, {short(dtype)}\n"
-        f"{len(train_rows):,} rows of {options.seq_len:,} tokens, {full:.1%} filled, {targets:,} of the tokens trained; "
-        f"{len(val_rows):,} rows held out\n"
-        f"{plan.steps:,} steps of {plan.batch} rows, {plan.steps / plan.epoch:.1f} epochs"
+        f"{config.counted(len(train_rows), 'rows')} of {options.seq_len:,} tokens, {full:.1%} filled, {targets:,} of the tokens trained; "
+        f"{config.counted(len(val_rows), 'rows')} held out\n"
+        f"{config.counted(plan.steps, 'steps')} of {config.counted(plan.batch, 'rows')}, {plan.steps / plan.epoch:.1f} epochs"
     )
     if plan.batch < options.batch or targets < LITTLE:
         text += f"\nThis is little data ({targets:,} tokens of mine): expect the tone and the favourite words rather than the knowledge."

@@ -262,7 +262,7 @@ def test_the_command_writes_sessions_persona_and_report(tmp_path):
     (json.dumps(export([])), "no messages"),
     (json.dumps({"name": "Bob", "type": "personal_chat", "id": 2, "messages": []}), "no messages"),
     (json.dumps(export([("user2", "hi")] * 3)), "no message by"),
-    (json.dumps(export(talk(5)))[:700], "two are needed (1 sessions in which I say nothing; 1 files that end early"),
+    (json.dumps(export(talk(5)))[:700], "two are needed (1 session in which I say nothing; 1 file cut off"),
     (json.dumps({"name": "Bob", "type": "personal_chat", "id": 2, "messages": export(talk(5))["chats"]["list"][0]["messages"]}), "--me"),
 ], ids=["text", "other JSON", "no chats", "no list of chats", "a list", "empty", "no messages", "an empty chat", "not a word from me", "cut off", "single chat"])  # fmt: skip
 def test_bad_exports_are_refused_and_nothing_is_written(content, expected, tmp_path):
@@ -443,7 +443,8 @@ def test_a_bot_known_by_its_chat_is_no_voice_in_a_group_either(tmp_path):
     value["chats"]["list"].append({"name": "Quiz", "type": "bot_chat", "id": 7, "messages": []})
     value["chats"]["list"].append(group(("user7", "Quiz", "question 1!"), ("user2", "Bob", "what is it"), ("user1", "Ann", "a bot")))
     (tmp_path / "result.json").write_text(json.dumps(value))
-    made(tmp_path, tmp_path / "result.json")
+    said = made(tmp_path, tmp_path / "result.json")
+    assert "- 1 chat with bots" in said
     assert {author for chat, author, *_ in turns_of(tmp_path) if chat == "Club"} == {"Bob", "Ann"}
     assert folder(tmp_path, "report.json")[0]["messages_left_out"] == {"written by or via a bot": 1}
 
@@ -469,8 +470,9 @@ def test_left_out_chats_can_be_asked_for(tmp_path):
     notes = export([("user1", {"text": f"note {i}", "later": 3600 * i}) for i in range(20)])["chats"]["list"][0]
     value["chats"]["list"].append(notes | {"name": None, "type": "saved_messages", "id": 1})
     (tmp_path / "result.json").write_text(json.dumps(value))
-    made(tmp_path, tmp_path / "result.json")
+    said = made(tmp_path, tmp_path / "result.json")
     assert folder(tmp_path, "report.json")[0]["chats_left_out"] == {"saved_messages": 1}
+    assert "- 1 Saved Messages" in said
     for asked in ("Saved messages", "saved_messages", "1"):
         made(tmp_path, tmp_path / "result.json", "--overwrite", "--include", asked)
         assert ("Saved Messages", "Ann", True, "note 3") in turns_of(tmp_path)

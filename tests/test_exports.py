@@ -180,7 +180,7 @@ def test_a_byte_order_mark_utf_16_and_damaged_bytes_are_read(tmp_path):
         assert len(texts(written(tmp_path, data))) == 5
     notes = collections.Counter()
     assert texts(written(tmp_path, text.encode().replace("ю".encode(), b"\xff\xfe")), notes)[4] == "\ufffd\ufffd"
-    assert notes == {"bytes that are no text": 2}
+    assert notes == {"unreadable bytes": 2}
 
 
 def test_a_cut_off_export_gives_every_message_before_the_cut(tmp_path):
@@ -191,7 +191,7 @@ def test_a_cut_off_export_gives_every_message_before_the_cut(tmp_path):
         found = [t for t in texts(written(tmp_path, text[:cut]), notes) if t.startswith("message")]
         whole = re.findall(r'"text": "(message \d)"\n    \s?', text[:cut])
         assert found == [f"message {n % 4}" for n in range(len(found))] and len(found) in (len(whole), len(whole) - 1), (cut, ends)
-        assert notes["files that end early or are damaged between messages, read as far as they go"] == 1
+        assert notes["files cut off, or damaged between messages, read as far as possible"] == 1
 
 
 @pytest.mark.parametrize(("old", "new", "lost"), [
