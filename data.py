@@ -54,7 +54,7 @@ OURS = (  # what data.py, train.py, evaluate.py, lora.py merge and remote.sh wri
     "cache/val-*", "cache", "run.json", "metrics.jsonl", "loss.png", "micro-batch.json", "resume/step-*/rank-*", "resume/step-*", "resume",
     "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model.safetensors",
     "model-*.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "Modelfile",
-    "special_tokens_map.json", "new-*.safetensors", ".remote", ".incoming/resume/step-*/*", ".incoming/resume/*", ".incoming/*", ".incoming",
+    "special_tokens_map.json", "new-*.safetensors", ".remote", ".incoming/resume/*/*", ".incoming/resume/*", ".incoming/*", ".incoming",
 )  # fmt: skip
 BOX = ("flags", "lock", "log", "exit")  # remote.sh's in .run, on the box: the log quotes chats
 AFTER_FORGETTING = (

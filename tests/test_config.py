@@ -72,4 +72,8 @@ def test_one_of_a_kind_is_said_in_the_singular():
         "written by or via a bot": "written by or via a bot",
         "<address>": "<address>",
     }.items():
-        assert config.counted(1, what) == f"1 {one}" and config.counted(1000, what) == f"1,000 {what}" and config.counted(0, what) == f"0 {what}"
+        assert (
+            config.counted(1, what) == f"1 {one}"
+            and config.counted(1000, what) == f"1,000 {what}"
+            and config.counted(0, what) == f"0 {what}"
+        )
