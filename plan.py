@@ -272,8 +272,7 @@ def shape_of(model):
     """
     folder = Path(model) if Path(model).is_dir() else checkpoint.cached(model)
     if folder:
-        if checkpoint.is_adapter(folder):
-            raise UserError(f"{folder} is an adapter, not a base", f"Merge it first: python lora.py merge {folder} clone/")
+        checkpoint.check_base(folder)
         try:
             words = tokenizers.load(folder)
             return checkpoint.fitted(folder, words), words.added, folder
@@ -321,12 +320,7 @@ def main():
         reachable = checkpoint.ask_hub(options.model) if not Path(options.model).is_dir() else f"{options.model} is here already"
         print(reachable, flush=True)
     shape, added, folder = shape_of(options.model)
-    if options.seq_len > shape.max_position_embeddings:
-        raise UserError(
-            f"--seq-len {options.seq_len}: {options.model} was made for {shape.max_position_embeddings} tokens", "Take shorter rows."
-        )
-    if options.qlora and any(n % BLOCK for n in (shape.hidden_size, shape.intermediate_size, shape.num_attention_heads * shape.head_dim)):
-        raise UserError(f"--qlora keeps weights in blocks of {BLOCK}, of which {options.model}'s layers are no multiple", "Take --lora.")
+    check(options, shape)
     some = amount(options, folder)
     batch, epoch, steps = schedule(some.rows, options.batch, options.epochs)
     ways = {"adapter": {"rank": options.lora_rank, "alpha": 16, "rows": added} if options.lora else None}
@@ -343,20 +337,31 @@ def main():
     print(json.dumps(found) if options.json else told(options, card, shape, some, choice, found))
 
 
-def look_at_flags(options):
-    """→ the Card. UserError for what can't be, or not together."""
-    for name, least in {"gpus": 1, "batch": 1, "seq_len": 16, "lora_rank": 1, "tokens": 1}.items():
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least {least} is needed", "Leave it out for the default.")
-    for name in ("epochs", "price"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name} {value}: more than 0 is needed", "Leave it out for the default.")
-    if options.tokens is not None and options.data is not None:
-        raise UserError("--tokens and --data both say how much there is", "Leave one of them out.")
+def check_flags(options, least, positive):
+    """UserError for what train.py's flags and ours can't be. `least`: {flag: its least value}; `positive`: those above 0."""
+    for name, limit in {**least, **dict.fromkeys(positive, 0)}.items():
+        value, flag_ = getattr(options, name), f"--{name.replace('_', '-')}"
+        if value is not None and not (0 < value < math.inf if name in positive else value >= limit):
+            bound = f"{'more than' if name in positive else 'at least'} {limit}"
+            raise UserError(f"{flag_} {value}: {bound} is needed", f"Leave {flag_} out for the default.")
     if options.lora and options.pure_bf16:
         raise UserError("--pure-bf16 is for full fine-tuning: an adapter's fp32 masters are small", "Leave one of them out.")
+
+
+def check(options, shape):
+    """UserError for what the base, of this `shape`, can't be trained with."""
+    uneven = [n for n in (shape.hidden_size, shape.intermediate_size, shape.num_attention_heads * shape.head_dim) if n % BLOCK]
+    if options.qlora and uneven:
+        raise UserError(f"--qlora keeps weights in blocks of {BLOCK}; {options.model} has layers {uneven[0]} wide", "Take --lora.")
+    if options.seq_len > (most := shape.max_position_embeddings):
+        raise UserError(f"--seq-len {options.seq_len}: {options.model} was made for {most} tokens", "Take shorter rows.")
+
+
+def look_at_flags(options):
+    """→ the Card. UserError for what can't be, or not together."""
+    check_flags(options, {"gpus": 1, "batch": 1, "seq_len": 16, "lora_rank": 1, "tokens": 1}, ("epochs", "price"))
+    if options.tokens is not None and options.data is not None:
+        raise UserError("--tokens and --data both say how much there is", "Leave one of them out.")
     name = (options.gpu or "").lower().replace(" ", "-").removeprefix("rtx-").removeprefix("rtx").removesuffix("-sxm")
     if not options.gpu:
         if not torch.cuda.is_available():

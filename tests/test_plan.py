@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ import checkpoint
 import config
 import plan
 import step
+import train
 from config import UserError
 from model import RECOMPUTE, ModelConfig
 
@@ -186,6 +188,20 @@ def test_rows_are_those_of_the_data_and_nearly_so_without_a_tokenizer(chats, bas
 )
 def test_what_can_not_be_is_said_in_two_lines(words, expected, monkeypatch):
     assert expected in refuse(monkeypatch, *words)
+
+
+@pytest.mark.parametrize("words", [["--lora", "--pure-bf16"], ["--batch", "0"], ["--epochs", "inf"], ["--seq-len", "513"], ["--qlora"]])
+def test_train_and_plan_refuse_a_run_in_the_same_words(words, base, chats, tmp_path, monkeypatch):
+    model = shutil.copytree(base, tmp_path / "base")
+    if "--qlora" in words:
+        settings = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(settings | {"intermediate_size": 129}))
+    said = refuse(monkeypatch, "--gpu", "cpu", "--model", model, *words)
+    run = ("train.py", "--device", "cpu", "--data", chats, "--out", tmp_path / "ckpt", "--model", model, "--seq-len", 160, *words)
+    monkeypatch.setattr(sys, "argv", [*map(str, run)])
+    with pytest.raises(UserError) as error:
+        train.main()
+    assert str(error.value) == said
 
 
 def test_the_hub_is_asked_and_its_refusals_are_said(monkeypatch):
