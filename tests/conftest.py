@@ -131,7 +131,7 @@ def edges_in_a_tensor(monkeypatch):
 def command(*words, env=None, stdin=None):
     """Run one of the project's programs as a person does. → CompletedProcess with text"""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=env, input=stdin, capture_output=True, text=True, timeout=240)
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=env, input=stdin, capture_output=True, text=True, timeout=600)
 
 
 def refused(done, *expected):

@@ -270,8 +270,8 @@ def test_odd_values_are_no_traceback(tmp_path):
 
 def test_missing_quotes_are_found_in_time(tmp_path):
     text = json.dumps(full(chat({"text": "a"}))).replace('"text": "a"', '"text": "a", "x": a' + " " * 200_000 + "!")
-    began = time.monotonic()
-    assert texts(written(tmp_path, text)) == ["a"] and time.monotonic() - began < 1
+    began = time.process_time()
+    assert texts(written(tmp_path, text)) == ["a"] and time.process_time() - began < 1
 
 
 def test_a_folder_gives_all_its_exports_and_strangers_are_no_harm(tmp_path):
