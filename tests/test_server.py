@@ -157,6 +157,14 @@ def test_limits_and_seeds_are_kept(port):
     assert draw(1) == draw(1) != draw(2)
 
 
+def test_with_a_seed_of_its_own_retry_answers_otherwise_and_all_is_repeatable(clone):
+    runs = []
+    for _ in range(2):
+        with serving(clone, "--seed", 1, "--temperature", 1.9) as (port, _):
+            runs.append([ask(port, body={"messages": HI})[2]["choices"][0]["message"]["content"] for _ in range(3)])
+    assert runs[0] == runs[1] and len({*runs[0]}) == 3
+
+
 def test_models_and_health(client, port):
     assert [model.id for model in client.models.list()] == ["Ann"] and client.models.retrieve("Ann").id == "Ann"
     with pytest.raises(openai.NotFoundError):
