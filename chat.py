@@ -175,7 +175,7 @@ class Talk:
             while self.turns.pop().me and self.turns:
                 pass
             self.keep()
-            print(f"(taken back; {len(self.turns)} turns remain)")
+            print(f"(taken back; {config.counted(len(self.turns), 'turns')} left)")
         elif name == "reset":
             self.turns.clear()
             self.keep()

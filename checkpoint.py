@@ -615,6 +615,12 @@ def load_model(path, dtype=None, device="cpu", base=None, words=None, weights=No
     return model.eval().requires_grad_(False)
 
 
+def check_base(folder):
+    """UserError when a folder is nothing to train on top of."""
+    if is_adapter(folder):
+        raise UserError(f"{folder} is an adapter, not a base", f"Merge it first: python lora.py merge {folder} clone/")
+
+
 def fitted(folder, words=None, rows=()):
     """The ModelConfig of `folder`, with room for an adapter's `rows` and the ChatML tokens that `words`, if given, had to add.
 

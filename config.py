@@ -7,6 +7,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import shutil
 import sys
 import typing
@@ -190,6 +191,11 @@ def check_tensors(where, found, wanted, maker, way_out, dtypes=FLOATS):
             raise UserError(f"{where}: tensor {name} is {tensor.get_shape()}, {maker} makes it {[*shape]}", way_out)
         if tensor.get_dtype() not in dtypes:
             raise UserError(f"{where}: tensor {name} is of {tensor.get_dtype()}, weights are of {', '.join(dtypes)}", way_out)
+
+
+def counted(n, what):
+    """1, "sessions kept" → "1 session kept", 1,000 as it is; a name, such as Saved Messages, has no singular."""
+    return f"{n:,} " + (re.sub(r"^((?:[a-z-]+ )?[a-z]+)s\b", r"\1", what) if n == 1 else what)
 
 
 def write_json(path, value):

@@ -17,6 +17,7 @@ model's own tokenizer.
 
 import bisect
 import collections
+import contextlib
 import dataclasses
 import datetime
 import difflib
@@ -42,19 +43,20 @@ from tqdm import tqdm
 import config
 import doctor
 import exports
-from config import UserError, flag
+from config import UserError, counted, flag
 from exports.join import Joined
 from exports.redact import redact
 from tokenizer import IM_END, IM_START
 from tokenizer import load as load_tokenizer
 
-OURS = (  # what data.py, train.py, evaluate.py and lora.py merge write, for --wipe
+OURS = (  # what data.py, train.py, evaluate.py, lora.py merge and remote.sh write, for --wipe; what is in a folder comes before it
     "train.jsonl", "val.jsonl", "persona.json", "canaries.json", "report.json", "report.html", "blind-test.html", "cache/train-*",
-    "cache/val-*", "cache", "run.json", "metrics.jsonl", "loss.png", "resume/*.safetensors", "resume/*.json", "resume",
+    "cache/val-*", "cache", "run.json", "metrics.jsonl", "loss.png", "micro-batch.json", "resume/step-*/rank-*", "resume/step-*", "resume",
     "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model.safetensors",
     "model-*.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "Modelfile",
-    "special_tokens_map.json", "new-*.safetensors", "*.json.new", "*.jsonl.new",
+    "special_tokens_map.json", "new-*.safetensors", ".remote", ".incoming/resume/*/*", ".incoming/resume/*", ".incoming/*", ".incoming",
 )  # fmt: skip
+BOX = ("flags", "lock", "log", "exit")  # remote.sh's in .run, on the box: the log quotes chats
 AFTER_FORGETTING = (
     "Others may still name them in their own words. A model that was trained on them must be trained anew, "
     "and --forget be said at the next export too."
@@ -226,9 +228,9 @@ def bare(session):
 def ago(time):
     """A timedelta → "3 days ago", rounded down; a clock that was set back is now."""
     minutes = max(0, int(time.total_seconds() // 60))
-    units = (("year", 525600), ("month", 43800), ("week", 10080), ("day", 1440), ("hour", 60), ("minute", 1))
+    units = (("years", 525600), ("months", 43800), ("weeks", 10080), ("days", 1440), ("hours", 60), ("minutes", 1))
     name, size = next((unit for unit in units if minutes >= unit[1]), units[-1])
-    return f"{minutes // size} {name}{'' if minutes // size == 1 else 's'} ago"
+    return f"{counted(minutes // size, name)} ago"
 
 
 # --- sessions → text
@@ -620,7 +622,7 @@ def called(said, people):
 
 def listed(people, wrote):
     likely = sorted(people, key=lambda i: -wrote[i])[:8]
-    return ", ".join(f"{' '.join((people[i] or exports.DELETED).split())} ({i}, {wrote[i]:,} messages)" for i in likely)
+    return ", ".join(f"{' '.join((people[i] or exports.DELETED).split())} ({i}, {counted(wrote[i], 'messages')})" for i in likely)
 
 
 def find_me(joined, owners, options):
@@ -748,7 +750,7 @@ def check_enough(options, index, report):
     """UserError, with the likeliest reason and its way out, when there is nothing to learn from."""
     path, outside = ", ".join(options.exports), report["messages_left_out"].get("outside --since and --until", 0)
     if not report["messages"]:
-        kinds = ", ".join(f"{n} {doctor.kind(why)}" for why, n in report["chats_left_out"].items())
+        kinds = ", ".join(counted(n, doctor.kind(why)) for why, n in report["chats_left_out"].items())
         raise UserError(
             f"{path} holds no messages in chats that are taken" + (f" (left out: {kinds})" if kinds else ""),
             "Export again with the personal chats ticked, or --include a chat.",
@@ -758,7 +760,7 @@ def check_enough(options, index, report):
     if not report["my_messages"]:
         raise UserError(f"{path} holds no message by me", "Say who you are with --me NAME, or export your own messages too.")
     if len(index) < 2:
-        why = "; ".join(f"{n} {why}" for why, n in [*report["sessions_left_out"].items(), *report["repairs"].items()])
+        why = "; ".join(counted(n, why) for why, n in [*report["sessions_left_out"].items(), *report["repairs"].items()])
         raise UserError(
             f"{path}: sessions in which I answer somebody: {len(index)}; two are needed" + (f" ({why})" if why else ""),
             doctor.ONLY_MINE if report["only_mine"] else "Export more chats, or try a larger --gap-minutes.",
@@ -882,7 +884,7 @@ def forget(folder, names, dry_run):
         config.write_json(folder / "persona.json", persona | {"contacts": contacts})
         for path in [folder / "report.json", *(folder / "cache").glob("*")]:
             path.unlink(missing_ok=True)
-    would, count = "would be forgotten" if dry_run else "forgotten", f"{before - after:,} of {before:,} messages"
+    would, count = "would be forgotten" if dry_run else "forgotten", f"{before - after:,} of {counted(before, 'messages')}"
     print(f"{', '.join(sorted(gone))} {would} in {folder}/: {count}, theirs and what was said to them alone.")
     print(AFTER_FORGETTING)
 
@@ -904,18 +906,17 @@ def without(turns, gone):
 
 def ours(folder):
     """Whether one of our programs wrote into this folder."""
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         with open(folder / "train.jsonl", encoding="utf-8") as file:
             Session.from_json(file.readline())
-        return True
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        pass
+            return True
+    with contextlib.suppress(OSError, ValueError):  # how remote.sh's word of a run ends
+        if (folder / ("flags" if folder.name == ".run" else ".remote")).read_text(encoding="utf-8").endswith(" --data data --out ckpt \n"):
+            return True
     for name, keys in (("persona.json", {"me", "contacts"}), ("run.json", {"config", "commit", "versions"})):
-        try:
+        with contextlib.suppress(UserError, OSError):
             if keys <= config.read_json(folder / name, {}).keys():
                 return True
-        except (UserError, OSError):
-            pass
     return False
 
 
@@ -924,9 +925,10 @@ def wipe(root, dry_run):
     found, seen = {}, set()
     for name, inner, _ in os.walk(root, followlinks=True):
         folder = Path(name)
-        inner[:] = [] if folder.resolve() in seen else [n for n in inner if n not in (".git", ".venv", "cache", "resume")]
+        inner[:] = [] if folder.resolve() in seen else [n for n in inner if n not in (".git", ".venv", "cache", "resume", ".incoming")]
         if folder.resolve() not in seen and ours(folder):
-            found[folder] = [path for pattern in OURS for path in sorted(folder.glob(pattern))]
+            patterns = BOX if folder.name == ".run" else (beside for name in OURS for beside in (name, name + ".new"))
+            found[folder] = [*dict.fromkeys(path for pattern in patterns for path in sorted(folder.glob(pattern)))]
         seen.add(folder.resolve())
     if not found:
         print(f"Nothing below {root.resolve()} holds chats, as far as our own files go.")
@@ -941,8 +943,8 @@ def wipe(root, dry_run):
         print("Nothing was deleted.")
         return
     for folder, paths in reversed(found.items()):  # a folder's own folders first
-        for path in paths:  # and what is in `cache` and `resume` before them
-            if not path.is_dir():
+        for path in paths:
+            if path.is_symlink() or not path.is_dir():
                 path.unlink()
             elif not any(path.iterdir()):
                 path.rmdir()
@@ -950,7 +952,7 @@ def wipe(root, dry_run):
             print(f"Left in {folder}/, for it isn't ours: {', '.join(left[:8])}")
         elif folder != root and not folder.is_symlink():
             folder.rmdir()
-    print("Deleted. The exports themselves, and copies elsewhere (a rented machine, a backup), are yours to delete.")
+    print("Deleted. The exports, talks kept with chat.py --history, and copies elsewhere (a rented machine, a backup) are yours to delete.")
 
 
 if __name__ == "__main__":

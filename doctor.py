@@ -8,6 +8,8 @@ import unicodedata
 
 import numpy as np
 
+from config import counted
+
 TOGETHER = 1 << 14  # messages whose letters are counted at once
 ONLY_MINE = "Export again and untick 'Only my messages'."
 KINDS = {"saved_messages": "Saved Messages", "bot_chat": "chats with bots", "private_channel": "private channels",
@@ -175,7 +177,7 @@ def show(report, options):
 
 
 def line(count, what, reasons=()):
-    noun, _, rest = what.partition(" ")
-    print(f"{count:>11,} {noun.removesuffix('s') if count == 1 else noun} {rest}".rstrip())
+    number, _, rest = counted(count, what).partition(" ")
+    print(f"{number:>11} {rest}")
     for why, n in sorted(dict(reasons).items(), key=lambda item: -item[1]):
-        print(f"{'':>12}- {n:,} {why}")
+        print(f"{'':>12}- {counted(n, why)}")

@@ -272,8 +272,7 @@ def shape_of(model):
     """
     folder = Path(model) if Path(model).is_dir() else checkpoint.cached(model)
     if folder:
-        if checkpoint.is_adapter(folder):
-            raise UserError(f"{folder} is an adapter, not a base", f"Merge it first: python lora.py merge {folder} clone/")
+        checkpoint.check_base(folder)
         try:
             words = tokenizers.load(folder)
             return checkpoint.fitted(folder, words), words.added, folder
@@ -323,12 +322,7 @@ def main():
         reachable = checkpoint.ask_hub(options.model) if not Path(options.model).is_dir() else f"{options.model} is here already"
         print(reachable, flush=True)
     shape, added, folder = shape_of(options.model)
-    if options.seq_len > shape.max_position_embeddings:
-        raise UserError(
-            f"--seq-len {options.seq_len}: {options.model} was made for {shape.max_position_embeddings} tokens", "Take shorter rows."
-        )
-    if options.qlora and any(n % BLOCK for n in (shape.hidden_size, shape.intermediate_size, shape.num_attention_heads * shape.head_dim)):
-        raise UserError(f"--qlora keeps weights in blocks of {BLOCK}, of which {options.model}'s layers are no multiple", "Take --lora.")
+    check(options, shape)
     some = amount(options, folder)
     batch, epoch, steps = schedule(some.rows, options.batch, options.epochs)
     ways = {"adapter": {"rank": options.lora_rank, "alpha": 16, "rows": added} if options.lora else None}
@@ -345,20 +339,31 @@ def main():
     print(json.dumps(found) if options.json else told(options, card, shape, some, choice, found))
 
 
-def look_at_flags(options):
-    """→ the Card. UserError for what can't be, or not together."""
-    for name, least in {"gpus": 1, "batch": 1, "seq_len": 16, "lora_rank": 1, "tokens": 1}.items():
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least {least} is needed", "Leave it out for the default.")
-    for name in ("epochs", "price"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name} {value}: more than 0 is needed", "Leave it out for the default.")
-    if options.tokens is not None and options.data is not None:
-        raise UserError("--tokens and --data both say how much there is", "Leave one of them out.")
+def check_flags(options, least, positive):
+    """UserError for what train.py's flags and ours can't be. `least`: {flag: its least value}; `positive`: those above 0."""
+    for name, limit in {**least, **dict.fromkeys(positive, 0)}.items():
+        value, flag_ = getattr(options, name), f"--{name.replace('_', '-')}"
+        if value is not None and not (0 < value < math.inf if name in positive else value >= limit):
+            bound = f"{'more than' if name in positive else 'at least'} {limit}"
+            raise UserError(f"{flag_} {value}: {bound} is needed", f"Leave {flag_} out for the default.")
     if options.lora and options.pure_bf16:
         raise UserError("--pure-bf16 is for full fine-tuning: an adapter's fp32 masters are small", "Leave one of them out.")
+
+
+def check(options, shape):
+    """UserError for what the base, of this `shape`, can't be trained with."""
+    uneven = [n for n in (shape.hidden_size, shape.intermediate_size, shape.num_attention_heads * shape.head_dim) if n % BLOCK]
+    if options.qlora and uneven:
+        raise UserError(f"--qlora keeps weights in blocks of {BLOCK}; {options.model} has layers {uneven[0]} wide", "Take --lora.")
+    if options.seq_len > (most := shape.max_position_embeddings):
+        raise UserError(f"--seq-len {options.seq_len}: {options.model} was made for {most} tokens", "Take shorter rows.")
+
+
+def look_at_flags(options):
+    """→ the Card. UserError for what can't be, or not together."""
+    check_flags(options, {"gpus": 1, "batch": 1, "seq_len": 16, "lora_rank": 1, "tokens": 1}, ("epochs", "price"))
+    if options.tokens is not None and options.data is not None:
+        raise UserError("--tokens and --data both say how much there is", "Leave one of them out.")
     name = (options.gpu or "").lower().replace(" ", "-").removeprefix("rtx-").removeprefix("rtx").removesuffix("-sxm")
     if not options.gpu:
         if not torch.cuda.is_available():
@@ -375,7 +380,7 @@ def look_at_flags(options):
     card = CARDS[name]
     if not card.peak:
         shape, *_ = shape_of(options.model)
-        need = " and ".join(f"{n / GIB:.1f} GiB in {how}" for how, n in chat_needs(shape, 2048).items())
+        need = ", ".join(f"{n / GIB:.1f} GiB in {how}" for how, n in chat_needs(shape, 2048).items())
         why = "has no bf16" if card.basis == "no bf16" else "can only chat"
         raise UserError(
             f"--gpu {name}: the {card.name} {why}, nothing is trained there",
@@ -480,44 +485,38 @@ def figures(options, card, shape, some, work, choice, batch, epoch, steps, facto
 def told(options, card, shape, some, choice, found):
     """What a person reads."""
     gib, disk = found["gib_per_gpu"], found["disk_gb"]
-    kind = (
-        "QLoRA"
-        if options.qlora
-        else "LoRA"
-        if options.lora
-        else "full fine-tuning in pure bf16"
-        if options.pure_bf16
-        else "full fine-tuning"
-    )
+    kind = "QLoRA" if options.qlora else "LoRA" if options.lora else "full fine-tuning" + " in pure bf16" * options.pure_bf16
     verdict = "fits" if choice.fits else f"does NOT fit: {gib['total']:.1f} GiB are needed at least, there are {gib['card']:.1f}"
     parts = " + ".join(f"{name} {gib[name]:.1f}" for name in (*KINDS, "reserve") if gib[name] >= 0.05)
     each = "" if options.gpus == 1 else " on each"
     low, high = found["cost_range"]
     money = "no price known" if not high else " + ".join(f"{dollars(*found[f'cost_of_{what}'])} {what}" for what in ("training", "setup"))
-    where = f"at ${options.price:g}" if options.price is not None else f"at ${card.price[0]:.2f} to {card.price[1]:.2f} ({PRICES}, rough)"
+    where = f"at ${options.price:.2f}" if options.price is not None else f"at ${card.price[0]:.2f} to {card.price[1]:.2f} ({PRICES}, rough)"
+    gpu, epochs = card.name != CPU.name, found["steps"] / math.ceil(found["rows"] / found["batch"])
+    step_ = f"{config.counted(found['batch'], 'rows')} of {options.seq_len:,} tokens, {choice.rows} at a time{' on a GPU' * gpu}"
+    much = f"{config.counted(found['rows'], 'rows')}, {config.counted(found['steps'], 'steps')}, {epochs:.3g} epochs"
+    setup = f"before it {clock(found['setup_hours'])} to install and download (at {8 * NETWORK / 1e6:.0f} Mbit/s, assumed)"
     known, size = found["efficiency"], f"{shape.num_parameters / 1e9:.2f}B parameters"
     lines = [
         f"{kind} of {options.model} ({size}) on {options.gpus} x {card.name}: {verdict}",
         f"  memory{each:<10}{parts} = {gib['total']:.1f} of {gib['card']:.1f} GiB",
-        f"  a step          {found['batch']} rows of {options.seq_len:,} tokens, {choice.rows} at a time on a GPU, recompute {choice.way}",
-        f"  data            {found['rows']:,} rows, {found['steps']:,} steps, {options.epochs:g} epochs ({some.known})",
+        f"  a step          {step_}, recompute {choice.way}",
+        f"  data            {much} ({some.known})",
         f"  speed           {found['tok_per_s']:,.0f} tok/s, {card.efficiency:.0%} of {card.peak:,.3g} TFLOP/s in matmuls ({known})",
-        f"  time            {clock(found['hours'])} of training; before it {clock(found['setup_hours'])} to install and download "
-        f"(at {8 * NETWORK / 1e6:.0f} Mbit/s, assumed)",
+        f"  time            {clock(found['hours'])} of training{'; ' + setup if found['setup_hours'] else ''}",
         f"  money           {money} = {dollars(low, high)}, {where} a GPU-hour" if high else f"  money           {money}",
         f"  disk            base {disk['base']} + Python {disk['installed']} + saves {disk['saves']} + the best model twice {disk['best']} "
         f"= {disk['total']} GB",
     ]
     if not choice.fits:
-        others = [name for name, other in CARDS.items() if other.peak and other.gib >= gib["total"]]
-        lines.append(
-            f"  what would      {f'a card of more memory: {chr(44).join(others)}; ' if others else ''}--lora or --qlora, or more --gpus"
-        )
+        others = ", ".join(name for name, other in CARDS.items() if other.peak and other.gib >= gib["total"])
+        ways = {f"a card of more memory ({others})": others, "--lora": not options.lora, "--qlora": not options.qlora, "more --gpus": gpu}
+        lines.append(f"  to make it fit  {'; '.join(way for way, helps in ways.items() if helps)}")
     return "\n".join(lines)
 
 
 def clock(hours):
-    return f"{60 * hours:.0f} minutes" if hours < 2 else f"{hours:.1f} hours"
+    return config.counted(round(60 * hours), "minutes") if hours < 2 else f"{hours:.1f} hours"
 
 
 def dollars(low, high):

@@ -193,7 +193,9 @@ last="The box is still billing."
 [ "$state" != none ] || fail "Nothing of this run is there any more" "The same command begins again, from the saves that came home."
 if [ "$state" = stopped ]; then
   [ -z "$lora" ] || await save_home
-  say "Training ended before its time (exit code $code): what it said is above. The same command goes on from the last save."
+  why="before its time (exit code $code): what it said is above"
+  [[ $code != 0 || $key != *" --max-minutes "* ]] || why="when --max-minutes were over, as planned"
+  say "Training ended $why. The same command goes on from the last save."
   exit "${code/killed/1}"
 fi
 say "bringing it home"
@@ -203,4 +205,5 @@ sums "$in" | cmp -s - "$tmp/sums" || fail "What came home isn't what the box has
 mv -f "$in"/[!r]* "$out/" && mv -f "$in/run.json" "$out/" && rm -rf "$in" # its result, which says that all is here, comes last
 last="The box is still billing: destroy it."
 say "$out is whole, and loads. Talk to it: python chat.py $out"
+[ -z "$lora" ] || say "To merge there, with the base that is there: $line 'cd $folder && HF_HOME=\$PWD/.hub .venv/bin/python lora.py merge ckpt clone'"
 [ -z "$on_done" ] || bash -c "$on_done" || { code=$?; say "--on-done ended with exit code $code"; exit "$code"; }

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import hmac
 import ipaddress
+import itertools
 import json
 import os
 import re
@@ -91,8 +92,7 @@ class Ask:
         self.temperature = read(fields, "temperature", float, defaults.temperature, 0, 2)
         self.temperature *= self.temperature >= 0.01  # what is nearly 0 would overflow
         self.top_p = read(fields, "top_p", float, defaults.top_p, 0, 1)
-        seed = None if defaults.seed is None else defaults.seed + len(self.turns)
-        self.seed = read(fields, "seed", int, seed, -(2**63), 2**63 - 1)
+        self.seed = read(fields, "seed", int, None, -(2**63), 2**63 - 1)
         stops = fields.get("stop", [])
         self.stops = [stops] if isinstance(stops, str) else stops
         if not isinstance(self.stops, list) or len(self.stops) > 4 or not all(isinstance(s, str) and 0 < len(s) <= 200 for s in self.stops):
@@ -214,6 +214,7 @@ def cut(text, stops):
 def application(decoder, me, you, contacts, options, page):
     """The whole site as an ASGI app, behind its `gate`. `contacts`: whom one may be, None where one is `you`."""
     line, created = Line(decoder, me), int(time.time())
+    seeds = itertools.repeat(None) if options.seed is None else itertools.count(options.seed)  # one an answer: Retry asks the same again
     model = {"id": me, "object": "model", "created": created, "owned_by": "doppelganger"}
     sources = {kind: re.search(f"<{kind}>(.*?)</{kind}>", page, re.DOTALL)[1].encode() for kind in ("script", "style")}
     hashes = {kind: f"'sha256-{base64.b64encode(hashlib.sha256(source).digest()).decode()}'" for kind, source in sources.items()}
@@ -238,6 +239,7 @@ def application(decoder, me, you, contacts, options, page):
 
     async def completions(request):
         ask = Ask(await body_of(request), me, you, options, contacts is None)
+        ask.seed = next(seeds) if ask.seed is None else ask.seed
         end, said = line.enter(ask)
         kind = "chat.completion.chunk" if ask.stream else "chat.completion"
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": me}

@@ -32,7 +32,6 @@ import data
 import generate
 import lora
 import plan as planning
-import quantize
 import resume
 import step
 import tokenizer as tokenizers
@@ -295,18 +294,11 @@ def look_at_flags(options):
             )
     least = {"batch": 1, "micro_batch": 1, "lora_rank": 1, "patience": 1, "max_steps": 1, "seq_len": 16, "samples": 0}
     least |= {"keep": 0, "save_every": 1, "skip_nonfinite": 0}
-    above = {"lr": 0, "epochs": 0, "clip": 0, "save_minutes": 0, "max_minutes": 0, "timeout": 0}
-    for name, limit in {**least, **above}.items():
-        value, flag_ = getattr(options, name), f"--{name.replace('_', '-')}"
-        if value is not None and not (value > limit if name in above else value >= limit):
-            bound = f"{'more than' if name in above else 'at least'} {limit}"
-            raise UserError(f"{flag_} {value}: {bound} is needed", f"Leave {flag_} out for the default.")
+    planning.check_flags(options, least, ("lr", "epochs", "clip", "save_minutes", "max_minutes", "timeout"))
     if not 0 <= options.lora_dropout < 1:
         raise UserError(f"--lora-dropout {options.lora_dropout} is no share", "0 drops nothing, 0.1 every tenth input.")
     if not 0 <= options.short_weight <= 1:
         raise UserError(f"--short-weight {options.short_weight} is no share", "1 counts short turns as the others, 0 not at all.")
-    if options.lora and options.pure_bf16:
-        raise UserError("--pure-bf16 is for full fine-tuning: an adapter's fp32 masters are small", "Leave one of them out.")
     if options.pure_bf16 and options.dtype == "fp32":
         raise UserError("--pure-bf16 computes in bf16, --dtype fp32 does not", "Leave one of them out.")
     if options.from_scratch and options.lora:
@@ -330,13 +322,10 @@ def prepare(options, ranks):
             "Rent one with a GPU (24 GB is enough for --lora), take a small base with --model FOLDER, or insist with --device cpu.",
         )
     folder = in_turn(ranks, lambda: checkpoint.resolve(options.model))
-    if checkpoint.is_adapter(folder):
-        raise UserError(
-            f"{folder} is an adapter, not a base",
-            f"Merge it first: python lora.py merge {folder} clone/",
-        )
+    checkpoint.check_base(folder)
     words = tokenizers.load(folder)
     shape = checkpoint.fitted(folder, words)
+    planning.check(options, shape)
     with torch.device("meta"):
         outline = Transformer(shape)
     base = None if options.from_scratch else checkpoint.fingerprint(checkpoint.find(outline, folder))
@@ -344,11 +333,6 @@ def prepare(options, ranks):
         known = config.read_json(Path(options.init) / "run.json", {}).get("fingerprint", base)
         if known != base or lora.read_settings(options.init)[0]["rows"] != words.added:
             raise UserError(f"--init {options.init} was trained over another base than {folder}", "Say where its base lies: --model FOLDER")
-    uneven = [n for n in (shape.hidden_size, shape.intermediate_size, shape.num_attention_heads * shape.head_dim) if n % quantize.BLOCK]
-    if options.qlora and uneven:
-        raise UserError(f"--qlora keeps weights in blocks of {quantize.BLOCK}; {folder} has layers {uneven[0]} wide", "Take --lora.")
-    if options.seq_len > shape.max_position_embeddings:
-        raise UserError(f"--seq-len {options.seq_len}: {folder} was made for {shape.max_position_embeddings} tokens", "Take shorter rows.")
     return folder, base, shape, words, save
 
 
@@ -468,7 +452,7 @@ def fit(options, shape, ranks, plan, ways, rows, say):
         needs = planning.resident(choice.needs) if work.cpu else choice.bytes
         prediction = {"gib": needs / 2**30, "tok_per_s": plan.batch * options.seq_len * work.filled / choice.seconds}
         say(
-            f"{size} {'row' if size == 1 else 'rows'} at a time, recompute {choice.way}: {needs / 2**30:.2f} GiB predicted, "
+            f"{config.counted(size, 'rows at a time')}, recompute {choice.way}: {needs / 2**30:.2f} GiB predicted, "
             f"{'of' if choice.fits else 'MORE than'} {free / 2**30:.1f} to use; {prediction['tok_per_s']:,.0f} tok/s"
         )
     return dataclasses.replace(options, micro_batch=ranks.share(size)), RECOMPUTE[ranks.share(way)], prediction
@@ -517,9 +501,9 @@ def describe(options, shape, ranks, dtype, train_rows, val_rows, plan):
     full = data.filled(train_rows, options.seq_len)
     text = (
         f"{what} on {ranks.world} x {ranks.device.type}, {short(dtype)}\n"
-        f"{len(train_rows):,} rows of {options.seq_len:,} tokens, {full:.1%} filled, {targets:,} of the tokens trained; "
-        f"{len(val_rows):,} rows held out\n"
-        f"{plan.steps:,} steps of {plan.batch} rows, {plan.steps / plan.epoch:.1f} epochs"
+        f"{config.counted(len(train_rows), 'rows')} of {options.seq_len:,} tokens, {full:.1%} filled, {targets:,} of the tokens trained; "
+        f"{config.counted(len(val_rows), 'rows')} held out\n"
+        f"{config.counted(plan.steps, 'steps')} of {config.counted(plan.batch, 'rows')}, {plan.steps / plan.epoch:.1f} epochs"
     )
     if plan.batch < options.batch or targets < LITTLE:
         text += f"\nThis is little data ({targets:,} tokens of mine): expect the tone and the favourite words rather than the knowledge."

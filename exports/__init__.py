@@ -76,7 +76,7 @@ class Source:
             decode = decode or decoder(block).decode
             text = decode(block)
             if "\ufffd" in text and (damaged := text.count("\ufffd") - block.count("\ufffd".encode())) > 0:
-                notes["bytes that are no text"] += damaged
+                notes["unreadable bytes"] += damaged
             yield text
 
     def beside(self, name):

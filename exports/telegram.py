@@ -66,7 +66,7 @@ def read(source, notes):
     if not found and re.search(r'"messages"\s*:\s*\[', source.head()):
         raise UserError(f"{source} is not a Telegram export: no chat begins in it as Telegram writes one", WHAT_TO_GIVE)
     if broken or not closed(cursor.text[cursor.at :], closing):
-        notes["files that end early or are damaged between messages, read as far as they go"] += 1
+        notes["files cut off, or damaged between messages, read as far as possible"] += 1
 
 
 def closed(rest, closing):

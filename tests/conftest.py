@@ -138,7 +138,7 @@ def warm():
     words = [sys.executable, ROOT / "tests" / "warm.py", str(theirs.fileno())]
     subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, pass_fds=[theirs.fileno()])
     theirs.close()
-    ours.settimeout(240)
+    ours.settimeout(600)
     return ours
 
 
@@ -146,7 +146,7 @@ def command(*words, env=None, stdin=""):
     """Run one of the project's programs as a person does; with an `env` of its own in a Python of its own. → CompletedProcess with text"""
     words, mine = [*map(str, words)], {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
     if env:
-        return subprocess.run([sys.executable, *words], cwd=ROOT, env=mine, input=stdin, capture_output=True, text=True, timeout=240)
+        return subprocess.run([sys.executable, *words], cwd=ROOT, env=mine, input=stdin, capture_output=True, text=True, timeout=600)
     with tempfile.TemporaryFile("w+") as given, tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         given.write(stdin)
         given.seek(0)

@@ -137,3 +137,21 @@ def test_a_default_that_is_shown_can_be_typed(program, name, capsys):
 def test_lora_has_one_verb():
     refused(command("lora.py"), "merge")
     refused(command("lora.py", "split", "--help"), "merge")
+
+
+def test_one_of_a_kind_is_said_in_the_singular():
+    for what, one in {
+        "rows": "row",
+        "sessions in which I say nothing": "session in which I say nothing",
+        "private channels (--include takes it)": "private channel (--include takes it)",
+        "sign-in codes": "sign-in code",
+        "Saved Messages": "Saved Messages",
+        "of them mine": "of them mine",
+        "written by or via a bot": "written by or via a bot",
+        "<address>": "<address>",
+    }.items():
+        assert (
+            config.counted(1, what) == f"1 {one}"
+            and config.counted(1000, what) == f"1,000 {what}"
+            and config.counted(0, what) == f"0 {what}"
+        )

@@ -93,9 +93,9 @@ def test_mutated_exports_have_no_traceback_no_hang_and_no_wrong_author_or_chat(t
         rng = random.Random(number)
         text = healthy(rng)
         path.write_bytes(damaged(text, rng).encode("utf-8", "replace"))
-        began = time.monotonic()
+        began = time.process_time()
         found = spoken(path)
-        longest = max(longest, time.monotonic() - began)
+        longest = max(longest, time.process_time() - began)
         for chat, message in found:
             tag = re.match(r"\[(\w+) in (\d+)\] ", message.text)
             if tag and tag[1] in AUTHORS and not message.left_out:

@@ -262,7 +262,7 @@ def test_the_command_writes_sessions_persona_and_report(tmp_path):
     (json.dumps(export([])), "no messages"),
     (json.dumps({"name": "Bob", "type": "personal_chat", "id": 2, "messages": []}), "no messages"),
     (json.dumps(export([("user2", "hi")] * 3)), "no message by"),
-    (json.dumps(export(talk(5)))[:700], "two are needed (1 sessions in which I say nothing; 1 files that end early"),
+    (json.dumps(export(talk(5)))[:700], "two are needed (1 session in which I say nothing; 1 file cut off"),
     (json.dumps({"name": "Bob", "type": "personal_chat", "id": 2, "messages": export(talk(5))["chats"]["list"][0]["messages"]}), "--me"),
 ], ids=["text", "other JSON", "no chats", "no list of chats", "a list", "empty", "no messages", "an empty chat", "not a word from me", "cut off", "single chat"])  # fmt: skip
 def test_bad_exports_are_refused_and_nothing_is_written(content, expected, tmp_path):
@@ -401,14 +401,22 @@ def test_a_person_is_forgotten_in_chats_groups_and_the_persona(tmp_path):
 def test_wipe_lists_asks_and_deletes_only_what_is_ours(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(export(talk(10))))
     made(tmp_path, tmp_path / "result.json")
-    (tmp_path / "ckpt" / "resume").mkdir(parents=True)
-    for name in ("metrics.jsonl", "adapter_model.safetensors", "resume/0.safetensors", "diary.txt", "tokenizer_notes.md"):
+    incoming, saves = ".incoming/resume/step-00000020", ("resume/step-00000010/rank-00000", "resume/step-00000020.new/rank-00000")
+    for path in (*(f"{save}.{kind}" for save in saves for kind in ("json", "safetensors")), f"{incoming}/.rank-00000.json.x7"):
+        (tmp_path / "ckpt" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "ckpt" / path).write_text("x")
+    for name in ("metrics.jsonl", "adapter_model.safetensors", "adapter_model.safetensors.new", "report.html.new", "micro-batch.json",
+                 ".incoming/adapter_model.safetensors", "diary.txt", "tokenizer_notes.md"):  # fmt: skip
         (tmp_path / "ckpt" / name).write_text("x")
+    for folder, flags in ((".run", "flags"), ("away/ckpt2", ".remote"), ("theirs/.run", "log")):  # of remote.sh, on the box and at home
+        (tmp_path / folder).mkdir(parents=True)
+        for name in ("log", "exit", "lock", "mine"):
+            (tmp_path / folder / name).write_text("x")
+        (tmp_path / folder / flags).write_text("--lora --data my --data data --out ckpt \n")
     (tmp_path / "ckpt" / "run.json").write_text('{"config": {}, "commit": "", "versions": {}}')
-    (tmp_path / "theirs").mkdir()  # any fine-tuning project's folder
+    (tmp_path / "theirs").mkdir(exist_ok=True)  # any fine-tuning project's folder
     for name in ("train.jsonl", "val.jsonl", "model.safetensors", "config.json"):
         (tmp_path / "theirs" / name).write_text('{"text": "x"}')
-    (tmp_path / "away").mkdir()
     (tmp_path / "data").rename(tmp_path / "away" / "data")
     (tmp_path / "data").symlink_to(tmp_path / "away" / "data")
     (tmp_path / "data" / "new-x").mkdir()  # what a killed run left
@@ -421,8 +429,11 @@ def test_wipe_lists_asks_and_deletes_only_what_is_ours(tmp_path):
     yes = subprocess.run(run, cwd=tmp_path, input="yes\n", capture_output=True, text=True)
     assert yes.returncode == 0 and "diary.txt" in yes.stdout, yes.stderr
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    theirs = ["theirs/config.json", "theirs/model.safetensors", "theirs/train.jsonl", "theirs/val.jsonl"]
-    assert left == ["ckpt/diary.txt", "ckpt/new-ideas.txt", "ckpt/tokenizer_notes.md", "result.json", *theirs]
+    theirs = [f"theirs/{name}" for name in (".run/exit", ".run/lock", ".run/log", ".run/mine")]
+    theirs += ["theirs/config.json", "theirs/model.safetensors", "theirs/train.jsonl", "theirs/val.jsonl"]
+    theirs = [".run/mine", *(f"away/ckpt2/{name}" for name in ("exit", "lock", "log", "mine")), *theirs]
+    assert left == sorted(["ckpt/diary.txt", "ckpt/new-ideas.txt", "ckpt/tokenizer_notes.md", "result.json", *theirs])
+    assert not [path for path in (tmp_path / "ckpt").iterdir() if path.is_dir()]
     nothing = subprocess.run(run, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert nothing.returncode == 0 and "Nothing below" in nothing.stdout
 
@@ -432,7 +443,8 @@ def test_a_bot_known_by_its_chat_is_no_voice_in_a_group_either(tmp_path):
     value["chats"]["list"].append({"name": "Quiz", "type": "bot_chat", "id": 7, "messages": []})
     value["chats"]["list"].append(group(("user7", "Quiz", "question 1!"), ("user2", "Bob", "what is it"), ("user1", "Ann", "a bot")))
     (tmp_path / "result.json").write_text(json.dumps(value))
-    made(tmp_path, tmp_path / "result.json")
+    said = made(tmp_path, tmp_path / "result.json")
+    assert "- 1 chat with bots" in said
     assert {author for chat, author, *_ in turns_of(tmp_path) if chat == "Club"} == {"Bob", "Ann"}
     assert folder(tmp_path, "report.json")[0]["messages_left_out"] == {"written by or via a bot": 1}
 
@@ -458,8 +470,9 @@ def test_left_out_chats_can_be_asked_for(tmp_path):
     notes = export([("user1", {"text": f"note {i}", "later": 3600 * i}) for i in range(20)])["chats"]["list"][0]
     value["chats"]["list"].append(notes | {"name": None, "type": "saved_messages", "id": 1})
     (tmp_path / "result.json").write_text(json.dumps(value))
-    made(tmp_path, tmp_path / "result.json")
+    said = made(tmp_path, tmp_path / "result.json")
     assert folder(tmp_path, "report.json")[0]["chats_left_out"] == {"saved_messages": 1}
+    assert "- 1 Saved Messages" in said
     for asked in ("Saved messages", "saved_messages", "1"):
         made(tmp_path, tmp_path / "result.json", "--overwrite", "--include", asked)
         assert ("Saved Messages", "Ann", True, "note 3") in turns_of(tmp_path)

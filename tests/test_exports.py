@@ -180,7 +180,7 @@ def test_a_byte_order_mark_utf_16_and_damaged_bytes_are_read(tmp_path):
         assert len(texts(written(tmp_path, data))) == 5
     notes = collections.Counter()
     assert texts(written(tmp_path, text.encode().replace("ю".encode(), b"\xff\xfe")), notes)[4] == "\ufffd\ufffd"
-    assert notes == {"bytes that are no text": 2}
+    assert notes == {"unreadable bytes": 2}
 
 
 def test_a_cut_off_export_gives_every_message_before_the_cut(tmp_path):
@@ -191,7 +191,7 @@ def test_a_cut_off_export_gives_every_message_before_the_cut(tmp_path):
         found = [t for t in texts(written(tmp_path, text[:cut]), notes) if t.startswith("message")]
         whole = re.findall(r'"text": "(message \d)"\n    \s?', text[:cut])
         assert found == [f"message {n % 4}" for n in range(len(found))] and len(found) in (len(whole), len(whole) - 1), (cut, ends)
-        assert notes["files that end early or are damaged between messages, read as far as they go"] == 1
+        assert notes["files cut off, or damaged between messages, read as far as possible"] == 1
 
 
 @pytest.mark.parametrize(("old", "new", "lost"), [
@@ -270,8 +270,8 @@ def test_odd_values_are_no_traceback(tmp_path):
 
 def test_missing_quotes_are_found_in_time(tmp_path):
     text = json.dumps(full(chat({"text": "a"}))).replace('"text": "a"', '"text": "a", "x": a' + " " * 200_000 + "!")
-    began = time.monotonic()
-    assert texts(written(tmp_path, text)) == ["a"] and time.monotonic() - began < 1
+    began = time.process_time()
+    assert texts(written(tmp_path, text)) == ["a"] and time.process_time() - began < 1
 
 
 def test_a_folder_gives_all_its_exports_and_strangers_are_no_harm(tmp_path):

@@ -12,7 +12,7 @@ MAY = {
     "config": set(),
     "exports": {"config"},
     "tokenizer": {"config"},
-    "doctor": set(),
+    "doctor": {"config"},
     "data": {"config", "doctor", "exports", "tokenizer"},
     "model": set(),
     "quantize": {"model"},

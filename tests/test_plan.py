@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ import checkpoint
 import config
 import plan
 import step
+import train
 from config import UserError
 from model import RECOMPUTE, ModelConfig
 
@@ -143,7 +145,7 @@ def test_a_person_and_a_program_are_told_the_same(capsys, monkeypatch):
     assert found["cost"] == pytest.approx(1.5 * (found["hours"] + found["setup_hours"]), abs=0.02)
     assert {"micro_batch", "tok_per_s", "hours", "setup_hours"} <= set(found) and found["rows"] == 992
     text = run(capsys, monkeypatch, *words)
-    assert "fits" in text and f"{found['tok_per_s']:,.0f} tok/s" in text and "$1.5 a GPU-hour" in text
+    assert "fits" in text and f"{found['tok_per_s']:,.0f} tok/s" in text and "$1.50 a GPU-hour" in text
 
 
 def test_a_7b_fits_where_it_is_known_to_fit(capsys, monkeypatch):
@@ -151,7 +153,10 @@ def test_a_7b_fits_where_it_is_known_to_fit(capsys, monkeypatch):
         found = json.loads(run(capsys, monkeypatch, "--gpu", *words, "--lora", "--json"))
         assert found["fits"] == fits, words
     text = run(capsys, monkeypatch, "--gpu", "3090")
-    assert "does NOT fit" in text and "a card of more memory" in text
+    assert "does NOT fit" in text and text.endswith("to make it fit  a card of more memory (h200, b200); --lora; --qlora; more --gpus\n")
+    text = run(capsys, monkeypatch, "--gpu", "3060", "--qlora", "--model", checkpoint.NO_ACCOUNT, "--seq-len", 32768, "--tokens", 100)
+    assert "1 row of 32,768 tokens" in text and "1 row, 50 steps, 50 epochs" in text
+    assert text.splitlines()[-1].endswith("a100-80, h100, h200, b200); more --gpus")
 
 
 def test_rows_are_those_of_the_data_and_nearly_so_without_a_tokenizer(chats, base, tmp_path, monkeypatch):
@@ -183,6 +188,20 @@ def test_rows_are_those_of_the_data_and_nearly_so_without_a_tokenizer(chats, bas
 )
 def test_what_can_not_be_is_said_in_two_lines(words, expected, monkeypatch):
     assert expected in refuse(monkeypatch, *words)
+
+
+@pytest.mark.parametrize("words", [["--lora", "--pure-bf16"], ["--batch", "0"], ["--epochs", "inf"], ["--seq-len", "513"], ["--qlora"]])
+def test_train_and_plan_refuse_a_run_in_the_same_words(words, base, chats, tmp_path, monkeypatch):
+    model = shutil.copytree(base, tmp_path / "base")
+    if "--qlora" in words:
+        settings = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(settings | {"intermediate_size": 129}))
+    said = refuse(monkeypatch, "--gpu", "cpu", "--model", model, *words)
+    run = ("train.py", "--device", "cpu", "--data", chats, "--out", tmp_path / "ckpt", "--model", model, "--seq-len", 160, *words)
+    monkeypatch.setattr(sys, "argv", [*map(str, run)])
+    with pytest.raises(UserError) as error:
+        train.main()
+    assert str(error.value) == said
 
 
 def test_the_hub_is_asked_and_its_refusals_are_said(monkeypatch):

@@ -290,12 +290,12 @@ HOSTILE = ["1", "a", "A1a", "+1 ", "1 ", "4111 1111 ", "0170 ", "(030) ", "passw
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_hostile_messages_take_no_time(piece):
     for text in (piece * (100_000 // len(piece)), "password" + piece * (100_000 // len(piece))):
-        start = time.perf_counter()
+        start = time.process_time()
         redacted(text)
-        assert time.perf_counter() - start < 1  # 0.03–0.2 s; quadratic would be minutes
+        assert time.process_time() - start < 2  # 0.03–0.2 s; quadratic would be minutes
 
 
 def test_a_message_with_nothing_in_it_costs_a_microsecond():
     counts = collections.Counter()
-    seconds = min(timeit.repeat(lambda: [redact.redact(text, counts) for text in TODAY], number=500, repeat=5)) / 500 / len(TODAY)
-    assert seconds < 4e-6 and not counts  # 0.7 µs, on a machine that others use
+    tries = timeit.repeat(lambda: [redact.redact(text, counts) for text in TODAY], timer=time.process_time, number=500, repeat=5)
+    assert min(tries) / 500 / len(TODAY) < 4e-6 and not counts  # 0.7 µs, on a machine that others use

@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, refused
 
 import checkpoint
+import data
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 TOOLS = "bash sh cat sed grep flock date mkdir mv rm cp ls cmp sort tee sleep id setsid nohup tail timeout true tar gzip cksum dirname wc".split()
@@ -184,13 +185,13 @@ def start(home, line, *flags, on_done=None, env=None):
 def run(home, *given, code=0, **ways):
     """→ what it said"""
     process = start(home, *given, **ways)
-    assert process.wait(timeout=240) == code, said(home)
+    assert process.wait(timeout=600) == code, said(home)
     return said(home)
 
 
 def ask(home, *words):
     env = {**os.environ, "HOME": str(home)}
-    return subprocess.run(["bash", ROOT / "remote.sh", *map(str, words)], cwd=home, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(["bash", ROOT / "remote.sh", *map(str, words)], cwd=home, env=env, capture_output=True, text=True, timeout=240)
 
 
 def said(home):
@@ -198,7 +199,7 @@ def said(home):
         return file.read()
 
 
-def until(condition, process=None, seconds=120):
+def until(condition, process=None, seconds=300):
     for _ in range(seconds * 20):
         if condition():
             return
@@ -237,6 +238,9 @@ def test_a_whole_run_brings_home_a_model_that_loads(box, home, base):
     assert out.stat().st_mode & 0o777 == 0o700 and (home / "done.txt").read_text() == "well done\n"
     assert not (out / ".incoming").exists() and steps(out) == [1, 2, 3, 4, 5, 6]
     assert checkpoint.load_model(str(out), torch.float32).lora["rank"] == 32
+    merge = re.search(r"with the base that is there: (.* 'cd doppelganger && HF_HOME=\$PWD/\.hub .*')$", heard, re.MULTILINE)[1]
+    done = subprocess.run(["bash", "-c", merge], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=240)
+    assert done.returncode == 0 and (there.code / "clone" / "model.safetensors").exists(), done.stderr
     again = ask(home, there.line, "--", *flags)
     assert again.returncode == 0 and "is finished: nothing is left to do" in again.stdout
 
@@ -249,13 +253,23 @@ def test_without_rsync_and_tmux_a_full_fine_tune_is_resumed_and_brings_only_the_
     process = start(home, there.line, *flags)
     until(lambda: saves(there.code / "ckpt"), process)
     assert not [path for path in out.rglob("*") if path.name not in (".remote", ".incoming")]
+    assert data.ours(out) and data.ours(there.code / ".run")  # --wipe knows them
     there.train(signal.SIGKILL)
-    assert process.wait(timeout=60) == 137 and "with tar" in said(home) and "Training ended before its time (exit code 137)" in said(home)
+    assert process.wait(timeout=240) == 137 and "with tar" in said(home) and "Training ended before its time (exit code 137)" in said(home)
     heard = run(home, there.line, *flags, on_done="exit 3", code=3)
     assert "going on after step" in heard and "--on-done ended with exit code 3" in heard
     assert there.files() == SENT and saves(there.code / "ckpt")
     assert not (out / "resume").exists() and steps(out) == [*range(1, 41)]
     checkpoint.load_model(str(out))
+
+
+@needs_sshd
+def test_a_planned_end_is_told_as_one(box, home, base, venv):
+    there = box("box", venv=venv)
+    flags = ("--lora", "--model", base, "--lr", 1e-3, "--max-steps", 9999, "--batch", 1, "--max-minutes", 0.05, *FLAGS)
+    heard = run(home, there.line, *flags)
+    assert "Training ended when --max-minutes were over, as planned. The same command goes on" in heard and "before its time" not in heard
+    assert saves(home / "my ckpt")
 
 
 @needs_sshd
@@ -275,7 +289,7 @@ def test_lost_connections_and_lost_boxes_lose_no_more_than_what_no_save_holds(bo
     until(lambda: NOTICE.sub("", said(home)) == NOTICE.sub("", there.log()), process)
 
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == 130 and "Training goes on there, and the box is still billing" in said(home)
+    assert process.wait(timeout=240) == 130 and "Training goes on there, and the box is still billing" in said(home)
     refused(ask(home, there.line, "--", *flags, "--seed", 1, "--out", "other"), "busy with another run")
     process = start(home, there.line, *flags, on_done="echo done >> done.txt")
     until(lambda: "back to the run that is there" in said(home), process)
@@ -285,7 +299,7 @@ def test_lost_connections_and_lost_boxes_lose_no_more_than_what_no_save_holds(bo
     there.train(signal.SIGSTOP)
     until(lambda: saves(out) and saves(out)[-1] > before, process)
     there.vanish()
-    assert process.wait(timeout=120) == 2 and "Nothing of this run is there any more" in said(home)
+    assert process.wait(timeout=240) == 2 and "Nothing of this run is there any more" in said(home)
     (save,) = saves(out)
     assert not (home / "done.txt").exists() and {path.name for path in (out / "resume" / save).iterdir()} == {
         "rank-00000.json",

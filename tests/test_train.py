@@ -41,7 +41,7 @@ def fine_tune(base, chats, out, *flags, ranks=1):
             "train.py",
         ]
         done = subprocess.run(
-            [*launch, *flags], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+            [*launch, *flags], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
         )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
