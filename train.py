@@ -43,26 +43,10 @@ LITTLE = 20_000  # trained tokens, below which a word is said on what to expect
 PACKAGES = ("torch", "tokenizers", "sentencepiece", "safetensors", "numpy")
 ALL_LINEAR = ",".join(lora.TARGETS)
 BIG = 1_000_000_000  # parameters: beyond it a CPU would need weeks
-FREE = {
-    "data",
-    "out",
-    "overwrite",
-    "resume",
-    "micro_batch",
-    "recompute",
-    "no_compile",
-    "device",
-    "samples",
-    "patience",
-    "keep",
-    "save_every",
-}
-FREE |= {
-    "save_minutes",
-    "max_minutes",
-    "skip_nonfinite",
-    "timeout",
-}  # flags that a resumed run may have changed; data is compared by itself
+FREE = {  # flags that a resumed run may have changed; data is compared by itself
+    "data", "out", "overwrite", "resume", "micro_batch", "recompute", "no_compile", "device", "samples", "patience",
+    "keep", "save_every", "save_minutes", "max_minutes", "skip_nonfinite", "timeout",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
