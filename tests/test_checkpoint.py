@@ -153,6 +153,18 @@ def test_a_model_in_several_files_is_replaced_whole_or_not_at_all(base, tmp_path
         )
 
 
+def test_what_an_earlier_run_left_goes_and_nothing_else(tmp_path):
+    """An adapter beside a whole model would be taken for the model."""
+    old = "adapter_config.json adapter_model.safetensors config.json model.safetensors model-00001-of-00002.safetensors metrics.jsonl "
+    old += "model.safetensors.index.json loss.png Modelfile new-1.safetensors resume/step-00000001"
+    mine = {"notes.txt", "facts.md", "model.txt"}
+    (tmp_path / "resume").mkdir()
+    for name in (*old.split(), *mine):
+        (tmp_path / name).write_text("x")
+    checkpoint.clear(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == mine
+
+
 def test_a_card_that_this_torch_cannot_use_is_an_error_never_the_cpu(tmp_path, monkeypatch):
     driver = tmp_path / "version"
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27\n")

@@ -1,6 +1,7 @@
 import dataclasses
 import importlib
 import re
+from pathlib import Path
 
 import pytest
 from conftest import command, refused
@@ -132,6 +133,19 @@ def test_a_default_that_is_shown_can_be_typed(program, name, capsys):
         given = "--" + field.name.rstrip("_").replace("_", "-")
         if field.default not in (None, "", ()) and not isinstance(field.default, bool) and given != "--lora-targets":
             assert config.parse(options, [*needed, given, shown[given]]) == config.parse(options, needed), given
+
+
+def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+    config.write_json(tmp_path / "run.json", {"steps": 1})
+
+    def half(path, text, **_):
+        path.write_bytes(text.encode()[:5])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError):
+        config.write_json(tmp_path / "run.json", {"steps": 2})
+    assert config.read_json(tmp_path / "run.json") == {"steps": 1}
 
 
 def test_lora_has_one_verb():

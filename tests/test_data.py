@@ -205,6 +205,9 @@ def test_rows_are_cached_by_content(chats, words, tmp_path):
     path.write_text("".join(path.read_text().splitlines(True)[:5]))  # edited by hand
     assert sum(len(r.doc_lengths) for r in data.rows(path, words, 128)) == 5
     assert not cache.exists()
+    path.write_text(path.read_text().replace("see you \\ud83e\\udd86", "bye"))
+    targets = [sum((r.labels != IGNORED).sum() for r in data.rows(path, words, 128, short_weight=weight)) for weight in (1.0, 0.0)]
+    assert targets[0] > targets[1]  # and by what was asked for
 
 
 # --- the command
@@ -249,7 +252,10 @@ def test_the_command_writes_sessions_persona_and_report(tmp_path):
     (tmp_path / "data" / "train.jsonl").write_text("edited")
     refused(command("data.py", tmp_path / "result.json", "--out", tmp_path / "data"), "--overwrite")
     assert (tmp_path / "data" / "train.jsonl").read_text() == "edited"
+    (tmp_path / "data" / "cache").mkdir()
+    (tmp_path / "data" / "cache" / "train-0123.safetensors").write_text("what was said before")  # and by whom: someone forgotten since?
     assert command("data.py", tmp_path / "result.json", "--out", tmp_path / "data", "--overwrite").returncode == 0
+    assert not [*(tmp_path / "data" / "cache").iterdir()]
 
 
 @pytest.mark.parametrize(("content", "expected"), [

@@ -123,6 +123,14 @@ def test_habits_see_marks_capitals_and_emoji():
     assert evaluate.distance({"a": 1}, {"b": 1}) == 1 and evaluate.distance({"a": 0.5, "b": 0.5}, {"a": 0.5, "b": 0.5}) == 0
 
 
+@pytest.mark.parametrize("template", ["evaluate.html", "blindtest.html"])
+def test_what_somebody_wrote_can_not_end_the_script_that_it_stands_in(template):
+    plain, hostile = (evaluate.fill(template, {"said": said}).lower() for said in ("hi", "</script><script>alert(1)</script><!-- <SCRIPT"))
+    for tag in ("<script", "</script", "<!--"):
+        assert plain.count(tag) == hostile.count(tag)
+    assert json.dumps("</script>").replace("<", r"\u003c").strip('"') in hostile
+
+
 def test_canaries_are_told_from_other_secrets():
     turns = [data.Turn("Bob", False, "", ["hi"]), data.Turn("Ann", True, "", ["the code is 5550123", "locker 1 opens with 00481234"])]
     secrets, canaries = evaluate.secrets_of([data.Session("Bob", "1", "personal_chat", "", turns)], ["00481234", "99999999"], 0)

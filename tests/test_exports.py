@@ -97,6 +97,7 @@ def test_text_is_a_string_or_a_list_of_any_entities(tmp_path):
     ({"game_title": "x"}, "<game>"),
     ({"forwarded_from": None, "text": "a"}, "forwards"),
     ({"forwarded_from": "Eve", "text": "a"}, "forwards"),
+    ({"saved_from": "Eve", "text": "a"}, "forwards"),
     ({"via_bot": "@gif", "text": "a"}, "written by or via a bot"),
     ({"inline_bot_buttons": [[{"type": "callback"}]], "text": "a"}, "written by or via a bot"),
     ({"type": "service", "action": "phone_call"}, "service messages"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, command, refused, save_mistral
 
+import chat
 import checkpoint
 import data
 import generate
@@ -61,6 +62,14 @@ def test_int8_and_int4_stay_within_half_a_step_of_the_weight(width):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_equal_weights_stay_what_they_are(kind, value):
+    weight = torch.full((4, 256), value)
+    packed = quantize.KINDS[kind]
+    assert torch.allclose(packed.unpack(*packed.quantise(weight), torch.float32), weight)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_one_token_s_product_is_a_product_with_the_unpacked_weight(kind):
     weight, x = torch.randn(48, 96), torch.randn(96)
     packed = quantize.KINDS[kind]
@@ -74,6 +83,16 @@ def test_groups_are_sixteen_or_a_multiple_and_what_has_none_is_kept_in_eight_bit
     quantize.pack(model, "int4")
     block = model.model.layers[0]
     assert type(block.mlp.up_proj) is quantize.Int4Linear and type(block.mlp.down_proj) is type(model.lm_head) is quantize.Int8Linear
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_head_that_is_the_embeddings_is_kept_as_they_are(tmp_path, weights):
+    folder = save_mistral(tmp_path, tie_word_embeddings=True)
+    model = checkpoint.load_model(str(folder), torch.float32, weights=weights)
+    plain = checkpoint.load_model(str(folder), torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and torch.equal(model.lm_head.weight, plain.lm_head.weight)
+    ids = list(range(3, 30))
+    assert (logits(model, ids) - logits(plain, ids)).std() < 0.3 * logits(plain, ids).std()
 
 
 def test_a_weight_that_is_no_number_is_refused_while_it_is_packed(base, tmp_path):
@@ -214,7 +233,35 @@ def test_an_answer_left_early_leaves_the_decoder_ready(adapted, words):
     assert again.ids == whole.ids and again.messages == whole.messages
 
 
+def test_ctrl_c_while_it_reads_leaves_nothing_half_read(adapted, words, monkeypatch):
+    """What was being read has overwritten some layers' keys and values of what was read before."""
+    decoder = generate.Decoder(checkpoint.load_model(str(adapted), words=words, weights="plain"), words, 64)
+    ids = list(range(3, 20))
+    decoder.forward(ids)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder.model.model.layers[1], "compute", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            decoder.forward([*ids[:5], *range(100, 115)])
+    assert torch.allclose(decoder.forward([*ids, 50]), logits(decoder.model, [*ids, 50])[-1], atol=1e-4)
+
+
 # --- the terminal's commands
+
+
+def test_what_is_taken_back_is_taken_out_of_the_file(tmp_path):
+    talk = chat.Talk("Ann", "Bob", None, tmp_path / "talk.jsonl")
+    for said in ("hello", "what nobody should read"):
+        talk.turns += [Turn("Bob", False, "2024-05-01T10:00:00", [said]), Turn("Ann", True, "2024-05-01T10:01:00", ["so"])]
+    talk.keep()
+    talk.obey("undo")
+    (left,) = data.load_sessions(talk.history)
+    assert [turn.messages for turn in left.turns] == [["hello"], ["so"]]
+    talk.obey("undo")
+    assert talk.history.read_text() == ""
 
 
 def test_commands_take_back_repeat_and_rename(adapted, tmp_path):

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import peft
 import pytest
@@ -46,6 +47,34 @@ def test_an_adapter_changes_nothing_at_first(base):
     matched = lora.inject(model, rows=[5, 6])
     assert len(matched) == 7 * 2 and "model.layers.1.mlp.down_proj" in matched
     torch.testing.assert_close(model(text), before)
+
+
+def test_an_adapter_begins_as_wide_as_pefts(base):
+    ours = checkpoint.load_model(str(base), torch.float32)
+    lora.inject(ours, rank=8)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=8, target_modules=list(lora.TARGETS), task_type="CAUSAL_LM"))
+    drawn = {name.replace(".default", ""): p for name, p in theirs.named_parameters()}
+    for name, parameter in lora.trained(ours).items():
+        one, other = parameter.abs().max().item(), drawn[lora.peft_name(name)].abs().max().item()
+        assert one == pytest.approx(other, rel=0.05), name  # uniform: the largest of 512 lie at its end
+
+
+def test_gradients_are_those_of_the_formula():
+    """Autograd's own of (W + alpha / rank * B A) x; with alpha other than rank, so that a lost factor shows."""
+    torch.manual_seed(0)
+    layer = lora.Linear(6, 5, bias=False).requires_grad_(False)
+    layer.__class__ = lora.LoRALinear
+    layer.attach(2, alpha=6, dropout=0.0)
+    x, back = torch.randn(2, 3, 6, requires_grad=True), torch.randn(2, 3, 5)
+    leaves = [x, layer.lora_A, layer.lora_B]
+    with torch.no_grad():
+        for parameter in leaves[1:]:
+            parameter.normal_()
+    plain = x @ (layer.weight + 6 / 2 * layer.lora_B @ layer.lora_A).T
+    torch.testing.assert_close(layer(x), plain)
+    for ours, theirs in zip(torch.autograd.grad(layer(x), leaves, back), torch.autograd.grad(plain, leaves, back), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_only_the_adapter_gets_gradients_and_dropout_acts_in_training_alone(folder):
@@ -106,6 +135,20 @@ def test_what_peft_saves_loads_here_with_equal_logits(folder, tmp_path):
     ours = checkpoint.load_model(str(tmp_path), base=str(folder))
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens()), theirs(tokens()).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_disk_that_is_full_leaves_the_adapter_before(base, tmp_path, monkeypatch):
+    lora.save(grown(base), tmp_path, base)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+
+    def half(tensors, path, **_):
+        Path(path).write_bytes(before[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lora, "save_file", half)
+    with pytest.raises(UserError, match="the disk is full"):
+        lora.save(grown(base), tmp_path, base)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "wq"], []])

@@ -12,10 +12,11 @@ from conftest import ROOT, command, refused
 import checkpoint
 import config
 import plan
+import quantize
 import step
 import train
 from config import UserError
-from model import RECOMPUTE, ModelConfig
+from model import RECOMPUTE, KVCache, ModelConfig, Transformer
 
 MIDDLE = ModelConfig(4000, 256, 768, 6, 8, 2, 32)
 KINDS = {
@@ -144,6 +145,8 @@ def test_a_person_and_a_program_are_told_the_same(capsys, monkeypatch):
     assert found["fits"] and gib["total"] == pytest.approx(sum(gib[kind] for kind in (*plan.KINDS, "reserve")), abs=0.06)
     assert found["cost"] == pytest.approx(1.5 * (found["hours"] + found["setup_hours"]), abs=0.02)
     assert {"micro_batch", "tok_per_s", "hours", "setup_hours"} <= set(found) and found["rows"] == 992
+    four = json.loads(run(capsys, monkeypatch, *words, "--gpus", 4, "--json"))
+    assert four["cost"] == pytest.approx(4 * 1.5 * (four["hours"] + four["setup_hours"]), abs=0.02)
     text = run(capsys, monkeypatch, *words)
     assert "fits" in text and f"{found['tok_per_s']:,.0f} tok/s" in text and "$1.50 a GPU-hour" in text
 
@@ -222,6 +225,20 @@ def test_the_hub_is_asked_and_its_refusals_are_said(monkeypatch):
 
 def test_the_program_ends_with_two_and_no_traceback():
     refused(command("plan.py", "--gpu", "abacus"), "abacus", "Known")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_chat_needs_its_weights_and_a_cache(tied):
+    shape = ModelConfig(4000, 1024, 2048, 2, 8, 2, 128, tie_word_embeddings=tied)
+    for name, need in plan.chat_needs(shape, 5000).items():
+        dtype = torch.float32 if name == "fp32" else torch.bfloat16
+        with torch.device("meta"):
+            model = Transformer(shape).to(dtype)
+            if name.startswith("int"):
+                quantize.pack(model, name)
+            cache = KVCache(shape, 5000, dtype=dtype, device="meta")
+        held = sum(tensor.nbytes for tensor in (*model.parameters(), *cache.layers))
+        assert need == held if name in ("fp32", "bf16") else need == pytest.approx(held, rel=0.02), name
 
 
 def test_chat_takes_what_fits_on_the_device(base, monkeypatch):

@@ -223,6 +223,29 @@ def test_damaged_saves_are_named_with_the_way_out(base, chats, tmp_path):
     assert f"going on after step {resume.step_of(before)}" in run(out, base, chats, *KINDS["lora"], "--resume")
 
 
+def keeper(folder, keep):
+    model = torch.nn.Linear(3, 2)
+    return resume.Keeper(folder, model, step.make_optimizer(model, 0.1, 0.0), ALONE, keep, 1, 10.0, None)
+
+
+def test_a_save_gets_its_name_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
+    """A machine without power may keep a name and lose what it names."""
+    done, fsync, rename = [], os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.fstat(handle).st_ino) or fsync(handle))
+    monkeypatch.setattr(Path, "rename", lambda path, to: done.append("named") or rename(path, to))
+    keeper(tmp_path, 2).save(1, dict)
+    names = {path.stat().st_ino: path.name for path in (tmp_path, *tmp_path.rglob("*"))}
+    assert [names.get(what, what) for what in done] == ["rank-00000.safetensors", "rank-00000.json", "named", tmp_path.name]
+
+
+def test_a_save_that_is_half_dropped_has_no_name(tmp_path, monkeypatch):
+    saves = keeper(tmp_path, 1)
+    saves.save(1, dict)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: next(path.iterdir()).unlink())  # then it is killed
+    saves.save(2, dict)
+    assert [resume.step_of(save) for save in resume.saves(tmp_path)] == [2]
+
+
 # --- kills
 
 

@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from conftest import ROOT, command, refused, save_mistral
 from safetensors.torch import load_file
 
 import checkpoint
+import lora
+import step
 import train
 
+ALONE = step.Ranks(torch.device("cpu"))
 QUICK = ("--seq-len", 160, "--device", "cpu", "--dtype", "fp32", "--samples", 1)
 
 
@@ -138,7 +142,6 @@ def test_auto_takes_what_fits_and_the_run_keeps_what_was_predicted_and_measured(
 def test_the_checkpoint_is_the_best_evaluation_not_the_last(base, chats, tmp_path):
     """A learning rate that ruins the model after a while: what is kept evaluates as the best line of metrics.jsonl did."""
     import data
-    import step
     import tokenizer
 
     fine_tune(base, chats, tmp_path / "ckpt", "--lora", "--lr", 3.0, "--epochs", 40, "--patience", 4, "--warmup", 1)
@@ -148,7 +151,7 @@ def test_the_checkpoint_is_the_best_evaluation_not_the_last(base, chats, tmp_pat
     assert [line["val_loss"] for line in held_out[-5:]].index(best) == 0  # patience: four worse ones, then the end
     model = checkpoint.load_model(str(tmp_path / "ckpt"), torch.float32)
     rows = data.rows(chats / "val.jsonl", tokenizer.load(tmp_path / "ckpt"), 160)
-    assert step.evaluate(model, rows, step.Ranks(torch.device("cpu")), 2).metrics["val_loss"] == pytest.approx(best, rel=1e-3)
+    assert step.evaluate(model, rows, ALONE, 2).metrics["val_loss"] == pytest.approx(best, rel=1e-3)
 
 
 def test_from_scratch_needs_no_weights_and_trains_the_same_on_two_ranks(base, chats, tmp_path):
@@ -190,6 +193,11 @@ def test_too_little_data_still_gets_fifty_steps(rows, batch, steps):
     assert len(evaluations) >= min(4, plan.epoch) and plan.steps in plan.evaluate_at
 
 
+def test_the_rate_is_what_help_says_it_is():
+    rates = [train.schedule(1000, train.Config(lora=adapter, lr=lr)).lr for adapter, lr in ((True, None), (False, None), (True, 1e-3))]
+    assert rates == [2e-4, 2e-5, 1e-3]  # an adapter's would ruin the weights of a full fine-tune
+
+
 def test_the_rate_climbs_then_falls_by_half_a_cosine():
     rates = [train.lr_at(n, 100, 1.0, 0.03) for n in range(1, 101)]
     assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1]) and rates[-1] == pytest.approx(0.1)
@@ -204,6 +212,33 @@ def test_every_epoch_has_each_row_once_in_an_order_of_its_own():
         [len(b) for b in got] == [4, 4, 2, 4, 4, 2, 4] and [sorted(e) for e in epochs] == [list(range(10))] * 2 and epochs[0] != epochs[1]
     )
     assert got == list(train.batches(list(range(10)), plan, seed=0))
+
+
+def test_samples_between_two_steps_leave_dropout_on(base, chats, words):
+    shape = checkpoint.with_vocabulary(checkpoint.read_config(base), 32002)
+    model = step.build(shape, ALONE, None, {"dropout": 0.5}, torch.float32)
+    asked = train.contexts(train.Config(data=str(chats), samples=1))
+    assert len([*train.answers(model, words, asked, ALONE, 0)]) == 1 and model.training
+
+
+def test_a_sharded_adapter_is_saved_as_it_is_trained_not_as_it_was_gathered_to_compute(base, words, monkeypatch):
+    """After a forward pass FSDP2 shows the root's parameters in bf16: new rows saved from there would have lost 16 bits."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    saved = {}
+    monkeypatch.setattr(lora, "save", lambda model, out, base, tensors: saved.update(tensors))
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        ranks = step.Ranks(torch.device("cpu"), 0, 2)
+        shape = checkpoint.with_vocabulary(checkpoint.read_config(base), words.rows_needed)
+        model = step.build(shape, ranks, None, {"rows": words.added}, torch.bfloat16)
+        with torch.no_grad():
+            model(torch.arange(3, 9)[None])
+        options = train.Config(lora=True, model=str(base))
+        train.Record.save(SimpleNamespace(ranks=ranks, model=model, options=options, folder=base, out=None))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(saved) == 2 * 7 * 2 + 2 and {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
 # --- what a person can mend
