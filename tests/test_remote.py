@@ -269,7 +269,6 @@ def test_a_planned_end_is_told_as_one(box, home, base, venv):
     flags = ("--lora", "--model", base, "--lr", 1e-3, "--max-steps", 9999, "--batch", 1, "--max-minutes", 0.05, *FLAGS)
     heard = run(home, there.line, *flags)
     assert "Training ended when --max-minutes were over, as planned. The same command goes on" in heard and "before its time" not in heard
-    assert saves(home / "my ckpt")
 
 
 @needs_sshd
