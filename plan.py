@@ -73,6 +73,7 @@ CARDS = {
 # Peak: measured where it runs. The rest, and what a process holds, is fitted to the runs of `python -m bench.plan --calibrate`.
 CPU = Card("CPU", 0, 10, 0, 0.9, "fitted to our runs", 1, attention=0.2, unpacking=15, updating=2.7)
 PYTHON, SLACK = 0.46 * GIB, 0.46  # a CPU process: its libraries, and what of the activations the C library doesn't give back
+KERNELS, GROWN = 0.8 * GIB, 1.4  # over a run in bf16: oneDNN keeps up to 1024 kernels, one a shape; and what lies between is lost
 
 MISTRAL = ModelConfig(32000, 4096, 14336, 32, 32, 8, 128)
 NEMO = ModelConfig(131072, 5120, 14336, 40, 32, 8, 128, max_position_embeddings=131072)
@@ -422,9 +423,11 @@ def here(device, dtype):
     return card, available() - step.RESERVE
 
 
-def resident(needs):
-    """A CPU process's peak resident memory for {kind: bytes} that live in it."""
-    return PYTHON + sum(needs.values()) + SLACK * needs.get("activations", 0)
+def resident(needs, dtype=None):
+    """A CPU process's peak resident memory for {kind: bytes} that live in it; with `dtype`, after a whole run that computes in it."""
+    kernels, slack = (KERNELS, SLACK + GROWN) if dtype == torch.bfloat16 else (0, SLACK)
+    copies = 1.5 * needs.get("optimizer", 0) if dtype else 0  # a save's, of two moments and what is trained: written while training goes on
+    return PYTHON + kernels + sum(needs.values()) + slack * needs.get("activations", 0) + copies
 
 
 def available():
@@ -455,10 +458,11 @@ def figures(options, card, shape, some, work, choice, batch, epoch, steps, facto
     total = [round(a + b, 2) for a, b in zip(*money)]
     save = trained * (6 if options.pure_bf16 else 12)
     best = 4 * trained if options.lora else base
-    parts = {kind: round(choice.needs.get(kind, 0) / GIB, 2) for kind in KINDS} | {"reserve": round(step.RESERVE / GIB, 2)}
+    reserve = resident(choice.needs, work.ways["dtype"]) - choice.bytes if work.cpu else step.RESERVE
+    parts = {kind: round(choice.needs.get(kind, 0) / GIB, 2) for kind in KINDS} | {"reserve": round(reserve / GIB, 2)}
     return {
         "fits": choice.fits,
-        "gib_per_gpu": parts | {"total": round((choice.bytes + step.RESERVE) / GIB, 2), "card": round(card.gib, 2)},
+        "gib_per_gpu": parts | {"total": round((choice.bytes + reserve) / GIB, 2), "card": round(card.gib, 2)},
         "micro_batch": choice.rows,
         "recompute": choice.way,
         "rows": some.rows,

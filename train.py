@@ -433,7 +433,7 @@ def fit(options, shape, ranks, plan, ways, rows, say):
             with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 choice = pool.submit(planning.choose, work, card, free, sizes, kinds).result()
         size, way = choice.rows, RECOMPUTE.index(choice.way)
-        needs = planning.resident(choice.needs) if work.cpu else choice.bytes
+        needs = planning.resident(choice.needs, ways["dtype"]) if work.cpu else choice.bytes
         prediction = {"gib": needs / 2**30, "tok_per_s": plan.batch * options.seq_len * work.filled / choice.seconds}
         say(
             f"{config.counted(size, 'rows at a time')}, recompute {choice.way}: {needs / 2**30:.2f} GiB predicted, "

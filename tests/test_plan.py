@@ -72,6 +72,30 @@ def test_each_kind_of_memory_is_what_it_is_called():
     assert plan.memory(MIDDLE, 1, 64, nf4=True, **LORA)["weights"] < 0.65 * plan.memory(MIDDLE, 1, 64, **LORA)["weights"]
 
 
+SMALL = {  # of examples/base, and of shapes G and C of bench/plan.py, with its vocabulary
+    "base": ModelConfig(2002, 256, 704, 6, 4, 2, 64),
+    "G": ModelConfig(2002, 896, 2432, 6, 14, 2, 64),
+    "C": ModelConfig(2002, 768, 2048, 6, 12, 4, 64),
+}
+
+
+@pytest.mark.parametrize(
+    "shape, ways, rows, measured", [("base", LORA, 2, 1.58), ("base", LORA, 1, 1.43), ("G", LORA, 2, 2.68), ("C", {}, 2, 3.41)]
+)
+def test_a_whole_run_on_a_cpu_is_said_to_need_what_it_was_measured_to_need(shape, ways, rows, measured):
+    """docs/PLAN.md has the runs; a step alone needs a third to a half of it less."""
+    some = plan.Work(SMALL[shape], ways, 4, labelled=0.426, document=276, compiled=False, cpu=True)
+    assert plan.resident(some.memory(rows, "none"), torch.bfloat16) / plan.GIB == pytest.approx(measured, rel=0.1)
+    assert plan.resident(some.memory(rows, "none"), torch.float32) < plan.resident(some.memory(rows, "none"), torch.bfloat16)
+
+
+def test_on_a_cpu_plan_says_of_memory_what_training_says(capsys, monkeypatch):
+    words = ("--gpu", "cpu", "--model", ROOT / "examples" / "base", "--tokens", 50_000, "--json")
+    gib = json.loads(run(capsys, monkeypatch, *words))["gib_per_gpu"]
+    live = {kind: gib[kind] * plan.GIB for kind in plan.KINDS}
+    assert gib["total"] == pytest.approx(plan.resident(live, checkpoint.compute_dtype(torch.device("cpu"))) / plan.GIB, abs=0.05)
+
+
 # --- the choice
 
 
