@@ -35,7 +35,7 @@ class Config:
     max_tokens: int = flag(256, "longest answer, in tokens")
     temperature: float = flag(0.7, "0: always the likeliest token")
     top_p: float = flag(0.95, "draw only from the likeliest tokens that make up so much")
-    seed: int | None = flag(None, "the same answers each time")
+    seed: int | None = flag(None, "the same answers, in the same order, at each start")
 
     web: bool = flag(False, "a page to talk on, and an API for other programs", group="on a page")
     host: str = flag("127.0.0.1", "its address; another needs --token and --as")

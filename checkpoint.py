@@ -365,7 +365,7 @@ def sharded(tensor):
     return hasattr(tensor, "device_mesh")
 
 
-def held(tensor):
+def local_part(tensor):
     """What this rank holds of a parameter."""
     return tensor.to_local() if sharded(tensor) else tensor
 
@@ -381,7 +381,7 @@ def shard(tensor):
         return tensor.detach(), 0
     mesh = tensor.device_mesh
     rows = -(-len(tensor) // mesh.shape[-1])  # FSDP2 cuts dimension 0 as torch.chunk does, along the mesh's last
-    return held(tensor).detach(), min(rows * mesh.get_local_rank(mesh.ndim - 1), len(tensor))
+    return local_part(tensor).detach(), min(rows * mesh.get_local_rank(mesh.ndim - 1), len(tensor))
 
 
 def rows_of(tensor, rows):

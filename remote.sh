@@ -195,13 +195,14 @@ if [ "$state" = stopped ]; then
   [ -z "$lora" ] || await save_home
   why="before its time (exit code $code): what it said is above"
   [[ $code != 0 || $key != *" --max-minutes "* ]] || why="when --max-minutes were over, as planned"
-  say "Training ended $why. The same command goes on from the last save."
+  say "Training ended $why. The same command goes on, from the last save if there is one."
   exit "${code/killed/1}"
 fi
 say "bringing it home"
+[ -z "$lora" ] || rm -rf "${in:?}"/* # a try for a save may have left an older adapter, of the same size and second
 await pull ''
 await box check >"$tmp/sums" || fail "What training left doesn't load: $(tail -n 1 "$tmp/error")" "It is in $folder/ckpt there."
-sums "$in" | cmp -s - "$tmp/sums" || fail "What came home isn't what the box has" "The same command fetches it again."
+sums "$in" | cmp -s - "$tmp/sums" || { rm -rf "$in"; fail "What came home isn't what the box has" "The same command fetches it again."; }
 mv -f "$in"/[!r]* "$out/" && mv -f "$in/run.json" "$out/" && rm -rf "$in" # its result, which says that all is here, comes last
 last="The box is still billing: destroy it."
 say "$out is whole, and loads. Talk to it: python chat.py $out"

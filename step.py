@@ -438,7 +438,7 @@ class Live(TorchDispatchMode):
         out = op(*args, **(kwargs or {}))
         for tensor in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                self.add(checkpoint.held(tensor).untyped_storage())
+                self.add(checkpoint.local_part(tensor).untyped_storage())
         if self.kind == "communication":
             self.look_again()
         if self.now > self.peak:
@@ -475,7 +475,7 @@ class Live(TorchDispatchMode):
     def rename(self, tensors, kind):
         """From now on count these tensors as `kind`."""
         for tensor in tensors:
-            storage = checkpoint.held(tensor).untyped_storage()
+            storage = checkpoint.local_part(tensor).untyped_storage()
             if storage._cdata in self.known:
                 old, size, known = self.known[storage._cdata]
                 self.known[storage._cdata] = kind, size, known

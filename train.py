@@ -704,7 +704,8 @@ class Record:
         self.metrics.close()
         why = {"time": f"--max-minutes {self.options.max_minutes:g}" if self.options.max_minutes else "", signal.SIGINT: "Ctrl-C"}
         saved = f"saved in {self.out}. {resume.AGAIN}" if self.options.keep else "not saved (--keep 0)."
-        print(f"{why.get(ends, 'SIGTERM')}: stopped after step {done}, {saved}", file=sys.stderr)
+        stopped = f"stopped after step {done}, {saved}" if done else f"stopped before the first step. {resume.AGAIN}"
+        print(f"{why.get(ends, 'SIGTERM')}: {stopped}", file=sys.stderr)
 
     def finish(self):
         """Close the folder. → what came of it, in words"""

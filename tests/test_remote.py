@@ -199,6 +199,13 @@ def said(home):
         return file.read()
 
 
+def flip(path):
+    """Its last byte, at its old time."""
+    times, text = path.stat(), path.read_bytes()
+    path.write_bytes(text[:-1] + bytes([text[-1] ^ 1]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
 def until(condition, process=None, seconds=300):
     for _ in range(seconds * 20):
         if condition():
@@ -241,6 +248,13 @@ def test_a_whole_run_brings_home_a_model_that_loads(box, home, base):
     merge = re.search(r"with the base that is there: (.* 'cd doppelganger && HF_HOME=\$PWD/\.hub .*')$", heard, re.MULTILINE)[1]
     done = subprocess.run(["bash", "-c", merge], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=240)
     assert done.returncode == 0 and (there.code / "clone" / "model.safetensors").exists(), done.stderr
+    (out / "run.json").unlink()  # as if it had been lost while it came home, an adapter of before left in its place
+    adapter = (out / "adapter_model.safetensors").read_bytes()
+    (out / ".incoming").mkdir()
+    shutil.copy2(there.code / "ckpt" / "adapter_model.safetensors", out / ".incoming")
+    flip(out / ".incoming" / "adapter_model.safetensors")
+    run(home, there.line, *flags)
+    assert (out / "adapter_model.safetensors").read_bytes() == adapter and (out / "run.json").exists()
     again = ask(home, there.line, "--", *flags)
     assert again.returncode == 0 and "is finished: nothing is left to do" in again.stdout
 
@@ -269,6 +283,7 @@ def test_a_planned_end_is_told_as_one(box, home, base, venv):
     flags = ("--lora", "--model", base, "--lr", 1e-3, "--max-steps", 9999, "--batch", 1, "--max-minutes", 0.05, *FLAGS)
     heard = run(home, there.line, *flags)
     assert "Training ended when --max-minutes were over, as planned. The same command goes on" in heard and "before its time" not in heard
+    assert bool(saves(home / "my ckpt")) != ("stopped before the first step" in heard)  # a busy machine has no step done by then
 
 
 @needs_sshd

@@ -459,6 +459,14 @@ def test_max_minutes_ends_before_the_time_is_over(base, chats, tmp_path):
     assert [line["step"] for line in curve(out) if "loss" in line] == [*range(1, steps[1] + 1)]
 
 
+def test_a_run_that_ends_before_its_first_step_does_not_say_that_it_saved(base, chats, tmp_path):
+    out = tmp_path / "ckpt"
+    heard = run(out, base, chats, *KINDS["lora"], "--max-minutes", 0.0001, "--max-steps", 2)
+    assert "stopped before the first step" in heard and "saved in" not in heard and not [*out.glob("resume/step-*")]
+    assert "starts at the beginning" in run(out, base, chats, *KINDS["lora"], "--max-steps", 2, "--resume")
+    assert [line["step"] for line in curve(out) if "loss" in line] == [1, 2]
+
+
 DISK = """mount -t tmpfs -o size="$SIZE" none "$OUT" || exit 77
 "$@" & run=$!
 if [ -n "$FILL" ]; then
