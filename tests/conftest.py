@@ -3,11 +3,14 @@
 import functools
 import json
 import os
+import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import mistral_common
@@ -142,17 +145,60 @@ def warm():
     return ours
 
 
-def command(*words, env=None, stdin=""):
+class Program:
+    """One of the project's programs in a fork of tests/warm.py, or `ranks` of them that find each other as under torchrun; in other
+    respects a subprocess.Popen. `streams`: files for what it reads, says and complains of."""
+
+    def __init__(self, words, streams, env=None, ranks=1):
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+        self.pids, self.reports, self.codes = [], [], [None] * ranks
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        for rank in range(ranks):
+            own = {name: str(value) for name, value in {**meet, "RANK": rank, "LOCAL_RANK": rank}.items()} if ranks > 1 else {}
+            ours, theirs = socket.socketpair()
+            message = json.dumps([[*map(str, words)], {**env, **own}, str(ROOT)]).encode()
+            socket.send_fds(warm(), [message], [*(file.fileno() for file in streams), theirs.fileno()])
+            theirs.close()
+            self.reports.append(ours.makefile())
+            self.pids.append(int(self.reports[rank].readline()))
+        self.pid = self.pids[0]
+
+    def poll(self, timeout=0):
+        """→ None, or as torchrun ends: 0 if all ranks ended so, 1 if one didn't; of a single one its own exit code"""
+        until = time.monotonic() + timeout
+        for rank, report in enumerate(self.reports):
+            if self.codes[rank] is None and select.select([report], [], [], max(0, until - time.monotonic()))[0]:
+                self.codes[rank] = int(report.readline())
+        if None in self.codes:
+            return None
+        return self.codes[0] if len(self.codes) == 1 else int(any(self.codes))
+
+    def wait(self, timeout=600):
+        code = self.poll(timeout)
+        if code is None:
+            raise subprocess.TimeoutExpired("a program", timeout)
+        return code
+
+    def send_signal(self, sign):
+        for pid in self.pids:
+            os.kill(pid, sign)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+
+def command(*words, env=None, stdin="", ranks=1):
     """Run one of the project's programs as a person does; with an `env` of its own in a Python of its own. → CompletedProcess with text"""
-    words, mine = [*map(str, words)], {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
     if env:
-        return subprocess.run([sys.executable, *words], cwd=ROOT, env=mine, input=stdin, capture_output=True, text=True, timeout=600)
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
+        words = [sys.executable, *map(str, words)]
+        return subprocess.run(words, cwd=ROOT, env=env, input=stdin, capture_output=True, text=True, timeout=600)
     with tempfile.TemporaryFile("w+") as given, tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         given.write(stdin)
         given.seek(0)
-        line = warm()
-        socket.send_fds(line, [json.dumps([words, mine, str(ROOT)]).encode()], [file.fileno() for file in (given, out, errors)])
-        code = int(line.recv(64))
+        code = Program(words, (given, out, errors), ranks=ranks).wait()
         out.seek(0)
         errors.seek(0)
         return subprocess.CompletedProcess(words, code, out.read(), errors.read())

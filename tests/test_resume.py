@@ -1,5 +1,6 @@
 """A run that cannot be lost. KILLS=30 (`make soak`) kills that often in place of a few times."""
 
+import contextlib
 import io
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Program
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -27,12 +28,14 @@ QUICK = ("--seq-len", 160, "--device", "cpu", "--dtype", "fp32", "--samples", 0,
 TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
 
 
-def start(out, base, chats, *flags, ranks=1, program="train.py", restarts=0, env=None):
-    """train.py in the background, what it says in OUT.txt."""
-    launch = (*TORCHRUN, "--nproc_per_node", ranks, "--max-restarts", restarts) if ranks > 1 else ()
-    words = (sys.executable, *launch, program, "--model", base, "--data", chats, "--out", out, *QUICK, *flags)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
-    with open(f"{out}.txt", "a") as said:
+def start(out, base, chats, *flags, ranks=1, program="train.py", restarts=None, env=None):
+    """train.py in the background, what it says in OUT.txt; with a number of `restarts` under torchrun."""
+    words = (program, "--model", base, "--data", chats, "--out", out, *QUICK, *flags)
+    with open(f"{out}.txt", "a") as said, open(os.devnull) as nothing:
+        if restarts is None:
+            return Program(words, (nothing, said, said), env, ranks)
+        words = (sys.executable, *TORCHRUN, "--nproc_per_node", ranks, "--max-restarts", restarts, *words)
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
         return subprocess.Popen([*map(str, words)], cwd=ROOT, env=env, stdout=said, stderr=said, start_new_session=True)
 
 
@@ -67,16 +70,16 @@ def ended_or(process, condition):
 
 
 def workers(process):
-    """The ranks' processes under torchrun."""
+    """The ranks' processes."""
+    if isinstance(process, Program):
+        return process.pids
     return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
 
 
 def kill(process, *pids):
     for pid in pids or (*workers(process), process.pid):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     process.wait(timeout=240)
 
 
@@ -427,7 +430,7 @@ def test_numbers_that_are_none_stop_the_run_saved_or_are_left_out(base, chats, t
 
 def test_a_second_ctrl_c_ends_at_once_and_the_first_saves(undisturbed, base, chats, tmp_path):
     out = tmp_path / "ckpt"
-    process = start(out, base, chats, *KINDS["lora"], ranks=2)
+    process = start(out, base, chats, *KINDS["lora"], ranks=2, restarts=0)
     until(lambda: '"loss"' in ((out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").exists() else ""), process)
     process.send_signal(signal.SIGINT)  # torchrun passes it on
     process.wait(timeout=240)
