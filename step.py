@@ -641,7 +641,8 @@ def flops_of(model, tokens, labelled, pairs):
 def measured_peak(device, dtype):
     """FLOP/s of a large square matmul on this device, the best of three: what "100% MFU" means here."""
     n = 1024 if device.type == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)  # its own: a run that goes on draws what it would have drawn
+    a, b = (torch.randn(n, n, device=device, dtype=dtype, generator=generator) for _ in range(2))
     best = math.inf
     for _ in range(4):
         synchronise(device)

@@ -36,7 +36,7 @@ import resume
 import step
 import tokenizer as tokenizers
 from config import UserError, flag
-from model import RECOMPUTE, Transformer
+from model import RECOMPUTE, ModelConfig, Transformer
 
 EVALUATIONS = 4  # an epoch, at least
 LITTLE = 20_000  # trained tokens, below which a word is said on what to expect
@@ -110,131 +110,173 @@ def main():
     ranks = step.start(options.device)
     if ranks.most(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))):  # torchrun starts us again
         options = dataclasses.replace(options, resume=True, overwrite=False)
-    folder, base, shape, words, save = prepare(options, ranks)
-    train_rows, val_rows = in_turn(ranks, lambda: [rows_of(options, part, words) for part in ("train", "val")])
-    plan = schedule(len(train_rows), options)
-    dtype = {"auto": checkpoint.compute_dtype(ranks.device), "bf16": torch.bfloat16, "fp32": torch.float32}[
-        "bf16" if options.pure_bf16 else options.dtype
-    ]
-    say = tqdm.write if ranks.first else lambda text: None
-    note = known(save, options, ranks, train_rows, base) if save else None
-    if note and options.micro_batch is None and note["world"] == ranks.world:
-        options = dataclasses.replace(options, micro_batch=note["config"]["micro_batch"])  # as it was: sums in the same order
-    say(describe(options, shape, ranks, dtype, train_rows, val_rows, plan))
-
-    ways = {"adapter": adapter(options, words), "dtype": dtype, "nf4": options.qlora, "pure": options.pure_bf16}
-    options, ways["recompute"], prediction = fit(options, shape, ranks, plan, ways, train_rows, say)
-    torch.manual_seed(options.seed + ranks.rank % ranks.shards)  # dropout; and rounding, which must be the same in all copies of a shard
-    filled = save and not options.lora  # by the save: every weight is in it
-    model = step.build(shape, ranks, None if options.from_scratch or filled else folder, seed=None if filled else options.seed, **ways)
-    if options.init and options.lora and not save:
-        lora.load(model, options.init, checkpoint.write)
-    if ranks.device.type == "cuda" and not options.no_compile:
-        model.compile_blocks()
-    optimizer = step.make_optimizer(model, 0.0, options.weight_decay, options.pure_bf16)
-    peak = ranks.world * step.measured_peak(ranks.device, dtype)
-    if save:
-        resume.restore(model, optimizer, save, ranks)  # before Record: a save that is refused has changed nothing
-    record = Record(options, plan, folder, words, model, ranks, dtype, note, {"data": digest(train_rows), "fingerprint": base}, prediction)
+    job = prepare(options, ranks)
+    job.say(describe(job))
+    job = fit(job)
+    model, optimizer = load(job)
+    record = Record(job, model)  # after the save was read: one that is refused has changed nothing
     limit = began + 60 * options.max_minutes if options.max_minutes is not None else None
     keeper = resume.Keeper(record.out / "resume", model, optimizer, ranks, options.keep, options.save_every, options.save_minutes, limit)
-    keeper.check_room(sum(p.numel() * 4 for p in lora.trained(model).values()) if options.lora else 2 * shape.num_parameters)
-    done = 0
-    if save:
-        done = resume.step_of(save)
-        say(f"going on after step {done}, from {save}")
-    asked = contexts(options)
-
-    ends = None
-    bar = tqdm(total=plan.steps, initial=done, unit="step", disable=not ranks.first, dynamic_ncols=True)
-    with bar, keeper, resume.Watch(ranks, options.out, options.timeout) as watch:
-        size = probe(model, train_rows, plan, options, ranks, watch, say)
-
-        def evaluate():
-            return step.evaluate(model, val_rows, ranks, size, options.seq_len)
-
-        keeper.listen()
-        if not save:
-            record.evaluation(0, 0.0, evaluate())
-            before = record.before
-            say(f"before training: held-out loss {before.loss:.4f} nats a target, {before.bits:.4f} bits per character of mine")
-        for number, rows in enumerate(batches(train_rows, plan, options.seed, done), done + 1):
-            if ends := keeper.between(number - 1, record.state):
-                break
-            watch.step, began = number, time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(number, plan.steps, plan.lr, options.warmup)
-            try:
-                (loss, norm, targets), size = take_step(model, optimizer, rows, size, options, ranks, watch, say)
-                line = measure(number, loss, group["lr"], norm, targets, rows, model, time.perf_counter() - began, peak, ranks.device)
-                bar.set_postfix_str(POSTFIX.format(**line))
-            except step.NotFinite as error:
-                line = {"step": number, "skipped": str(error), "lines": sorted({int(s) + 1 for row in rows for s in row.sessions})}
-                if record.skipped >= options.skip_nonfinite:
-                    keeper.save(number - 1, record.state)
-                    raise record.unfit(line) from None
-                record.skipped += 1
-                say("step {step} is left out: {skipped}, on lines {lines} of train.jsonl".format(**line))
-            record.write(line)
-            if model.compiled:
-                record.count_graphs(number)
-            bar.update()
-            if number in plan.evaluate_at:
-                point = record.evaluation(number, number / plan.epoch, evaluate())
-                say(f"epoch {point.epoch:.2f}: held-out loss {point.loss:.4f}, {point.bits:.4f} bits per character{record.compare(point)}")
-                for who, said, wrote, answer in answers(model, words, asked, ranks, options.seed):
-                    say(f"    {who}: {said}\n      you wrote: {wrote}\n      it writes: {answer}")
-                if record.best is point:
-                    record.save()
-                elif options.max_steps is None and record.since_best >= options.patience:
-                    break
+    keeper.check_room(sum(p.numel() * 4 for p in lora.trained(model).values()) if options.lora else 2 * job.shape.num_parameters)
+    with keeper, resume.Watch(ranks, options.out, options.timeout) as watch:
+        ends = run(Steps(job, model, optimizer, watch), record, keeper)
         keeper.finish()
     if model.compiled:
-        say(f"{step.compiled_graphs()} graphs were compiled, the last in step {record.compiled_at}")
+        job.say(f"{step.compiled_graphs()} graphs were compiled, the last in step {record.compiled_at}")
     if ranks.world > 1:
         torch.distributed.destroy_process_group()
     if not ends:
-        say(record.finish())
+        job.say(record.finish())
         return
-    record.leave(ends, number - 1)
+    record.leave(ends)
     if ends != "time":
         sys.exit(128 + ends)
 
 
-def probe(model, rows, plan, options, ranks, watch, say):
-    """How many rows at a time there is room for, --micro-batch at most: tried before the first step, on the longest rows."""
-    size = options.micro_batch
-    if options.resume:  # an earlier start may have found out
-        size = min(size, ranks.share(config.read_json(Path(options.out) / "micro-batch.json", {}).get("micro_batch", size)))
-    while ranks.device.type == "cuda":
-        try:
-            step.probe(model, rows, size, ranks, options.seq_len, plan.batch > size * ranks.world)
-            break
-        except step.NoRoom:
-            size = fewer(size, options, ranks, watch, say)
-    return size
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All that a run is made of before its weights load.
+
+    `folder`: where the base lies. `save`: the one to go on from, and `note`, what it tells of the run; None. `rows`, `val_rows`: data.Row.
+    `made_of`: what tells its data and its base from others. `ways`: how `step.build` makes the model. `prediction`: `fit`'s.
+    """
+
+    options: Config
+    ranks: step.Ranks
+    folder: Path
+    shape: ModelConfig
+    words: tokenizers.Tokenizer
+    save: Path | None
+    note: dict | None
+    rows: list
+    val_rows: list
+    made_of: dict
+    plan: "Plan"
+    ways: dict
+    prediction: dict = dataclasses.field(default_factory=dict)
+
+    def say(self, text):
+        if self.ranks.first:
+            tqdm.write(text)
 
 
-def take_step(model, optimizer, rows, size, options, ranks, watch, say):
-    """A training step of `size` rows at a time, or of fewer where there is no room. → (what step.train_step says, rows at a time)"""
-    while True:
-        try:
-            return step.train_step(model, optimizer, step.micro_batches(rows, size, ranks, options.seq_len), ranks, options.clip), size
-        except step.NoRoom:
-            size = fewer(size, options, ranks, watch, say)
+def load(job):
+    """→ (the model, compiled where that pays, its optimizer): as the base, --init or the save has them"""
+    options, ranks = job.options, job.ranks
+    torch.manual_seed(options.seed + ranks.rank % ranks.shards)  # dropout; and rounding, which must be the same in all copies of a shard
+    filled = job.save and not options.lora  # by the save: every weight is in it
+    folder = None if options.from_scratch or filled else job.folder
+    model = step.build(job.shape, ranks, folder, seed=None if filled else options.seed, **job.ways)
+    if options.init and options.lora and not job.save:
+        lora.load(model, options.init, checkpoint.write)
+    if ranks.device.type == "cuda" and not options.no_compile:
+        model.compile_blocks()
+    optimizer = step.make_optimizer(model, 0.0, options.weight_decay, options.pure_bf16)
+    if job.save:
+        resume.restore(model, optimizer, job.save, ranks)
+    return model, optimizer
 
 
-def fewer(size, options, ranks, watch, say):
-    """Half of `size` rows at a time. Several ranks can't go on once one of them failed: they end, with word of what to try."""
-    if ranks.world > 1:
-        watch.no_room(size, options.seq_len)
-    if size == 1:
-        raise UserError(
-            f"The {'GPU' if ranks.device.type == 'cuda' else ranks.device.type} has no room for one row of {options.seq_len} tokens",
-            "Take --recompute full, --qlora, or a shorter --seq-len.",
-        )
-    say(f"no room for {size} rows at a time: {size // 2} from here on, twice as often (the result is the same)")
-    return size // 2
+def run(steps, record, keeper):
+    """Step after step to the end of the plan, or of what is gained. → None, or why it ended before, as `Keeper.between` says"""
+    job, options, plan, begin = steps.job, steps.job.options, steps.job.plan, record.done
+    if job.save:
+        job.say(f"going on after step {begin}, from {job.save}")
+    asked = contexts(options)
+    steps.probe()
+    keeper.listen()
+    if not job.save:
+        before = record.evaluation(0, steps.evaluate())
+        job.say(f"before training: held-out loss {before.loss:.4f} nats a target, {before.bits:.4f} bits per character of mine")
+    with tqdm(total=plan.steps, initial=begin, unit="step", disable=not job.ranks.first, dynamic_ncols=True) as bar:
+        for number, rows in enumerate(batches(job.rows, plan, options.seed, begin), begin + 1):
+            if ends := keeper.between(record.done, record.state):
+                return ends
+            try:
+                line = steps.take(number, rows)
+                bar.set_postfix_str(POSTFIX.format(**line))
+            except step.NotFinite as error:
+                line = {"step": number, "skipped": str(error), "lines": sorted({int(s) + 1 for row in rows for s in row.sessions})}
+                if record.skipped >= options.skip_nonfinite:
+                    keeper.save(record.done, record.state)
+                    raise record.unfit(line) from None
+                job.say("step {step} is left out: {skipped}, on lines {lines} of train.jsonl".format(**line))
+            record.write(line)
+            bar.update()
+            if number in plan.evaluate_at:
+                point = record.evaluation(number, steps.evaluate())
+                job.say(f"epoch {point.epoch:.2f}: {record.compare(point)}")
+                for who, said, wrote, answer in answers(steps.model, job.words, asked, job.ranks, options.seed):
+                    job.say(f"    {who}: {said}\n      you wrote: {wrote}\n      it writes: {answer}")
+                if record.best is point:
+                    record.save()
+                elif options.max_steps is None and record.since_best >= options.patience:
+                    return None
+    return None
+
+
+class Steps:
+    """The steps and evaluations of a job, `size` rows at a time on each rank: of fewer from when there is no room for so many."""
+
+    def __init__(self, job, model, optimizer, watch):
+        self.job, self.model, self.optimizer, self.watch, self.size = job, model, optimizer, watch, job.options.micro_batch
+        self.peak = job.ranks.world * step.measured_peak(job.ranks.device, job.ways["dtype"])  # FLOP/s of all ranks together
+
+    def probe(self):
+        """Find the `size` that there is room for, on the longest rows."""
+        job, ranks, length = self.job, self.job.ranks, self.job.options.seq_len
+        if job.options.resume:  # an earlier start may have found out
+            known = config.read_json(Path(job.options.out) / "micro-batch.json", {}).get("micro_batch", self.size)
+            self.size = min(self.size, ranks.share(known))
+        while ranks.device.type == "cuda":
+            try:
+                return step.probe(self.model, job.rows, self.size, ranks, length, job.plan.batch > self.size * ranks.world)
+            except step.NoRoom:
+                self.fewer()
+
+    def take(self, number, rows):
+        """Step `number`. → its line of metrics.jsonl; NotFinite"""
+        job, ranks, options = self.job, self.job.ranks, self.job.options
+        self.watch.step, began, lr = number, time.perf_counter(), lr_at(number, job.plan.steps, job.plan.lr, options.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        while True:
+            try:
+                parts = step.micro_batches(rows, self.size, ranks, options.seq_len)
+                loss, norm, targets = step.train_step(self.model, self.optimizer, parts, ranks, options.clip)
+                break
+            except step.NoRoom:
+                self.fewer()
+        seconds, tokens, (needed, done) = time.perf_counter() - began, sum(len(row.ids) for row in rows), step.flops(self.model, rows)
+        return {
+            "step": number,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens": tokens,
+            "trained_tokens": targets,
+            "tok_per_s": tokens / seconds,
+            "mfu": needed / seconds / self.peak,
+            "hfu": done / seconds / self.peak,
+            "peak_gib": step.peak_gib(ranks.device),
+            "seconds": seconds,
+        }
+
+    def evaluate(self):
+        return step.evaluate(self.model, self.job.val_rows, self.job.ranks, self.size, self.job.options.seq_len)
+
+    def fewer(self):
+        """Half as many rows at a time. Several ranks can't go on once one of them failed: they end, with word of what to try."""
+        device, length = self.job.ranks.device.type, self.job.options.seq_len
+        if self.job.ranks.world > 1:
+            self.watch.no_room(self.size, length)
+        if self.size == 1:
+            raise UserError(
+                f"The {'GPU' if device == 'cuda' else device} has no room for one row of {length} tokens",
+                "Take --recompute full, --qlora, or a shorter --seq-len.",
+            )
+        self.job.say(f"no room for {self.size} rows at a time: {self.size // 2} from here on, twice as often (the result is the same)")
+        self.size //= 2
 
 
 # --- before the weights load
@@ -293,12 +335,27 @@ def look_at_flags(options):
 
 
 def prepare(options, ranks):
-    """What else a person may have to mend, checked before time is spent.
-
-    → (base folder, its weights' fingerprint, ModelConfig, Tokenizer, the save to go on from or None)
-    """
+    """What else a person may have to mend is found here, before time is spent. → Job"""
     in_turn(ranks, lambda: look_at_out(options, ranks))
     save = last_save(options, ranks)
+    folder, base, shape, words = base_of(options, ranks)
+    if options.init and options.lora and not save:
+        known = config.read_json(Path(options.init) / "run.json", {}).get("fingerprint", base)
+        if known != base or lora.read_settings(options.init)[0]["rows"] != words.added:
+            raise UserError(f"--init {options.init} was trained over another base than {folder}", "Say where its base lies: --model FOLDER")
+    rows, val_rows = in_turn(ranks, lambda: [rows_of(options, part, words) for part in ("train", "val")])
+    made_of = {"data": digest(rows), "fingerprint": base}
+    note = noted(save, options, ranks, made_of) if save else None
+    if note and options.micro_batch is None and note["world"] == ranks.world:
+        options = dataclasses.replace(options, micro_batch=note["config"]["micro_batch"])  # as it was: sums in the same order
+    dtypes = {"auto": checkpoint.compute_dtype(ranks.device), "bf16": torch.bfloat16, "fp32": torch.float32}
+    dtype = dtypes["bf16" if options.pure_bf16 else options.dtype]
+    ways = {"adapter": adapter(options, words), "dtype": dtype, "nf4": options.qlora, "pure": options.pure_bf16}
+    return Job(options, ranks, folder, shape, words, save, note, rows, val_rows, made_of, schedule(len(rows), options), ways)
+
+
+def base_of(options, ranks):
+    """→ (the base's folder, its weights' fingerprint or None for --from-scratch, ModelConfig with our rows, Tokenizer)"""
     local = Path(options.model).is_dir()
     if ranks.device.type == "cpu" and not options.device and (not local or checkpoint.read_config(options.model).num_parameters > BIG):
         raise UserError(
@@ -312,12 +369,7 @@ def prepare(options, ranks):
     planning.check(options, shape)
     with torch.device("meta"):
         outline = Transformer(shape)
-    base = None if options.from_scratch else checkpoint.fingerprint(checkpoint.find(outline, folder))
-    if options.init and options.lora and not save:
-        known = config.read_json(Path(options.init) / "run.json", {}).get("fingerprint", base)
-        if known != base or lora.read_settings(options.init)[0]["rows"] != words.added:
-            raise UserError(f"--init {options.init} was trained over another base than {folder}", "Say where its base lies: --model FOLDER")
-    return folder, base, shape, words, save
+    return folder, None if options.from_scratch else checkpoint.fingerprint(checkpoint.find(outline, folder)), shape, words
 
 
 def last_save(options, ranks):
@@ -350,7 +402,7 @@ def look_at_out(options, ranks):
     config.check_folder(out, options.overwrite or options.resume and "config" in run or not ranks.first)
 
 
-def known(save, options, ranks, rows, base):
+def noted(save, options, ranks, made_of):
     """What the save tells of the run. UserError when this is another run."""
     note = resume.note_of(save, ranks.rank)
     for name, value in dataclasses.asdict(options).items():
@@ -360,12 +412,12 @@ def known(save, options, ranks, rows, base):
                 f"{flag_} is {value} now, and was {note['config'].get(name)} when the run in {options.out} began",
                 "Give the same flags as then, or begin anew with --overwrite.",
             )
-    if options.lora and note["fingerprint"] != base:
+    if options.lora and note["fingerprint"] != made_of["fingerprint"]:
         raise UserError(
             f"{options.model} holds other weights than when the run in {options.out} began",
             "Bring the old ones back, or begin anew with --overwrite.",
         )
-    if note["data"] != digest(rows):
+    if note["data"] != made_of["data"]:
         raise UserError(
             f"{options.data} isn't what the run in {options.out} was trained on",
             "Bring the old files back, or begin anew with --overwrite.",
@@ -402,28 +454,26 @@ def adapter(options, words):
     return {**sizes, "targets": targets, "rows": words.added}
 
 
-def fit(options, shape, ranks, plan, ways, rows, say):
-    """Rows at a time and what is recomputed: as asked, else what is the fastest of what fits, by prediction.
-
-    → (options with the rows, what is recomputed, {"gib", "tok_per_s"} as predicted)
-    """
+def fit(job):
+    """Rows at a time and what is recomputed: as asked, else what is the fastest of what fits, by prediction. → Job with them"""
+    options, ranks, ways, plan = job.options, job.ranks, job.ways, job.plan
     prediction, cuda = {}, ranks.device.type == "cuda"
-    least = RECOMPUTE if cuda else ("full",) if shape.num_parameters > BIG else ("none",)
+    least = RECOMPUTE if cuda else ("full",) if job.shape.num_parameters > BIG else ("none",)
     kinds = least if options.recompute == "auto" else (options.recompute,)
     size, way = options.micro_batch or min(2, math.ceil(plan.batch / ranks.world)), RECOMPUTE.index(kinds[-1])
     if ranks.first and (cuda or ranks.world == 1):  # several ranks on a CPU are somebody's test: nothing to predict for
-        tokens, labelled, _ = step.sizes(rows)
+        tokens, labelled, _ = step.sizes(job.rows)
         work = planning.Work(
-            shape,
+            job.shape,
             ways,
             math.ceil(plan.batch / ranks.world),
             options.seq_len,
             ranks.shards,
             labelled / tokens,
-            tokens / sum(len(row.doc_lengths) for row in rows),
+            tokens / sum(len(row.doc_lengths) for row in job.rows),
             cuda and not options.no_compile,
             ranks.device.type == "cpu",
-            data.filled(rows, options.seq_len),
+            data.filled(job.rows, options.seq_len),
         )
         card, free = planning.here(ranks.device, ways["dtype"])
         sizes = [options.micro_batch] if options.micro_batch else None if cuda else [1, 2][: work.rows]
@@ -435,11 +485,12 @@ def fit(options, shape, ranks, plan, ways, rows, say):
         size, way = choice.rows, RECOMPUTE.index(choice.way)
         needs = planning.resident(choice.needs, ways["dtype"]) if work.cpu else choice.bytes
         prediction = {"gib": needs / 2**30, "tok_per_s": plan.batch * options.seq_len * work.filled / choice.seconds}
-        say(
+        job.say(
             f"{config.counted(size, 'rows at a time')}, recompute {choice.way}: {needs / 2**30:.2f} GiB predicted, "
             f"{'of' if choice.fits else 'MORE than'} {free / 2**30:.1f} to use; {prediction['tok_per_s']:,.0f} tok/s"
         )
-    return dataclasses.replace(options, micro_batch=ranks.share(size)), RECOMPUTE[ranks.share(way)], prediction
+    options = dataclasses.replace(options, micro_batch=ranks.share(size))
+    return dataclasses.replace(job, options=options, ways={**ways, "recompute": RECOMPUTE[ranks.share(way)]}, prediction=prediction)
 
 
 def in_turn(ranks, work):
@@ -478,15 +529,15 @@ def schedule(rows, options):
     return Plan(batch, epoch, steps, lr, frozenset({*range(every, steps + 1, every), steps}))
 
 
-def describe(options, shape, ranks, dtype, train_rows, val_rows, plan):
-    targets = sum(int((row.labels != data.IGNORED).sum()) for row in train_rows)
+def describe(job):
+    options, plan, ranks = job.options, job.plan, job.ranks
+    targets = sum(int((row.labels != data.IGNORED).sum()) for row in job.rows)
     kind = "QLoRA" if options.qlora else "LoRA" if options.lora else "full fine-tuning"
-    what = f"{kind} of {options.model} ({shape.num_parameters / 1e6:,.1f}M parameters)"
-    full = data.filled(train_rows, options.seq_len)
     text = (
-        f"{what} on {ranks.world} x {ranks.device.type}, {short(dtype)}\n"
-        f"{config.counted(len(train_rows), 'rows')} of {options.seq_len:,} tokens, {full:.1%} filled, {targets:,} of the tokens trained; "
-        f"{config.counted(len(val_rows), 'rows')} held out\n"
+        f"{kind} of {options.model} ({job.shape.num_parameters / 1e6:,.1f}M parameters) "
+        f"on {ranks.world} x {ranks.device.type}, {short(job.ways['dtype'])}\n"
+        f"{config.counted(len(job.rows), 'rows')} of {options.seq_len:,} tokens, {data.filled(job.rows, options.seq_len):.1%} filled, "
+        f"{targets:,} of the tokens trained; {config.counted(len(job.val_rows), 'rows')} held out\n"
         f"{config.counted(plan.steps, 'steps')} of {config.counted(plan.batch, 'rows')}, {plan.steps / plan.epoch:.1f} epochs"
     )
     if plan.batch < options.batch or targets < LITTLE:
@@ -523,24 +574,6 @@ def lr_at(number, steps, peak, warmup):
 # --- what one watches
 
 POSTFIX = "loss {loss:.3f}, lr {lr:.1e}, norm {grad_norm:.2f}, {tok_per_s:,.0f} tok/s, mfu {mfu:.0%}, {peak_gib:.1f} GiB"
-
-
-def measure(number, loss, lr, norm, targets, rows, model, seconds, peak, device):
-    """A step's line of metrics.jsonl. `peak`: FLOP/s of all ranks together."""
-    tokens, (needed, done) = sum(len(row.ids) for row in rows), step.flops(model, rows)
-    return {
-        "step": number,
-        "loss": loss,
-        "lr": lr,
-        "grad_norm": norm,
-        "tokens": tokens,
-        "trained_tokens": targets,
-        "tok_per_s": tokens / seconds,
-        "mfu": needed / seconds / peak,
-        "hfu": done / seconds / peak,
-        "peak_gib": step.peak_gib(device),
-        "seconds": seconds,
-    }
 
 
 def contexts(options):
@@ -580,58 +613,56 @@ class Point:
 
 
 class Record:
-    """The run's folder: metrics line by line, the best weights, `run.json`. Rank 0 writes; all know `before` and `best`.
+    """The run's folder: metrics line by line, the best weights, `run.json`. Rank 0 writes; all know `done`, `before` and `best`."""
 
-    `note`: what a save told of the run that goes on. `made_of`: what tells its data and its base from others. `prediction`: `fit`'s.
-    """
-
-    def __init__(self, options, plan, folder, words, model, ranks, dtype, note, made_of, prediction):
-        self.prediction, self.speeds, self.peak = prediction, [], 0.0
-        self.options, self.folder, self.words, self.model, self.ranks = options, folder, words, model, ranks
-        self.out, self.began, self.before, self.best, self.last = Path(options.out), time.time(), None, None, None
-        self.since_best = self.graphs = self.compiled_at = self.skipped = 0
-        self.made_of = made_of
+    def __init__(self, job, model):
+        self.job, self.model, self.out = job, model, Path(job.options.out)
+        self.prediction, self.speeds, self.peak = job.prediction, [], 0.0
+        self.began, self.before, self.best, self.last = time.time(), None, None, None
+        self.done = self.since_best = self.graphs = self.compiled_at = self.skipped = 0
+        options, ranks, note = job.options, job.ranks, job.note
         if note:
             points = {name: Point(*note[name]) for name in ("before", "best", "last") if note[name]}
             self.before, self.last = points["before"], points["last"]
             self.best = self.last if note["best"] == note["last"] else points.get("best")
             self.since_best, self.skipped, self.began = note["since_best"], note["skipped"], self.began - note["seconds"]
+            self.done = note["step"]
         if not ranks.first:
             return
         config.private_folder(self.out)
         if note:
-            self.cut_back(note["step"])
+            self.cut_back()
         else:
             checkpoint.clear(self.out)
         for name in ("persona.json", "facts.md"):
             if (Path(options.data) / name).exists():
                 (self.out / name).write_bytes((Path(options.data) / name).read_bytes())
-        words.save(self.out)  # its chat template has the names of persona.json
+        job.words.save(self.out)  # its chat template has the names of persona.json
         self.run = config.read_json(self.out / "run.json", {}) if note else {}
-        resumed = self.run.get("resumed", []) + ([note["step"]] if note else [])
+        resumed = self.run.get("resumed", []) + ([self.done] if note else [])
         self.run = {
             "config": dataclasses.asdict(options),
-            "plan": {**dataclasses.asdict(plan), "evaluate_at": sorted(plan.evaluate_at), "recompute": model.recompute},
-            "base": str(folder),
-            "fingerprint": made_of["fingerprint"],
+            "plan": {**dataclasses.asdict(job.plan), "evaluate_at": sorted(job.plan.evaluate_at), "recompute": model.recompute},
+            "base": str(job.folder),
+            "fingerprint": job.made_of["fingerprint"],
             "commit": commit(),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{ranks.device.type} ({platform.machine()})",
             "world": ranks.world,
             "compiled": model.compiled,
-            "prediction": prediction,
-            "dtype": short(dtype),
+            "prediction": self.prediction,
+            "dtype": short(job.ways["dtype"]),
             **({"resumed": resumed} if resumed else {}),
         }
         config.write_json(self.out / "run.json", self.run)
         self.metrics = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
 
-    def cut_back(self, done):
-        """Forget what metrics.jsonl says of steps after `done`, and half a line."""
+    def cut_back(self):
+        """Forget what metrics.jsonl says of steps after the last that is done, and half a line."""
         path, lines = self.out / "metrics.jsonl", []
         for text in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
             try:
-                lines += [text] if json.loads(text)["step"] <= done else []
+                lines += [text] if json.loads(text)["step"] <= self.done else []
             except ValueError:
                 break
         config.write_text(path, "".join(lines))
@@ -640,28 +671,33 @@ class Record:
         """The run so far, for a save."""
         points = {name: point and dataclasses.astuple(point) for name, point in vars(self).items() if name in ("before", "best", "last")}
         counts = {"since_best": self.since_best, "skipped": self.skipped, "seconds": time.time() - self.began}
-        return {**points, **counts, "config": dataclasses.asdict(self.options), **self.made_of}
+        return {**points, **counts, "config": dataclasses.asdict(self.job.options), **self.job.made_of}
 
     def write(self, line):
-        if self.ranks.first:
+        """A step is done: its line of metrics.jsonl, and what is counted of it."""
+        self.done = line["step"]
+        self.skipped += "skipped" in line
+        if self.model.compiled and self.graphs != step.compiled_graphs():
+            self.graphs, self.compiled_at = step.compiled_graphs(), self.done
+        if "tok_per_s" in line:
+            self.speeds.append(line["tok_per_s"])
+            self.peak = max(self.peak, line["peak_gib"])
+        self.append(line)
+
+    def append(self, line):
+        if self.job.ranks.first:
             self.metrics.write(json.dumps(line) + "\n")
             self.metrics.flush()
-            if "tok_per_s" in line:
-                self.speeds.append(line["tok_per_s"])
-                self.peak = max(self.peak, line["peak_gib"])
 
-    def count_graphs(self, number):
-        if self.graphs != step.compiled_graphs():
-            self.graphs, self.compiled_at = step.compiled_graphs(), number
-
-    def evaluation(self, number, epoch, found):
+    def evaluation(self, number, found):
         """Note an Evaluation after step `number`; the one at step 0 is what the others are compared with, never the best. → Point"""
         if not math.isfinite(found.nats):
             raise UserError(
                 f"after step {number} the held-out loss is {found.nats}; {self.kept()}",
                 "Try a smaller --lr." if number else "Is the base whole? Try --dtype fp32.",
             )
-        self.write({"step": number, "epoch": epoch, **found.metrics})
+        epoch = number / self.job.plan.epoch
+        self.append({"step": number, "epoch": epoch, **found.metrics})
         point = Point(number, epoch, found.metrics["val_loss"], found.metrics["val_bits_per_char"])
         if number == 0:
             self.before = point
@@ -673,18 +709,21 @@ class Record:
         return point
 
     def compare(self, point):
-        return "" if point is self.best else f" (the best was {self.best.loss:.4f})"
+        """A Point in words, beside the best if it isn't that."""
+        text = f"held-out loss {point.loss:.4f}, {point.bits:.4f} bits per character"
+        return text if point is self.best else f"{text} (the best was {self.best.loss:.4f})"
 
     def save(self):
         """Make the folder what the model is now; every rank must call."""
-        if self.ranks.world > 1:
+        job = self.job
+        if job.ranks.world > 1:
             self.model.reshard()  # since the last forward pass FSDP2 shows the root's parameters gathered, and cast
-        if not self.options.lora:
-            checkpoint.save_model(self.model, self.out, self.words)
+        if not job.options.lora:
+            checkpoint.save_model(self.model, self.out, job.words)
             return
         tensors = {name: checkpoint.full(p.detach()) for name, p in lora.trained(self.model).items()}
-        if self.ranks.first:
-            base = self.folder.resolve() if Path(self.options.model).is_dir() else self.options.model
+        if job.ranks.first:
+            base = job.folder.resolve() if Path(job.options.model).is_dir() else job.options.model
             lora.save(self.model, self.out, base, tensors)
 
     def kept(self):
@@ -697,20 +736,21 @@ class Record:
             "Try a smaller --lr; or mend those lines; or leave such steps out: --resume --skip-nonfinite 3",
         )
 
-    def leave(self, ends, done):
+    def leave(self, ends):
         """Close the folder before the run is over, and say so."""
-        if not self.ranks.first:
+        options = self.job.options
+        if not self.job.ranks.first:
             return
         self.metrics.close()
-        why = {"time": f"--max-minutes {self.options.max_minutes:g}" if self.options.max_minutes else "", signal.SIGINT: "Ctrl-C"}
-        saved = f"saved in {self.out}. {resume.AGAIN}" if self.options.keep else "not saved (--keep 0)."
-        stopped = f"stopped after step {done}, {saved}" if done else f"stopped before the first step. {resume.AGAIN}"
+        why = {"time": f"--max-minutes {options.max_minutes:g}" if options.max_minutes else "", signal.SIGINT: "Ctrl-C"}
+        saved = f"saved in {self.out}. {resume.AGAIN}" if options.keep else "not saved (--keep 0)."
+        stopped = f"stopped after step {self.done}, {saved}" if self.done else f"stopped before the first step. {resume.AGAIN}"
         print(f"{why.get(ends, 'SIGTERM')}: {stopped}", file=sys.stderr)
 
     def finish(self):
         """Close the folder. → what came of it, in words"""
         before, best, last = self.before, self.best, self.last
-        if self.ranks.first:
+        if self.job.ranks.first:
             self.metrics.close()
             result = {
                 "loss_before": before.loss,
@@ -735,7 +775,7 @@ class Record:
             text += "; later steps overfit and were discarded"
         if best.loss >= before.loss:
             text += "\nNothing was gained on held-out text: the base knew as much. More data, or a smaller --lr, may help."
-        return f"{text}\nTalk to it: python chat.py {self.options.out}"
+        return f"{text}\nTalk to it: python chat.py {self.out}"
 
 
 def draw(folder):

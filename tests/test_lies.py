@@ -413,12 +413,13 @@ def test_a_save_that_lies_is_refused(act, expected, save):
 
 def test_an_adapters_run_goes_on_over_its_own_base_alone(save):
     options = train.Config(lora=True)
-    note = {"step": 3, "updates": 3, "config": dataclasses.asdict(options), "data": train.digest([]), "fingerprint": "its own"}
+    own = {"data": "rows", "fingerprint": "its own"}
+    note = {"step": 3, "updates": 3, "config": dataclasses.asdict(options), **own}
     shutil.rmtree(save)
     resume.Writer(save, {}, ALONE, note).join()
-    assert train.known(save, options, ALONE, [], "its own")["step"] == 3
+    assert train.noted(save, options, ALONE, own)["step"] == 3
     with pytest.raises(UserError, match="holds other weights than when the run"):
-        train.known(save, options, ALONE, [], "another's")
+        train.noted(save, options, ALONE, own | {"fingerprint": "another's"})
 
 
 # --- damage at random

@@ -213,7 +213,8 @@ def test_a_sharded_adapter_is_saved_as_it_is_trained_not_as_it_was_gathered_to_c
         with torch.no_grad():
             model(torch.arange(3, 9)[None])
         options = train.Config(lora=True, model=str(base))
-        train.Record.save(SimpleNamespace(ranks=ranks, model=model, options=options, folder=base, out=None))
+        job = SimpleNamespace(ranks=ranks, options=options, folder=base)
+        train.Record.save(SimpleNamespace(job=job, model=model, out=None))
     finally:
         torch.distributed.destroy_process_group()
     assert len(saved) == 2 * 7 * 2 + 2 and {tensor.dtype for tensor in saved.values()} == {torch.float32}
