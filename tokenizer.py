@@ -6,6 +6,8 @@ stretch between special tokens is encoded as one string (`<|im_start|>` then `�
 """
 
 import base64
+import codecs
+import itertools
 import json
 import re
 from pathlib import Path
@@ -42,6 +44,8 @@ class Tokenizer:
         engine.add_special_tokens([special(IM_END), special(IM_START)])  # some bases have them, but as ordinary words
         self.added = [engine.token_to_id(t) for t in missing]
         self.im_start, self.im_end = engine.token_to_id(IM_START), engine.token_to_id(IM_END)
+        bytes_ = {engine.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+        self.byte_of = bytes_ if None not in bytes_ else {}  # sentencepiece's tokens for letters that have none of their own
         tokens = engine.get_added_tokens_decoder()
         self.special_ids = sorted(i for i, t in tokens.items() if t.special)
         # the spellings that the engine finds in any text; `<tool_call>` and its like are not special everywhere, but found all the same
@@ -84,8 +88,22 @@ class Tokenizer:
         return ids, offsets
 
     def decode(self, ids):
-        """Ids → text without special tokens. An unfinished character at the end shows as U+FFFD."""
-        return self.engine.decode(ids, skip_special_tokens=True)
+        """Ids → text without special tokens. An unfinished character at the end shows as U+FFFD, bytes that make none are left out.
+
+        More ids never change what those before them said: tokenizers' own decoder gives up all letters beside a byte that makes none.
+        """
+        text, unfinished = self.engine.decode(ids, skip_special_tokens=True), b""
+        if "\ufffd" not in text or not self.byte_of:
+            return text
+        id_of, whole = {byte: id for id, byte in self.byte_of.items()}, []
+        for bytes_, run in itertools.groupby(ids, self.byte_of.__contains__):
+            unfinished = b""
+            if bytes_:
+                decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+                run = [id_of[byte] for byte in decoder.decode(bytes(self.byte_of[id] for id in run)).encode()]
+                unfinished, _ = decoder.getstate()
+            whole += run
+        return self.engine.decode(whole, skip_special_tokens=True) + ("\ufffd" if unfinished else "")
 
     def save(self, folder):
         """Write `tokenizer.json` and a `tokenizer_config.json` with which transformers and vLLM load these very ids.

@@ -1,10 +1,10 @@
 """Small random models made by transformers' own classes, and small talks; every test runs on the CPU, without a network."""
 
 import functools
+import io
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,19 +23,31 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 VOCABULARIES = Path(mistral_common.__file__).parent / "data"
 V1 = VOCABULARIES / "tokenizer.model.v1"
+VOCAB = 2000  # pieces
+
+
+@functools.cache
+def vocabulary():
+    """A tokenizer.model of Mistral's kind and of VOCAB pieces, made of the example's text by sentencepiece itself: small heads train fast."""
+    import sentencepiece
+
+    made, text = io.BytesIO(), (ROOT / "examples" / "pellhaven.txt").read_text().splitlines()
+    way = dict(model_type="bpe", byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=made, vocab_size=VOCAB, minloglevel=2, **way)
+    return made.getvalue()
 
 
 def save_mistral(folder, **changes):
-    """A random Mistral of 2 layers in transformers' own format, with Mistral's v1 tokenizer; weights large enough for logits to differ."""
+    """A random Mistral of 2 layers in transformers' own format, with a `vocabulary`; weights large enough for logits to differ."""
     import transformers
 
     torch.manual_seed(0)
-    sizes = dict(vocab_size=32000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    sizes = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                  head_dim=16, max_position_embeddings=512, sliding_window=None, initializer_range=0.2, rms_norm_eps=1e-5)  # fmt: skip
     settings = transformers.MistralConfig(**{**sizes, **changes})
     model = transformers.MistralForCausalLM(settings)
     model.save_pretrained(folder)
-    shutil.copyfile(V1, Path(folder) / "tokenizer.model")
+    (Path(folder) / "tokenizer.model").write_bytes(vocabulary())
     return Path(folder)
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, command, refused
+from conftest import ROOT, VOCAB, command, refused
 
 import checkpoint
 import data
@@ -21,7 +21,7 @@ from data import Turn
 def clone(base, words, tmp_path_factory):
     """A random model folder with ChatML tokens and a persona; what it says is nonsense, how it says it is not."""
     folder = tmp_path_factory.mktemp("clone")
-    shape = checkpoint.with_vocabulary(checkpoint.read_config(base), 32002)
+    shape = checkpoint.with_vocabulary(checkpoint.read_config(base), VOCAB + 2)
     model = checkpoint.Transformer(shape)
     checkpoint.fill(model, base)
     checkpoint.save_model(model, folder, words, torch.float32)
@@ -111,12 +111,12 @@ def test_picking_follows_temperature_and_top_p():
 
 
 def test_messages_come_as_they_are_written_and_half_a_letter_waits(words):
-    text = ">>> hi 🦆\n>>> how >> are\nyou"
+    text = ">>> hi 🫠🦆\n>>> how >> are\nyou"
     ids = words.encode("<|im_start|>Ann\n" + text)[0]
     prompt = words.encode("<|im_start|>Ann\n>>>")[0]
     assert ids[: len(prompt)] == prompt
     seen = list(generate.messages(iter(ids[len(prompt) :]), words))
-    assert seen[-1] == ["hi 🦆", "how >> are\nyou"] and seen[0] == ["hi"]
+    assert seen[-1] == ["hi 🫠🦆", "how >> are\nyou"] and seen[0] in (["h"], ["hi"])
     assert not any("\ufffd" in m or ">>>" in m for shown in seen for m in shown)
     for before, after in zip(seen, seen[1:]):  # what was shown is never taken back
         assert all(b.startswith(a) for a, b in zip(before, after)) and len(before) <= len(after)

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from conftest import ROOT, command, refused, save_mistral
+from conftest import ROOT, VOCAB, command, refused, save_mistral
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -36,7 +36,7 @@ NORM = "model.layers.1.input_layernorm.weight"
     (lambda t: t.pop(NORM), f"{NORM} is missing"),
     (lambda t: t.update({NORM: torch.ones(3)}), r"layers.1.input_layernorm.weight is \[3\], config.json makes it \[64\]"),
     (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(3)}), "layers.2.mlp.up_proj.weight belongs to no part"),
-    (lambda t: t.update({"lm_head.weight": torch.ones(32005, 64)}), r"lm_head.weight is \[32005, 64\]"),
+    (lambda t: t.update({"lm_head.weight": torch.ones(VOCAB + 5, 64)}), rf"lm_head.weight is \[{VOCAB + 5}, 64\]"),
 ], ids=["missing", "wrong shape", "unknown", "larger vocabulary"])  # fmt: skip
 def test_a_folder_with_a_wrong_tensor_is_refused_by_name(broken, edit, expected):
     change(broken, edit)
@@ -99,16 +99,16 @@ def test_weights_are_looked_at_to_the_last_and_come_into_memory_when_they_are_us
 
 
 def test_new_rows_are_the_mean_of_the_old_and_the_size_is_not_padded(base):
-    shape = checkpoint.with_vocabulary(checkpoint.read_config(base), 32002)
+    shape = checkpoint.with_vocabulary(checkpoint.read_config(base), VOCAB + 2)
     model = checkpoint.Transformer(shape)
     checkpoint.fill(model, base)
     old = load_file(base / "model.safetensors")["lm_head.weight"]
-    assert model.lm_head.weight.shape == (32002, 64) and torch.equal(model.lm_head.weight[:32000], old)
-    torch.testing.assert_close(model.lm_head.weight[32001], old.mean(0))
+    assert model.lm_head.weight.shape == (VOCAB + 2, 64) and torch.equal(model.lm_head.weight[:VOCAB], old)
+    torch.testing.assert_close(model.lm_head.weight[VOCAB + 1], old.mean(0))
 
 
 def test_a_saved_model_is_split_and_indexed(base, tmp_path, words, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", 3_500_000)
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 300_000)
     model = checkpoint.load_model(str(base))
     checkpoint.save_model(model, tmp_path, words, torch.float32)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -128,7 +128,7 @@ def unless_spent(left, act, *given, **named):
 
 def test_a_model_in_several_files_is_replaced_whole_or_not_at_all(base, tmp_path, words, monkeypatch):
     """Every renaming and writing on the way is where a kill may come; what loads is the old model, or from the index on the new one."""
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", 3_500_000)
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 300_000)
     model, kept = checkpoint.load_model(str(base)), []
     for number in range(3):
         with torch.no_grad():

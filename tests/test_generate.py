@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, command, refused, save_mistral
+from conftest import ROOT, VOCAB, command, refused, save_mistral
 
 import chat
 import checkpoint
@@ -25,7 +25,7 @@ needs_a_compiler = pytest.mark.skipif(not generate.can_compile(torch.device("cpu
 def adapted(base, words, tmp_path_factory):
     """An adapter with weight in every part, its new rows too."""
     folder = tmp_path_factory.mktemp("adapted")
-    model = Transformer(checkpoint.with_vocabulary(checkpoint.read_config(base), 32002))
+    model = Transformer(checkpoint.with_vocabulary(checkpoint.read_config(base), VOCAB + 2))
     checkpoint.fill(model, base)
     lora.inject(model, rank=4, rows=words.added)
     generator = torch.Generator().manual_seed(3)

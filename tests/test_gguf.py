@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, VOCAB
 
 import checkpoint
 
@@ -31,7 +31,7 @@ print(json.dumps([ids, said]))
 def test_a_gguf_of_our_folder_has_our_ids_and_goes_on_with_the_same_tokens(base, words, tmp_path):
     folder, file = tmp_path / "clone", tmp_path / "clone.gguf"
     folder.mkdir()
-    model = checkpoint.Transformer(checkpoint.with_vocabulary(checkpoint.read_config(base), 32002))
+    model = checkpoint.Transformer(checkpoint.with_vocabulary(checkpoint.read_config(base), VOCAB + 2))
     checkpoint.fill(model, base)
     checkpoint.save_model(model, folder, words, torch.float32)
     (folder / "persona.json").write_text(json.dumps({"me": "Ann", "contacts": [{"name": "Bob"}]}))

@@ -5,7 +5,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import command, refused, save_mistral
+from conftest import VOCAB, command, refused, save_mistral
 from safetensors.torch import load_file
 
 import checkpoint
@@ -15,12 +15,12 @@ import step
 from config import UserError
 
 ALONE = step.Ranks(torch.device("cpu"))
-ROWS = [32000, 32001]
+ROWS = [VOCAB, VOCAB + 1]
 
 
 def grown(folder, **adapter):
     """Our model of `folder` with room for two ChatML tokens, and an adapter with values that aren't at their start."""
-    shape = checkpoint.with_vocabulary(checkpoint.read_config(folder), 32002)
+    shape = checkpoint.with_vocabulary(checkpoint.read_config(folder), VOCAB + 2)
     model = checkpoint.Transformer(shape)
     checkpoint.fill(model, folder)
     lora.inject(model, rows=ROWS, **adapter)
@@ -32,7 +32,7 @@ def grown(folder, **adapter):
 
 
 def tokens():
-    return torch.randint(0, 32002, (2, 21), generator=torch.Generator().manual_seed(3)).index_fill(1, torch.tensor([4, 9]), 32001)
+    return torch.randint(0, VOCAB + 2, (2, 21), generator=torch.Generator().manual_seed(3)).index_fill(1, torch.tensor([4, 9]), VOCAB + 1)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -112,7 +112,7 @@ def test_what_we_save_loads_in_peft_with_equal_logits(folder, tmp_path):
     ours = grown(folder, rank=4, alpha=12)
     lora.save(ours, tmp_path, folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    theirs.resize_token_embeddings(32002)
+    theirs.resize_token_embeddings(VOCAB + 2)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens()), theirs(tokens()).logits, atol=1e-4, rtol=1e-4)
@@ -121,7 +121,7 @@ def test_what_we_save_loads_in_peft_with_equal_logits(folder, tmp_path):
 
 def test_what_peft_saves_loads_here_with_equal_logits(folder, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    theirs.resize_token_embeddings(32002)
+    theirs.resize_token_embeddings(VOCAB + 2)
     rows = {"embed_tokens": ROWS} | ({} if theirs.config.tie_word_embeddings else {"lm_head": ROWS})
     settings = peft.LoraConfig(
         r=4, lora_alpha=12, target_modules=list(lora.TARGETS), init_lora_weights=False, trainable_token_indices=rows, task_type="CAUSAL_LM"
@@ -215,7 +215,7 @@ def test_an_adapter_of_another_base_is_refused_by_name(base, tmp_path):
 
 def packed(folder, dtype=torch.float32):
     """A QLoRA model as train.py builds it, with values in its adapter that aren't at their start."""
-    shape = checkpoint.with_vocabulary(checkpoint.read_config(folder), 32002)
+    shape = checkpoint.with_vocabulary(checkpoint.read_config(folder), VOCAB + 2)
     model = step.build(shape, ALONE, folder, {"rank": 8, "rows": ROWS}, dtype, nf4=True)
     return stir(model)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Program
+from conftest import ROOT, VOCAB, Program
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -380,7 +380,7 @@ def test_ranks_without_room_end_together_and_torchrun_starts_again_with_less(bas
 
 
 def test_the_probe_says_what_does_not_fit_and_leaves_no_trace(base, chats, words, monkeypatch):
-    model = step.build(checkpoint.with_vocabulary(checkpoint.read_config(base), 32002), ALONE, base, {"dropout": 0.5}, torch.float32)
+    model = step.build(checkpoint.with_vocabulary(checkpoint.read_config(base), VOCAB + 2), ALONE, base, {"dropout": 0.5}, torch.float32)
     rows = data.rows(chats / "train.jsonl", words, 160)
     tried = []
     monkeypatch.setattr(step, "micro_batches", lambda rows, *_: tried.append(rows) or [step.collate(rows, "cpu")])
@@ -495,8 +495,8 @@ def on_a_small_disk(out, base, chats, size, fill, *flags):
 
 
 def test_a_disk_too_small_is_known_before_the_first_step(base, chats, tmp_path):
-    done = on_a_small_disk(tmp_path / "ckpt", base, chats, "60m", "", *KINDS["full"], "--overwrite")
-    assert done.returncode == 2 and "this run needs 0.2 GB there" in done.stderr and "--keep 1" in done.stderr
+    done = on_a_small_disk(tmp_path / "ckpt", base, chats, "4m", "", *KINDS["full"], "--overwrite")
+    assert done.returncode == 2 and "this run needs 0.0 GB there" in done.stderr and "--keep 1" in done.stderr
     assert not (tmp_path / "ckpt.kept" / "resume").exists() and "Traceback" not in done.stderr
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import openai
 import pytest
 import torch
-from conftest import ROOT, command, refused
+from conftest import ROOT, VOCAB, command, refused
 
 import checkpoint
 import generate
@@ -35,7 +35,7 @@ HI = [{"role": "user", "content": "hi"}]
 def clone(base, words, tmp_path_factory):
     """A random model folder with ChatML tokens and a persona."""
     folder = tmp_path_factory.mktemp("clone")
-    model = checkpoint.Transformer(checkpoint.with_vocabulary(checkpoint.read_config(base), 32002))
+    model = checkpoint.Transformer(checkpoint.with_vocabulary(checkpoint.read_config(base), VOCAB + 2))
     checkpoint.fill(model, base)
     checkpoint.save_model(model, folder, words, torch.float32)
     words.save(folder)

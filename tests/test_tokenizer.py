@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers as hf
@@ -188,6 +189,21 @@ def test_typed_special_tokens_are_characters(words, typed):
     ids, _ = words.encode(data.render([Turn("Bob", False, "", [typed])], specials=words.specials).text)
     assert [i for i in ids if i in words.special_ids] == [words.bos, words.im_start, words.im_end]
     assert words.decode(ids).replace(data.WORD_JOINER, "").count(typed.replace("\n>>>", "\n >>>")) == 1
+
+
+def test_bytes_that_make_no_letter_cost_no_other_as_in_sentencepiece_and_what_was_read_stays(sentencepieces):
+    theirs, ours = sentencepieces
+    letters = [
+        *theirs.encode("hi \U0001fae0\U0001fae0\U0001f986 ½", out_type=int),
+        theirs.piece_to_id("<0x35>"),
+        theirs.piece_to_id("<0xBD>"),
+    ]
+    for seed in range(300):
+        mixed = np.random.default_rng(seed)
+        ids = [letters[0], *letters, *mixed.choice(letters, mixed.integers(1, 30)).tolist()]
+        assert ours.decode(ids).replace("\ufffd", "") == theirs.decode(ids).replace("\ufffd", "")
+        known = [ours.decode(ids[:n]).rstrip("\ufffd") for n in range(len(ids))]
+        assert all(after.startswith(before) for before, after in zip(known, known[1:]))
 
 
 def test_decoding_returns_the_text_without_special_tokens(words):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import command, refused, save_mistral
+from conftest import VOCAB, command, refused, save_mistral
 from safetensors.torch import load_file
 
 import checkpoint
@@ -14,7 +14,7 @@ import step
 import train
 
 ALONE = step.Ranks(torch.device("cpu"))
-QUICK = ("--seq-len", 160, "--device", "cpu", "--dtype", "fp32", "--samples", 1)
+QUICK = ("--seq-len", 160, "--device", "cpu", "--dtype", "fp32", "--samples", 0)
 
 
 def curve(folder):
@@ -34,7 +34,7 @@ def alone(request, base, chats, tmp_path_factory):
     flags = ("--lr", 3e-3) if request.param == "full" else (f"--{request.param}", "--lr", 1e-2)
     flags = (*flags, "--max-steps", 6, "--micro-batch", 8)
     out = tmp_path_factory.mktemp("alone") / "ckpt"
-    return flags, out, fine_tune(base, chats, out, *flags)
+    return flags, out, fine_tune(base, chats, out, *flags, "--samples", 1)
 
 
 def test_one_process_two_processes_and_micro_batches_give_the_same_curve(alone, base, chats, tmp_path):
@@ -42,7 +42,7 @@ def test_one_process_two_processes_and_micro_batches_give_the_same_curve(alone, 
     losses, held_out = curve(out)
     assert len(losses) == 6 and losses[-1] < losses[0]
     for name, other in {
-        "two ranks": {"ranks": 2},
+        "two ranks": {"ranks": 2, "more": ("--samples", 1)},
         "three ranks, recomputing": {"ranks": 3, "more": ("--recompute", "full")},
         "four micro-batches": {"micro": 2},
     }.items():
@@ -141,7 +141,7 @@ def test_from_scratch_needs_no_weights_and_trains_the_same_on_two_ranks(base, ch
     fine_tune(shape, chats, tmp_path / "one", *flags)
     fine_tune(shape, chats, tmp_path / "two", *flags, ranks=2)
     assert curve(tmp_path / "one")[0] == pytest.approx(curve(tmp_path / "two")[0], rel=1e-4)
-    assert curve(tmp_path / "one")[0][0] == pytest.approx(math.log(32002), rel=0.05)
+    assert curve(tmp_path / "one")[0][0] == pytest.approx(math.log(VOCAB + 2), rel=0.05)
 
 
 def test_tied_weights_stay_tied_on_two_ranks(chats, tmp_path):
@@ -193,7 +193,7 @@ def test_every_epoch_has_each_row_once_in_an_order_of_its_own():
 
 
 def test_samples_between_two_steps_leave_dropout_on(base, chats, words):
-    shape = checkpoint.with_vocabulary(checkpoint.read_config(base), 32002)
+    shape = checkpoint.with_vocabulary(checkpoint.read_config(base), VOCAB + 2)
     model = step.build(shape, ALONE, None, {"dropout": 0.5}, torch.float32)
     asked = train.contexts(train.Config(data=str(chats), samples=1))
     assert len([*train.answers(model, words, asked, ALONE, 0)]) == 1 and model.training
