@@ -1,15 +1,19 @@
-"""Programs in forks of a process that has imported torch, which takes longer than most of them run.
+"""Programs in forks of a process that has imported torch, which takes longer than most of them run, as does taking it down at the end.
 
 A connection (file descriptor argv[1]) says what to run: a JSON of (words, environment, folder), and four descriptors. The last of them
 is told the program's process id and, when it has ended, its exit code, a line each.
 """
 
+import atexit
+import gc
 import json
 import os
 import runpy
 import signal
 import socket
 import sys
+import threading
+import traceback
 
 import matplotlib.figure  # noqa: F401
 import safetensors.torch  # noqa: F401
@@ -20,6 +24,7 @@ import torch.distributed.fsdp  # noqa: F401
 
 def main():
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    gc.freeze()  # pages that no fork's garbage collection touches stay shared
     with socket.socket(fileno=int(sys.argv[1])) as line:
         while True:
             message, given, *_ = socket.recv_fds(line, 1 << 20, 4)
@@ -48,7 +53,19 @@ def main():
     os.chdir(folder)
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
     sys.path[1:1] = env["PYTHONPATH"].split(":")
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    code = 1
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 main()
