@@ -88,7 +88,9 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
         if isinstance(error, OSError):  # no right to read or write, a full disk, a folder where a file belongs
-            error = UserError(f"{error.filename or 'a file'}: {error.strerror or error}", "Mend that, then run it again.")
+            path = error.filename or "a file"
+            other = UserError(f"{path}: {error.strerror or error}", "Mend that, then run it again.")
+            error = unwritten(path, error) if error.errno == errno.ENOSPC else other
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(error, file=sys.stderr)
         sys.exit(2)
@@ -208,5 +210,10 @@ def write_json(path, value):
 def write_text(path, text):
     """Written beside, then renamed: never half a file."""
     beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)  # the system names no file when a disk is full
+        raise

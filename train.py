@@ -655,7 +655,6 @@ class Record:
             **({"resumed": resumed} if resumed else {}),
         }
         config.write_json(self.out / "run.json", self.run)
-        self.metrics = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
 
     def cut_back(self):
         """Forget what metrics.jsonl says of steps after the last that is done, and half a line."""
@@ -685,9 +684,14 @@ class Record:
         self.append(line)
 
     def append(self, line):
-        if self.job.ranks.first:
-            self.metrics.write(json.dumps(line) + "\n")
-            self.metrics.flush()
+        if not self.job.ranks.first:
+            return
+        path = self.out / "metrics.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise config.unwritten(path, error, f"{self.kept()}. Make room. {resume.AGAIN}") from None
 
     def evaluation(self, number, found):
         """Note an Evaluation after step `number`; the one at step 0 is what the others are compared with, never the best. → Point"""
@@ -741,7 +745,6 @@ class Record:
         options = self.job.options
         if not self.job.ranks.first:
             return
-        self.metrics.close()
         why = {"time": f"--max-minutes {options.max_minutes:g}" if options.max_minutes else "", signal.SIGINT: "Ctrl-C"}
         saved = f"saved in {self.out}. {resume.AGAIN}" if options.keep else "not saved (--keep 0)."
         stopped = f"stopped after step {self.done}, {saved}" if self.done else f"stopped before the first step. {resume.AGAIN}"
@@ -751,7 +754,6 @@ class Record:
         """Close the folder. → what came of it, in words"""
         before, best, last = self.before, self.best, self.last
         if self.job.ranks.first:
-            self.metrics.close()
             result = {
                 "loss_before": before.loss,
                 "loss": best.loss,

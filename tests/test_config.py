@@ -148,6 +148,18 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path, monkeypatch):
     assert config.read_json(tmp_path / "run.json") == {"steps": 1}
 
 
+def test_a_full_disk_is_said_with_the_file_that_found_no_room_and_leaves_nothing_half_written(tmp_path, capsys):
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    config.write_json(tmp_path / "run.json", {"steps": 1})
+    (tmp_path / "run.json.new").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as end:
+        config.run(lambda: config.write_json(tmp_path / "run.json", {"steps": 2}))
+    heard = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and heard[0] == f"{tmp_path / 'run.json'} can't be written: the disk is full" and "Make room" in heard[1]
+    assert config.read_json(tmp_path / "run.json") == {"steps": 1} and [*tmp_path.iterdir()] == [tmp_path / "run.json"]
+
+
 def test_lora_has_one_verb():
     refused(command("lora.py"), "merge")
     refused(command("lora.py", "split", "--help"), "merge")

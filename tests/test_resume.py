@@ -474,7 +474,7 @@ DISK = """mount -t tmpfs -o size="$SIZE" none "$OUT" || exit 77
 "$@" & run=$!
 if [ -n "$FILL" ]; then
     until [ -e "$OUT/resume/step-00000002" ] || ! kill -0 $run; do sleep 0.02; done
-    head -c 1G /dev/zero > "$OUT/other" 2>/dev/null
+    while kill -0 $run 2>/dev/null; do head -c 1G /dev/zero >> "$OUT/other" 2>/dev/null; sleep 0.02; done
 fi
 wait $run; code=$?
 rm -f "$OUT/other"; cp -r "$OUT" "$OUT.kept"; exit $code

@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import VOCAB, command, refused, save_mistral
 from safetensors.torch import load_file
 
 import checkpoint
+import config
 import lora
 import step
 import train
@@ -229,6 +231,15 @@ def test_no_data_no_gpu_no_network_each_say_what_to_do(base, chats, tmp_path):
         refused(command("train.py", "--lora", "--data", chats), "No GPU", "--device cpu")
     refused(command("train.py", "--download-only", "--model", "nobody/nothing"), "nobody/nothing", "--model")
     refused(command("train.py", "--model", tmp_path / "nowhere", "--data", chats, "--device", "cpu"), "no such folder")
+
+
+def test_no_room_for_a_line_of_metrics_is_said_with_what_is_kept(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    record = SimpleNamespace(job=SimpleNamespace(ranks=ALONE), out=tmp_path, kept=lambda: "the best is kept")
+    with pytest.raises(config.UserError, match="metrics.jsonl can't be written: the disk is full\nthe best is kept. Make room."):
+        train.Record.append(record, {"step": 1})
 
 
 def test_bad_flags_and_folders_write_nothing(base, chats, tmp_path):
