@@ -17,6 +17,7 @@ lint: .venv/dev
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 	$(VENV)/mypy --no-error-summary
+	$(VENV)/mypy --no-error-summary --platform win32 data.py plan.py chat.py
 
 peers: build/peers/done  ## llama.cpp, to compare with: for bench.generate and tests/test_gguf.py; needs a C++ compiler and a quarter of an hour
 

@@ -1,5 +1,6 @@
 """Talk to it, in the terminal: `python chat.py ckpt/`. Each of its messages is a line of its own, as it comes. `--web`: see server.py."""
 
+import contextlib
 import dataclasses
 import datetime
 import itertools
@@ -138,8 +139,8 @@ class Talk:
         """Read lines, stream answers, until the end of input. Ctrl-C stops an answer, two at the prompt end."""
         interactive = sys.stdin.isatty()
         if interactive:
-            import readline  # noqa: F401  arrow keys and history in input()
-
+            with contextlib.suppress(ImportError):  # Windows' own input() has them
+                import readline  # noqa: F401  arrow keys and history in input()
             print(f"An AI imitation of {self.me}. You are {self.you}. /help says what else there is, Ctrl-D ends.\n")
             for said in self.turns[-8:]:
                 print("\n".join(f"{said.author}: {message}" for message in said.messages))

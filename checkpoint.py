@@ -92,7 +92,7 @@ def pick_device(name=None):
         return torch.device(name)
     driver = Path("/proc/driver/nvidia/version")
     if driver.exists():
-        version = next((w for w in driver.read_text().split() if w[0].isdigit() and "." in w), "unknown")
+        version = next((w for w in driver.read_text(encoding="utf-8").split() if w[0].isdigit() and "." in w), "unknown")
         if torch.version.cuda is None:
             raise UserError(
                 f"This machine has an NVIDIA card (driver {version}), but this torch ({torch.__version__}) is built for the CPU.",

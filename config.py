@@ -6,6 +6,7 @@ import errno
 import functools
 import gc
 import inspect
+import io
 import json
 import os
 import re
@@ -78,6 +79,9 @@ def parse(cls, argv=None, prog=None):
 def run(main):
     """Call `main()`; end with its UserError on stderr and exit code 2, with 130 on Ctrl-C. Under torchrun one rank a host speaks."""
     os.umask(0o077)  # what our programs write is chats, or was made of them: for its owner's eyes
+    for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
+        if isinstance(stream, io.TextIOWrapper):  # Windows' pipes and files are in its old code pages, which have no emoji
+            stream.reconfigure(encoding=stream.encoding if stream.isatty() else "utf-8", errors="replace")
     try:
         main()
         sys.stdout.flush()

@@ -731,7 +731,6 @@ def gather(joined, me, forgotten, bots, chats_left_out, options, spool):
                 index.extend((start, spool.tell(), len(written), trained))
                 spool.write(written)
             census.end_of(chat, not forgotten)
-    spool.flush()
     table = np.array(index, dtype=np.int64).reshape(-1, 4)
     contacts = [{"name": names[i], "messages": n} for i, n in census.contacts()]
     persona = {"me": my_name, "contacts": contacts} | ({"context": kinds} if kinds else {})
@@ -769,7 +768,8 @@ def check_enough(options, index, report):
 
 def line(spool, place):
     _, offset, length, _ = place.tolist()
-    return os.pread(spool.fileno(), length, offset)
+    spool.seek(offset)
+    return spool.read(length)
 
 
 def plant(count, among):

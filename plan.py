@@ -5,6 +5,7 @@ because every further block adds the same. Time is exact FLOPs and bytes over wh
 the answer says whether it was measured by us, derived from a published figure, or assumed. docs/PLAN.md holds both against measurements.
 """
 
+import ctypes
 import dataclasses
 import functools
 import json
@@ -432,8 +433,12 @@ def resident(needs, dtype=None):
 
 def available():
     """Bytes of memory that this machine can give now."""
+    if sys.platform == "win32":
+        status = (ctypes.c_uint64 * 8)(64)  # a MEMORYSTATUSEX: its size in bytes, then the memory in all and what is free of it
+        ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
+        return status[2]
     try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -4,12 +4,14 @@ Loss = sum over targets / their count over all micro-batches and ranks, so that 
 """
 
 import collections
+import ctypes
 import dataclasses
 import datetime
 import functools
 import math
 import os
 import re
+import sys
 import time
 import weakref
 from pathlib import Path
@@ -673,7 +675,11 @@ def peak_gib(device):
         return torch.mps.driver_allocated_memory() / 2**30
     status = Path("/proc/self/status")
     if status.exists():  # getrusage's peak is handed down by whoever started this process
-        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 2**20
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text(encoding="utf-8"))[1]) / 2**20
+    if sys.platform == "win32":
+        counters = (ctypes.c_uint64 * 9)(72)  # a PROCESS_MEMORY_COUNTERS: its size in bytes, then the most held so far
+        ctypes.windll.psapi.GetProcessMemoryInfo(ctypes.c_void_p(-1), counters, 72)
+        return counters[1] / 2**30
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS, in bytes

@@ -121,13 +121,15 @@ def share(folder):
     before, begin = peak("VmRSS"), time.perf_counter()
     model = step.build(checkpoint.with_vocabulary(checkpoint.read_config(folder), 32002), ranks, folder, LORA)
     adapter = sum(checkpoint.shard(p)[0].nbytes for p in model.parameters() if p.requires_grad)
-    Path(folder, f"rank{ranks.rank}.json").write_text(json.dumps([peak() - before - adapter, time.perf_counter() - begin]))
+    Path(folder, f"rank{ranks.rank}.json").write_text(
+        json.dumps([peak() - before - adapter, time.perf_counter() - begin]), encoding="utf-8"
+    )
     ranks.barrier()
 
 
 def peak(what="VmHWM"):
     """The most that was resident, in bytes; getrusage's figure begins with that of the process which started this one."""
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status", encoding="utf-8") if line.startswith(what))
 
 
 def cache(file, cold):
@@ -160,7 +162,7 @@ def main():
         return
     shape = MISTRAL_7B if options.full else SMALL
     need, room = 2 * shape.num_parameters, shutil.disk_usage(tempfile.gettempdir()).free
-    memory = next(int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
+    memory = next(int(line.split()[1]) * 1024 for line in open("/proc/meminfo", encoding="utf-8") if line.startswith("MemAvailable"))
     for what, there in (("disk", room), ("memory", memory)):
         if there < 1.15 * need:
             print(f"skipped: {1.15 * need / 1e9:.1f} GB of {what} are needed, {there / 1e9:.1f} GB are free")
@@ -178,7 +180,7 @@ def main():
         for who in runs:
             child("logits", who, folder)
         child("share", "ours", folder, launch=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"))
-        ranks = [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in range(2)]
+        ranks = [json.loads(Path(folder, f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
         found = agreement(folder)
     result = {"file_gb": size / 1e9, "cold": options.cold}
     for who, done in runs.items():

@@ -175,7 +175,7 @@ def idle():
 
 def usage():
     """(all, idle) time of the processors since the start, in ticks."""
-    ticks = [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    ticks = [int(n) for n in Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:9]]
     return sum(ticks), ticks[3] + ticks[4]
 
 

@@ -13,7 +13,6 @@ import heapq
 import itertools
 import marshal
 import operator
-import os
 from array import array
 
 import numpy as np
@@ -68,7 +67,6 @@ class Joined:
 
     def chats(self):
         """Yield (Chat, iterator of its Messages, without names) in the order in which the chats were first added."""
-        self.file.flush()
         for copies in itertools.chain.from_iterable(map(by_account, self.copies.values())):
             newer, streams = array("q"), []
             for _, runs in reversed(copies):
@@ -92,7 +90,8 @@ class Joined:
 
     def messages(self, run):
         for offset, length in run.places:
-            numbers, authors, *rest = marshal.loads(os.pread(self.file.fileno(), length, offset))
+            self.file.seek(offset)
+            numbers, authors, *rest = marshal.loads(self.file.read(length))
             yield from map(make, zip(numbers, authors, itertools.repeat(None), *rest))
 
 
