@@ -634,6 +634,8 @@ class Record:
             self.cut_back()
         else:
             checkpoint.clear(self.out)
+        if options.overwrite:  # not when torchrun starts us again, for whom it is
+            (self.out / "micro-batch.json").unlink(missing_ok=True)
         for name in ("persona.json", "facts.md"):
             if (Path(options.data) / name).exists():
                 (self.out / name).write_bytes((Path(options.data) / name).read_bytes())
@@ -741,7 +743,7 @@ class Record:
         )
 
     def leave(self, ends):
-        """Close the folder before the run is over, and say so."""
+        """Say why the run ends before its plan does, and how to go on."""
         options = self.job.options
         if not self.job.ranks.first:
             return
@@ -751,7 +753,7 @@ class Record:
         print(f"{why.get(ends, 'SIGTERM')}: {stopped}", file=sys.stderr)
 
     def finish(self):
-        """Close the folder. → what came of it, in words"""
+        """Write what came of the run. → the same in words"""
         before, best, last = self.before, self.best, self.last
         if self.job.ranks.first:
             result = {

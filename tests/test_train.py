@@ -233,6 +233,13 @@ def test_no_data_no_gpu_no_network_each_say_what_to_do(base, chats, tmp_path):
     refused(command("train.py", "--model", tmp_path / "nowhere", "--data", chats, "--device", "cpu"), "no such folder")
 
 
+def test_overwrite_forgets_how_few_rows_the_former_run_had_room_for(base, chats, tmp_path):
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / "micro-batch.json").write_text('{"micro_batch": 1}')
+    fine_tune(base, chats, tmp_path / "ckpt", "--lora", "--max-steps", 1, "--overwrite")
+    assert not (tmp_path / "ckpt" / "micro-batch.json").exists()
+
+
 def test_no_room_for_a_line_of_metrics_is_said_with_what_is_kept(tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
