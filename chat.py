@@ -17,6 +17,7 @@ import plan
 import tokenizer as tokenizers
 from config import UserError, flag
 
+LIMITS = {"context": (64, 1 << 31), "max_tokens": (1, 1 << 31), "temperature": (0, 10), "top_p": (0, 1), "port": (0, 65535)}
 WORTH_IT = 200e6  # parameters, below which an answer is there before the compiler is
 
 
@@ -50,23 +51,7 @@ class Config:
 
 def main():
     options = config.parse(Config)
-    folder = Path(options.ckpt)
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder}: there is no such folder",
-            "Make one: python train.py --lora   (then: python chat.py ckpt/)",
-        )
-    if not (checkpoint.is_model(folder) or checkpoint.is_adapter(folder)):
-        raise UserError(
-            f"{folder} holds no model: neither config.json nor adapter_config.json",
-            "Give the folder that train.py wrote.",
-        )
-    if options.prompt is not None and not options.prompt.strip():
-        raise UserError("-p is empty", "Say something, or leave it out to talk.")
-    if options.prompt is not None and options.web:
-        raise UserError("-p is answered here, --web elsewhere", "Leave one of them out.")
-    if options.memory and options.web and options.host != "127.0.0.1":
-        raise UserError("--memory quotes my chats with everyone to whoever asks, --host lets others ask", "Leave one of them out.")
+    folder = check(options)
     me, you = who(folder, options)
     opening = memory.Opening(folder, options.memory, remembers)
     if options.web:
@@ -80,7 +65,7 @@ def main():
     compiled = not options.no_compile and model.config.num_parameters > WORTH_IT
     decoder = generate.Decoder(model, words, size, compiled=compiled)
     decoder.opening = opening
-    if compiled and not decoder.step:
+    if compiled and not decoder.step and device.type != "mps":
         why = "that needs g++ or clang++ and Python's headers"
         print(f"(not compiled: {why}; it answers at half the speed, in int8 and int4 at less)", file=sys.stderr)
     if options.web:
@@ -102,6 +87,33 @@ def main():
         print("\n".join(said.messages))
         return
     Talk(me, you, answer, options.history and Path(options.history)).run()
+
+
+def check(options):
+    """→ the checkpoint's folder. UserError for what is missing or can't be, before anything is loaded."""
+    for name, (least, most) in LIMITS.items():
+        if not least <= (value := getattr(options, name)) <= most:
+            raise UserError(f"--{name.replace('_', '-')} {value} is not from {least:,} to {most:,}", "Leave it out for the default.")
+    folder = Path(options.ckpt)
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: there is no such folder",
+            "Make one: python train.py --lora   (then: python chat.py ckpt/)",
+        )
+    if not (checkpoint.is_model(folder) or checkpoint.is_adapter(folder)):
+        raise UserError(
+            f"{folder} holds no model: neither config.json nor adapter_config.json",
+            "Give the folder that train.py wrote.",
+        )
+    if options.prompt is not None and not options.prompt.strip():
+        raise UserError("-p is empty", "Say something, or leave it out to talk.")
+    if options.prompt is not None and options.web:
+        raise UserError("-p is answered here, --web elsewhere", "Leave one of them out.")
+    if options.prompt is not None and options.history:
+        raise UserError("-p is answered once, --history keeps a talk", "Leave one of them out.")
+    if options.history and not Path(options.history).absolute().parent.is_dir():
+        raise UserError(f"--history {options.history}: there is no such folder", "Make it first, or name a file in another.")
+    return folder
 
 
 def remembers(day, asked, mine):

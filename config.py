@@ -108,12 +108,12 @@ def unwritten(path, error, way_out="Make room, or mend that, and run it again.")
     return UserError(f"{path} can't be written: {'the disk is full' if full else error}", way_out)
 
 
-def check_folder(path, overwrite):
-    """UserError when an output folder holds something already, unless `overwrite`."""
+def check_folder(path, overwrite, but=()):
+    """UserError when an output folder holds something already, unless `overwrite`, or it is of these names."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file", "Name another folder.")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    if path.is_dir() and any(inner.name not in but for inner in path.iterdir()) and not overwrite:
         raise UserError(f"{path} already holds something", "Name another folder, or say --overwrite to replace it.")
 
 
@@ -131,6 +131,25 @@ def private_folder(path):
         path.mkdir(parents=True, exist_ok=True)  # another rank may have been quicker
         path.chmod(0o700)
     return path
+
+
+def read_text(path):
+    """What a text file holds that a person may have edited, a BOM left off. UserError when it isn't UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text: {error}", "Save it again in UTF-8.") from None
+
+
+def read_metrics(folder):
+    """The lines of a run's metrics.jsonl, if there is one, to the first that is none: half a line, where a machine was lost."""
+    path, found = Path(folder) / "metrics.jsonl", []
+    for line in read_text(path).splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
 
 
 def read_json(path, missing=None):

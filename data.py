@@ -37,6 +37,7 @@ from json.encoder import encode_basestring as quoted
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
@@ -177,6 +178,12 @@ def sessions(messages, chat, me, gap):
 def spoken(turn):
     """A turn's messages but for those that are only a mark."""
     return [text for text in turn.messages if text[0] != "<" or not MARK.fullmatch(text)]
+
+
+def replies(session):
+    """Which of a session's turns are mine, of words, and answer somebody: their numbers."""
+    turns = session.turns
+    return [i for i, turn in enumerate(turns) if i and turn.me and turns[i - 1].author != HEADER and spoken(turn)]
 
 
 def why_not(session):
@@ -409,7 +416,7 @@ def filled(rows, seq_len):
 def load_sessions(path):
     """The sessions of a data/*.jsonl, edited or not. UserError names the line that is none."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines, which also cuts at U+2028
+        lines = config.read_text(path).split("\n")  # not splitlines, which also cuts at U+2028
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing",
@@ -458,12 +465,16 @@ def rows(path, tokenizer, seq_len, loss_on="me", short_weight=1.0):
         if not packed:
             return []
         cache.parent.mkdir(exist_ok=True)
-        for old in cache.parent.glob(f"{path.stem}-*.safetensors"):
-            old.unlink()
+        for old in {*cache.parent.glob(f"{path.stem}-*.safetensors")} - {cache}:  # ranks of a host without rank 0 are here all at once
+            old.unlink(missing_ok=True)
         stored = {n: np.concatenate([getattr(r, n) for r in packed]) for n in names}
         lengths = {f"{n}.lengths": np.array([len(getattr(r, n)) for r in packed]) for n in names}
-        save_file(stored | lengths, cache.with_suffix(".new"))
-        cache.with_suffix(".new").replace(cache)
+        new = cache.with_suffix(f".{os.getpid()}.new")
+        try:
+            save_file(stored | lengths, new)
+            new.replace(cache)
+        except (OSError, SafetensorError) as error:
+            raise config.unwritten(cache, error) from None
     stored = mapped(cache)
     ends = {n: np.cumsum(stored[f"{n}.lengths"]) for n in names}
     return [Row(*(stored[n][ends[n][i] - stored[f"{n}.lengths"][i] : ends[n][i]] for n in names)) for i in range(len(ends["ids"]))]
@@ -570,7 +581,7 @@ def check(options):
     if options.seq_len < 16:
         raise UserError(f"--seq-len {options.seq_len} is too short for a message", "Give 16 or more; training's default is 1024.")
     if not options.dry_run:
-        config.check_folder(options.out, options.overwrite)
+        config.check_folder(options.out, options.overwrite, ["facts.md"])
 
 
 def wanted(chat, options, heard):
@@ -701,7 +712,7 @@ def gather(joined, me, forgotten, bots, chats_left_out, options, spool):
     census.left_out["chats"].update(chats_left_out.values())
     taken = {HEADER}
     kinds, facts = contexts(options.context), Path(options.out) / "facts.md"
-    facts = facts.read_text(encoding="utf-8") if "facts" in kinds and facts.is_file() else ""
+    facts = config.read_text(facts) if "facts" in kinds and facts.is_file() else ""
     my_name = unique_name(next((joined.people[i] for i in me if joined.people.get(i)), "Me"), taken)
     names = dict.fromkeys(me, my_name)
     index, count = array("q"), sum(wrote.total() for wrote in joined.wrote.values())
@@ -869,10 +880,10 @@ def forget(folder, names, dry_run):
         parts[part] = []
         for talk in load_sessions(folder / f"{part}.jsonl"):
             before += sum(len(turn.messages) for turn in talk.turns)
-            if any(turn.author in gone or turn.author == HEADER for turn in talk.turns):
-                talk.turns = without(talk.turns, gone)
-                if talk.type == "personal_chat" or why_not(talk):
-                    continue
+            theirs = any(turn.author in gone for turn in talk.turns)
+            talk.turns = without(talk.turns, gone)  # a header may quote them where they say nothing
+            if theirs and (talk.type == "personal_chat" or why_not(talk)):
+                continue
             for turn in talk.turns:
                 total[turn.author] += len(turn.messages)
             parts[part].append(talk.to_json() + "\n")

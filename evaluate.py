@@ -128,10 +128,11 @@ def check(options):
     if not 1 <= len(folders) <= (1 if options.blind_test else 2):
         raise UserError(f"{len(folders)} checkpoints are given", "python evaluate.py ckpt/   (or two, to compare them)")
     for folder in folders:
-        if not ((folder / "config.json").exists() or checkpoint.is_adapter(folder)):
+        if not (checkpoint.is_model(folder) or checkpoint.is_adapter(folder)):
             raise UserError(f"{folder} holds no model", "Give the folder that train.py wrote.")
-    if options.replies < 1:
-        raise UserError(f"--replies {options.replies}: 1 or more are needed", "Leave it out for the default.")
+    for name, least in (("replies", 1), ("seed", 0)):
+        if (value := getattr(options, name)) < least:
+            raise UserError(f"--{name} {value}: {least} or more is needed", "Leave it out for the default.")
     if options.blind_test != bool(options.with_):
         raise UserError("--blind-test and --with NAME belong together", "Say whose chat with you the friend may see: --with NAME")
     needs = [] if options.blind_test else ["sklearn"] + ["bm25s"] * options.baselines
@@ -149,7 +150,7 @@ def base_of(folder, options):
         return options.model or config.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     run = config.read_json(folder / "run.json", {})
     named = options.model or ("" if run.get("config", {}).get("from_scratch") else run.get("base", ""))
-    return named if Path(named, "config.json").is_file() else None
+    return named if named and checkpoint.is_model(named) else None
 
 
 # --- what is held out
@@ -158,10 +159,9 @@ def base_of(folder, options):
 def moments(talks):
     """My turns of words that answer somebody."""
     return [
-        Moment(number, talk.turns[:i], turn.author, data.spoken(turn))
+        Moment(number, talk.turns[:i], talk.turns[i].author, data.spoken(talk.turns[i]))
         for number, talk in enumerate(talks)
-        for i, turn in enumerate(talk.turns)
-        if turn.me and i and talk.turns[i - 1].author != data.HEADER and data.spoken(turn)
+        for i in data.replies(talk)
     ]
 
 
@@ -188,10 +188,10 @@ def candidates(some, seed):
 
 
 def load(folder, ckpt, options):
-    """→ (model, the tokenizer of `ckpt`, tokens of context)"""
+    """`folder`, or a base's hub id, → (model, the tokenizer of `ckpt`, tokens of context)"""
     device = checkpoint.pick_device(options.device)
     words = tokenizers.load(ckpt)
-    model = plan.load_for_chat(Path(folder), options.model, 2048, device, words)
+    model = plan.load_for_chat(checkpoint.resolve(folder), options.model, 2048, device, words)
     return model, words, min(2048, model.config.max_position_embeddings)
 
 
@@ -208,7 +208,7 @@ def voices_of(name, folder, ckpt, talks, past, some, choices, options):
     alone = dict.fromkeys(tuple(reply) for replies in choices for reply in replies)
     if alone:
         alone = dict(zip(alone, likelihoods(model, words, [], [*map(list, alone)], some[0].author, size)))
-    hidden = [canary["secret"] for canary in canaries_of(options)]
+    hidden = [canary["secret"] for canary in canaries_of(options, past)]
     secrets, canaries = (
         np.array([likelihoods(model, words, before, replies, me, size) for before, me, replies in some])
         for some in secrets_of(past, hidden, options.seed)
@@ -469,9 +469,11 @@ def secrets_of(past, canaries, seed, most=20):
     return [*among(sample(sorted({*found} - {*canaries}), most, seed))], [*among(c for c in canaries if c in found)]
 
 
-def canaries_of(options):
-    """What `data.py --canaries` planted."""
-    return config.read_json(Path(options.data) / "canaries.json", {}).get("canaries", [])
+def canaries_of(options, past):
+    """What `data.py --canaries` planted, but for what was taken out since."""
+    planted = config.read_json(Path(options.data) / "canaries.json", {}).get("canaries", [])
+    mine = {text for talk in past for turn in talk.turns if turn.me for text in turn.messages}
+    return [canary for canary in planted if canary["before"] + canary["secret"] in mine]
 
 
 # --- the report
@@ -516,7 +518,7 @@ def measure(voices, talks, past, some, choices, options):
         a["flagged"] = a["value"] is not None and b["value"] is not None and bool(a["low"] > b["high"])
         a["examples"] = [" / ".join(r) for r, (n, _) in sorted(zip(replies[name], counts[name]), key=lambda x: -x[1][0]) if n >= RUN][:5]
     report["memorised"] = {name: exposure(voice.secrets) for name, voice in plain.items()}
-    copies = np.array([canary["copies"] for canary in canaries_of(options)])
+    copies = np.array([canary["copies"] for canary in canaries_of(options, past)])
     report["canaries"] = [
         {"copies": int(n), **{name: exposure(voice.canaries[copies == n]) for name, voice in plain.items()}} for n in np.unique(copies)
     ]
@@ -597,8 +599,7 @@ def which(low, high):
 
 def curve(folder):
     """metrics.jsonl → {"training": [[step, nats]], "held_out": [[step, bits per character]]}"""
-    path = Path(folder) / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    lines = config.read_metrics(folder)
     keys = {"training": "loss", "held_out": "val_bits_per_char"}
     return {name: [[line["step"], line[key]] for line in lines if key in line] for name, key in keys.items()}
 
@@ -641,7 +642,7 @@ def prompts(name, past, facts, words, size):
     ways = {f"{name} + similar exchanges": similar}
     if name == "base":
         ways[f"{name} + past messages"] = messages
-        known = {facts.name: facts.read_text(encoding="utf-8").splitlines()} if facts.is_file() else {}
+        known = {facts.name: config.read_text(facts).splitlines()} if facts.is_file() else {}
         for what, lines in (known | {"facts extracted": memory.statements(past)}).items():
             about = [data.Turn(data.HEADER, False, "", [line for line in lines if line.strip()])]
             if about[0].messages:
@@ -692,11 +693,11 @@ def blind_test(folder, talks, past, options):
         if others & {*runs(words_of(" ".join(written[1])))}:
             print("  ! the clone's words stand in another chat")
         print("Take it? [y/n/q] ", end="", flush=True)
-        said = sys.stdin.readline().strip().lower()[:1]
-        if said == "y":
+        said = sys.stdin.readline().lower() or "q"
+        if said.startswith("y"):
             second = int(draw.integers(2))
             items.append({"before": before, "replies": written[:: -1 if second else 1], "real": second})
-        elif said in ("q", ""):
+        elif said.startswith("q"):
             break
     if not items:
         raise UserError("no item was taken: nothing is written", "Say y to those that the friend may see.")

@@ -174,16 +174,20 @@ def merge(model):
 
 def folding(folder):
     """(name, weight) → the weight with the adapter of `folder` in it, fp32: `merge` for whoever reads a base tensor by tensor."""
-    said, file = read_settings(folder)[0], config.open_safetensors(Path(folder) / "adapter_model.safetensors")
-    keys, scale = {*file.keys()}, said["alpha"] / said["rank"]
+    said, path = read_settings(folder)[0], Path(folder) / "adapter_model.safetensors"
+    file, scale = config.open_safetensors(path), said["alpha"] / said["rank"]
+    keys = {*file.keys()}
+
+    def part(key):
+        return numbers(path, file, key).float()
 
     def fold(name, weight):
         stem = name.removesuffix(".weight")
         A, B, rows = (peft_name(f"{stem}.{what}") for what in ("lora_A", "lora_B", "row_values"))
         if A in keys:
-            weight = torch.addmm(weight.float(), file.get_tensor(B).float(), file.get_tensor(A).float(), alpha=scale)
+            weight = torch.addmm(weight.float(), part(B), part(A), alpha=scale)
         if rows in keys:
-            weight = weight.float().index_copy(0, torch.tensor(said["rows"]), file.get_tensor(rows).float())
+            weight = weight.float().index_copy(0, torch.tensor(said["rows"]), part(rows))
         return weight
 
     return fold
@@ -280,10 +284,15 @@ def load(model, folder, write=torch.Tensor.copy_):
     config.check_tensors(path, found, {key: p.shape for key, p in wanted.items()}, "the base", "Is this the adapter of another base?")
     for key, parameter in wanted.items():
         if not parameter.is_meta:
-            value = file.get_tensor(key)
-            if not value.isfinite().all():
-                raise UserError(f"{path}: tensor {key} holds NaN or infinity", "Train again, or copy the whole folder again.")
-            write(parameter, value)
+            write(parameter, numbers(path, file, key))
+
+
+def numbers(path, file, key):
+    """A tensor of the open adapter file at `path`. UserError when not all in it are numbers."""
+    value = file.get_tensor(key)
+    if not value.isfinite().all():
+        raise UserError(f"{path}: tensor {key} holds NaN or infinity", "Train again, or copy the whole folder again.")
+    return value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,12 +25,7 @@ class Exchanges:
             import bm25s
         except ImportError:
             raise UserError("bm25s is not installed", "pip install -r requirements-extra.txt") from None
-        self.pairs = [
-            (talk.start[:10], *talk.turns[i - 1 : i + 1])
-            for talk in talks
-            for i, turn in enumerate(talk.turns)
-            if i and data.spoken(turn) and turn.me and talk.turns[i - 1].author != data.HEADER
-        ]
+        self.pairs = [(talk.start[:10], *talk.turns[i - 1 : i + 1]) for talk in talks for i in data.replies(talk)]
         self.cut = functools.partial(bm25s.tokenize, stopwords=[], show_progress=False)
         self.index = bm25s.BM25()
         texts = [" ".join(asked.messages) for _, asked, _ in self.pairs]
@@ -60,7 +55,7 @@ class Opening:
     def __init__(self, ckpt, past=None, shown=lambda *exchange: None):
         self.kinds = data.contexts(",".join(config.read_json(Path(ckpt) / "persona.json", {}).get("context", [])))
         facts = Path(ckpt) / "facts.md"
-        self.facts = facts.read_text(encoding="utf-8") if facts.is_file() else ""
+        self.facts = config.read_text(facts) if facts.is_file() else ""
         if self.facts and "facts" not in self.kinds:
             self.kinds.append("facts")
         self.talks = [talk for part in ("train", "val") for talk in data.load_sessions(Path(past) / f"{part}.jsonl")] if past else []

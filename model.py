@@ -74,6 +74,11 @@ class ModelConfig:
         return self.num_hidden_layers * block + embeddings + self.hidden_size
 
 
+def cast(x, dtype):
+    """x.to(dtype), for what an autograd.Function returns: where that does nothing, torch 2.11's compiler loses the gradient."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 class Normalise(torch.autograd.Function):
     """x / rms(x) * weight, computed in fp32 because squares overflow in bf16; keeps x and one number a token for the backward pass."""
 
@@ -82,7 +87,7 @@ class Normalise(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         inverse = torch.rsqrt(norm * norm / x.shape[-1] + eps)  # (…, 1)
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse * weight).to(x.dtype)
+        return cast(x * inverse * weight, x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -191,7 +196,7 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def turn(x, cos, sin):
         wide = x.float()
-        return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+        return cast(torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin), x.dtype)
 
 
 class KVCache:

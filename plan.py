@@ -156,6 +156,10 @@ class Work:
         how = {"labelled": self.labelled, "document": round(self.document) if self.cpu else None, "compiled": self.compiled}
         return memory(self.shape, rows, self.length, times, self.world, recompute=way, **how, **self.ways)
 
+    def takes(self, needs):
+        """Bytes of what is free that a run takes whose step holds {kind: bytes}; of a GPU, RESERVE was left out of that before."""
+        return resident(needs, self.ways["dtype"]) if self.cpu else sum(needs.values())
+
     def seconds(self, card, rows, way):
         """A step's: matmuls, attention and memory traffic one after the other, or communication where that takes longer."""
         shape, times, again = self.shape, math.ceil(self.rows / rows), way == "full"
@@ -198,7 +202,7 @@ class Choice:
 
 
 def choose(work, card, free, sizes=None, ways=RECOMPUTE):
-    """The fastest of rows at a time (powers of two, or `sizes`) and recomputations that needs at most `free` bytes.
+    """The fastest of rows at a time (powers of two, or `sizes`) and recomputations that takes at most `free` bytes.
 
     Where none does: the leanest, `fits` False.
     """
@@ -208,7 +212,7 @@ def choose(work, card, free, sizes=None, ways=RECOMPUTE):
         if any(less <= RECOMPUTE.index(other.way) and other.at_least(rows) > free for other in beyond):
             continue
         choice = Choice(rows, RECOMPUTE[less], work.memory(rows, RECOMPUTE[less]), seconds, True)
-        if choice.bytes <= free:
+        if work.takes(choice.needs) <= free:
             return choice
         beyond.append(choice)
     rows, way = min(sizes), ways[-1]
@@ -326,7 +330,7 @@ def main():
     shape, added, folder = shape_of(options.model)
     check(options, shape)
     some = amount(options, folder)
-    batch, epoch, steps = schedule(some.rows, options.batch, options.epochs)
+    batch, _, steps = schedule(some.rows, options.batch, options.epochs)
     ways = {"adapter": {"rank": options.lora_rank, "alpha": 16, "rows": added} if options.lora else None}
     ways |= {"nf4": options.qlora, "pure": options.pure_bf16}
     cpu = card is CPU
@@ -335,9 +339,9 @@ def main():
         ways["dtype"] = dtype
         card = on_this_cpu(dtype)
     work = Work(shape, ways, math.ceil(batch / options.gpus), options.seq_len, options.gpus, some.labelled, some.document, not cpu, cpu)
-    choice = choose(work, card, room(card), *([[1, 2][: work.rows], RECOMPUTE] if cpu else []))
+    choice = choose(work, card, card.gib * GIB - (0 if cpu else step.RESERVE), *([[1, 2][: work.rows], RECOMPUTE] if cpu else []))
     factor = corrected(work, choice, card) if options.measure else 1.0
-    found = figures(options, card, shape, some, work, choice, batch, epoch, steps, factor)
+    found = figures(options, card, shape, some, work, choice, batch, steps, factor)
     print(json.dumps(found) if options.json else told(options, card, shape, some, choice, found))
 
 
@@ -421,7 +425,7 @@ def here(device, dtype):
     card = on_this_cpu(dtype)
     if device.type == "mps":
         return dataclasses.replace(card, name="MPS", basis="assumed"), torch.mps.recommended_max_memory() - step.RESERVE
-    return card, available() - step.RESERVE
+    return card, available()
 
 
 def resident(needs, dtype=None):
@@ -444,11 +448,7 @@ def available():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def room(card):
-    return card.gib * GIB - step.RESERVE
-
-
-def figures(options, card, shape, some, work, choice, batch, epoch, steps, factor):
+def figures(options, card, shape, some, work, choice, batch, steps, factor):
     """What --json prints."""
     seconds = choice.seconds * factor
     trained = sum(p.numel() for p in work.model.parameters() if p.requires_grad)
@@ -463,7 +463,7 @@ def figures(options, card, shape, some, work, choice, batch, epoch, steps, facto
     total = [round(a + b, 2) for a, b in zip(*money)]
     save = trained * (6 if options.pure_bf16 else 12)
     best = 4 * trained if options.lora else base
-    reserve = resident(choice.needs, work.ways["dtype"]) - choice.bytes if work.cpu else step.RESERVE
+    reserve = work.takes(choice.needs) - choice.bytes if work.cpu else step.RESERVE
     parts = {kind: round(choice.needs.get(kind, 0) / GIB, 2) for kind in KINDS} | {"reserve": round(reserve / GIB, 2)}
     return {
         "fits": choice.fits,

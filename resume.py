@@ -171,18 +171,20 @@ def to_disk(path):
 
 
 class Keeper:
-    """Saves a run and says when it must end: `between` is called by every rank before each step, and after the last.
+    """Saves a run and says when it must end: `between` is called by every rank before each step.
 
     No rank waits for a disk: the one collective of `between` says, a step later, that all have written, and only then is the save's name
     made. Signals arrive at one rank or all; the same collective tells the others.
     """
 
-    def __init__(self, folder, model, optimizer, ranks, keep, every, minutes, limit):
-        """`keep` saves in `folder`, one each `every` steps or `minutes`; end before `limit` (of time.monotonic())."""
+    def __init__(self, folder, model, optimizer, ranks, done, keep, every, minutes, limit):
+        """`keep` saves in `folder`, one each `every` steps or `minutes`; end before `limit` (of time.monotonic()). The run stands at step
+        `done`: saves of later ones are of a run that it replaces, or of a host that was ahead of the others, and go.
+        """
         self.folder, self.state, self.optimizer, self.ranks = Path(folder), state(model, optimizer), optimizer, ranks
         self.keep, self.every, self.minutes, self.limit = keep, every, minutes, limit
         self.writer = self.at = self.signal = None
-        self.done = step_of(saves(folder)[-1]) if saves(folder) else 0  # the last step that is saved
+        self.done = done  # the last step that is saved
         self.fresh = False  # a save got its name in this step: the oldest goes in the next, when all hosts' have theirs
         self.saved = self.last = time.monotonic()
         self.slowest = 0.0  # seconds between two calls
@@ -190,8 +192,8 @@ class Keeper:
         self.bytes = int(ranks.sum(torch.tensor(own, device=ranks.device)))
         self.save_seconds = self.bytes / DISK
         if local_rank() == 0:
-            for half in self.folder.glob("*.new"):
-                shutil.rmtree(half, ignore_errors=True)  # on a disk that hosts share, another one does so too
+            for old in [*self.folder.glob("*.new"), *(save for save in saves(folder) if step_of(save) > done)]:
+                shutil.rmtree(old, ignore_errors=True)  # on a disk that hosts share, another one does so too
 
     def __enter__(self):
         return self
@@ -236,7 +238,7 @@ class Keeper:
         now = time.monotonic()
         self.slowest, self.last = max(self.slowest, now - self.last), now
         first = self.ranks.first
-        due = first and (done - self.done >= self.every if self.every else now - self.saved >= 60 * self.minutes)
+        due = first and done != self.done and (done - self.done >= self.every if self.every else now - self.saved >= 60 * self.minutes)
         late = first and self.limit is not None and now + 1.5 * self.slowest + 1.5 * self.save_seconds > self.limit
         heard = [self.signal == signal.SIGTERM, self.signal == signal.SIGINT]
         writing, failed, due, late, *heard = self.agree(self.writing, self.failed, due, late, *heard)

@@ -405,6 +405,8 @@ def at_home(host):
 def listen(options):
     """Before the model loads: may it be served like this? → the socket."""
     token = options.token
+    if options.memory and not at_home(options.host):
+        raise UserError("--memory quotes my chats with everyone to whoever asks, --host lets others ask", "Leave one of them out.")
     if not at_home(options.host) and not (token and options.as_):
         missing = " and ".join(flag for flag, value in (("--token", token), ("--as", options.as_)) if not value)
         raise UserError(

@@ -33,6 +33,7 @@ from data import IGNORED
 from model import Transformer
 
 BETAS = (0.9, 0.95)  # AdamW's
+SHARDS_BYTES = tuple(map(int, torch.__version__.split(".")[:2])) > (2, 11)  # 2.11's FSDP2 wants a gradient of every parameter
 RESERVE = 2 << 30  # bytes of a GPU beside live tensors, assumed: CUDA's context 0.5 GiB, workspaces 0.5, what the allocator can't use 1
 
 
@@ -166,9 +167,11 @@ def shard_model(model, ranks, dtype):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # half a second, for several ranks alone
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # cos and sin stay fp32
-    blocks = list(model.model.layers)
+    blocks, whole = list(model.model.layers), set()
+    if not SHARDS_BYTES:  # then each rank holds the 4-bit base whole
+        whole = {part for module in model.modules() if isinstance(module, quantize.Packed) for part in module.stored()}
     for unit in (*blocks, model):
-        fully_shard(unit, mesh=ranks.mesh, mp_policy=policy)
+        fully_shard(unit, mesh=ranks.mesh, mp_policy=policy, ignored_params=whole)
     for one, following in zip(blocks, blocks[1:]):  # the next block is gathered while this one computes
         one.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([one])

@@ -16,7 +16,7 @@ import sentencepiece
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Engine
 
-from config import UserError, read_json, really, write_json
+from config import UserError, read_json, really, write_json, write_text
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 PADDING = 512  # embeddings are padded to a multiple of so many rows at most; v1's 32000 tokens are no vocabulary for v3's 32768 rows
@@ -111,7 +111,7 @@ class Tokenizer:
         The names in its chat template are those of `persona.json`, if that lies there.
         """
         folder = Path(folder)
-        self.engine.save(str(folder / "tokenizer.json"))
+        write_text(folder / "tokenizer.json", self.engine.to_str(pretty=True))
         config = {k: v for k, v in read_json(self.folder / "tokenizer_config.json", {}).items() if k not in IN_ENGINE}
         facts, tokens = ("content", "lstrip", "normalized", "rstrip", "single_word", "special"), self.engine.get_added_tokens_decoder()
         config["added_tokens_decoder"] = {str(i): {fact: getattr(t, fact) for fact in facts} for i, t in sorted(tokens.items())}

@@ -108,7 +108,7 @@ def main():
         return
     look_at_flags(options)
     ranks = step.start(options.device)
-    if ranks.most(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))):  # torchrun starts us again
+    if ranks.share(started_again(options.out)):
         options = dataclasses.replace(options, resume=True, overwrite=False)
     job = prepare(options, ranks)
     job.say(describe(job))
@@ -116,7 +116,8 @@ def main():
     model, optimizer = load(job)
     record = Record(job, model)  # after the save was read: one that is refused has changed nothing
     limit = began + 60 * options.max_minutes if options.max_minutes is not None else None
-    keeper = resume.Keeper(record.out / "resume", model, optimizer, ranks, options.keep, options.save_every, options.save_minutes, limit)
+    saving = record.done, options.keep, options.save_every, options.save_minutes, limit
+    keeper = resume.Keeper(record.out / "resume", model, optimizer, ranks, *saving)
     keeper.check_room(sum(p.numel() * 4 for p in lora.trained(model).values()) if options.lora else 2 * job.shape.num_parameters)
     with keeper, resume.Watch(ranks, options.out, options.timeout) as watch:
         ends = run(Steps(job, model, optimizer, watch), record, keeper)
@@ -319,12 +320,14 @@ def look_at_flags(options):
                 "Make it from your export: python data.py result.json",
             )
     least = {"batch": 1, "micro_batch": 1, "lora_rank": 1, "patience": 1, "max_steps": 1, "seq_len": 16, "samples": 0}
-    least |= {"keep": 0, "save_every": 1, "skip_nonfinite": 0}
+    least |= {"seed": 0, "keep": 0, "save_every": 1, "skip_nonfinite": 0}
     planning.check_flags(options, least, ("lr", "epochs", "clip", "save_minutes", "max_minutes", "timeout"))
     if not 0 <= options.lora_dropout < 1:
         raise UserError(f"--lora-dropout {options.lora_dropout} is no share", "0 drops nothing, 0.1 every tenth input.")
     if not 0 <= options.short_weight <= 1:
         raise UserError(f"--short-weight {options.short_weight} is no share", "1 counts short turns as the others, 0 not at all.")
+    if options.short_weight < 1 and options.loss_on == "everyone":
+        raise UserError("--short-weight counts my short turns, --loss-on everyone takes all as they are", "Leave one of them out.")
     if options.pure_bf16 and options.dtype == "fp32":
         raise UserError("--pure-bf16 computes in bf16, --dtype fp32 does not", "Leave one of them out.")
     if options.from_scratch and options.lora:
@@ -372,6 +375,12 @@ def base_of(options, ranks):
     return folder, None if options.from_scratch else checkpoint.fingerprint(checkpoint.find(outline, folder)), shape, words
 
 
+def started_again(out):
+    """Whether this is torchrun's next try of the run in `out`. A start that failed before it had a folder is none of it."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return again and config.read_json(Path(out) / "run.json", {}).get("launcher") == os.getppid()
+
+
 def last_save(options, ranks):
     """The save to go on from, None to start at the beginning. A finished run is said to be one, and ends the program."""
     if not options.resume:
@@ -385,6 +394,8 @@ def last_save(options, ranks):
     newest = -ranks.most(-resume.step_of(kept[-1]) if kept else 1)  # hosts with disks of their own may differ by one save
     if newest >= 0:
         return out / "resume" / f"step-{newest:08}"
+    if ranks.most(len(kept)):
+        raise UserError(f"{out}/resume holds saves on some hosts only", "Copy it to the others. Or begin anew, and lose it: --overwrite")
     if ranks.first:
         print(f"--resume: nothing is saved in {out} yet, so this starts at the beginning")
     return None
@@ -483,7 +494,7 @@ def fit(job):
             with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 choice = pool.submit(planning.choose, work, card, free, sizes, kinds).result()
         size, way = choice.rows, RECOMPUTE.index(choice.way)
-        needs = planning.resident(choice.needs, ways["dtype"]) if work.cpu else choice.bytes
+        needs = work.takes(choice.needs)
         prediction = {"gib": needs / 2**30, "tok_per_s": plan.batch * options.seq_len * work.filled / choice.seconds}
         job.say(
             f"{config.counted(size, 'rows at a time')}, recompute {choice.way}: {needs / 2**30:.2f} GiB predicted, "
@@ -580,8 +591,7 @@ def contexts(options):
     """A few held-out moments, spread over time: (the turns before, what I wrote then)."""
     found = []
     for talk in data.load_sessions(Path(options.data) / "val.jsonl"):
-        mine = next((i for i, turn in enumerate(talk.turns) if turn.me and i > 0 and talk.turns[i - 1].author != data.HEADER), None)
-        if mine:
+        for mine in data.replies(talk)[:1]:
             found.append((talk.turns[:mine], talk.turns[mine]))
     return [found[i] for i in np.linspace(0, len(found) - 1, min(options.samples, len(found)), dtype=int)]
 
@@ -651,6 +661,7 @@ class Record:
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{ranks.device.type} ({platform.machine()})",
             "world": ranks.world,
+            "launcher": os.getppid(),
             "compiled": model.compiled,
             "prediction": self.prediction,
             "dtype": short(job.ways["dtype"]),
@@ -660,13 +671,8 @@ class Record:
 
     def cut_back(self):
         """Forget what metrics.jsonl says of steps after the last that is done, and half a line."""
-        path, lines = self.out / "metrics.jsonl", []
-        for text in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
-            try:
-                lines += [text] if json.loads(text)["step"] <= self.done else []
-            except ValueError:
-                break
-        config.write_text(path, "".join(lines))
+        lines = [line for line in config.read_metrics(self.out) if line["step"] <= self.done]
+        config.write_text(self.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     def state(self):
         """The run so far, for a save."""
@@ -788,7 +794,7 @@ def draw(folder):
         from matplotlib.figure import Figure
     except ImportError:
         return
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = config.read_metrics(folder)
     trained, held_out = ([line for line in lines if key in line] for key in ("loss", "val_loss"))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

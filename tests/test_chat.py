@@ -131,13 +131,25 @@ def test_a_long_conversation_loses_its_oldest_turns(words):
     assert len(generate.fit([Turn("Bob", False, "", ["word " * 500])], "Ann", words, 60)) == 60
 
 
-def test_folders_that_are_no_checkpoint_are_refused(tmp_path, clone):
+def test_folders_that_are_no_checkpoint_are_refused(tmp_path, clone, chats):
     refused(command("chat.py", tmp_path / "none"), "no such folder")
     refused(command("chat.py", tmp_path), "holds no model")
     broken = shutil.copytree(clone, tmp_path / "broken")
     (broken / "tokenizer.json").unlink()
     refused(command("chat.py", broken, "-p", "hi"), "tokenizer")
     refused(command("chat.py", clone, "-p", " "), "-p")
+    refused(command("chat.py", clone, "-p", "hi", "--history", tmp_path / "talk.jsonl"), "--history")
+    refused(command("chat.py", clone, "--history", tmp_path / "none" / "talk.jsonl"), "--history", "no such folder")
+    refused(command("chat.py", clone, "--memory", chats, "--web", "--host", "0.0.0.0"), "--memory")
+    for flag, value in (
+        ("--temperature", -1),
+        ("--temperature", "nan"),
+        ("--top-p", 1.5),
+        ("--context", 0),
+        ("--max-tokens", 0),
+        ("--port", 1 << 16),
+    ):
+        refused(command("chat.py", clone, "--web", flag, value), f"{flag} {value}")
     refused(command("chat.py", clone, "--device", "abacus"), "abacus")
 
 

@@ -52,6 +52,13 @@ def test_a_folder_with_something_in_it_is_kept(tmp_path):
         with pytest.raises(UserError):
             config.check_folder(path, False)
     config.check_folder(tmp_path, True)
+    config.check_folder(tmp_path, False, ["file", "new"])
+
+
+def test_metrics_are_read_up_to_half_a_line(tmp_path):
+    assert config.read_metrics(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    assert config.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
 @dataclasses.dataclass(frozen=True)

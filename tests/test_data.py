@@ -2,6 +2,7 @@ import dataclasses
 import datetime
 import json
 import mmap
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 import config
 import data
+from config import UserError
 from data import IGNORED, Session, Turn
 from exports import Chat, Message, redact, telegram, whatsapp
 
@@ -568,6 +570,43 @@ def test_forgetting_in_data_takes_what_headers_quote_too():
     assert left[0].messages == ["in the group Club", "it ended:", "Eve: hi"]
 
 
+def test_forgetting_leaves_the_personal_chats_of_others_with_their_headers(tmp_path):
+    header = {"author": "system", "me": False, "at": "2023-11-14T22:13:20", "messages": ["Tuesday, 22 o'clock"]}
+    for part in ("train", "val"):
+        lines = [
+            {"chat": who, "chat_id": who, "type": "personal_chat", "start": "2023-11-14T22:13:20",
+             "turns": [header, *({"author": a, "me": a == "Ann", "at": "2023-11-14T22:13:20", "messages": ["hi"]} for a in (who, "Ann"))]}
+            for who in ("Bob", "Eve")
+        ]  # fmt: skip
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "persona.json").write_text('{"me": "Ann", "contacts": [{"name": "Bob", "messages": 2}, {"name": "Eve", "messages": 2}]}')
+    assert command("data.py", "--out", tmp_path, "--forget", "Bob").returncode == 0
+    assert [[talk.chat for talk in data.load_sessions(tmp_path / f"{part}.jsonl")] for part in ("train", "val")] == [["Eve"], ["Eve"]]
+    assert data.load_sessions(tmp_path / "val.jsonl")[0].turns[0].author == "system"
+
+
+def test_what_an_editor_saved_in_another_encoding_is_refused_and_a_mark_at_its_head_is_none(tmp_path):
+    session = Session("Bob", "1", "personal_chat", "2024-01-01T00:00:00", [Turn("Bob", False, "", ["grüße"])])
+    (tmp_path / "train.jsonl").write_text(session.to_json() + "\n", encoding="cp1252")
+    with pytest.raises(UserError, match="train.jsonl is no UTF-8 text"):
+        data.load_sessions(tmp_path / "train.jsonl")
+    (tmp_path / "train.jsonl").write_text(session.to_json() + "\n", encoding="utf-8-sig")
+    assert data.load_sessions(tmp_path / "train.jsonl") == [session]
+
+
+def test_no_room_for_packed_rows_is_said(tmp_path, chats, words, monkeypatch):
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data, "save_file", full)
+    shutil.copy(chats / "val.jsonl", tmp_path)
+    with pytest.raises(UserError, match="the disk is full"):
+        data.rows(tmp_path / "val.jsonl", words, 160)
+    monkeypatch.undo()
+    assert data.rows(tmp_path / "val.jsonl", words, 160)
+
+
 # --- what I knew when a session began
 
 
@@ -582,13 +621,14 @@ def test_a_header_says_whom_when_since_and_how_the_last_talk_ended_and_is_never_
         for n, (at, who, text) in enumerate(said)
     ]  # fmt: skip
     chat = {"name": "Bob", "type": "personal_chat", "id": 2, "messages": messages}
-    (tmp_path / "facts.md").write_text("born in Pellhaven\n")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "facts.md").write_text("born in Pellhaven\n")
     (tmp_path / "result.json").write_text(
         json.dumps({"personal_information": {"user_id": 1, "first_name": "Ann"}, "chats": {"list": [chat]}})
     )
-    done = command("data.py", tmp_path / "result.json", "--out", tmp_path, "--overwrite", "--context", "facts,who,when,since,before")
+    done = command("data.py", tmp_path / "result.json", "--out", tmp_path / "data", "--context", "facts,who,when,since,before")
     assert done.returncode == 0, done.stderr
-    first, second = data.load_sessions(tmp_path / "train.jsonl")
+    first, second = data.load_sessions(tmp_path / "data" / "train.jsonl")
     assert first.turns[0].messages == ["born in Pellhaven", "talking to Bob", "Tuesday, 10 o'clock"]
     assert second.turns[0].messages[2:] == [
         "Friday, 21 o'clock", "the last talk was 3 days ago", "it ended:", "Bob: morning", "Ann: hey", "Bob: later then"

@@ -10,6 +10,7 @@ import re
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 from test_imports import MAY
 
@@ -73,6 +74,8 @@ def planned(flags):
 
 @pytest.mark.parametrize("flags, output", [(found["flags"], found["output"]) for found in PLANNED.finditer(read("RENT"))])
 def test_what_plan_says_in_a_page_it_says(flags, output):
+    if f"torch=={torch.__version__.split('+')[0]}" not in (ROOT / "requirements.txt").read_text():
+        pytest.skip("other versions of torch keep more or less in memory")
     assert alike(output, planned(flags)), planned(flags)
 
 

@@ -138,6 +138,13 @@ def test_canaries_are_told_from_other_secrets():
     assert [tried[0][-1] for *_, tried in canaries] == ["locker 1 opens with 00481234"]
 
 
+def test_a_canary_that_was_taken_out_of_the_data_is_none(tmp_path):
+    planted = [{"before": f"locker {n} opens with ", "secret": f"0048123{n}", "copies": n, "lines": [0]} for n in (1, 2)]
+    (tmp_path / "canaries.json").write_text(json.dumps({"canaries": planted}))
+    past = [data.Session("Bob", "1", "personal_chat", "", [data.Turn("Ann", True, "", ["locker 2 opens with 00481232"])])]
+    assert evaluate.canaries_of(evaluate.Config(data=str(tmp_path)), past) == planted[1:]
+
+
 def test_secrets_of_mine_are_sought_beside_random_ones_of_their_shape():
     turns = [data.Turn("Bob", False, "", ["mine is 55512345"]), data.Turn("Ann", True, "", ["my code is 48213-A7x9 since 2024"])]
     ((before, author, tried),), _ = evaluate.secrets_of([data.Session("Bob", "1", "personal_chat", "", turns)], [], 0)
@@ -190,7 +197,7 @@ def test_a_blind_test_holds_what_was_approved_of_one_chat(clone, chats):
     refused(command(*test, "Eve"), "--with Eve", "Bob")
     refused(command(*test, "Bob", stdin="n\nn\nq\n"), "nothing is written")
     assert not path.exists()
-    done = command(*test, "Bob", stdin="y\nn\ny\nq\n")
+    done = command(*test, "Bob", stdin="y\n\nn\ny\nq\n")  # an empty line takes nothing, and ends nothing
     assert done.returncode == 0, done.stderr
     test = json.loads(path.read_text().split('id="test">')[1].split("</script>")[0])
     assert len(test["items"]) == 2 and stat.S_IMODE(path.stat().st_mode) == 0o600

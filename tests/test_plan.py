@@ -124,6 +124,14 @@ def test_the_choice_is_the_fastest_that_fits_and_says_when_none_does(monkeypatch
     assert not none.fits and (none.rows, none.way) == (1, "full")
 
 
+def test_on_a_cpu_it_fits_when_the_whole_run_does_not_its_tensors_alone(monkeypatch):
+    needs = {"weights": 1 << 30, "activations": 1 << 30}
+    monkeypatch.setattr(plan.Work, "memory", lambda self, rows, way: needs)
+    some = plan.Work(MIDDLE, {**KINDS["lora"], "dtype": torch.float32}, 8, 256, cpu=True)
+    whole = plan.resident(needs, torch.float32)
+    assert [plan.choose(some, plan.at_peak(1e12), free, [1], ("none",)).fits for free in (whole - 1, whole)] == [False, True]
+
+
 def test_time_grows_with_what_costs_time():
     card = plan.CARDS["a100-80"]
     usual = work().seconds(card, 4, "none")

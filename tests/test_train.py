@@ -258,11 +258,13 @@ def test_bad_flags_and_folders_write_nothing(base, chats, tmp_path):
         ("--max-steps", -1),
         ("--lr", 0),
         ("--lora-dropout", 1.5),
+        ("--seed", -1),
         ("--device", "abacus"),
     ):
         refused(command("train.py", *common, flag, value), flag)
     refused(command("train.py", *common, "--seq-len", 1024), "512 tokens")
     refused(command("train.py", *common, "--lora", "--pure-bf16"), "--pure-bf16", "adapter")
+    refused(command("train.py", *common, "--loss-on", "everyone", "--short-weight", 0.5), "--short-weight", "--loss-on everyone")
     uneven = save_mistral(tmp_path / "uneven", hidden_size=96)
     refused(command("train.py", "--qlora", "--model", uneven, *common[2:]), "--qlora", "blocks of 64", "96 wide")
     refused(command("train.py", *common[:4], "--out", base, "--overwrite", *QUICK), "is read")
