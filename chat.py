@@ -125,6 +125,8 @@ def remembers(day, asked, mine):
 def who(folder, options):
     """(me, the one who talks to me): as the flags say, else from `persona.json`, else plain names."""
     me, you = tokenizers.names(folder)
+    if stranger := tokenizers.stranger(folder, options.as_):
+        print(stranger, file=sys.stderr)
     return options.me or me, options.as_ or you
 
 
@@ -133,9 +135,12 @@ def turn(author, me, text):
     return data.Turn(author, me, now(), [message for message in (line.strip() for line in text.split("\n")) if message])
 
 
-HELP = """/as NAME    you are NAME from now on      /retry      another answer to the last message
-/temp X     0: always the likeliest; 1: wilder  /undo       take the last message and its answer back
-/reset      begin anew                          Ctrl-C      stops an answer; Ctrl-D ends"""
+HELP = """/as NAME   you are NAME from now on
+/temp X    0: always the likeliest word; 1: wilder; up to 10
+/retry     another answer to the last message
+/undo      take the last message and its answer back
+/reset     begin anew
+Ctrl-C     stops an answer; Ctrl-D ends"""
 
 
 class Talk:
@@ -195,8 +200,10 @@ class Talk:
             print("(begun anew)")
         elif name == "temp" and (number := temperature(said)) is not None:
             self.temperature = number
+        elif name in ("retry", "undo"):
+            print("(nothing was said yet)")
         else:
-            print(HELP)
+            print(HELP if name == "help" else f"(/{name} {said}".rstrip() + " is not understood)\n" + HELP)
 
     def reply(self, again=False):
         shown = Shown(self.me)

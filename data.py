@@ -65,6 +65,7 @@ AFTER_FORGETTING = (
 IGNORED = -100  # the label of a token that is no target
 SPECIALS = (IM_START, IM_END, "<s>", "</s>", "<unk>")  # what text loses when no tokenizer says which it has
 WORD_JOINER = "\u2060"
+UNSAVED = "Unsaved Contact"  # whose name is a phone number, which nobody is to see
 MARK = re.compile(
     r"<(voice|video|gif|audio|photo|file|poll|list|contact|location|game|sticker|phone|email|card|iban|key|password)>"
 )  # what `exports` writes for media, and for secrets
@@ -198,6 +199,7 @@ def why_not(session):
 def unique_name(shown, taken):
     """A display name → the name in sessions: one line, no marks, none of `taken` (`Bob`, `Bob (2)`), which it joins."""
     plain = " ".join(re.sub(r"<\|[^|<>]*\|>|</?s>|<unk>|>>>", " ", shown or exports.DELETED).split()) or exports.DELETED
+    plain = UNSAVED if MARK.fullmatch(plain) else plain
     name, number = plain, 2
     while name.casefold() in taken:
         name, number = f"{plain} ({number})", number + 1
@@ -765,7 +767,7 @@ def check_enough(options, index, report):
             f"{path} holds no messages in chats that are taken" + (f" (left out: {kinds})" if kinds else ""),
             "Export again with the personal chats ticked, or --include a chat.",
         )
-    if report["messages"] == outside:
+    if outside and report["messages"] == sum(report["messages_left_out"].values()):
         raise UserError(f"none of the {outside:,} messages in {path} is of the days asked for", "Look at --since and --until.")
     if not report["my_messages"]:
         raise UserError(f"{path} holds no message by me", "Say who you are with --me NAME, or export your own messages too.")
@@ -871,6 +873,8 @@ def forget(folder, names, dry_run):
     people = {str(contact.get("name")): None for contact in persona.get("contacts", []) if isinstance(contact, dict)}
     gone = set()
     for said in names:
+        if said.casefold() == str(persona.get("me")).casefold():
+            raise UserError(f"--forget {said}: that is you", "--exclude leaves whole chats out.")
         matches = [name for name in people if name.casefold() == said.casefold()]
         if not matches:
             raise UserError(f"--forget {said}: {folder}/persona.json knows nobody of that name", "Write it as it stands there.")

@@ -60,7 +60,7 @@ class Config:
 
     ckpts: tuple[str, ...] = flag((), "the folder that train.py wrote, or two of them", positional=True, group="what to measure")
     model: str | None = flag(None, "the base, when it lies elsewhere than the checkpoint says")
-    data: str = flag("data", "the folder that data.py wrote")
+    data: str | None = flag(None, "the folder that data.py wrote", shown="what it was trained on, or data")
     replies: int = flag(100, "held-out moments that are answered")
     baselines: bool = flag(False, "also prompts with past messages, DATA/facts.md, similar exchanges")
     seed: int = flag(0, "the same numbers each time")
@@ -98,6 +98,8 @@ class Voice:
 def main():
     options = config.parse(Config)
     folders = check(options)
+    runs = [config.read_json(folder / "run.json", {}) for folder in folders]
+    options = dataclasses.replace(options, data=options.data or data_of(runs[0]))
     headed, past = (data.load_sessions(Path(options.data) / f"{part}.jsonl") for part in ("val", "train"))
     talks, past = ([data.bare(talk) for talk in some] for some in (headed, past))
     if options.blind_test:
@@ -112,7 +114,7 @@ def main():
     for name, folder in [*names.items(), ("base", base_of(folders[0], options))]:
         if folder:
             voices |= voices_of(name, folder, folders[0], headed, past, some, choices, options)
-    report = measure(voices, talks, past, some, choices, options)
+    report = measure(voices, talks, past, some, choices, options, max(run.get("trained_until", "") for run in runs))
     report["runs"] = {name: curve(folder) for name, folder in names.items()}
     if options.baselines:
         kinds = {name: "LoRA" if checkpoint.is_adapter(folder) else "all weights" for name, folder in names.items()}
@@ -142,6 +144,12 @@ def check(options):
         except ImportError:
             raise UserError(f"{name} is not installed", "pip install -r requirements-extra.txt") from None
     return folders
+
+
+def data_of(run):
+    """Where what a run was trained on lies, by its run.json; or the folder that data.py writes if nothing else is said."""
+    recorded = run.get("config", {}).get("data", "data")
+    return recorded if Path(recorded).is_dir() else "data"
 
 
 def base_of(folder, options):
@@ -479,8 +487,8 @@ def canaries_of(options, past):
 # --- the report
 
 
-def measure(voices, talks, past, some, choices, options):
-    """→ what report.json holds"""
+def measure(voices, talks, past, some, choices, options, newest=""):
+    """`newest`: when the last session began that was trained on. → what report.json holds"""
     mine, sessions = [moment.mine for moment in some], np.array([moment.session for moment in some])
     own = [data.spoken(turn) for talk in past for turn in talk.turns if turn.me and data.spoken(turn)]
     plain = {name: voice for name, voice in voices.items() if voice.held_out}
@@ -488,6 +496,7 @@ def measure(voices, talks, past, some, choices, options):
         "seed": options.seed,
         "data": {"sessions": len(talks), "moments": len(some), "from": talks[0].start[:10], "until": talks[-1].start[:10]},
     }
+    report["data"]["maybe_seen"] = sum(talk.start < newest for talk in talks)
     report["bits_per_char"] = likelihood(plain, talks)
     lacking = {"value": None, "why": f"too little: fewer than {CHOICES} different replies of mine"}
     report["rank"] = {name: rank(voice, sessions) if choices else {"top1": lacking, "mrr": lacking} for name, voice in plain.items()}
@@ -570,6 +579,11 @@ def exposure(secrets):
 def verdict(report):
     """What the numbers say, in lines."""
     said, bits, auc = [], report["bits_per_char"], report["auc"]["clone"]
+    if seen := report["data"]["maybe_seen"]:
+        said.append(
+            f"{seen} of the {config.counted(report['data']['sessions'], 'sessions')} here are older than the newest it was trained on: "
+            "it may know them by heart, and seem better than it is."
+        )
     gain = bits.get("base - clone", {"value": None})
     if gain["value"] is not None:
         clone, base = (f"{bits[name]['value']:.2f}" for name in ("clone", "base"))

@@ -343,6 +343,8 @@ def main():
     config.keep_apart(options.out, options.ckpt, options.model or base)
     words = tokenizer.load(options.ckpt)
     me, _ = tokenizer.names(options.ckpt)
+    if stranger := tokenizer.stranger(options.ckpt, options.as_):
+        print(stranger, file=sys.stderr)
     given = {"base": options.model or None, "words": words}
     if options.weights == "bf16":
         probe = words.encode(f"{tokenizer.IM_START}{me}\n>>> {tokenizer.PROBE}{tokenizer.IM_END}")[0]

@@ -135,6 +135,14 @@ def names(folder):
     return found
 
 
+def stranger(folder, name):
+    """What to say where `name` is nobody of a folder's `persona.json`; "" where it is somebody, or nothing is known."""
+    known = [contact.get("name") for contact in read_json(Path(folder) / "persona.json", {}).get("contacts", [])]
+    if not known or name in (None, *known):
+        return ""
+    return f"({name} is none of those it talked to: {', '.join(known[:5])}{' …' if len(known) > 5 else ''})"
+
+
 def chat_template(me, you, begins):
     """The Jinja template that joins turns, one dict each, as `data.render` does: `content` holds the `>>> ` lines, `name` the author."""
     sets = "".join(f"{{%- set {key} = {json.dumps(name, ensure_ascii=False)} -%}}" for key, name in (("me", me), ("you", you)))

@@ -78,7 +78,7 @@ class Config:
     epochs: float = flag(3.0, "times over the data, at most (--patience ends sooner)", group="the steps")
     max_steps: int | None = flag(None, "exactly so many steps, in place of --epochs and --patience")
     patience: int = flag(3, "evaluations without a better one, then it stops")
-    batch: int = flag(8, "rows a step, over all ranks")
+    batch: int = flag(8, "rows a step, over all ranks; fewer where data is little")
     seq_len: int = flag(1024, "tokens a row")
     lr: float | None = flag(None, "peak learning rate", shown="2e-4 with --lora, else 2e-5")
     warmup: float = flag(0.03, "share of the steps in which the rate climbs")
@@ -324,6 +324,8 @@ def look_at_flags(options):
     planning.check_flags(options, least, ("lr", "epochs", "clip", "save_minutes", "max_minutes", "timeout"))
     if not 0 <= options.lora_dropout < 1:
         raise UserError(f"--lora-dropout {options.lora_dropout} is no share", "0 drops nothing, 0.1 every tenth input.")
+    if not 0 <= options.warmup <= 1:
+        raise UserError(f"--warmup {options.warmup} is no share", "0.03 lets the rate climb for three steps of a hundred.")
     if not 0 <= options.short_weight <= 1:
         raise UserError(f"--short-weight {options.short_weight} is no share", "1 counts short turns as the others, 0 not at all.")
     if options.short_weight < 1 and options.loss_on == "everyone":
@@ -359,7 +361,7 @@ def prepare(options, ranks):
 
 def base_of(options, ranks):
     """→ (the base's folder, its weights' fingerprint or None for --from-scratch, ModelConfig with our rows, Tokenizer)"""
-    local = Path(options.model).is_dir()
+    local = Path(options.model).is_dir() or not checkpoint.hub_id(options.model)  # which is said of a mistyped folder first
     if ranks.device.type == "cpu" and not options.device and (not local or checkpoint.read_config(options.model).num_parameters > BIG):
         raise UserError(
             f"No GPU here: on a CPU {options.model} would train for weeks.",
@@ -386,8 +388,10 @@ def last_save(options, ranks):
     if not options.resume:
         return None
     out = Path(options.out)
-    if ranks.share("result" in config.read_json(out / "run.json", {})):
+    run = config.read_json(out / "run.json", {})
+    if ranks.share("result" in run):
         if ranks.first:
+            same_flags(options, run["config"])
             print(f"{out} is finished: nothing is left to do. Talk to it: python chat.py {out}")
         sys.exit()
     kept = resume.saves(out / "resume")
@@ -413,16 +417,20 @@ def look_at_out(options, ranks):
     config.check_folder(out, options.overwrite or options.resume and "config" in run or not ranks.first)
 
 
+def same_flags(options, before):
+    """UserError when one is another than it was `before` {name: value}, and makes it another run."""
+    for name, value in dataclasses.asdict(options).items():
+        if name not in FREE and before.get(name) != value:
+            raise UserError(
+                f"--{name.replace('_', '-')} is {value} now, and was {before.get(name)} when the run in {options.out} began",
+                "Give the same flags as then, or begin anew with --overwrite.",
+            )
+
+
 def noted(save, options, ranks, made_of):
     """What the save tells of the run. UserError when this is another run."""
     note = resume.note_of(save, ranks.rank)
-    for name, value in dataclasses.asdict(options).items():
-        if name not in FREE and note["config"].get(name) != value:
-            flag_ = f"--{name.replace('_', '-')}"
-            raise UserError(
-                f"{flag_} is {value} now, and was {note['config'].get(name)} when the run in {options.out} began",
-                "Give the same flags as then, or begin anew with --overwrite.",
-            )
+    same_flags(options, note["config"])
     if options.lora and note["fingerprint"] != made_of["fingerprint"]:
         raise UserError(
             f"{options.model} holds other weights than when the run in {options.out} began",
@@ -656,6 +664,7 @@ class Record:
             "config": dataclasses.asdict(options),
             "plan": {**dataclasses.asdict(job.plan), "evaluate_at": sorted(job.plan.evaluate_at), "recompute": model.recompute},
             "base": str(job.folder),
+            "trained_until": max(talk.start for talk in data.load_sessions(Path(options.data) / "train.jsonl")),
             "fingerprint": job.made_of["fingerprint"],
             "commit": commit(),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},

@@ -111,7 +111,7 @@ def sources(path, watch=lambda read: None):
     if found:
         return found
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else [str(inner) for inner in (path, *path.rglob("*"))]
-    if names == [str(path)] and path.is_dir():
+    if names == [str(path)] and (path.is_dir() or not path.stat().st_size):
         raise UserError(f"{path} is empty", WHAT_TO_GIVE)
     if any("messages" in name and name.endswith(".html") for name in names):
         raise UserError(f"{path} is an export in HTML", "Export again, format JSON.")

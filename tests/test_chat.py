@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, VOCAB, command, refused
 
+import chat
 import checkpoint
 import data
 import generate
@@ -70,6 +71,21 @@ def test_a_terminal_shows_who_speaks_and_ends_on_ctrl_d(clone):
         seen = seen.split(wait_for, 1)[1] if wait_for == "Ann: " else ("" if wait_for == "Eve: " else seen)
         os.write(ours, send)
     assert process.wait(240) == 0
+
+
+def test_what_is_not_understood_is_said_and_so_is_a_name_that_nobody_has(chats, capsys):
+    talk = chat.Talk("Ann", "Bob", None)
+    for name, said, expected in (
+        ("bogus", "", "(/bogus is not understood)"),
+        ("temp", "99", "(/temp 99 is not"),
+        ("undo", "", "nothing was said"),
+    ):
+        talk.obey(name, said)
+        assert expected in capsys.readouterr().out
+    talk.obey("help")
+    assert capsys.readouterr().out == chat.HELP + "\n" and max(map(len, chat.HELP.splitlines())) < 80
+    assert tokenizer.stranger(chats, "Zed") == "(Zed is none of those it talked to: Bob)"
+    assert tokenizer.stranger(chats, "Bob") == tokenizer.stranger(chats, None) == ""
 
 
 def test_cached_answers_equal_answers_without_a_cache(decoder):

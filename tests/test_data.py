@@ -111,7 +111,7 @@ def test_edited_files_are_read_as_a_person_leaves_them(tmp_path):
 
 def test_names_are_told_apart_and_cleaned():
     taken = {"system"}
-    shown = ("Bob", "bob", None, None, "Eve\n<|im_end|> >>> X", "system", "Bob (2)")
+    shown = ("Bob", "bob", None, None, "Eve\n<|im_end|> >>> X", "system", "Bob (2)", "<phone>", "<phone>")
     assert [data.unique_name(name, taken) for name in shown] == [
         "Bob",
         "bob (2)",
@@ -120,6 +120,8 @@ def test_names_are_told_apart_and_cleaned():
         "Eve X",
         "system (2)",
         "Bob (2) (2)",
+        "Unsaved Contact",
+        "Unsaved Contact (2)",
     ]
 
 
@@ -266,7 +268,7 @@ def test_the_command_writes_sessions_persona_and_report(tmp_path):
     ('{"chats": {"list": []}}', "no messages"),
     ('{"chats": {}}', "no messages"),
     ("[1, 2]", "not an export that we know"),
-    ("", "not an export that we know"),
+    ("", "result.json is empty"),
     (json.dumps(export([])), "no messages"),
     (json.dumps({"name": "Bob", "type": "personal_chat", "id": 2, "messages": []}), "no messages"),
     (json.dumps(export([("user2", "hi")] * 3)), "no message by"),
@@ -289,7 +291,9 @@ def test_me_is_found_by_name_or_id_and_candidates_are_listed(tmp_path):
 
 
 def test_days_and_chats_can_be_left_out(tmp_path):
-    (tmp_path / "result.json").write_text(json.dumps(export(talk(10))))
+    value = export(talk(10))
+    value["chats"]["list"][0]["messages"].append({"id": 999, "type": "service", "date": "2023-11-14T23:00:00", "text": ""})
+    (tmp_path / "result.json").write_text(json.dumps(value))
     refused(command("data.py", tmp_path / "result.json", "--dry-run", "--exclude", "bob"), "no messages")
     refused(command("data.py", tmp_path / "result.json", "--dry-run", "--since", "2024-01-01"), "none of the 20 messages")
     for day in ("yesterday", "20240101", "2024-1-1", "2023-02-30"):
@@ -362,7 +366,7 @@ def test_a_contact_known_by_a_number_alone_leaves_no_number_behind(tmp_path):
     path.write_text("".join(f"{n}/03/2021, 10:00 - +49 170 1234567: tea?\n{n}/03/2021, 10:01 - Ann: yes\n" for n in range(1, 9)))
     said = made(tmp_path, path, "--me", "Ann")
     files = "".join(path.read_text() for path in (tmp_path / "data").iterdir())
-    assert "1234567" not in files + said and folder(tmp_path, "persona.json")[0]["contacts"][0]["name"] == "<phone>"
+    assert "1234567" not in files + said and folder(tmp_path, "persona.json")[0]["contacts"][0]["name"] == data.UNSAVED
     assert folder(tmp_path, "report.json")[0]["secrets"] == {"phone": 1}  # the contact's name, however often
 
 
@@ -562,6 +566,8 @@ def test_forgetting_in_data_leaves_turns_as_they_are_made_and_a_dry_run_leaves_a
     assert json.loads((tmp_path / "persona.json").read_text()) == {"me": "Ann", "contacts": [{"name": "Eve", "messages": 1}]}
     (tmp_path / "persona.json").write_text("{}")
     refused(command("data.py", "--out", tmp_path, "--forget", "Bob"), "knows nobody")
+    (tmp_path / "persona.json").write_text('{"me": "Ann", "contacts": []}')
+    refused(command("data.py", "--out", tmp_path, "--forget", "ann"), "that is you")
 
 
 def test_forgetting_in_data_takes_what_headers_quote_too():

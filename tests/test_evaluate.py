@@ -36,7 +36,7 @@ def report_of(replies, past, talks):
     held_out = step.Evaluation(1.0, 1, 1.0, 1, np.ones(len(talks)), np.full(len(talks), 9.0))
     count = len(some)
     clone = Voice(np.ones((count, 10)), np.ones((count, 10)), [[r] for r in replies], np.ones(count), held_out, *[np.zeros((0, 100))] * 2)
-    return evaluate.measure({"clone": clone}, talks, past, some, [[]] * count, evaluate.Config())
+    return evaluate.measure({"clone": clone}, talks, past, some, [[]] * count, evaluate.Config(data="data"))
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_a_blind_test_never_mixes_the_chats_of_two_people():
 def clone(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "ckpt"
     shutil.copytree(base, folder)
-    (folder / "run.json").write_text(json.dumps({"base": str(base)}))
+    (folder / "run.json").write_text(json.dumps({"base": str(base), "trained_until": "2024-01-01T00:50:00"}))
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 1, "val_bits_per_char": 3.0}\n')
     return folder
 
@@ -189,6 +189,7 @@ def test_the_same_seed_writes_the_same_report_for_its_owner_alone(clone, chats):
     assert page.split("<body>")[1].split("<p>")[1].startswith("Private")
     assert "http" not in page and all(stat.S_IMODE((clone / n).stat().st_mode) == 0o600 for n in ("report.json", "report.html"))
     assert '"seconds"' not in written[0].decode()
+    assert report["data"]["maybe_seen"] == 2 and report["verdict"][0].startswith("2 of the 12 sessions here are older")  # 00:48, 00:49
 
 
 def test_a_blind_test_holds_what_was_approved_of_one_chat(clone, chats):

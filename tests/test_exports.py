@@ -289,6 +289,7 @@ def test_a_folder_gives_all_its_exports_and_strangers_are_no_harm(tmp_path):
 
 @pytest.mark.parametrize(("name", "content", "expected"), [
     ("messages.html", b"<!DOCTYPE html>", "HTML"), ("x.zip", b"PK\x03\x04broken", "damaged zip"), ("x.png", b"\x89PNG", "not an export"),
+    ("result.json", b"", "result.json is empty"),
     ("chats/chat_001/messages.html", b"<!DOCTYPE html>", "HTML"),
 ])  # fmt: skip
 def test_what_is_no_export_says_what_it_is(tmp_path, name, content, expected):

@@ -189,6 +189,7 @@ def test_what_is_said_of_runs_that_have_begun(undisturbed, base, chats, tmp_path
     assert len(resume.saves(out / "resume")) == 1
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert "is finished" in run(out, base, chats, *flags, "--resume")
+    assert "--lr is 0.5 now" in run(out, base, chats, *flags, "--resume", "--lr", 0.5, code=2)
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert "already holds something" in run(out, base, chats, *flags, code=2)
 

@@ -229,6 +229,7 @@ def test_no_data_no_gpu_no_network_each_say_what_to_do(base, chats, tmp_path):
     refused(command("train.py", "--lora", "--data", tmp_path / "none"), "python data.py result.json")
     if not torch.cuda.is_available():
         refused(command("train.py", "--lora", "--data", chats), "No GPU", "--device cpu")
+        refused(command("train.py", "--lora", "--data", chats, "--model", "nope"), "nope: there is no such folder")
     refused(command("train.py", "--download-only", "--model", "nobody/nothing"), "nobody/nothing", "--model")
     refused(command("train.py", "--model", tmp_path / "nowhere", "--data", chats, "--device", "cpu"), "no such folder")
 
@@ -259,6 +260,7 @@ def test_bad_flags_and_folders_write_nothing(base, chats, tmp_path):
         ("--lr", 0),
         ("--lora-dropout", 1.5),
         ("--seed", -1),
+        ("--warmup", 3),
         ("--device", "abacus"),
     ):
         refused(command("train.py", *common, flag, value), flag)
