@@ -615,6 +615,11 @@ def load_model(path, dtype=None, device="cpu", base=None, words=None, weights=No
     return model.eval().requires_grad_(False)
 
 
+def base_of(adapter):
+    """The base that an adapter's folder names, a folder or a hub id; None where it names none."""
+    return lora.read_settings(adapter)[1]
+
+
 def check_base(folder):
     """UserError when a folder is nothing to train on top of."""
     if is_adapter(folder):

@@ -155,7 +155,7 @@ def data_of(run):
 def base_of(folder, options):
     """Where a checkpoint's base lies; None where it has none, or a whole model's is not here."""
     if checkpoint.is_adapter(folder):
-        return options.model or config.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        return options.model or checkpoint.base_of(folder)
     run = config.read_json(folder / "run.json", {})
     named = options.model or ("" if run.get("config", {}).get("from_scratch") else run.get("base", ""))
     return named if named and checkpoint.is_model(named) else None

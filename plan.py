@@ -613,7 +613,7 @@ def chat_weights(folder, base, size, device, asked=None):
     usual = asked or ("bf16" if checkpoint.compute_dtype(device) == torch.bfloat16 else "fp32")
     try:
         if checkpoint.is_adapter(folder):
-            base = base or config.read_json(folder / "adapter_config.json").get("base_model_name_or_path") or ""
+            base = base or checkpoint.base_of(folder) or ""
             folder = Path(base) if Path(base).is_dir() else checkpoint.cached(base)
         shape = folder and checkpoint.read_config(folder)
         stored = shape and checkpoint.packed_kind(folder)
