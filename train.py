@@ -361,7 +361,9 @@ def prepare(options, ranks):
 
 def base_of(options, ranks):
     """→ (the base's folder, its weights' fingerprint or None for --from-scratch, ModelConfig with our rows, Tokenizer)"""
-    local = Path(options.model).is_dir() or not checkpoint.hub_id(options.model)  # which is said of a mistyped folder first
+    local = Path(options.model).is_dir()
+    if not local:
+        checkpoint.hub_id(options.model)  # or it is a mistyped folder, and says so
     if ranks.device.type == "cpu" and not options.device and (not local or checkpoint.read_config(options.model).num_parameters > BIG):
         raise UserError(
             f"No GPU here: on a CPU {options.model} would train for weeks.",
