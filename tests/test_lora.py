@@ -137,6 +137,16 @@ def test_what_peft_saves_loads_here_with_equal_logits(folder, tmp_path):
         torch.testing.assert_close(ours(tokens()), theirs(tokens()).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("weights", [None, "plain"])
+def test_numbers_that_are_none_in_an_adapter_are_not_said_to_be_the_bases(base, tmp_path, weights):
+    model = grown(base)
+    with torch.no_grad():
+        next(iter(lora.trained(model).values())).fill_(torch.nan)
+    lora.save(model, tmp_path, base)
+    with pytest.raises(UserError, match="adapter_model.safetensors: tensor .* holds NaN"):
+        checkpoint.load_model(str(tmp_path), base=str(base), weights=weights)
+
+
 def test_a_disk_that_is_full_leaves_the_adapter_before(base, tmp_path, monkeypatch):
     lora.save(grown(base), tmp_path, base)
     before = (tmp_path / "adapter_model.safetensors").read_bytes()

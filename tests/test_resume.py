@@ -194,7 +194,7 @@ def test_what_is_said_of_runs_that_have_begun(undisturbed, base, chats, tmp_path
     assert "already holds something" in run(out, base, chats, *flags, code=2)
 
 
-def test_a_start_that_torchrun_repeats_takes_no_other_run_for_its_own(base, chats, tmp_path):
+def test_a_start_that_torchrun_repeats_takes_no_other_run_for_its_own(base, chats, tmp_path, monkeypatch):
     """The first try failed before it began: a mistyped --model, no room for the weights. What --out holds is of another run."""
     out, flags = tmp_path / "ckpt", (*KINDS["lora"], "--max-steps", 1)
     run(out, base, chats, *flags)
@@ -202,7 +202,10 @@ def test_a_start_that_torchrun_repeats_takes_no_other_run_for_its_own(base, chat
     assert "already holds something" in run(out, base, chats, *flags, code=2, env=again)
     heard = run(out, base, chats, *flags, "--overwrite", env=again)
     assert "before training" in heard and "is finished" not in heard
-    assert not train.started_again(out)
+    for count, launcher, again in (("1", os.getppid(), True), ("1", os.getppid() + 1, False), ("0", os.getppid(), False)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        (out / "run.json").write_text(json.dumps({"launcher": launcher}))
+        assert train.started_again(out) is again
 
 
 def test_saves_on_some_hosts_only_are_said_not_erased(tmp_path):

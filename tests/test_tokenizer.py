@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,3 +245,14 @@ def test_the_chat_template_renders_what_we_trained_on(kind, me, words, byte_leve
         assert text + "\n" == begin + data.render(turns, specials=ours.specials).text
         ids = theirs.apply_chat_template(messages, return_dict=False)
         assert ids == ours.encode(data.render(turns, specials=ours.specials).text.removesuffix("\n"))[0]
+
+
+def test_a_disk_that_is_full_leaves_the_tokenizer_before(words, tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    words.save(tmp_path)
+    before = (tmp_path / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json.new").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space"):
+        words.save(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == before
