@@ -75,6 +75,10 @@ CONTEXTS = ("who", "when", "since", "before", "facts")  # what may stand in it
 QUOTED = 4  # messages of the session before
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 SHOWN = 16  # turns of the session that is shown at the end
+# Columns of the index of sessions: when it starts; where its line lies in the spool; how many messages it trains;
+# a hash of what I say in it; the number of its chat; how many characters of mine it holds.
+START, OFFSET, LENGTH, TRAINED, CONTENT, CHAT, CHARACTERS = range(7)
+REPEATED = "late sessions in which I say the same as in one to train on, neither trained nor held out"
 CONTEXT = 4  # a piece of a long session repeats at most 1 / CONTEXT of a row as context
 
 
@@ -541,17 +545,19 @@ def main():
         gc.disable()  # records hold no cycles; looking for some among millions of them takes as long as reading them
         try:
             left_out, bots, owners = read(options, joined, repairs)
-            me = find_me(joined, owners, options)
-            forgotten = find_forgotten(joined, me, options.forget)
+            overlaps, aliases = joined.align(), joined.aliases()
+            me = with_aliases(find_me(joined, owners, options), aliases)
+            forgotten = with_aliases(find_forgotten(joined, me, options.forget), aliases)
             index, persona, report = gather(joined, me, forgotten, bots, left_out, options, spool)
         finally:
             gc.enable()
-        report |= {"secrets": dict(secrets), "repairs": dict(repairs)}
+        report |= {"secrets": dict(secrets), "repairs": dict(repairs), "joined": overlaps}
         check_enough(options, index, report)
-        held_out = validation_size(len(index), options.val)
-        parts = {"train": index[:-held_out], "val": index[-held_out:]}
+        parts = hold_out(index, options.val)
+        if repeated := len(index) - sum(map(len, parts.values())):
+            report["sessions_left_out"][REPEATED] = repeated
         report["sessions_kept"] = {part: len(places) for part, places in parts.items()}
-        report["trained_messages"] = int(parts["train"][:, 3].sum())
+        report["trained_messages"] = int(parts["train"][:, TRAINED].sum())
         planted = plant(options.canaries, len(parts["train"]))
         write(parts, spool, persona, report, options, words, near, planted)
         show(Session.from_json(line(spool, parts["train"][-1])))
@@ -666,10 +672,16 @@ def find_me(joined, owners, options):
     return me.keys()
 
 
+def with_aliases(ids, aliases: dict):
+    """Ids of people in their order, and behind them the ids under which newer exports know them."""
+    return dict.fromkeys([*ids, *(aliases[i] for i in ids if i in aliases)]).keys()
+
+
 def find_forgotten(joined, me, names):
     """The ids of those whom --forget names: people who wrote, and people (not groups) who never did. UserError when it isn't clear who."""
     everyone = sum(joined.wrote.values(), collections.Counter())
-    people = {chat.key: chat.name for copies in joined.copies.values() for chat, _ in copies if chat.type == "personal_chat"}
+    chats = [copy.chat for copies in joined.copies.values() for copy in copies]
+    people = {chat.key: chat.name for chat in chats if chat.type == "personal_chat"}
     people |= {author: joined.people.get(author) or people.get(author) for author in everyone}
     forgotten = set()
     for said in names:
@@ -707,7 +719,7 @@ def kept(messages, options, forgotten, bots, left_out):
 def gather(joined, me, forgotten, bots, chats_left_out, options, spool):
     """Cut the joined chats into sessions, and write each that teaches something to `spool`, a line of data/*.jsonl.
 
-    → (index: an array with each session's start, offset, length and how many messages it trains, in order of time; persona; report).
+    → (index: an array with a row a session, in order of time, its columns START to CHARACTERS; persona; report).
     Memory grows with the index alone.
     """
     census = doctor.Census()
@@ -717,13 +729,14 @@ def gather(joined, me, forgotten, bots, chats_left_out, options, spool):
     facts = config.read_text(facts) if "facts" in kinds and facts.is_file() else ""
     my_name = unique_name(next((joined.people[i] for i in me if joined.people.get(i)), "Me"), taken)
     names = dict.fromkeys(me, my_name)
-    index, count = array("q"), sum(wrote.total() for wrote in joined.wrote.values())
+    index, chats, count = array("q"), [], sum(wrote.total() for wrote in joined.wrote.values())
     with tqdm(total=count, unit=" messages", unit_scale=True, desc="sessions", disable=None, leave=False) as bar:
         for chat, messages in joined.chats():
             if chat.type == "personal_chat" and chat.key in forgotten:
                 census.left_out["chats"]["of people to forget"] += 1
                 continue
             own, before = kept(messages, options, forgotten, bots, census.left_out["messages"]), None
+            chats.append(chat.name)
             for session in sessions(own, chat, me, options.gap_minutes * 60):
                 why = why_not(session)
                 bar.update(census.add(session, why))
@@ -740,14 +753,36 @@ def gather(joined, me, forgotten, bots, chats_left_out, options, spool):
                     session = dataclasses.replace(session, turns=[opening, *session.turns])
                 written = session.to_json().encode() + b"\n"
                 start = int("0" + re.sub(r"\D", "", session.start)[:14])
-                trained = sum(len(spoken(turn)) for turn in session.turns if turn.me)
-                index.extend((start, spool.tell(), len(written), trained))
+                mine = [" ".join(text.split()) for turn in session.turns if turn.me for text in spoken(turn)]
+                content = hash("\n".join(mine).casefold())
+                characters = sum(map(len, mine))
+                index.extend((start, spool.tell(), len(written), len(mine), content, len(chats) - 1, characters))
                 spool.write(written)
             census.end_of(chat, not forgotten)
-    table = np.array(index, dtype=np.int64).reshape(-1, 4)
+    table = np.array(index, dtype=np.int64).reshape(-1, CHARACTERS + 1)
     contacts = [{"name": names[i], "messages": n} for i, n in census.contacts()]
     persona = {"me": my_name, "contacts": contacts} | ({"context": kinds} if kinds else {})
-    return table[np.argsort(table[:, 0], kind="stable")], persona, census.report()
+    report = census.report() | {"repeated": repeats(table, chats)}
+    return table[np.argsort(table[:, START], kind="stable")], persona, report
+
+
+def repeats(index: np.ndarray, chats: list[str]) -> list[dict]:
+    """Which chats hold the same sessions: of at least two messages of mine and forty characters, said alike in both.
+
+    → [{"chats": [A, B], "sessions": how many of A also stand in B, "of": A's sessions}]; A is B where a chat holds sessions twice.
+    """
+    long = index[(index[:, TRAINED] >= 2) & (index[:, CHARACTERS] >= 40)]
+    long = long[np.argsort(long[:, CONTENT], kind="stable")]
+    same = np.flatnonzero(long[1:, CONTENT] == long[:-1, CONTENT])
+    pairs = np.stack([long[same, CHAT], long[same + 1, CHAT]], 1)
+    pairs, counts = np.unique(pairs, axis=0, return_counts=True)
+    sizes = np.bincount(index[:, CHAT], minlength=len(chats))
+    found = []
+    for pair, n in zip(pairs.tolist(), counts.tolist()):
+        a, b = sorted(pair, key=lambda chat: sizes[chat])
+        if n >= max(2, sizes[a] / 10):
+            found.append({"chats": [chats[a], chats[b]], "sessions": n, "of": int(sizes[a])})
+    return found
 
 
 def contexts(said):
@@ -780,7 +815,7 @@ def check_enough(options, index, report):
 
 
 def line(spool, place):
-    _, offset, length, _ = place.tolist()
+    offset, length = place[[OFFSET, LENGTH]].tolist()
     spool.seek(offset)
     return spool.read(length)
 
@@ -828,6 +863,26 @@ def write(parts, spool, persona, report, options, words, near, planted):
         (out / "canaries.json").unlink(missing_ok=True)
         if planted:
             config.write_json(out / "canaries.json", {"canaries": planted})
+
+
+def hold_out(index: np.ndarray, share: float) -> dict:
+    """The sessions' index, in order of time → {"train": …, "val": the latest}.
+
+    In no session of `val` do I say what I say in one of `train`. A session that repeats one to train on, message for message of mine,
+    is in neither, and `val` begins a little earlier for it.
+    """
+    firsts = np.unique(index[:, CONTENT], return_index=True, return_inverse=True)
+    first = firsts[1][firsts[2]]  # of each session: the first that says the same
+    held_out = validation_size(len(index), share)
+    usable = np.bincount(first, minlength=len(index))[::-1].cumsum()[::-1]  # how many a `val` that begins here could hold
+    begin = np.flatnonzero(usable >= held_out)[-1]
+    begin = max(begin, min(len(index) - len(index) // 3, np.flatnonzero(usable >= 1)[-1]))
+    if begin == 0:
+        raise UserError(
+            "I say the same in every session: none can be held out that isn't trained on",
+            "Export more chats, or try another --gap-minutes.",
+        )
+    return {"train": index[:begin], "val": index[begin:][first[begin:] >= begin]}
 
 
 def validation_size(count, share):

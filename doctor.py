@@ -173,7 +173,22 @@ def show(report, options):
         line(sum(report["secrets"].values()), "secrets replaced by marks as the exports were read", what)
     for what, n in report["repairs"].items():
         line(n, what)
+    for pair in report["joined"]:
+        line(pair["messages"], f"messages of {named(pair['chats'])} stood in two exports{apart(pair['hours'])}, and count once")
+    for pair in report["repeated"]:
+        a, b = pair["chats"]
+        where = f"chat {a} also stand in chat {b}" if a != b else f"chat {a} stand twice in it"
+        print(f"{pair['sessions']:>11,} of {pair['of']:,} sessions of {where}: are they one? --exclude leaves a chat out")
     print("", *report["verdict"], sep="\n")
+
+
+def named(chats):
+    """`Bob`, or `Bob and Bob 2` where a chat has two names."""
+    return " and ".join(dict.fromkeys(chats))
+
+
+def apart(hours):
+    return f", their clocks {abs(hours):g} hour{'s' * (abs(hours) != 1)} apart" if hours else ""
 
 
 def line(count, what, reasons=()):

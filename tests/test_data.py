@@ -363,7 +363,7 @@ def test_secrets_are_replaced_before_anything_is_written_and_counted(tmp_path):
 
 def test_a_contact_known_by_a_number_alone_leaves_no_number_behind(tmp_path):
     path = tmp_path / "WhatsApp Chat with +49 170 1234567.txt"
-    path.write_text("".join(f"{n}/03/2021, 10:00 - +49 170 1234567: tea?\n{n}/03/2021, 10:01 - Ann: yes\n" for n in range(1, 9)))
+    path.write_text("".join(f"{n}/03/2021, 10:00 - +49 170 1234567: tea?\n{n}/03/2021, 10:01 - Ann: yes {n}\n" for n in range(1, 9)))
     said = made(tmp_path, path, "--me", "Ann")
     files = "".join(path.read_text() for path in (tmp_path / "data").iterdir())
     assert "1234567" not in files + said and folder(tmp_path, "persona.json")[0]["contacts"][0]["name"] == data.UNSAVED
@@ -463,7 +463,11 @@ def test_a_bot_known_by_its_chat_is_no_voice_in_a_group_either(tmp_path):
 
 def test_the_report_says_what_is_lopsided_and_whether_it_is_enough(tmp_path):
     value = export(
-        [(who, {"text": text, "later": 3600 * (i // 2)}) for i, (who, text) in enumerate([("user2", "how are you?"), ("user1", "ок")] * 20)]
+        [
+            (who, {"text": text, "later": 3600 * n})
+            for n in range(20)
+            for who, text in (("user2", "how are you?"), ("user1", "к" + "абвгдежзийклмнопрсту"[n]))
+        ]
     )
     value["chats"]["list"].append(group(("user1", "Ann", "am I alone here?")))
     (tmp_path / "result.json").write_text(json.dumps(value))
@@ -677,6 +681,148 @@ def test_canaries_are_hidden_as_often_as_the_list_says_among_my_messages(tmp_pat
     assert [c["copies"] for c in planted] == [1, 2, 4]
     assert [mine.count(c["before"] + c["secret"]) for c in planted] == [1, 2, 4]
     assert not any(c["secret"] in (tmp_path / "data" / "val.jsonl").read_text() for c in planted)
+
+
+# --- nothing that is held out is trained
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=2, max_size=120), st.sampled_from([0, 0.05, 0.2]))
+def test_no_held_out_session_repeats_one_to_train_on(contents, share):
+    index = np.zeros((len(contents), data.CHARACTERS + 1), np.int64)
+    index[:, data.START], index[:, data.CONTENT] = np.arange(len(contents)), contents
+    if len({*contents}) == 1:
+        with pytest.raises(UserError, match="say the same"):
+            data.hold_out(index, share)
+        return
+    train, val = data.hold_out(index, share).values()
+    assert len(train) and len(val) and not {*train[:, data.CONTENT]} & {*val[:, data.CONTENT]}
+    assert train[-1, data.START] < val[0, data.START] and (np.diff(val[:, data.START]) > 0).all()
+    left_out = {*index[:, data.START]} - {*train[:, data.START]} - {*val[:, data.START]}
+    assert all(contents[i] in {*train[:, data.CONTENT]} for i in left_out)
+    if len({*contents}) == len(contents):
+        assert len(val) == data.validation_size(len(contents), share) and not left_out
+
+
+def phone_export(path, said, hours=0, seconds=True, names=None, media=False):
+    """`said`: (seconds, who, text) → one phone's WhatsApp export of it."""
+    lines = []
+    for at, who, text in said:
+        time = datetime.datetime(2021, 3, 1) + datetime.timedelta(seconds=at, hours=hours)
+        text = ("\u200eimage omitted" if media else "<Media omitted>") if text is None else text
+        who = (names or {}).get(who, who)
+        lines.append(f"[{time:%d.%m.%y, %H:%M:%S}] {who}: {text}" if seconds else f"{time:%d.%m.%y, %H:%M} - {who}: {text}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+SAID = st.lists(
+    st.tuples(
+        st.sampled_from([3, 50, 700, 90_000]),  # seconds since the message before
+        st.sampled_from(["Ann", "Bob"]),
+        st.sampled_from([None, "ok", "yes", "haha", *(f"{a} {b}" for a in ("tea", "rain", "goose", "tower") for b in range(12))]),
+    ),
+    min_size=12,
+    max_size=60,
+)
+
+
+def mine_in(path):
+    """Of each session of a data/*.jsonl what I say in it, as anyone reads it who has the file."""
+    return [
+        [text for turn in json.loads(line)["turns"] if turn["me"] for text in turn["messages"]] for line in path.read_text().splitlines()
+    ]
+
+
+@settings(max_examples=25, deadline=None)
+@given(SAID, st.integers(0, 30), st.integers(12, 60), st.sampled_from([0, 1, -7, 5.5]), st.booleans(), st.booleans(), st.booleans())
+def test_two_exports_of_one_chat_never_hold_out_what_they_train(tmp_path_factory, gaps, begin, end, hours, seconds, renamed, copied):
+    """Whether they are joined or not: with other clocks, phones, names of files and of the contact, whole or in part."""
+    at, said = 0, []
+    for gap, who, text in gaps:
+        at += gap
+        said.append((at, who, text))
+    folder = tmp_path_factory.mktemp("pair")
+    names = {"Bob": "Robert"} if renamed else {}
+    one = phone_export(folder / "old" / "WhatsApp Chat with Bob.txt", said[:end])
+    title = "Bob 2" if copied else names.get("Bob", "Bob")
+    two = phone_export(folder / "new" / f"WhatsApp Chat with {title}.txt", said[begin:] or said, hours, seconds, names, True)
+    done = command("data.py", one, two, "--me", "Ann", "--out", folder / "data")
+    if done.returncode == 2:  # too little is left to learn from
+        refused(done)
+        return
+    assert done.returncode == 0, done.stderr
+    train, val = (mine_in(folder / "data" / f"{part}.jsonl") for part in ("train", "val"))
+    assert train and val and not [session for session in val if session in train]
+
+
+LONG_TALK = [
+    (86_400 * day + 40 * n, who, f"{text} {day}")
+    for day in range(12)
+    for n, (who, text) in enumerate([("Bob", "how was the harbour on day"), ("Ann", "wet, and the geese sang for"), ("Bob", "again")])
+]
+
+
+@pytest.mark.parametrize(
+    ("title", "how"),
+    [
+        ("Bob", {"seconds": False}),
+        ("Bob", {"hours": 1}),
+        ("Bob", {"hours": -3.5, "seconds": False}),
+        ("Bob 2", {}),
+        ("Bob-2", {}),
+        ("Bob copy", {}),
+        ("Robert", {"names": {"Bob": "Robert"}}),
+        ("Robert", {"names": {"Bob": "Robert", "Ann": "Annie"}, "hours": 2}),
+        ("Bob", {"media": True}),
+    ],
+)
+def test_overlapping_exports_of_one_chat_are_joined_and_each_message_counts_once(tmp_path, title, how):
+    said = sorted([*LONG_TALK, (86_400 * 3 + 70, "Ann", None)])
+    old = phone_export(tmp_path / "old" / "WhatsApp Chat with Bob.txt", said[:30])
+    new = phone_export(tmp_path / "new" / f"WhatsApp Chat with {title}.txt", said[7:], **how)
+    me = ["--me", "Ann"] + (["--me", "Annie"] if "Annie" in how.get("names", {}).values() else [])
+    out = made(tmp_path, old, new, *me)
+    assert sorted(text for *_, text in turns_of(tmp_path) if text[0] != "<") == sorted(text for *_, text in said if text)
+    assert len({author for _, author, _, _ in turns_of(tmp_path)}) == 2
+    assert "stood in two exports" in out and folder(tmp_path, "report.json")[0]["joined"][0]["hours"] == how.get("hours", 0)
+
+
+def test_chats_that_are_not_surely_one_stay_apart_and_the_report_says_what_they_share(tmp_path):
+    """Half of Eve's chat is Bob's, the rest her own: perhaps she was told the same."""
+    bob = [(at, who, text) for at, who, text in LONG_TALK] + [(at + 80, "Ann", text + "!") for at, _, text in LONG_TALK]
+    eve = [(at + 7200 * i, {"Bob": "Eve"}.get(who, who), text) for i, (at, who, text) in enumerate(sorted(bob))]
+    paths = [
+        phone_export(tmp_path / name / f"WhatsApp Chat with {name}.txt", sorted(said)) for name, said in (("Bob", bob), ("Eve", eve[:18]))
+    ]
+    made(tmp_path, *paths, "--me", "Ann", "--gap-minutes", "300")
+    assert {chat for chat, *_ in turns_of(tmp_path)} == {"Bob", "Eve"}
+    assert not folder(tmp_path, "report.json")[0]["joined"]
+
+
+def test_sessions_that_stand_in_two_chats_are_counted_in_the_report(tmp_path):
+    at, bob = 0, []
+    for day in range(8):
+        for who, text in (("Bob", f"and day {day}?"), ("Ann", f"on day {day} I wound the quay clock"), ("Ann", "and the goose slept")):
+            bob.append((at := at + 5, who, text))
+        at += 40_000 + 7_000 * day
+    eve = [(round(when * 1.37), {"Bob": "Eve"}.get(who, who), text) for when, who, text in bob]  # at no constant offset
+    paths = [phone_export(tmp_path / n / f"WhatsApp Chat with {n}.txt", said) for n, said in (("Bob", bob), ("Eve", eve))]
+    out = made(tmp_path, *paths, "--me", "Ann")
+    assert folder(tmp_path, "report.json")[0]["repeated"] == [{"chats": ["Bob", "Eve"], "sessions": 8, "of": 8}]
+    assert "8 of 8 sessions of chat Bob also stand in chat Eve" in out
+    train, val = (mine_in(tmp_path / "data" / f"{part}.jsonl") for part in ("train", "val"))
+    assert val and not [session for session in val if session in train]
+
+
+def test_forgetting_somebody_by_an_old_name_forgets_the_new_one_too(tmp_path):
+    old = phone_export(tmp_path / "old" / "WhatsApp Chat with Bob.txt", LONG_TALK)
+    new = phone_export(tmp_path / "new" / "WhatsApp Chat with Robert.txt", LONG_TALK, names={"Bob": "Robert"})
+    zoe = [(at + 600_000, {"Bob": "Zoe"}.get(who, who), text + " or so") for at, who, text in LONG_TALK]
+    other = phone_export(tmp_path / "zoe" / "WhatsApp Chat with Zoe.txt", zoe)
+    made(tmp_path, old, new, other, "--me", "Ann", "--forget", "Bob")
+    assert {author for _, author, _, _ in turns_of(tmp_path)} == {"Ann", "Zoe"}
 
 
 def test_a_dry_run_leaves_nothing_and_what_is_written_is_for_its_owner_alone(tmp_path):
