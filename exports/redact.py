@@ -4,6 +4,7 @@ Rules and words are in redact.toml. A message with none of their hints costs one
 passwords that nobody announced pass through it.
 """
 
+import collections
 import re
 import tomllib
 from pathlib import Path
@@ -13,6 +14,12 @@ IBAN_LENGTHS = {country: int(length) for length, countries in TABLE["iban_length
 STOP = frozenset(TABLE["stop"].split())
 PARTICIPLE = re.compile(r"(?i)[^\W\d_]+(?:ing|ed|iert|ado|ido|ato|uto|ный|ён|ен|лся|тся)")  # the password is locked, expiring …
 CLAUSE_END = re.compile(r"(?i)\s*(?:$|[.,;!?)\n]|\s(?:and|but|и|но|а|und|et|en|ve)\b)")
+OTHER_DIGIT = re.compile(r"[^\D0-9]")  # Arabic, Persian, Devanagari, full-width …
+has_other_digit = OTHER_DIGIT.search
+FULL_WIDTH = str.maketrans("＋－−ー（）．：\u3000", "+---().: ")  # what stands between digits of full width
+PHONE_GROUPS = re.compile(
+    "(?:[1-9][0-9]{0,2} )?(?:" + "|".join(TABLE["phone_groups"]["with_country_code"]) + ")|" + "|".join(TABLE["phone_groups"]["alone"])
+)
 PLACEHOLDER = re.compile(r"(\D)\1*|[$%][A-Z_]+%?|[/~({[-].*|.*://.*|\W*")  # ****, $PASSWORD, {password}, a path, a URL
 
 
@@ -95,9 +102,22 @@ def phone(found):
     if secret.isdigit():
         before, after = found.string[max(0, start - 12) : start], found.string[end : end + 12]
         in_row = re.search(r"(?<![0-9])[0-9]{1,9} $", before) or re.match(r" [0-9]{1,9}(?![0-9])", after)
-        if int(secret) % 512 == 0 or len(set(secret)) < 3 or in_row:
+        if int(secret) % 512 == 0 or int(secret) >> 4 == 0xFFFFFFF or len(set(secret)) < 3 or in_row:
             return 0
     return len(secret)
+
+
+def grouped_phone(found: re.Match[str]) -> int:
+    """Grouped as phone numbers are; 20 25 30 35, 5 12 19 33 41 and 6881-6999 are rows and ranges."""
+    secret = found["secret"]
+    groups = re.findall("[0-9]+", secret)
+    if not PHONE_GROUPS.fullmatch(" ".join(groups)):
+        return 0
+    if len(groups) > 2:
+        in_row = len(groups[1]) == len(groups[-2]) == len(groups[-1]) == 2 and groups[-4:] == sorted(groups[-4:], key=int)
+    else:
+        in_row = " " not in secret and len(groups[0]) == len(groups[1]) and secret[0] == groups[1][0] and groups[0] <= groups[1]
+    return 0 if in_row else len(secret)
 
 
 # Each alternative of a hint begins with a literal, so that `re` leaps from one possible first letter to the next; a word is known by a rare
@@ -105,7 +125,9 @@ def phone(found):
 MANY, LONG = r"(?:\W{0,3}[0-9]){6}", r"\S{8}|(?<=\S{9})"
 NUMBER, TOKEN, EITHER = ("|".join(f"{digit}(?:{then})" for digit in "0123456789") for then in (MANY, LONG, f"{MANY}|{LONG}"))
 HINTS = {name: "|".join(parts) for name, parts in TABLE["hints"].items()} | {"number": NUMBER, "token": TOKEN}
-LENGTHS = {function.__name__: function for function in (whole, card, iban, random_letters, assigned, command, password, phone)}
+LENGTHS = {
+    function.__name__: function for function in (whole, card, iban, random_letters, assigned, command, password, phone, grouped_phone)
+}
 RULES = [
     (
         rule["kind"],
@@ -118,28 +140,36 @@ RULES = [
 SUSPECT = re.compile("|".join([HINTS["names"], HINTS["words"], HINTS["at"], EITHER])).search
 
 
-def redact(text, counts):
+def redact(text: str, counts: collections.Counter[str]) -> str:
     """`text` with its secrets replaced; counts[kind] grows by one for each. What is redacted already stays as it is."""
+    # Searched is `plain`, the text with ASCII digits, letter for letter as long as the text.
+    plain = text if text.isascii() or not has_other_digit(text) else to_ascii_digits(text)
     before = None
-    while before != text and SUSPECT(low := text.lower()):  # until nothing changes: what stood behind another secret is found; idempotent
+    while before != text and SUSPECT(low := plain.lower()):  # until nothing changes: what stood behind another secret is found; idempotent
         before = text
         for kind, hint, pattern, length in RULES:
             if hint(low):
-                text = replace(text, kind, pattern, length, counts)
+                text, plain = replace(text, plain, kind, pattern, length, counts)
     return text
 
 
-def replace(text, kind, pattern, length, counts):
+def to_ascii_digits(text: str) -> str:
+    return OTHER_DIGIT.sub(lambda digit: str(int(digit[0])), text).translate(FULL_WIDTH)
+
+
+def replace(text, plain, kind, pattern, length, counts):
     """A mark goes in before the search goes on, so that what stands behind a secret isn't taken for more of it."""
     at = 0
-    while found := pattern.search(text, at):
+    mark = f"<{kind}>"
+    while found := pattern.search(plain, at):
         start = found.start("secret")
         if start < 0:
             at = found.end()
         elif size := length(found):
-            text = f"{text[:start]}<{kind}>{text[start + size :]}"
+            text = text[:start] + mark + text[start + size :]
+            plain = plain[:start] + mark + plain[start + size :]
             counts[kind] += 1
-            at = start + len(kind) + 2
+            at = start + len(mark)
         else:
             at = max(start, found.start() + 1)
-    return text
+    return text, plain
