@@ -75,11 +75,13 @@ CONTEXTS = ("who", "when", "since", "before", "facts")  # what may stand in it
 QUOTED = 4  # messages of the session before
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 SHOWN = 16  # turns of the session that is shown at the end
+SHORTEST_CUT = 16  # tokens of a message: a context that would keep less of one begins behind it
+MOST_LETTERS = 32  # of a token, in the message of which a context keeps the end
 # Columns of the index of sessions: when it starts; where its line lies in the spool; how many messages it trains;
 # a hash of what I say in it; the number of its chat; how many characters of mine it holds.
 START, OFFSET, LENGTH, TRAINED, CONTENT, CHAT, CHARACTERS = range(7)
 REPEATED = "late sessions in which I say the same as in one to train on, neither trained nor held out"
-CONTEXT = 4  # a piece of a long session repeats at most 1 / CONTEXT of a row as context
+CONTEXT = 8  # a piece of a long session repeats at least 1 / CONTEXT of a row as context
 
 
 @dataclasses.dataclass(slots=True)
@@ -263,13 +265,10 @@ def render(turns, loss_on="me", first=(0, 0), closed=True, specials=SPECIALS):
     text, targets, words = "", [], []
     for number, turn in enumerate(turns):
         text += f"{IM_START}{safe(turn.author, specials)}"
-        trained = [
-            (turn.me or loss_on == "everyone" and turn.author != HEADER) and (number, i) >= first and not MARK.fullmatch(message)
-            for i, message in enumerate(turn.messages)
-        ]
+        trained = [is_trained(turn, message, loss_on) and (number, i) >= first for i, message in enumerate(turn.messages)]
         for message, target in zip(turn.messages, trained):
             begin = len(text) + 1
-            text += "\n>>> " + re.sub("^>>>", " >>>", safe(message, specials), flags=re.MULTILINE)
+            text += "\n>>> " + quote(message, specials)
             if target:
                 targets.append((begin, len(text) + 1))  # with the newline behind it: that one goes on is mine too
                 words.append((begin + len(">>> "), len(text)))
@@ -279,6 +278,16 @@ def render(turns, loss_on="me", first=(0, 0), closed=True, specials=SPECIALS):
             text += IM_END
         text += "\n"
     return Document(text, targets, words)
+
+
+def is_trained(turn: Turn, message: str, loss_on: str) -> bool:
+    mine = turn.me or loss_on == "everyone" and turn.author != HEADER
+    return mine and not MARK.fullmatch(message)
+
+
+def quote(message: str, specials=SPECIALS) -> str:
+    """A message as it stands behind `>>> `: no special tokens, and no line of its own that looks like a message."""
+    return re.sub("^>>>", " >>>", safe(message, specials), flags=re.MULTILINE)
 
 
 def prompt(turns, me, specials=SPECIALS):
@@ -316,66 +325,116 @@ def inside(begins, ends, spans):
 
 
 def split(session, tokenizer, seq_len, loss_on="me", number=0):
-    """Session → Samples of at most `seq_len` tokens, together every target once. What follows the last target is left off.
+    """Session → Samples of at most `seq_len` tokens, together every target once. What no target needs is left off.
 
-    A long session is cut on turn borders, a long turn on message borders, a long message on tokens; each piece begins with what
-    preceded it, without targets, up to a quarter of the row.
+    A long session becomes pieces that end with a target: on turn borders, in a long turn between messages, in a long message
+    between tokens. Each piece begins with what precedes its first target, without targets: at least 1 / CONTEXT of the row, and
+    what room the targets leave.
     """
-    taught = [i for i, turn in enumerate(session.turns) if (turn.me or loss_on == "everyone" and turn.author != HEADER) and spoken(turn)]
+    taught = [i for i, turn in enumerate(session.turns) if any(is_trained(turn, m, loss_on) for m in turn.messages)]
     if not taught:
         return
     turns = session.turns[: taught[-1] + 1]
-    whole = encode(render(turns, loss_on, specials=tokenizer.specials), tokenizer, number)
+    document = render(turns, loss_on, specials=tokenizer.specials)
+    whole = encode(document, tokenizer, number)
     if len(whole.ids) <= seq_len:
         yield whole
         return
 
-    units = [(t, m) for t, turn in enumerate(turns) for m in range(len(turn.messages))]
-    size = lambda text: len(tokenizer.encode(text)[0])  # noqa: E731
-    headers = {name: size(f"{IM_START}{safe(name, tokenizer.specials)}{IM_END}\n") for name in {turn.author for turn in turns}}
-    header = [headers[turns[t].author] for t, m in units]
-    texts = [safe(turns[t].messages[m], tokenizer.specials) for t, m in units]
-    cost = [size(f"\n>>>  {text}") + (header[u] if units[u][1] == 0 else 0) for u, text in enumerate(texts)]
-    until = np.concatenate([[0], np.cumsum(cost)])  # tokens before each unit, rather too many than too few
-    borders = [u for u, (t, m) in enumerate(units) if m == 0] + [len(units)]
+    cutter = Cutter(turns, document, loss_on, tokenizer, number)
+    targets, least = cutter.targets, seq_len // CONTEXT
+    done = 0  # targets that stand in a piece
+    while done < len(targets):
+        first = targets[done]
+        end = cutter.last_that_fits(done, seq_len - min(least, cutter.places[first])) + 1
+        spare = seq_len - cutter.size(first, targets[end - 1])
+        if spare < 0:  # a message longer than a row
+            sample = cutter.piece(first, targets[end - 1], least)
+        elif end == len(targets) and spare > seq_len // 2:  # a session's short end, which shares a row with others
+            sample = cutter.piece(first, targets[end - 1], 2 * least)
+        else:
+            sample = cutter.fill(first, targets[end - 1], spare, seq_len)
+        yield from windows(sample, seq_len)
+        done = end
 
-    def length(begin, end):
-        return until[end] - until[begin] + (header[begin] if units[begin][1] else 0)
 
-    def piece(context, first, end):
-        """The sample of units[context:end], trained from units[first] on."""
-        (from_turn, from_message), (last_turn, last_message), (turn, message) = units[context], units[end - 1], units[first]
-        part = [dataclasses.replace(t) for t in turns[from_turn : last_turn + 1]]
+class Cutter:
+    """A long session, to be cut into pieces. Messages are numbered through all turns.
+
+    `units`: (turn, message) of each; `targets`: those that are trained; `places`: at which token of the whole each begins (a turn's
+    first one with its header), and where all end; `headers`: tokens of an author's line and of what ends a turn.
+    """
+
+    def __init__(self, turns, document, loss_on, tokenizer, number):
+        self.turns, self.loss_on, self.tokenizer, self.number = turns, loss_on, tokenizer, number
+        self.units = [(t, m) for t, turn in enumerate(turns) for m in range(len(turn.messages))]
+        self.targets = [u for u, (t, m) in enumerate(self.units) if is_trained(turns[t], turns[t].messages[m], loss_on)]
+        begins = [begin for begin, _ in tokenizer.encode(document.text)[1]]
+        self.places, at = [], 0
+        for t, m in self.units:
+            at += len(IM_END + "\n") if t and not m else 0
+            self.places.append(bisect.bisect_left(begins, at))
+            at += 0 if m else len(IM_START + safe(turns[t].author, tokenizer.specials))
+            at += len("\n>>> " + quote(turns[t].messages[m], tokenizer.specials))
+        self.places.append(len(begins))
+        names = {turn.author for turn in turns}
+        self.headers = {name: len(tokenizer.encode(IM_START + safe(name, tokenizer.specials))[0]) + 4 for name in names}
+
+    def header(self, unit: int) -> int:
+        return self.headers[self.turns[self.units[unit][0]].author]
+
+    def size(self, first: int, last: int) -> int:
+        """Tokens of a piece of the messages first … last, about."""
+        return self.places[last + 1] - self.places[first] + self.header(first)
+
+    def last_that_fits(self, done: int, room: int) -> int:
+        """The last target (its place in `targets`) that stands in `room` tokens with target `done`: the end of a turn, if one fits."""
+        targets, turn_of = self.targets, [self.units[u][0] for u in self.targets]
+        limit = self.places[targets[done]] + room - self.header(targets[done])
+        last = max(done, bisect.bisect_left(targets, bisect.bisect_right(self.places, limit) - 1) - 1)
+        ends = (k for k in range(last, done - 1, -1) if k + 1 == len(targets) or turn_of[k] != turn_of[k + 1])
+        return next(ends, last)
+
+    def fill(self, first: int, last: int, room: int, seq_len: int) -> Sample:
+        """A piece of the messages first … last with as much context as a row has room for, `room` being a guess."""
+        sample = self.piece(first, last, room)
+        room += seq_len - len(sample.ids)
+        sample = self.piece(first, last, room)
+        while len(sample.ids) > seq_len and room > 0:  # text that is cut elsewhere can take some tokens more
+            room -= len(sample.ids) - seq_len
+            sample = self.piece(first, last, room)
+        return sample
+
+    def piece(self, first: int, last: int, room: int) -> Sample:
+        """The messages first … last, trained, behind the `room` tokens of context that precede them."""
+        begin = bisect.bisect_left(self.places, self.places[first] - max(room, 0))
+        cut = ""
+        if begin:  # of the message before, its end
+            turn, message = self.units[begin - 1]
+            left = room - (self.places[first] - self.places[begin]) - self.header(begin - 1)
+            cut = self.last_words(self.turns[turn].messages[message], left) if left >= SHORTEST_CUT else ""
+            begin -= bool(cut)
+        (from_turn, from_message), (turn, message), (last_turn, last_message) = (self.units[u] for u in (begin, first, last))
+        part = [dataclasses.replace(t, messages=list(t.messages)) for t in self.turns[from_turn : last_turn + 1]]
         closed = last_message == len(part[-1].messages) - 1
         part[-1].messages = part[-1].messages[: last_message + 1]
         part[0].messages = part[0].messages[from_message:]
+        part[0].messages[0] = cut or part[0].messages[0]
         start = (turn - from_turn, message - (from_message if turn == from_turn else 0))
-        return encode(render(part, loss_on, start, closed, tokenizer.specials), tokenizer, number)
+        return encode(render(part, self.loss_on, start, closed, self.tokenizer.specials), self.tokenizer, self.number)
 
-    first = 0
-    while first < len(units):
-        own_turn = borders[bisect.bisect_right(borders, first) - 1]
-        starts = [u for u in borders if u <= own_turn] + list(range(own_turn + 1, first + 1))
-        context = next(u for u in starts if u == first or length(u, first) <= seq_len // CONTEXT)
-        if length(context, first + 1) > seq_len:
-            context = first
-        end = first
-        while end < len(units) and length(context, end + 1) <= seq_len:
-            end += 1
-        if end == first:
-            yield from windows(piece(first, first, first + 1), seq_len)
-            first += 1
-            continue
-        before = borders[bisect.bisect_right(borders, end) - 1]
-        end = before if before > first else end
-        sample = piece(context, first, end)
-        if (sample.labels != IGNORED).any():
-            yield sample
-        first = end
+    def last_words(self, message: str, room: int) -> str:
+        """The end of a message, from a word on, that takes at most `room` tokens."""
+        message = message[-MOST_LETTERS * room :]
+        offsets = self.tokenizer.encode(message)[1]
+        if len(offsets) <= room:
+            return message
+        text = message[offsets[-room][0] :]
+        return (re.split(r"\s", text, maxsplit=1)[-1] or text).strip()
 
 
 def windows(sample, seq_len):
-    """A sample longer than a row → samples of a row, each opening with a quarter of a row that the one before it ended with."""
+    """A sample longer than a row → samples of a row, each opening with the 1 / CONTEXT of a row that the one before it ended with."""
     begin, trained = 0, 0  # the window's first token, and the first whose label is not yet trained
     while trained < len(sample.ids):
         part = slice(begin, begin + seq_len)

@@ -2,6 +2,7 @@ import dataclasses
 import datetime
 import json
 import mmap
+import random
 import shutil
 import subprocess
 import sys
@@ -167,6 +168,41 @@ def test_a_long_session_is_cut_on_turn_borders_with_context(words):
         trained = text_of(sample.labels, words)
         first = trained.split(" of many")[0].rpartition(" ")[2]
         assert f"number {int(first) - 1} of" in text  # what I answer to is there
+
+
+def decoded(sample, words):
+    return words.engine.decode(sample.ids.tolist(), skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("me", [False, True])
+def test_a_reply_behind_a_very_long_message_keeps_the_end_of_it(words, me):
+    """Of what I answer to, and of what I wrote before in the same turn."""
+    essay = " ".join(f"chapter {n} about the harbour" for n in range(300)) + " and that was the last word"
+    turns = [Turn("Bob", False, "", [essay]), Turn("Ann", True, "", ["nice story", "I liked the end"])]
+    if me:
+        turns = [Turn("Bob", False, "", ["tell me all"]), Turn("Ann", True, "", ["hm", essay, "nice story"])]
+    samples = list(data.split(Session("c", "1", "personal_chat", "", turns), words, 128))
+    reply = next(sample for sample in samples if "nice story" in text_of(sample.labels, words))
+    assert "and that was the last word" in decoded(reply, words)
+    assert decoded(reply, words).replace(" ", "").startswith("<s><|im_start|>" + ("Ann" if me else "Bob"))
+    assert me or "chapter" not in text_of(reply.labels, words)
+
+
+def test_pieces_of_long_sessions_fill_their_rows_and_repeat_little(words):
+    draw = random.Random(0)
+    sessions = []
+    for number in range(12):
+        turns = [
+            Turn(("Bob", "Ann", "Eve")[draw.randrange(3)], False, "", [f"{draw.random()} " * draw.randrange(1, 12) for _ in range(2)])
+            for _ in range(200)
+        ]
+        for turn in turns:
+            turn.me = turn.author == "Ann"
+        sessions.append(Session("c", str(number), "private_group", "", turns))
+    whole = sum(len(words.encode(data.render(s.turns, specials=words.specials).text)[0]) for s in sessions)
+    rows = data.pack([sample for n, s in enumerate(sessions) for sample in data.split(s, words, 1024, number=n)], 1024)
+    assert data.filled(rows, 1024) > 0.98
+    assert sum(len(row.ids) for row in rows) < 1.15 * whole
 
 
 def fake(n, number):
