@@ -681,7 +681,7 @@ def read(options, joined, repairs):
                     joined.add(str(source), chat, messages)
     for name, given in (("include", options.include), ("exclude", options.exclude)):
         for said in given:
-            if said not in heard:
+            if said not in heard and chats:
                 near = difflib.get_close_matches(said, chats.values(), 5, 0.5)
                 raise UserError(
                     f"--{name} {said}: no chat has that name, id or kind",
@@ -709,7 +709,7 @@ def find_me(joined, owners, options):
     me, replaced = {}, set()
     people = {export: {author: joined.people.get(author) for author in wrote} for export, wrote in joined.wrote.items()}
     everyone = sum(joined.wrote.values(), collections.Counter())
-    for said in options.me:
+    for said in options.me if everyone else ():  # of nobody `check_enough` says why
         found = {export: matches for export in people if (matches := called(said, people[export]))}
         found = {export: matches for export, matches in found.items() if not owners[export]} or found
         if not found:
@@ -743,7 +743,7 @@ def find_forgotten(joined, me, names):
     people = {chat.key: chat.name for chat in chats if chat.type == "personal_chat"}
     people |= {author: joined.people.get(author) or people.get(author) for author in everyone}
     forgotten = set()
-    for said in names:
+    for said in names if people else ():  # as in find_me
         matches = called(said, people)
         if set(matches) & me:
             raise UserError(f"--forget {said}: that is you", "--exclude leaves whole chats out.")
@@ -857,12 +857,21 @@ def check_enough(options, index, report):
     path, outside = ", ".join(options.exports), report["messages_left_out"].get("outside --since and --until", 0)
     if not report["messages"]:
         kinds = ", ".join(counted(n, doctor.kind(why)) for why, n in report["chats_left_out"].items())
-        raise UserError(
-            f"{path} holds no messages in chats that are taken" + (f" (left out: {kinds})" if kinds else ""),
-            "Export again with the personal chats ticked, or --include a chat.",
-        )
+        reasons = [f"left out: {kinds}"] if kinds else []
+        reasons += [counted(n, why) for why, n in report["repairs"].items()]
+        way_out = "Export again with the personal chats ticked, or --include a chat."
+        if reasons and not kinds:
+            way_out = "Before its messages a chat has its name, type and id, a whole number."
+        why = f" ({'; '.join(reasons)})" if reasons else ""
+        raise UserError(f"{path} holds no messages in chats that are taken{why}", way_out)
     if outside and report["messages"] == sum(report["messages_left_out"].values()):
         raise UserError(f"none of the {outside:,} messages in {path} is of the days asked for", "Look at --since and --until.")
+    if report["messages"] == sum(report["messages_left_out"].values()):
+        reasons = "; ".join(counted(n, why) for why, n in report["messages_left_out"].items())
+        raise UserError(
+            f"{path}: all its messages are left out ({reasons})",
+            "Export other chats, or look at --forget and --since.",
+        )
     if not report["my_messages"]:
         raise UserError(f"{path} holds no message by me", "Say who you are with --me NAME, or export your own messages too.")
     if len(index) < 2:

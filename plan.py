@@ -7,6 +7,7 @@ the answer says whether it was measured by us, derived from a published figure, 
 
 import ctypes
 import dataclasses
+import difflib
 import functools
 import json
 import math
@@ -53,24 +54,35 @@ class Card:
     updating: float = 1  # how much longer the optimizer's traffic takes than other
 
 
+UNKNOWN = "unknown"  # the basis of a card of which memory alone is known
+NO_BF16 = "no bf16"  # NVIDIA before Ampere
 # Memory: as torch's own out-of-memory messages give it. Bandwidth and peak: NVIDIA's data sheets and architecture papers, without
 # sparsity; GeForce cards at the rate for fp32 sums. Links: what collectives reach, assumed. Efficiencies: docs/PLAN.md derives them.
 CARDS = {
     "3060": Card("RTX 3060 12 GB", 11.76, 360, 25.5, 0.65, "assumed, as the 3090", 6, (0.05, 0.12)),
+    "4060ti-16": Card("RTX 4060 Ti 16 GB", 15.55, 288, 44, 0.65, "assumed, as the 3090", 6, (0.08, 0.20)),
     "3090": Card("RTX 3090", 23.69, 936, 71, 0.65, "from fsdp_qlora's published speed", 12, (0.15, 0.35)),
+    "3090ti": Card("RTX 3090 Ti", 23.69, 1008, 80, 0.65, "assumed, as the 3090", 12, (0.18, 0.40)),
     "4090": Card("RTX 4090", 23.64, 1008, 165, 0.72, "from torchtune's published speed", 12, (0.30, 0.70)),
     "5090": Card("RTX 5090", 31.36, 1792, 209.5, 0.7, "assumed", 25, (0.50, 1.00)),
     "a10g": Card("A10G", 22.06, 600, 70, 0.6, "assumed", 12, (0.60, 1.30)),
     "l4": Card("L4", 22.03, 300, 121, 0.4, "assumed", 12, (0.35, 0.80)),
     "l40s": Card("L40S", 44.39, 864, 362, 0.45, "assumed", 16, (0.70, 1.90)),
+    "a6000": Card("RTX A6000", 47.54, 768, 154.8, 0.6, "assumed", 12, (0.35, 0.80)),
+    "6000ada": Card("RTX 6000 Ada", 44.43, 960, 364, 0.45, "assumed, as the L40S", 16, (0.60, 1.20)),
     "a100-40": Card("A100 40 GB", 39.39, 1555, 312, 0.64, "assumed, as the 80 GB card", 200, (0.70, 1.60)),
     "a100-80": Card("A100 80 GB", 79.15, 2039, 312, 0.64, "from llm-foundry's published speed", 200, (0.80, 2.20)),
     "h100": Card("H100 SXM", 79.11, 3350, 989, 0.5, "from NeMo-Automodel's published speed", 350, (1.60, 3.90)),
     "h200": Card("H200", 139.72, 4800, 989, 0.5, "assumed, as the H100", 350, (2.20, 4.50)),
     "b200": Card("B200", 178.35, 8000, 2250, 0.35, "assumed", 700, (3.50, 6.50)),
-    "t4": Card("T4", 14.56, 320, 0, 0, "no bf16", 6, (0.15, 0.40)),
+    "4090-laptop": Card("RTX 4090 Laptop", 15.55, 576, 0, 0, UNKNOWN, 12),
+    "t4": Card("T4", 14.56, 320, 0, 0, NO_BF16, 6, (0.15, 0.40)),
+    "2080ti": Card("RTX 2080 Ti", 10.75, 616, 0, 0, NO_BF16, 6),
+    "v100-16": Card("V100 16 GB", 15.77, 900, 0, 0, NO_BF16, 100),
+    "v100-32": Card("V100 32 GB", 31.74, 900, 0, 0, NO_BF16, 100),
     **{f"mac-{n}": Card(f"Mac with {n} GB", 0.75 * n, 0, 0, 0, "chat alone", 0) for n in (8, 16, 24, 32, 36, 48, 64, 96, 128)},
 }
+KNOWN = f"{', '.join(CARDS)}, cpu; or its memory alone: --gpu 16gb"
 # Peak: measured where it runs. The rest, and what a process holds, is fitted to the runs of `python -m bench.plan --calibrate`.
 CPU = Card("CPU", 0, 10, 0, 0.9, "fitted to our runs", 1, attention=0.2, unpacking=15, updating=2.7)
 PYTHON, SLACK = 0.46 * GIB, 0.46  # a CPU process: its libraries, and what of the activations the C library doesn't give back
@@ -300,7 +312,12 @@ def shape_of(model):
 class Config:
     """What a training run needs, before anything is rented: does it fit, how long, how much money?"""
 
-    gpu: str | None = flag(None, f"{', '.join(CARDS)} or cpu", shown="this machine's", group="the card")
+    gpu: str | None = flag(
+        None,
+        f"{', '.join(CARDS)}, cpu; or its memory: 16gb as on its box, 15.6gib as torch finds",
+        shown="this machine's",
+        group="the card",
+    )
     gpus: int = flag(1, "how many of them, in one machine")
     price: float | None = flag(None, "$ a GPU-hour", shown=f"a rough range of {PRICES}")
 
@@ -370,41 +387,96 @@ def look_at_flags(options):
     check_flags(options, {"gpus": 1, "batch": 1, "seq_len": 16, "lora_rank": 1, "tokens": 1}, ("epochs", "price"))
     if options.tokens is not None and options.data is not None:
         raise UserError("--tokens and --data both say how much there is", "Leave one of them out.")
-    name = (options.gpu or "").lower().replace(" ", "-").removeprefix("rtx-").removeprefix("rtx").removesuffix("-sxm")
     if not options.gpu:
         if not torch.cuda.is_available():
-            raise UserError("there is no GPU here: --gpu says which one to plan for", f"Known: {', '.join(CARDS)}, cpu.")
+            raise UserError("there is no GPU here: --gpu says which one to plan for", f"Known: {KNOWN}.")
         return card_of(torch.cuda.get_device_name())
-    if name == "cpu":
+    if options.gpu.lower() == "cpu":
         if options.gpus > 1:
             raise UserError(f"--gpus {options.gpus}: there is one CPU to plan for", "Leave --gpus out.")
         return CPU
-    near = [known for known in CARDS if name and known.startswith(name)]
-    if name not in CARDS:
-        what = f"Did you mean {' or '.join(near)}? " if near else ""
-        raise UserError(f"--gpu {options.gpu} is not known", f"{what}Known: {', '.join(CARDS)}, cpu.")
+    if gib := memory_size(options.gpu):
+        return unlisted(f"card with {gib:.4g} GiB", gib)
+    name = find_card(options.gpu)
+    if not name:
+        near = near_cards(options.gpu)
+        hint = f"Did you mean {' or '.join(near)}? " if near else ""
+        raise UserError(f"--gpu {options.gpu} is not known", f"{hint}Known: {KNOWN}.")
     card = CARDS[name]
+    if card.basis == UNKNOWN:
+        return unlisted(card.name, card.gib)
     if not card.peak:
         shape, *_ = shape_of(options.model)
         need = ", ".join(f"{n / GIB:.1f} GiB in {how}" for how, n in chat_needs(shape, 2048).items())
-        why = "has no bf16" if card.basis == "no bf16" else "can only chat"
-        raise UserError(
-            f"--gpu {name}: the {card.name} {why}, nothing is trained there",
-            f"To chat, {options.model} needs {need}; it has {card.gib:.1f} GiB.",
-        )
+        chat = f"To chat, {options.model} needs {need}; it has {card.gib:.1f} GiB."
+        if card.basis == NO_BF16:
+            # train.py doesn't refuse: torch 2.13 computes bf16 there by way of fp32, torch.compile
+            # skips it, and attention has no kernel for it below sm_80, so all its scores are held.
+            as_if = f"--gpu {card.gib:g}gib counts as if it had bf16"
+            raise UserError(
+                f"--gpu {options.gpu}: the {card.name} has no bf16: train.py is slow there and needs more memory, unknown how much",
+                f"Take a card from Ampere on, such as a 3060 ({as_if}). {chat}",
+            )
+        raise UserError(f"--gpu {name}: the {card.name} can only chat, nothing is trained there", chat)
     return card
+
+
+def unlisted(name: str, gib: float) -> Card:
+    """Return a GPU of which memory alone is known. Its speed only ranks what fits."""
+    return Card(name, gib, 800, 100, 0.6, UNKNOWN, 12)
+
+
+def memory_size(text: str) -> float | None:
+    """Read `16gb`, `16 GB` or `15.6GiB` → GiB that torch finds; None where it isn't a size.
+
+    Of the whole GB on a card's box torch finds 3% less: the driver keeps some.
+    """
+    found = re.fullmatch(r"\s*(\d{1,5}(?:\.\d+)?)[\s-]*g(i?)b?\s*", text.lower())
+    size = float(found[1]) if found else 0
+    return size * (0.97 if size.is_integer() and not found[2] else 1) if found and size else None
+
+
+def card_words(name: str) -> set[str]:
+    """Split a card's name, however it is spelt: "NVIDIA A100-SXM4-80GB" → {a100, 80}."""
+    brands = r"nvidia|geforce|tesla|quadro|[rg]tx|gpu|graphics|generation|sxm\d?|hbm\d?e?|gi?b\b"
+    text = re.sub(brands, " ", name.lower())
+    text = re.sub("pcie|nvl|laptop", r" \g<0> ", text)
+    return set(re.findall(r"[a-z]\d+[a-z]?(?![a-z\d])|[a-z]+|\d+", text))
+
+
+def find_card(name: str) -> str | None:
+    """Find a card's key in CARDS by its name: the one with most words of it, if no other is left.
+
+    The card's memory may be left, "3060 12GB", and PCIe where it isn't another card.
+    """
+    words = card_words(name)
+    for key in sorted(CARDS, key=lambda key: -len(card_words(key))):
+        card, left = CARDS[key], words - card_words(key)
+        if "SXM" not in card.name:
+            left.discard("pcie")
+        sizes = {word for word in left if word.isdigit() and int(word)}
+        left -= {size for size in sizes if 0.88 <= card.gib / int(size) <= 1}
+        if card_words(key) <= words and not left:
+            return key
+    return None
+
+
+def near_cards(name: str) -> list[str]:
+    """Return the keys in CARDS that an unknown name may mean."""
+    words = card_words(name)
+    spelt = re.sub(r"[\W_]|[rg]tx", "", name.lower())
+    near = [key for key in CARDS if words and words <= card_words(key)]
+    near += [key for key in CARDS if spelt and key.startswith(spelt)]
+    near += [key for key in CARDS if card_words(key) <= words]
+    return [*dict.fromkeys(near)] or difflib.get_close_matches(spelt, CARDS, 3)
 
 
 def card_of(name):
     """The Card of what torch.cuda.get_device_name() says; of an unknown one the peak is measured."""
     gib = torch.cuda.mem_get_info()[1] / GIB
-    for key, card in CARDS.items():
-        if (
-            card.peak
-            and set(re.split(r"[-_ ]+", key.split("-")[0])) <= set(re.split(r"[-_ ]+", name.lower()))
-            and abs(card.gib - gib) < 0.1 * gib
-        ):
-            return dataclasses.replace(card, gib=gib)
+    card = CARDS.get(find_card(name) or find_card(f"{name} {math.ceil(gib)}") or "")
+    if card and card.peak and abs(card.gib - gib) < 0.1 * gib:
+        return dataclasses.replace(card, gib=gib)
     peak = step.measured_peak(torch.device("cuda"), torch.bfloat16) / 1e12
     return Card(name, gib, 800, peak, 0.6, "assumed for an unknown card, its peak measured", 12)
 
@@ -461,6 +533,8 @@ def figures(options, card, shape, some, work, choice, batch, steps, factor):
     prices = (options.price, options.price) if options.price is not None else card.price
     money = [[round(p * options.gpus * h, 2) for p in prices] for h in (hours, setup)]
     total = [round(a + b, 2) for a, b in zip(*money)]
+    timed = card.basis != UNKNOWN or options.measure
+    priced = timed and (any(prices) or work.cpu)
     save = trained * (6 if options.pure_bf16 else 12)
     best = 4 * trained if options.lora else base
     reserve = work.takes(choice.needs) - choice.bytes if work.cpu else step.RESERVE
@@ -473,14 +547,14 @@ def figures(options, card, shape, some, work, choice, batch, steps, factor):
         "rows": some.rows,
         "batch": batch,
         "steps": steps,
-        "tok_per_s": round(batch * options.seq_len * FILLED / seconds, 1),
-        "efficiency": card.basis if factor == 1 else "measured here",
-        "hours": round(hours, 3),
+        "tok_per_s": round(batch * options.seq_len * FILLED / seconds, 1) if timed else None,
+        "efficiency": None if not timed else card.basis if factor == 1 else "measured here",
+        "hours": round(hours, 3) if timed else None,
         "setup_hours": round(setup, 3),
-        "cost": round(sum(total) / 2, 2),
-        "cost_range": total,
-        "cost_of_training": money[0],
-        "cost_of_setup": money[1],
+        "cost": round(sum(total) / 2, 2) if priced else None,
+        "cost_range": total if priced else None,
+        "cost_of_training": money[0] if priced else None,
+        "cost_of_setup": money[1] if priced else None,
         "disk_gb": {
             "base": round(base / 1e9, 1),
             "installed": INSTALLED[0] / 1e9,
@@ -498,7 +572,7 @@ def told(options, card, shape, some, choice, found):
     verdict = "fits" if choice.fits else f"does NOT fit: {gib['total']:.1f} GiB are needed at least, there are {gib['card']:.1f}"
     parts = " + ".join(f"{name} {gib[name]:.1f}" for name in (*KINDS, "reserve") if gib[name] >= 0.05)
     each = "" if options.gpus == 1 else " on each"
-    low, high = found["cost_range"]
+    low, high = found["cost_range"] or (0, 0)
     money = "no price known" if not high else " + ".join(f"{dollars(*found[f'cost_of_{what}'])} {what}" for what in ("training", "setup"))
     where = f"at ${options.price:.2f}" if options.price is not None else f"at ${card.price[0]:.2f} to {card.price[1]:.2f} ({PRICES}, rough)"
     gpu, epochs = card.name != CPU.name, found["steps"] / math.ceil(found["rows"] / found["batch"])
@@ -506,13 +580,22 @@ def told(options, card, shape, some, choice, found):
     much = f"{config.counted(found['rows'], 'rows')}, {config.counted(found['steps'], 'steps')}, {epochs:.3g} epochs"
     setup = f"before it {clock(found['setup_hours'])} to install and download (at {8 * NETWORK / 1e6:.0f} Mbit/s, assumed)"
     known, size = found["efficiency"], f"{shape.num_parameters / 1e9:.2f}B parameters"
+    timed = found["hours"] is not None
+    time_ = "unknown; "
+    speed = "unknown: only this card's memory is known; one without bf16 needs more"
+    if timed:
+        share = f", {card.efficiency:.0%} of {card.peak:,.3g} TFLOP/s in matmuls"
+        speed = f"{found['tok_per_s']:,.0f} tok/s{'' if card.basis == UNKNOWN else share} ({known})"
+        time_ = f"{clock(found['hours'])} of training{'; ' if found['setup_hours'] else ''}"
+    else:
+        money = "unknown, as the time is"
     lines = [
         f"{kind} of {options.model} ({size}) on {options.gpus} x {card.name}: {verdict}",
         f"  memory{each:<10}{parts} = {gib['total']:.1f} of {gib['card']:.1f} GiB",
         f"  a step          {step_}, recompute {choice.way}",
         f"  data            {much} ({some.known})",
-        f"  speed           {found['tok_per_s']:,.0f} tok/s, {card.efficiency:.0%} of {card.peak:,.3g} TFLOP/s in matmuls ({known})",
-        f"  time            {clock(found['hours'])} of training{'; ' + setup if found['setup_hours'] else ''}",
+        f"  speed           {speed}",
+        f"  time            {time_}{setup if found['setup_hours'] else ''}",
         f"  money           {money} = {dollars(low, high)}, {where} a GPU-hour" if high else f"  money           {money}",
         f"  disk            base {disk['base']} + Python {disk['installed']} + saves {disk['saves']} + the best model twice {disk['best']} "
         f"= {disk['total']} GB",

@@ -4,7 +4,9 @@ import collections
 import datetime
 import functools
 import json
+import mimetypes
 import re
+from collections.abc import Iterable, Iterator
 
 from config import UserError
 from exports import DELETED, WHAT_TO_GIVE, Chat, Message, forward, make
@@ -14,11 +16,16 @@ PASSES = 1  # over the file
 # Telegram writes these keys first, in this order; nothing that people typed can look like it, for their quotes are escaped.
 BEGINS = re.compile(
     r"""\{\s*"id"\s*:\s*-?\d+\s*,\s*"type"\s*:\s*"(?:message|service|unsupported)"
-    |"personal_information"\s*:\s*\{\s*"user_id"\s*:\s*(?P<owner>\d{1,18})
+    |"personal_information"\s*:\s*\{\s*"user_id"\s*:\s*(?P<owner>\d{1,40})
     |(?:\{\s*(?:"name"\s*:\s*(?P<name>null|"(?:[^"\\]|\\.)*+")\s*,\s*)?)?
-     "type"\s*:\s*(?P<type>null|"\w*")\s*,\s*"id"\s*:\s*(?P<id>-?\d{1,18}|"[^"]{0,40}")\s*,\s*
+     "type"\s*:\s*(?P<type>null|"\w*")\s*,\s*"id"\s*:\s*(?P<id>-?\d{1,40}|"[^"]{0,40}")\s*,\s*
      (?:"\w+"\s*:\s*(?:"(?:[^"\\]|\\.)*+"|[\w.-]+)\s*,\s*){0,9}"messages"\s*:\s*(?=\[)""",
     re.VERBOSE,
+)
+UNREAD = "messages of chats whose head (name, type, id) can't be read, left out"
+ODD_ID = re.compile(
+    r'"id"\s*:\s*(?!-?\d{1,40}\s*,)([^\s,"{}[\]]{1,60})\s*,'
+    r'\s*"messages"\s*:\s*\[\s*\Z',
 )
 DATE = re.compile(r"\d{4}-\d\d-\d\dT[\d:]+$", re.ASCII)
 MEDIA = {"voice_message": "<voice>", "video_message": "<video>", "video_file": "<video>", "animation": "<gif>", "audio_file": "<audio>"}
@@ -39,6 +46,24 @@ KINDS = {
     "channel": ("private_supergroup", "public_supergroup", "private_channel", "public_channel"),
 }
 
+NAMED = "telegram:"  # before the name of an author who has no id
+PEER = re.compile(r"(?:user|chat|channel)\d{1,40}", re.ASCII)
+# Other tools write chats in this shape too. KnugiHK's WhatsApp-Chat-Exporter (--telegram), as of
+# 2026-01: `user00000` is the phone's owner, others are `user` and a number or a name, a time is a
+# number, a new line <br>, and what isn't text is a file's path or one of these sentences.
+EVENTS = re.compile(
+    r"(?:Message deleted|The media is (?:missing|omitted in the chat)"
+    r"|The message is binary data and its base64 is .*"
+    r"|A (?:video|voice) call (?:was missed|(?:to|from) .*))$",
+    re.DOTALL,
+)
+SENTENCES = (
+    ("Location shared: (", "<location>"),
+    ("This media include the following vCard file(s):", "<contact>"),
+)
+PATH = re.compile(r"(?:[^\n/]+/)*(?:WhatsApp(?: Business)?|Message)/Media/[^\n]*\.\w{2,5}$")
+JID = re.compile(r"(?::\d+)?@(?:s\.whatsapp\.net|c\.us)$")
+
 
 def recognises(head):
     return head.lstrip("\ufeff \t\r\n").startswith("{") and bool(re.search(r'"(?:personal_information|chats|left_chats|messages)"', head))
@@ -47,6 +72,7 @@ def recognises(head):
 def read(source, notes):
     """See `exports.read`. Chats and messages are looked for where they plainly begin: what is broken costs no more than itself."""
     cursor, owner, closing, found, broken = Cursor(source.pieces(notes), BEGINS, notes), None, "}]}}", False, False
+    known_by, unread = authors_of(source.head()), UNREAD
     while begins := cursor.next():
         cursor.at = begins.end()
         if begins["owner"]:
@@ -56,13 +82,16 @@ def read(source, notes):
             closing = "}"  # the file is a single chat
         found = True
         if begins["type"]:
-            chat, raw = describe(begins, owner), cursor.messages()
+            chat, raw, unread = describe(begins, owner), cursor.messages(), UNREAD
             owner = chat.owner
-            yield chat, messages(raw, source)
+            own = raw if known_by == "telegram" else as_telegram(raw, chat, known_by)
+            yield chat, messages(own, source)
             collections.deque(raw, 0)  # what the caller left unread
             broken = broken or cursor.lost
         else:
-            notes["messages of chats whose head is damaged, left out"] += 1
+            if odd := ODD_ID.search(cursor.text, max(0, begins.start() - 200), begins.start()):
+                unread = f"messages of a chat whose id can't be read ({odd[1]}), left out"
+            notes[unread] += 1
     if not found and re.search(r'"messages"\s*:\s*\[', source.head()):
         raise UserError(f"{source} is not a Telegram export: no chat begins in it as Telegram writes one", WHAT_TO_GIVE)
     if broken or not closed(cursor.text[cursor.at :], closing):
@@ -88,10 +117,69 @@ def describe(begins, owner):
 def peer(value):
     """`user123` for `user123`, `123` or 123; None for what is no id. A bare number (before 2021-04) says the kind of peer above 32 bits."""
     text = str(value)
+    if text.startswith(NAMED):
+        return text
     if re.fullmatch(r"\d{1,18}", text, re.ASCII):
         kind, number = divmod(int(text), 1 << 32)
         return {1: f"chat{number}", 2: f"channel{number}"}.get(kind, f"user{text}")
-    return text if re.fullmatch(r"(user|chat|channel)\d{1,18}", text, re.ASCII) else None
+    return text if PEER.fullmatch(text) else None
+
+
+def authors_of(head: str) -> str:
+    """Find how a file's messages say who wrote them, from its first characters.
+
+    `telegram`: as Telegram does. `id` or `name`: another tool wrote this single chat, with ids of its
+    own or with names alone. Most messages decide: a damaged one doesn't make its author a stranger.
+    """
+    count = len(re.findall(r'"type"\s*:\s*"message"', head))
+    times = re.findall(r'"date_unixtime"\s*:\s*("?)\d', head)
+    peers = re.findall(r'"from_id"\s*:\s*"?(?:user|chat|channel)?\d{1,18}"?\s*[,}]', head)
+    foreign = 2 * len(peers) < count or 2 * times.count("") > len(times)
+    if '"personal_information"' in head or not foreign:
+        return "telegram"
+    return "id" if '"from_id"' in head else "name"
+
+
+def as_telegram(found: Iterable, chat: Chat, known_by: str) -> Iterator:
+    """Yield another tool's messages as Telegram would have written them."""
+    for raw in found:
+        if not isinstance(raw, dict):
+            yield raw
+            continue
+        author, name = foreign_author(raw.get("from_id" if known_by == "id" else "from"), known_by)
+        name = raw.get("from") or name
+        if author == chat.key and name in (None, chat.id):
+            name = chat.name  # there the other side of a personal chat is a number
+        text, kind = re.sub(" ?<br>", "\n", flat(raw.get("text"))).strip(), raw.get("type")
+        by_group = author == f"user{chat.id}" and "group" in chat.type  # "Ann left" and the like
+        if EVENTS.match(text) or by_group:
+            kind = "service"
+        elif PATH.match(text):
+            text = file_mark(text)
+        text = next((mark for begin, mark in SENTENCES if text.startswith(begin)), text)
+        yield raw | {"from": name, "from_id": author, "type": kind, "text": text}
+
+
+def foreign_author(written: object, known_by: str) -> tuple[str | None, str | None]:
+    """Return (id, name or None) of an author as another tool writes one; (None, None) of nobody."""
+    if isinstance(written, bool) or not isinstance(written, (str, int)):
+        return None, None
+    author = JID.sub("", str(written).strip())
+    if known_by == "id" and re.fullmatch(r"\+?\d{1,40}", author):
+        author = "user" + author.removeprefix("+")
+    if PEER.fullmatch(author) and known_by == "id":
+        return author, None
+    return (NAMED + author, author) if author else (None, None)
+
+
+def file_mark(path: str) -> str:
+    """Return the mark for a file, by its path."""
+    kind = (mimetypes.guess_type(path)[0] or "").partition("/")[0]
+    if kind == "audio" or path.endswith(".opus"):
+        return "<voice>" if "Voice" in path or path.endswith(".opus") else "<audio>"
+    if path.endswith(".webp"):
+        return "<sticker>"
+    return {"image": "<photo>", "video": "<video>"}.get(kind, "<file>")
 
 
 def flat(text):

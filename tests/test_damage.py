@@ -48,6 +48,25 @@ def healthy(rng):
     return json.dumps(value, indent=rng.choice((None, 1, 1, 1)), ensure_ascii=False)
 
 
+OTHERS = {
+    "user1111": ("user00000", "user00000"),
+    "user2222": ("userBob Smith", "telegram:userBob Smith"),
+    "user3333": ("4917000003333@s.whatsapp.net", "user4917000003333"),
+}
+KNOWN = {read: author for author, (_, read) in OTHERS.items()}
+
+
+def another_tools(text):
+    """The same, its first chat, as WhatsApp-Chat-Exporter and its like would write it."""
+    value = json.loads(text)
+    value = (value["chats"]["list"] + value["left_chats"]["list"])[0] if "chats" in value else value
+    for message in value["messages"]:
+        author = message["from_id"]
+        message["from_id"] = OTHERS.get(author, (author, author))[0]
+        message["date_unixtime"] = int(message["date_unixtime"])
+    return json.dumps(value, indent=1, ensure_ascii=False)
+
+
 def damaged(text, rng):
     """What disks, tools and Telegram itself do to it, once or several times."""
     for _ in range(rng.choice((1, 1, 2, 5))):
@@ -87,11 +106,12 @@ def spoken(path):
         return []
 
 
-def test_mutated_exports_have_no_traceback_no_hang_and_no_wrong_author_or_chat(tmp_path):
+@pytest.mark.parametrize("shape", ["telegram", "another tool"])
+def test_mutated_exports_have_no_traceback_no_hang_and_no_wrong_author_or_chat(shape, tmp_path):
     path, longest, kept, whole = tmp_path / "result.json", 0, 0, 0
     for number in range(MUTANTS):
         rng = random.Random(number)
-        text = healthy(rng)
+        text = healthy(rng) if shape == "telegram" else another_tools(healthy(rng))
         path.write_bytes(damaged(text, rng).encode("utf-8", "replace"))
         began = time.process_time()
         found = spoken(path)
@@ -99,12 +119,14 @@ def test_mutated_exports_have_no_traceback_no_hang_and_no_wrong_author_or_chat(t
         for chat, message in found:
             tag = re.match(r"\[(\w+) in (\d+)\] ", message.text)
             if tag and tag[1] in AUTHORS and not message.left_out:
-                assert message.author == tag[1] or message.author not in AUTHORS, f"mutant {number}: {message}"
+                author = KNOWN.get(message.author, message.author)
+                assert author == tag[1] or author not in AUTHORS, f"mutant {number}: {message}"
                 assert chat.id == tag[2] or int(chat.id) not in CHATS or int(tag[2]) not in CHATS, f"mutant {number}: {chat} {message}"
                 kept += 1
         whole += text.count('"date_unixtime"')
     print(f"{MUTANTS:,} mutants, {kept / whole:.1%} of their messages read, longest {longest:.2f} s")
-    assert kept > whole * 0.7 and longest < 5
+    # in a single chat a damaged head costs everything
+    assert kept > whole * (0.7 if shape == "telegram" else 0.65) and longest < 5
 
 
 @pytest.mark.parametrize("shape", ["telegram", "whatsapp", "zip"])

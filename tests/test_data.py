@@ -326,6 +326,35 @@ def test_me_is_found_by_name_or_id_and_candidates_are_listed(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["result.json"]
 
 
+@pytest.mark.parametrize(("broken", "expected"), [
+    (("4917000000216123", "4.917e15"), "10 messages of a chat whose id can't be read (4.917e15)"),
+    (('"type": "private_group", ', ""), "10 messages of chats whose head (name, type, id) can't be"),
+    (("private_group", "public_channel"), "left out: 1 public channel"),
+    (('"message"', '"service"'), "all its messages are left out (10 service messages)"),
+    (('"from_id"', '"by"'), "all its messages are left out (10 messages without author or date)"),
+], ids=["the id", "the head", "the kind", "service alone", "nobody signed"])  # fmt: skip
+@pytest.mark.parametrize("flags", [("--me", "Ann"), ("--me", "Ann", "--forget", "Bob"), ()])
+def test_where_nothing_is_read_it_says_why_not_who(broken, expected, flags, tmp_path, monkeypatch):
+    messages = export(talk(5))["chats"]["list"][0]["messages"]
+    club = {"name": "Club", "type": "private_group", "id": 4917000000216123, "messages": messages}
+    (tmp_path / "Club.json").write_text(json.dumps(club).replace(*broken).replace('"from"', '"x"'))
+    words = ("data.py", tmp_path / "Club.json", "--dry-run", *flags)
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    with pytest.raises(UserError) as error:
+        data.main()
+    assert expected in str(error.value) and len(str(error.value).splitlines()) == 2
+
+
+def test_a_mistyped_include_is_no_reason_where_no_chat_is_read(tmp_path, monkeypatch):
+    club = {"name": "Club", "type": "private_group", "id": 1.5}
+    messages = [{"id": 1, "type": "message"}]
+    (tmp_path / "Club.json").write_text(json.dumps(club | {"messages": messages}))
+    words = ("data.py", tmp_path / "Club.json", "--dry-run", "--include", "Zed")
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    with pytest.raises(UserError, match=r"1 message of a chat whose id can't be read \(1.5\)"):
+        data.main()
+
+
 def test_days_and_chats_can_be_left_out(tmp_path):
     value = export(talk(10))
     value["chats"]["list"][0]["messages"].append({"id": 999, "type": "service", "date": "2023-11-14T23:00:00", "text": ""})
@@ -541,6 +570,25 @@ def owned(number, name, friend, count, start=1_700_000_000):
     ]  # fmt: skip
     chat = {"name": friend, "type": "personal_chat", "id": 5, "messages": listed}
     return {"personal_information": {"user_id": number}, "chats": {"list": [chat]}}
+
+
+def test_a_whatsapp_group_in_telegrams_shape_is_read_whatever_the_length_of_its_id(tmp_path):
+    messages = export(talk(5))["chats"]["list"][0]["messages"]
+    for message in messages:
+        mine = message["from_id"] == "user1"
+        message["date_unixtime"] = int(message["date_unixtime"])
+        message["from"] = "Me" if mine else "Bob Smith"
+        message["from_id"] = "user00000" if mine else "userBob Smith"
+    club = {"name": "Club", "type": "private_group", "id": 491700000021612345678}
+    (tmp_path / "Club.json").write_text(json.dumps(club | {"messages": messages}, indent=1))
+    made(tmp_path, tmp_path / "Club.json", "--me", "Me")
+    turns = turns_of(tmp_path)
+    assert {turn[1:3] for turn in turns} == {("Me", True), ("Bob Smith", False)} and len(turns) == 10
+    for name in ("userBob Smith", "Bob Smith"):  # who begins each session
+        done = command("data.py", tmp_path / "Club.json", "--me", name, "--dry-run")
+        refused(done, "nobody speaks before me")
+    done = command("data.py", tmp_path / "Club.json", "--dry-run")
+    refused(done, "Bob Smith (telegram:userBob Smith, 5 messages)", "Me (user00000")
 
 
 def test_two_accounts_of_mine_are_one_voice_and_lose_nothing(tmp_path):

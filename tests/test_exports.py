@@ -141,6 +141,107 @@ def test_between_a_chat_s_number_and_its_messages_telegram_may_come_to_write_mor
     assert (only.name, only.id, messages[0].text) == ("Bob", "2", "a")
 
 
+# --- other tools' files in this shape
+
+
+def another_tools(*messages, **fields):
+    """A chat as WhatsApp-Chat-Exporter's --telegram writes it. `messages`: (from, from_id, text)"""
+    return {
+        "name": "Club",
+        "type": "private_group",
+        "id": 491700000021612345678,
+        "messages": [
+            {
+                "id": n,
+                "type": "message",
+                "date": "2021-03-14T10:00:00",
+                "date_unixtime": 1_615_716_000 + n,
+                "from": name,
+                "from_id": author,
+                "text": text,
+                "text_entities": [{"type": "plain", "text": text}],
+            }
+            for n, (name, author, text) in enumerate(messages)
+        ],
+    } | fields
+
+
+@pytest.mark.parametrize("digits", [19, 21, 40])
+def test_ids_of_chats_and_people_are_as_long_as_they_are(tmp_path, digits):
+    number = int("49" * 20) % 10**digits
+    value = another_tools(("Bob", f"user{number}", "a"), ("Bob", "user2", "b"), id=number)
+    value["messages"][1]["id"] = 10**30
+    ((found, (first, second)),) = read(write(tmp_path, value))
+    assert (found.id, found.key) == (str(number), f"chat{number}")
+    assert (first.author, second.author) == (f"user{number}", "user2")
+    assert (first.id, second.id, second.text) == (0, None, "b")  # a number that no 64 bits hold
+
+
+@pytest.mark.parametrize(("written_id", "author"), [
+    ("user00000", "user00000"),
+    ("user4917000000001", "user4917000000001"),
+    ("userBob Smith", "telegram:userBob Smith"),
+    ("Bob Smith", "telegram:Bob Smith"),
+    ("4917000000001@s.whatsapp.net", "user4917000000001"),
+    ("4917000000001:12@s.whatsapp.net", "user4917000000001"),
+    ("+4917000000001", "user4917000000001"),
+    ("12125550100", "user12125550100"),  # Telegram's own bare numbers of that size are channels
+    ("", None), (None, None), ([], None), (True, None),
+])  # fmt: skip
+def test_another_tool_may_know_people_by_numbers_names_and_addresses(tmp_path, written_id, author):
+    mine = ("Me", "user00000", "b")
+    ((_, (first, *_)),) = read(write(tmp_path, another_tools(("Bob", written_id, "a"), mine, mine)))
+    why = "" if author else "messages without author or date"
+    assert (first.author, first.left_out) == (author, why)
+
+
+def test_where_another_tool_gives_names_alone_they_tell_people_apart(tmp_path):
+    names = ("Bob", "491700000001", "user7", "Bob", None)
+    value = another_tools(*((name, None, "a") for name in names))
+    for message in value["messages"]:
+        del message["from_id"]
+    ((_, messages),) = read(write(tmp_path, value))
+    assert [m.author for m in messages] == [name and f"telegram:{name}" for name in names]
+
+
+def test_a_damaged_author_in_telegrams_own_file_is_nobody_not_a_stranger(tmp_path):
+    """The rules for other tools' files hold for whole files, never for one message."""
+    odd = [{"from_id": written} for written in ("us\x07r2", "Bob", None)]
+    for broken in (*odd, {"from_id": "user2", "date_unixtime": 1577836800}):
+        only = chat(*SAID, broken | {"text": "x"})
+        for value in (only, full(only)):
+            ((_, messages),) = read(write(tmp_path, value))
+            assert {m.author for m in messages} <= {"user2", None}, broken
+
+
+def test_what_whatsapp_chat_exporter_writes_for_files_and_events_is_nobodys_text(tmp_path):
+    shown = {
+        "one <br>two<br>three": "one\ntwo\nthree",
+        "WhatsApp/Media/WhatsApp Images/IMG-1.jpg": "<photo>",
+        "WhatsApp/Media/WhatsApp Voice Notes/202101/PTT-1.opus": "<voice>",
+        "WhatsApp/Media/WhatsApp Stickers/STK-1.webp": "<sticker>",
+        "Message/Media/49@s.whatsapp.net/a/b/1.mp4": "<video>",
+        "WhatsApp/Media/WhatsApp Documents/a b.pdf": "<file>",
+        "Location shared: (1.5, 2.5)": "<location>",
+        "Message deleted": "service messages",
+        "A voice call was missed": "service messages",
+        "The media is missing": "service messages",
+        "Message deleted by me, sorry": "Message deleted by me, sorry",
+        "see docs/WhatsApp/notes.txt please": "see docs/WhatsApp/notes.txt please",
+    }
+    mine = [("Me", "user00000", text) for text in shown]
+    group = ("491700000021612345678", "user491700000021612345678", "You left")
+    path = write(tmp_path, another_tools(*mine, group))
+    assert texts(path) == [*shown.values(), "service messages"]
+
+
+def test_the_other_side_of_another_tools_personal_chat_has_the_chats_name(tmp_path):
+    lines = [("4917", "user4917", "a"), ("Me", "user00000", "b")]
+    value = another_tools(*lines, type="personal_chat", id=4917, name="Bob")
+    ((found, messages),) = read(write(tmp_path, value))
+    assert [(m.author == found.key, m.name) for m in messages] == [(True, "Bob"), (False, "Me")]
+
+
 # --- what isn't JSON, and what is broken
 
 
@@ -216,7 +317,7 @@ def test_messages_behind_a_damaged_head_are_given_to_nobody(tmp_path):
     notes = collections.Counter()
     chats = exports.read(written(tmp_path, text.replace('"id": 33,', '"id" 33,')), notes)
     assert [(c.name, m.text) for c, messages in chats for m in messages] == [("Bob", m["text"]) for m in SAID] + [("Zed", "to Zed")]
-    assert notes["messages of chats whose head is damaged, left out"] == 1
+    assert notes["messages of chats whose head (name, type, id) can't be read, left out"] == 1
 
 
 def test_what_stands_before_the_chats_may_be_broken(tmp_path):

@@ -96,6 +96,88 @@ def test_on_a_cpu_plan_says_of_memory_what_training_says(capsys, monkeypatch):
     assert gib["total"] == pytest.approx(plan.resident(live, checkpoint.compute_dtype(torch.device("cpu"))) / plan.GIB, abs=0.05)
 
 
+# --- the card
+
+SPELT = {
+    "3060": ["RTX 3060", "NVIDIA GeForce RTX 3060", "3060 12GB", "rtx_3060"],
+    "4060ti-16": ["RTX 4060 Ti 16GB", "4060ti 16 gb", "NVIDIA GeForce RTX 4060 Ti 16"],
+    "3090": ["NVIDIA GeForce RTX 3090", "RTX3090", "3090-24gb"],
+    "3090ti": ["NVIDIA GeForce RTX 3090 Ti", "3090 ti", "RTX3090Ti"],
+    "4090": ["NVIDIA GeForce RTX 4090", "rtx-4090"],
+    "4090-laptop": ["NVIDIA GeForce RTX 4090 Laptop GPU", "4090 Laptop"],
+    "2080ti": ["2080 Ti", "NVIDIA GeForce RTX 2080 Ti"],
+    "a10g": ["NVIDIA A10G"],
+    "l40s": ["NVIDIA L40S", "L40S 48GB"],
+    "a6000": ["NVIDIA RTX A6000", "RTX A6000", "a6000 48gb"],
+    "6000ada": ["NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"],
+    "a100-40": ["a100-40gb", "NVIDIA A100-PCIE-40GB", "A100 40 GB"],
+    "a100-80": ["NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe", "A100_80GB"],
+    "h100": ["NVIDIA H100 80GB HBM3", "h100-sxm", "H100 SXM5"],
+    "h200": ["NVIDIA H200", "H200 141GB"],
+    "t4": ["Tesla T4", "NVIDIA T4"],
+    "v100-16": ["Tesla V100-PCIE-16GB", "v100 16gb"],
+    "v100-32": ["Tesla V100-SXM2-32GB"],
+    "mac-16": ["Mac 16GB"],
+    None: [
+        *("v100", "a100", "a10", "RTX 4060 Ti", "RTX 4060 Ti 8GB", "RTX 3060 Ti", "3060 8GB", ""),
+        *("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "Quadro RTX 6000", "RTX 4080 Laptop", "abacus"),
+        "NVIDIA A100-SXM4-80GB MIG 3g.40gb",
+    ],
+}
+
+
+def test_a_card_is_known_by_every_spelling_and_no_other_card_is_taken_for_it():
+    for key, names in SPELT.items():
+        for name in names:
+            for spelt in (name, name.lower(), name.upper(), name.replace(" ", "-")):
+                assert plan.find_card(spelt) == key, spelt
+    assert all(plan.find_card(key) == key for key in plan.CARDS)
+
+
+def test_what_torch_calls_a_card_is_that_card_where_its_memory_is_too(monkeypatch):
+    monkeypatch.setattr(plan.step, "measured_peak", lambda device, dtype: 5e13)
+    for name, gib, expected in [
+        ("NVIDIA A100-SXM4-80GB", 79.15, "A100 80 GB"),
+        ("NVIDIA GeForce RTX 3090 Ti", 23.6, "RTX 3090 Ti"),
+        ("NVIDIA GeForce RTX 4060 Ti", 15.6, "RTX 4060 Ti 16 GB"),
+        ("NVIDIA GeForce RTX 4060 Ti", 7.6, "NVIDIA GeForce RTX 4060 Ti"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.6, "NVIDIA GeForce RTX 4090 Laptop GPU"),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", 39.4, "NVIDIA A100-SXM4-80GB MIG 3g.40gb"),
+        ("Tesla V100-SXM2-32GB", 31.7, "Tesla V100-SXM2-32GB"),  # bf16 is slow there: measured
+    ]:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gib=gib: (0, int(gib * plan.GIB)))
+        card = plan.card_of(name)
+        assert card.name == expected and card.gib == pytest.approx(gib, abs=0.01)
+        assert (card.peak == 50) == (card.name == name)
+
+
+def test_a_card_of_so_much_memory_is_planned_by_that_alone(capsys, monkeypatch):
+    def planned(*words):
+        monkeypatch.setattr(plan, "memory", lambda *_, **__: {"weights": 13 * plan.GIB})
+        return json.loads(run(capsys, monkeypatch, "--lora", "--json", *words))
+
+    nothing = ("tok_per_s", "efficiency", "hours", "cost")
+    nothing += ("cost_range", "cost_of_training", "cost_of_setup")
+    sizes = {"16gb": 15.52, "16 GB": 15.52, "16GiB": 16, "23.5gb": 23.5, "12gb": 11.64}
+    for spelt, gib in sizes.items():
+        found = planned("--gpu", spelt, "--price", 1)
+        assert found["gib_per_gpu"]["card"] == gib and found["fits"] == (gib > 15), spelt
+        assert not any(found[name] for name in nothing), spelt
+        assert {name for name, value in found.items() if value is None} == {*nothing}
+        assert found["setup_hours"] > 0 and found["disk_gb"]["total"] > 0
+    assert planned("--gpu", "4090 laptop")["hours"] is None
+    assert planned("--gpu", "16gb", "--gpus", 2)["gib_per_gpu"]["total"] == 15
+    text = run(capsys, monkeypatch, "--lora", "--gpu", "16gb", "--price", 1)
+    for line in ("speed           unknown", "time            unknown", "money           unknown"):
+        assert line in text
+    assert "$" not in text
+    monkeypatch.setattr(plan, "corrected", lambda *_: 2.0)
+    measured = planned("--gpu", "16gb", "--measure")
+    assert measured["hours"] and measured["efficiency"] == "measured here"
+    assert measured["cost"] is None and planned("--gpu", "16gb", "--measure", "--price", 1)["cost"]
+    assert "TFLOP/s" not in run(capsys, monkeypatch, "--lora", "--gpu", "16gb", "--measure")
+
+
 # --- the choice
 
 
@@ -208,7 +290,12 @@ def test_rows_are_those_of_the_data_and_nearly_so_without_a_tokenizer(chats, bas
         ([], "--gpu"),
         (["--gpu", "9999"], "Known: 3060"),
         (["--gpu", "a100"], "a100-40 or a100-80"),
+        (["--gpu", "v100"], "v100-16 or v100-32"),
+        (["--gpu", "NVIDIA H100 PCIe"], "Did you mean h100?"),
+        (["--gpu", "4080"], "its memory alone: --gpu 16gb"),
+        (["--gpu", "0gb"], "--gpu 16gb"),
         (["--gpu", "t4", "--lora"], "no bf16"),
+        (["--gpu", "Tesla V100-SXM2-32GB"], "--gpu 31.74gib counts as if"),
         (["--gpu", "mac-16"], "can only chat"),
         (["--gpu", "3090", "--gpus", "0"], "--gpus 0"),
         (["--gpu", "cpu", "--gpus", "2"], "--gpus 2"),
