@@ -114,7 +114,7 @@ def main():
     voices = {}
     for name, folder in [*names.items(), ("base", base_of(folders[0], options))]:
         if folder:
-            voices |= voices_of(name, folder, folders[0], headed, past, some, choices, options)
+            voices |= voices_of(name, folder, headed, past, some, choices, options)
     report = measure(voices, talks, past, some, choices, options, max(run.get("trained_until", "") for run in runs))
     report["runs"] = {name: curve(folder) for name, folder in names.items()}
     if options.baselines:
@@ -196,17 +196,19 @@ def candidates(some, seed):
 # --- what a model makes of it
 
 
-def load(folder, ckpt, options):
-    """`folder`, or a base's hub id, → (model, the tokenizer of `ckpt`, tokens of context)"""
-    device = checkpoint.pick_device(options.device)
-    words = tokenizers.load(ckpt)
-    model = plan.load_for_chat(checkpoint.resolve(folder), options.model, 2048, device, words)
-    return model, words, min(2048, model.config.max_position_embeddings)
+def load(folder, options):
+    """A folder, or a base's hub id, → (model, its tokenizer, tokens of context)"""
+    folder, device = checkpoint.resolve(folder), checkpoint.pick_device(options.device)
+    # a base's own tokenizer gives the ids of the checkpoint's, and tells which of them have no row
+    # yet: they get the rows that training began with
+    tokenizer = tokenizers.load(folder)
+    model = plan.load_for_chat(folder, options.model, 2048, device, tokenizer)
+    return model, tokenizer, min(2048, model.config.max_position_embeddings)
 
 
-def voices_of(name, folder, ckpt, talks, past, some, choices, options):
+def voices_of(name, folder, talks, past, some, choices, options):
     """{name: Voice}, and with --baselines the same model with more in its prompt. One model is in memory at a time."""
-    model, words, size = load(folder, ckpt if name == "base" else folder, options)
+    model, words, size = load(folder, options)
     length = min(1024, size)
     samples = [s for number, talk in enumerate(talks) for s in data.split(talk, words, length, "me", number)]
     held_out = step.evaluate(model, data.pack(samples, length), step.Ranks(checkpoint.pick_device(options.device)), 2, length)
@@ -705,7 +707,7 @@ def blind_test(folder, talks, past, options):
         what = "several chats have that name" if chats else "no held-out chat of us two"
         known = ", ".join(sorted({contact(talk) for talk in private if not chats or talk.chat_id in chats}))
         raise UserError(f"--with {options.with_}: {what}", f"There are: {known or 'none'}.")
-    model, words, size = load(folder, folder, options)
+    model, words, size = load(folder, options)
     decoder, draw, items = generate.Decoder(model, words, size), np.random.default_rng(options.seed), []
     others = {r for t in past if t.chat_id not in chats for u in t.turns for r in runs(words_of(" ".join(u.messages)))}
     print(f"What {options.with_} will see, item by item. y: take it, n: leave it out, q: enough.")
