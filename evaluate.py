@@ -84,7 +84,7 @@ class Moment:
 class Voice:
     """What a model made of M moments. `nats`: (M, 10), of my reply and nine others; `alone`: the same without what came before;
     `replies`: messages; `tokens`: (M,), prompt and answer. `held_out`: its Evaluation on all of val.jsonl, None for a baseline;
-    `secrets`, `canaries`: (K, 100), as in `exposure`."""
+    `secrets`, `canaries`: (K, 100), as in `exposure`. `content`: (M,), nats of my reply's text alone."""
 
     nats: np.ndarray
     alone: np.ndarray
@@ -93,6 +93,7 @@ class Voice:
     held_out: step.Evaluation | None
     secrets: np.ndarray
     canaries: np.ndarray
+    content: np.ndarray | None = None
 
 
 def main():
@@ -113,7 +114,7 @@ def main():
     voices = {}
     for name, folder in [*names.items(), ("base", base_of(folders[0], options))]:
         if folder:
-            voices |= voices_of(name, folder, folders[0], headed, past, some, choices, options)
+            voices |= voices_of(name, folder, headed, past, some, choices, options)
     report = measure(voices, talks, past, some, choices, options, max(run.get("trained_until", "") for run in runs))
     report["runs"] = {name: curve(folder) for name, folder in names.items()}
     if options.baselines:
@@ -195,17 +196,19 @@ def candidates(some, seed):
 # --- what a model makes of it
 
 
-def load(folder, ckpt, options):
-    """`folder`, or a base's hub id, → (model, the tokenizer of `ckpt`, tokens of context)"""
-    device = checkpoint.pick_device(options.device)
-    words = tokenizers.load(ckpt)
-    model = plan.load_for_chat(checkpoint.resolve(folder), options.model, 2048, device, words)
-    return model, words, min(2048, model.config.max_position_embeddings)
+def load(folder, options):
+    """A folder, or a base's hub id, → (model, its tokenizer, tokens of context)"""
+    folder, device = checkpoint.resolve(folder), checkpoint.pick_device(options.device)
+    # a base's own tokenizer gives the ids of the checkpoint's, and tells which of them have no row
+    # yet: they get the rows that training began with
+    tokenizer = tokenizers.load(folder)
+    model = plan.load_for_chat(folder, options.model, 2048, device, tokenizer)
+    return model, tokenizer, min(2048, model.config.max_position_embeddings)
 
 
-def voices_of(name, folder, ckpt, talks, past, some, choices, options):
+def voices_of(name, folder, talks, past, some, choices, options):
     """{name: Voice}, and with --baselines the same model with more in its prompt. One model is in memory at a time."""
-    model, words, size = load(folder, ckpt if name == "base" else folder, options)
+    model, words, size = load(folder, options)
     length = min(1024, size)
     samples = [s for number, talk in enumerate(talks) for s in data.split(talk, words, length, "me", number)]
     held_out = step.evaluate(model, data.pack(samples, length), step.Ranks(checkpoint.pick_device(options.device)), 2, length)
@@ -215,23 +218,29 @@ def voices_of(name, folder, ckpt, talks, past, some, choices, options):
         ways |= prompts(name, past, Path(options.data) / "facts.md", words, size)
     alone = dict.fromkeys(tuple(reply) for replies in choices for reply in replies)
     if alone:
-        alone = dict(zip(alone, likelihoods(model, words, [], [*map(list, alone)], some[0].author, size)))
+        alone = dict(zip(alone, likelihoods(model, words, [], [*map(list, alone)], some[0].author, size)[0]))
     hidden = [canary["secret"] for canary in canaries_of(options, past)]
     secrets, canaries = (
-        np.array([likelihoods(model, words, before, replies, me, size) for before, me, replies in some])
+        np.array([likelihoods(model, words, before, replies, me, size)[0] for before, me, replies in some])
         for some in secrets_of(past, hidden, options.seed)
     )
     found = {}
     for way, before in ways.items():
-        decoder, nats, replies, tokens = generate.Decoder(model, words, size), [], [], []
+        decoder = generate.Decoder(model, words, size)
+        nats, content, replies, tokens = [], [], [], []
         for i, moment in enumerate(tqdm(some, way, leave=False, disable=None)):
             turns = before(moment)
-            nats.append(likelihoods(model, words, turns, choices[i] if choices else [moment.mine], moment.author, size))
+            compared = choices[i] if choices else [moment.mine]
+            whole, text = likelihoods(model, words, turns, compared, moment.author, size)
+            nats.append(whole)
+            content.append(text[0])
             answer, spoken = reply_to(decoder, turns, moment.author, 1000 * options.seed + i)
             replies.append(spoken)
             tokens.append(len(answer.prompt) + len(answer.ids))
         without = np.array([[alone[tuple(reply)] for reply in ten] for ten in choices])
-        found[way] = Voice(np.array(nats), without, replies, np.array(tokens), held_out if way == name else None, secrets, canaries)
+        nats, content, tokens = map(np.array, (nats, content, tokens))
+        evaluation = held_out if way == name else None
+        found[way] = Voice(nats, without, replies, tokens, evaluation, secrets, canaries, content)
     return found
 
 
@@ -244,9 +253,10 @@ def reply_to(decoder, turns, me, seed):
 
 @torch.inference_mode()
 def likelihoods(model, words, before, replies, me, size, at_once=10):
-    """Nats of each of `replies` (lists of messages) as my turn after `before`, its end included. What they share is read once.
+    """Nats of each of `replies` (lists of messages) as my turn after `before`. What they share is read once.
 
-    At most `size` tokens are read: of more the oldest are left off. → (replies,) float64
+    At most `size` tokens are read: of more the oldest are left off. → (2, replies) float64: of all
+    that is a target, the turn's end included, and of the messages' text alone
     """
     samples = []
     for reply in replies:
@@ -260,19 +270,23 @@ def likelihoods(model, words, before, replies, me, size, at_once=10):
     one = KVCache(model.config, shared - cut, 1, model.dtype or weight.dtype, weight.device)
     for part in context.split(generate.PREFILL, 1):
         model(part, cache=one)
-    nats = torch.zeros(len(samples), dtype=torch.float64)
+    nats = torch.zeros(2, len(samples), dtype=torch.float64)
     for first in range(0, len(samples), at_once):
-        some = [(s.ids[shared:][:size], s.labels[shared:][:size]) for s in samples[first : first + at_once]]
-        tokens = torch.zeros(len(some), max(len(ids) for ids, _ in some), dtype=torch.int64)
+        some = []
+        for s in samples[first : first + at_once]:
+            some.append([part[shared:][:size] for part in (s.ids, s.labels, s.words)])
+        tokens = torch.zeros(len(some), max(len(ids) for ids, *_ in some), dtype=torch.int64)
         labels = torch.full_like(tokens, data.IGNORED)
-        for i, (ids, targets) in enumerate(some):
+        for i, (ids, targets, _) in enumerate(some):
             tokens[i, : len(ids)], labels[i, : len(ids)] = torch.from_numpy(ids), torch.from_numpy(targets)
         cache = KVCache(model.config, one.length + tokens.shape[1], len(some), model.dtype or weight.dtype, weight.device)
         for layer, known in zip(cache.layers, one.layers):
             layer[:, :, :, : one.length] = known
         cache.length = one.length
         losses, _ = model(tokens.to(weight.device), labels=labels.to(weight.device), cache=cache, reduction="none")
-        nats.index_add_(0, first + (labels != data.IGNORED).nonzero()[:, 0], losses.cpu().double())
+        losses, reply = losses.cpu().double(), first + (labels != data.IGNORED).nonzero()[:, 0]
+        is_text = np.concatenate([text[targets != data.IGNORED] for _, targets, text in some])
+        nats.index_add_(1, reply, torch.stack([losses, losses * torch.from_numpy(is_text)]))
     return nats.numpy()
 
 
@@ -672,7 +686,7 @@ def baselines(voices, some, choices, seed, kinds):
     return [
         {
             "name": re.sub("^(clone|other)", lambda found: f"{found[0]}, {kinds[found[0]]}", name),
-            "bits_per_char": ratio(voice.nats[:, 0] / math.log(2), chars, sessions),
+            "bits_per_char": ratio(voice.content / math.log(2), chars, sessions),
             "top1": rank(voice, sessions)["top1"] if choices else None,
             "auc": told_apart(real, [(m.session, "\n".join(reply)) for m, reply in zip(some, voice.replies)], seed),
             "tokens": voice.tokens.mean(),
@@ -693,7 +707,7 @@ def blind_test(folder, talks, past, options):
         what = "several chats have that name" if chats else "no held-out chat of us two"
         known = ", ".join(sorted({contact(talk) for talk in private if not chats or talk.chat_id in chats}))
         raise UserError(f"--with {options.with_}: {what}", f"There are: {known or 'none'}.")
-    model, words, size = load(folder, folder, options)
+    model, words, size = load(folder, options)
     decoder, draw, items = generate.Decoder(model, words, size), np.random.default_rng(options.seed), []
     others = {r for t in past if t.chat_id not in chats for u in t.turns for r in runs(words_of(" ".join(u.messages)))}
     print(f"What {options.with_} will see, item by item. y: take it, n: leave it out, q: enough.")

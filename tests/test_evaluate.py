@@ -50,11 +50,13 @@ REPLIES = [["at home"], ["in the tower", "with a goose"], ["no"], ["a much longe
 
 def test_likelihoods_that_share_a_context_equal_those_of_whole_documents(model, words):
     found = evaluate.likelihoods(model, words, BEFORE, REPLIES, "Ann", 512)
-    for nats, reply in zip(found, REPLIES):
+    for nats, content, reply in zip(*found, REPLIES):
         document = data.render([*BEFORE, data.Turn("Ann", True, "", reply)], specials=words.specials)
         sample = data.encode(document, words)
         loss, _ = model(torch.tensor([sample.ids.tolist()]), labels=torch.tensor([sample.labels.tolist()]))
         assert nats == pytest.approx(loss.item(), rel=1e-4)
+        row = step.evaluate(model, data.pack([sample], 512), step.Ranks(torch.device("cpu")), 1)
+        assert content == pytest.approx(row.word_nats, rel=1e-4) and content < nats
 
 
 def test_who_ignores_the_context_finds_one_real_reply_in_ten(base, words):
@@ -62,7 +64,7 @@ def test_who_ignores_the_context_finds_one_real_reply_in_ten(base, words):
     for block in deaf.model.layers:
         block.self_attn.o_proj.weight.data.zero_()
     replies = [[f"reply number {n}", "and more"][: 1 + n % 2] for n in range(10)]
-    nats, alone = (evaluate.likelihoods(deaf, words, before, replies, "Ann", 512) for before in (BEFORE, []))
+    nats, alone = (evaluate.likelihoods(deaf, words, before, replies, "Ann", 512)[0] for before in (BEFORE, []))
     voice = Voice(np.tile(nats, (6, 1)), np.tile(alone, (6, 1)), [], *[None] * 4)
     found = evaluate.rank(voice, np.arange(6))
     assert found["top1"]["value"] == pytest.approx(0.1)
