@@ -41,8 +41,9 @@ class Config:
 
     web: bool = flag(False, "a page to talk on, and an API for other programs", group="on a page")
     host: str = flag("127.0.0.1", "its address; another needs --token and --as")
+    allow_host: tuple[str, ...] = flag((), "answer to this host name without a token (repeatable)")
     port: int = flag(8000, "its port")
-    token: str | None = flag(None, "whoever asks must know this")
+    token: str | None = flag(None, "bearer token that clients must send, by any host name")
 
     no_compile: bool = flag(False, "don't compile the model first: sooner ready, half as fast", group="speed and memory")
     weights: str | None = flag(None, "what they're held in", choices=("fp32", "bf16", "int8", "int4"), shown="bf16, or what fits")

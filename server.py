@@ -1,7 +1,10 @@
 """The page and the API of `python chat.py ckpt/ --web`, on one port: OpenAI's `/v1/chat/completions` and `/v1/models`, `/health`, and `/`.
 
-One model, one thread: requests wait in line, and whoever leaves frees the place. At home (on a loopback address) everybody is let in and
-may be anyone; elsewhere a token is asked for, and whoever has it is `--as`. No conversation is written to disk or to a log.
+One model, one thread: requests wait in line, and a client that leaves frees its place. With --token
+it lets in who knows the token, under any host name (behind a proxy), and shows others the page and
+/health alone. Without one it listens on loopback, and answers to loopback's names and --allow-host.
+With --token and --as, or on another --host, every client is --as; else it may be anyone.
+No conversation is written to disk or to a log.
 """
 
 import asyncio
@@ -47,6 +50,8 @@ MESSAGES = 2000  # in a conversation
 SLOW = 10  # seconds that a client may take to send a request, or to read what it is sent
 SILENT = 10  # seconds after which a stream says that it is still there
 CONNECTIONS = 256
+STOPS = 100  # strings in `stop`, as many clients send more than OpenAI's four
+PUBLIC = {"/", "/health", "/v1/health"}  # what needs no token: no name and no chat is in it
 SECURITY = {
     "cache-control": "no-store",
     "x-content-type-options": "nosniff",
@@ -87,16 +92,21 @@ class Ask:
         self.stream = read(fields, "stream", bool, False)
         stream_options = read(fields, "stream_options", dict, {})
         self.include_usage = read(stream_options, "include_usage", bool, False)
-        limits = [read(fields, name, int, defaults.max_tokens, 1, 2**31) for name in ("max_tokens", "max_completion_tokens")]
-        self.max_tokens = min(*limits, defaults.max_tokens)
+        names = ("max_tokens", "max_completion_tokens")
+        limits = [read(fields, name, int, -1, -1, 2**31) for name in names]
+        # As in llama.cpp's server: -1 is no limit of the client's own, 0 an empty answer.
+        self.max_tokens = min([*(limit for limit in limits if limit >= 0), defaults.max_tokens])
         self.temperature = read(fields, "temperature", float, defaults.temperature, 0, 2)
         self.temperature *= self.temperature >= 0.01  # what is nearly 0 would overflow
         self.top_p = read(fields, "top_p", float, defaults.top_p, 0, 1)
         self.seed = read(fields, "seed", int, None, -(2**63), 2**63 - 1)
         stops = fields.get("stop", [])
-        self.stops = [stops] if isinstance(stops, str) else stops
-        if not isinstance(self.stops, list) or len(self.stops) > 4 or not all(isinstance(s, str) and 0 < len(s) <= 200 for s in self.stops):
-            raise Refused(400, "stop must be a string or up to four, each of 1 to 200 characters", "stop")
+        stops = [stops] if isinstance(stops, str) else stops
+        is_list = isinstance(stops, list) and all(isinstance(stop, str | None) for stop in stops)
+        if not is_list or len(stops) > STOPS or any(len(stop or "") > 200 for stop in stops):
+            limits = f"a string or up to {STOPS}, each of up to 200 characters"
+            raise Refused(400, f"stop must be {limits}", "stop")
+        self.stops = [stop for stop in stops if stop]  # some clients send an empty one for none
 
 
 def read(fields, name, kind, missing, least=None, most=None):
@@ -104,6 +114,8 @@ def read(fields, name, kind, missing, least=None, most=None):
     if fields.get(name) is None:
         return missing
     value = fields[name]
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # JavaScript and Lua know no other numbers
     if type(value) not in ((int, float) if kind is float else (kind,)) or (least is not None and not least <= value <= most):
         limits = "" if least is None else f" from {least} to {most}"
         raise Refused(400, f"{name} must be {kind.__name__}{limits}", name)
@@ -244,7 +256,9 @@ def application(decoder, me, you, contacts, options, page):
         kind = "chat.completion.chunk" if ask.stream else "chat.completion"
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": me}
         if ask.stream:
-            return StreamingResponse(stream(ask, head, end, said), media_type="text/event-stream")
+            unbuffered = {"x-accel-buffering": "no"}  # or nginx holds back what is not yet 4 kB
+            events = stream(ask, head, end, said)
+            return StreamingResponse(events, 200, unbuffered, "text/event-stream")
         leaving = asyncio.create_task(gone(request))
         try:
             await asyncio.wait({end, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -284,10 +298,15 @@ def application(decoder, me, you, contacts, options, page):
         finally:
             end.cancel()
 
-    routes = [
-        Route("/", home), Route("/health", health), Route("/persona", persona), Route("/v1/models", models),
-        Route("/v1/models/{id:path}", models), Route("/v1/chat/completions", completions, methods=["POST"]),
-    ]  # fmt: skip
+    api = [
+        ("/health", health, "GET"),
+        ("/models", models, "GET"),
+        ("/models/{id:path}", models, "GET"),
+        ("/chat/completions", completions, "POST"),
+    ]
+    routes = [Route("/", home), Route("/persona", persona)]
+    for prefix in ("/v1", ""):  # as llama.cpp's server: some clients leave it out
+        routes += [Route(prefix + path, answer, methods=[method]) for path, answer, method in api]
     app = Starlette(routes=routes, exception_handlers={HTTPException: explained, Exception: failed})
     app.router.redirect_slashes = False
     return app
@@ -332,8 +351,8 @@ async def failed(request, error):
 # --- the gate
 
 
-def gate(app, hosts, literals, token):
-    """Before `app`: only for `hosts` (and IP addresses where `literals`), for pages of our own, and for those who know the token."""
+def gate(app, hosts, token):
+    """Put before `app`: refuse who lacks the token; without one, other host names than `hosts`."""
 
     async def gated(scope, receive, send):
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
@@ -343,22 +362,31 @@ def gate(app, hosts, literals, token):
                 message["headers"] = [*message["headers"], *((name.encode(), value.encode()) for name, value in SECURITY.items())]
             await send(message)
 
-        refusal = refused(scope["method"], scope["path"], headers)
+        # What is checked is what is routed: no doubled slash and none at the end.
+        path = "/" + "/".join(filter(None, scope["path"].split("/")))
+        scope = {**scope, "path": path}
+        refusal = refused(scope["method"], path, headers)
         answer = await explained(None, refusal) if refusal else app
         with contextlib.suppress(ConnectionError, ClientDisconnect, h11.LocalProtocolError):  # it left, or sent what is no HTTP
             await answer(scope, receive, secured)
 
     def refused(method, path, headers):
-        host = headers.get("host", "").lower()
-        name = re.sub(r":\d{1,5}$", "", host)
-        if name not in hosts and not (literals and is_address(name)):
-            return Refused(403, "Not by this name: see the address that the server printed")
-        if headers.get("origin", f"http://{host}").lower() not in (f"http://{host}", f"https://{host}"):
-            return Refused(403, "Not from another site's page")
         given = headers.get("authorization", "").encode()
-        if token and path.startswith(("/v1", "/persona")) and not hmac.compare_digest(given, b"Bearer " + token.encode()):
-            wanted = {"www-authenticate": "Bearer"}
-            return Refused(401, "The token is missing or wrong: Authorization: Bearer TOKEN", code="invalid_api_key", headers=wanted)
+        if token:
+            if path not in PUBLIC and not hmac.compare_digest(given, b"Bearer " + token.encode()):
+                message = "The token is missing or wrong: Authorization: Bearer TOKEN"
+                scheme = {"www-authenticate": "Bearer"}
+                return Refused(401, message, code="invalid_api_key", headers=scheme)
+        else:
+            # A site can make its own name mean 127.0.0.1 (DNS rebinding): without a token only the
+            # Host and the Origin tell its page from ours.
+            host = headers.get("host", "").lower()
+            if re.sub(r":\d{1,5}$", "", host) not in hosts:
+                message = "Not by this host name: --allow-host NAME allows it, --token any"
+                return Refused(403, message)
+            own = (f"http://{host}", f"https://{host}")
+            if headers.get("origin", own[0]).lower() not in own:
+                return Refused(403, "Not from another site's page")
         if method == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             return Refused(415, "POST needs Content-Type: application/json")
 
@@ -402,11 +430,19 @@ def at_home(host):
     return host == "localhost" or is_address(host) and ipaddress.ip_address(host).is_loopback
 
 
+def lets_others_in(options) -> bool:
+    """Whether clients are others than the owner, who are --as and see no contacts."""
+    return not at_home(options.host) or bool(options.token and options.as_)
+
+
 def listen(options):
     """Before the model loads: may it be served like this? → the socket."""
     token = options.token
-    if options.memory and not at_home(options.host):
-        raise UserError("--memory quotes my chats with everyone to whoever asks, --host lets others ask", "Leave one of them out.")
+    if options.memory and lets_others_in(options):
+        raise UserError(
+            "--memory quotes your chats with everyone; --host, or --token with --as, lets others ask",
+            "Leave --memory out, or talk to it on this machine alone.",
+        )
     if not at_home(options.host) and not (token and options.as_):
         missing = " and ".join(flag for flag, value in (("--token", token), ("--as", options.as_)) if not value)
         raise UserError(
@@ -415,6 +451,12 @@ def listen(options):
         )
     if token is not None and not re.fullmatch(r"[!-~]{16,200}", token):
         raise UserError("--token must have 16 characters or more, none of them a space", f"Here is one: {secrets.token_urlsafe(16)}")
+    for name in options.allow_host:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]", name):
+            raise UserError(
+                f"--allow-host {name}: it takes a host name, without http:// and port",
+                "For example: --allow-host host.docker.internal",
+            )
     try:
         family, _, _, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address, family=family)
@@ -425,14 +467,16 @@ def listen(options):
 
 def serve(door, decoder, me, you, options):
     """Until Ctrl-C. `door`: from `listen`."""
-    home, host, port = at_home(options.host), options.host, door.getsockname()[1]
+    host, port = options.host, door.getsockname()[1]
     persona = config.read_json(Path(options.ckpt) / "persona.json", {})
-    contacts = list(dict.fromkeys([you, *(contact["name"] for contact in persona.get("contacts", []))])) if home else None
+    names = [you, *(contact["name"] for contact in persona.get("contacts", []))]
+    contacts = None if lets_others_in(options) else list(dict.fromkeys(names))
     page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-    here = socket.gethostname().lower()
-    hosts = {"localhost", "127.0.0.1", "[::1]", host.lower(), f"[{host.lower()}]", *(() if home else (here, f"{here}.local"))}
-    app = gate(application(decoder, me, you, contacts, options, page), hosts, not home, options.token)
-    shown = here if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    hosts = {"localhost", "127.0.0.1", "[::1]", host.lower(), f"[{host.lower()}]"}
+    hosts |= {name.lower() for name in options.allow_host}
+    app = gate(application(decoder, me, you, contacts, options, page), hosts, options.token)
+    everywhere = host in ("0.0.0.0", "::")
+    shown = socket.gethostname().lower() if everywhere else f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{port}/" + (f"#{quote(options.token, safe='')}" if options.token else "")
     print(f"An AI imitation of {me}: {address}\nThe API: http://{shown}:{port}/v1 (Ctrl-C ends)", flush=True)
     if sys.stdout.isatty() and (sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):

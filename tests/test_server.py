@@ -157,6 +157,38 @@ def test_limits_and_seeds_are_kept(port):
     assert draw(1) == draw(1) != draw(2)
 
 
+def test_max_tokens_means_what_it_means_to_llama_cpp(port):
+    plain = greedy(port)
+    for no_limit in (-1, -1.0, None):
+        assert greedy(port, max_tokens=no_limit) == greedy(port, max_completion_tokens=no_limit) == plain
+    assert greedy(port, max_tokens=3.0) == greedy(port, max_tokens=3, max_completion_tokens=-1) == greedy(port, max_tokens=3)
+    text, usage, reason = greedy(port, max_tokens=0)
+    assert (text, usage["completion_tokens"], reason) == ("", 0, "length") and usage["prompt_tokens"] == plain[1]["prompt_tokens"]
+    _, _, streamed = ask(port, body={"messages": HI, "max_tokens": 0, "stream": True})
+    events = [json.loads(line[6:]) for line in streamed.split("\n\n")[:-2]]
+    assert [event["choices"][0]["finish_reason"] for event in events] == [None, "length"] and streamed.endswith("data: [DONE]\n\n")
+
+
+def test_many_stop_strings_all_count_and_empty_ones_none(port):
+    plain = greedy(port)
+    stop = plain[0][len(plain[0]) // 2 :][:3]
+    assert greedy(port, stop=[f"never {n}" for n in range(99)] + [stop])[0] == plain[0][: plain[0].index(stop)]
+    for nothing in ("", [], [""], ["", None], None):
+        assert greedy(port, stop=nothing) == plain
+
+
+def test_a_path_may_have_slashes_too_many_and_lack_v1(port):
+    wanted = greedy(port)[0]
+    for path in ("/v1/chat/completions/", "/v1//chat/completions/", "//v1/chat//completions", "/chat/completions"):
+        status, _, answer = ask(port, path=path, body={"messages": HI, "temperature": 0})
+        assert status == 200 and answer["choices"][0]["message"]["content"] == wanted, (path, answer)
+    for path in ("/v1/models/", "/models", "//v1//models"):
+        assert [model["id"] for model in ask(port, "GET", path)[2]["data"]] == ["Ann"]
+    assert ask(port, "GET", "/v1/models/Ann/")[2]["id"] == "Ann"
+    assert ask(port, "GET", "/health/")[2] == ask(port, "GET", "/v1/health")[2] == {"status": "ok"}
+    assert ask(port, path="/v1/v1/chat/completions", body={"messages": HI})[0] == 404
+
+
 def test_with_a_seed_of_its_own_retry_answers_otherwise_and_all_is_repeatable(clone):
     runs = []
     for _ in range(2):
@@ -181,9 +213,16 @@ def test_models_and_health(client, port):
         ({"temperature": 3}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"top_p": "1"}, "top_p"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -2}, "max_tokens"),
+        ({"max_tokens": 20.5}, "max_tokens"),
+        ({"max_tokens": "20"}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_completion_tokens": 1e300}, "max_completion_tokens"),
         ({"seed": 2**70}, "seed"),
-        ({"stop": [""]}, "stop"),
+        ({"stop": [1]}, "stop"),
+        ({"stop": {"a": "b"}}, "stop"),
+        ({"stop": ["x"] * 101}, "stop"),
+        ({"stop": "x" * 201}, "stop"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]"),
@@ -216,7 +255,12 @@ def test_more_than_the_line_holds_are_told_to_come_back_and_who_leaves_frees_the
         those = [socket.create_connection(("127.0.0.1", port)) for _ in range(server.PLACES + 8)]
         for one in those:
             one.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        over = [text for text in (one.recv(4096) for one in those) if b" 503 " in text]
+        over = []
+        for one in those:
+            if b" 503 " in (text := one.recv(4096)):
+                while b"}}" not in text and (part := one.recv(4096)):  # the body may come behind
+                    text += part
+                over.append(text)
         assert over and all(b"retry-after: 5" in text and b"overloaded" in text for text in over)
         for one in those:
             one.close()
@@ -266,13 +310,18 @@ def test_a_body_too_long_is_a_413_and_a_slow_one_a_408(port):
         assert b" 408 " in slow.recv(4096)
 
 
-def test_elsewhere_a_token_and_a_name_are_needed(clone):
+def test_elsewhere_a_token_and_a_name_are_needed(clone, chats):
     refused(command("chat.py", clone, "--web", "--host", "0.0.0.0"), "--token", "--as")
     refused(command("chat.py", clone, "--web", "--host", "0.0.0.0", "--token", TOKEN), "--as")
     refused(command("chat.py", clone, "--web", "--token", "short"), "--token")
     refused(command("chat.py", clone, "--web", "--host", "nowhere.invalid", "--token", TOKEN, "--as", "Eve"), "--host nowhere.invalid")
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        refused(command("chat.py", clone, "--web", "--port", taken.getsockname()[1]), "--port")
+        web = ("chat.py", clone, "--web", "--port", taken.getsockname()[1])
+        refused(command(*web), "--port")
+        for flags in (("--as", "Eve"), ("--host", "0.0.0.0")):
+            refused(command(*web, "--memory", chats, "--token", TOKEN, *flags), "--memory")
+        for address in ("http://box", "box:8000", "a/b", "*", ""):
+            refused(command(*web, "--allow-host", address), f"--allow-host {address}:")
 
 
 def test_a_missing_package_is_named(clone, tmp_path):
@@ -296,11 +345,148 @@ def test_elsewhere_the_token_is_checked_and_one_is_who_one_is(clone):
         page = ask(port, "GET", "/")
         assert page[0] == 200 and not {"Ann", "Bob", "Eve"} & set(re.findall(r"\w+", page[2]))
         assert ask(port, "GET", "/persona", **mine)[2] == {"me": "Ann", "you": "Eve", "contacts": []}
-        assert ask(port, "GET", "/persona", Host="192.168.1.5:8000", **mine)[0] == 200
-        assert ask(port, "GET", "/persona", Host="evil.example", **mine)[0] == 403
+        for host in ("192.168.1.5:8000", "clone.example.org", "host.docker.internal:8000"):
+            assert ask(port, "GET", "/persona", Host=host, Origin="https://clone.example.org", **mine)[0] == 200
+            assert ask(port, "GET", "/", Host=host)[0] == ask(port, "GET", "/health", Host=host)[0] == 200
+            assert ask(port, "GET", "/persona", Host=host)[0] == 401
         as_bob = {"messages": [{"role": "user", "name": "Bob", "content": "hi"}]}
         assert ask(port, body=as_bob, **mine)[0] == 403
         assert ask(port, body={"messages": HI}, **mine)[0] == 200
+
+
+def test_without_the_token_nothing_but_the_page_and_health_is_there(clone):
+    """Whatever the spelling of a path, and whether there is such a path or not. On loopback too."""
+    tricks = (
+        "/v1/models /models /persona //v1/models ///persona /v1//models/ /persona/ /%2fpersona /%70ersona /v1%2fmodels /%76%31/models "
+        "/./persona /%2e/persona /x/../persona /health/../persona /health/..%2fpersona /health/%2e%2e/persona /health/persona /PERSONA "
+        "/;/persona /persona;x /persona?x /none /v1 /docs /static/../server.py /health%00 /healthz /v1/health/x \\persona * "
+        "http://127.0.0.1/persona http://evil.example//v1/models"
+    )
+    with serving(clone, "--token", TOKEN, "--as", "Eve") as (port, _):
+        for path in tricks.split():
+            for method in ("GET", "HEAD", "OPTIONS", "DELETE"):
+                status = status_of(port, method, path)
+                assert status == 401, (method, path, status)
+            assert ask(port, path=path, body={"messages": HI})[0] == 401, path
+        mine = {"Authorization": f"Bearer {TOKEN}"}
+        assert ask(port, "GET", "/none", **mine)[0] == 404
+        assert ask(port, "GET", "//persona/", **mine)[2] == {"me": "Ann", "you": "Eve", "contacts": []}
+
+
+def status_of(port, method, path):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request(method, path)
+        return connection.getresponse().status
+
+
+def test_without_a_token_only_the_names_that_were_allowed_are_answered(clone):
+    with serving(clone, "--allow-host", "host.docker.internal", "--allow-host", "Box.example") as (port, _):
+        for host, status in [
+            ("localhost", 200),
+            (f"127.0.0.1:{port}", 200),
+            ("host.docker.internal:8000", 200),
+            ("BOX.example", 200),
+            ("evil.example", 403),
+            ("box.example.evil.example", 403),
+            ("box.example:80:80", 403),
+            ("", 403),
+        ]:
+            for path in ("/", "/health", "/persona", "/v1/models", "//persona"):
+                got, _, answer = ask(port, "GET", path, Host=host)
+                assert got == status, (host, path, answer)
+        assert ask(port, "GET", "/persona", Host="box.example", Origin="https://box.example")[0] == 200
+        assert ask(port, "GET", "/persona", Host="box.example", Origin="https://evil.example")[0] == 403
+
+
+# --- behind a proxy
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        return door.getsockname()[1]
+
+
+def nginx_config(snippet, port, folder):
+    """docs/SERVE.md's server, on loopback and without HTTPS, in a configuration that writes into `folder` alone."""
+    snippet = re.sub(r"    ssl_.*\n", "", snippet)
+    snippet = snippet.replace("listen 443 ssl;", f"listen 127.0.0.1:{port};")
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    folders = " ".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds)
+    return f"daemon off; pid {folder}/pid; error_log stderr; events {{}}\nhttp {{ access_log off; {folders}\n{snippet}}}\n"
+
+
+def caddy_config(snippet, port, folder):
+    bound = f"http://clone.example.org:{port} {{\n\tbind 127.0.0.1"
+    return "{\n\tadmin off\n}\n" + snippet.replace("clone.example.org {", bound)
+
+
+PROXIES = {
+    "nginx": (nginx_config, ["-e", "stderr", "-p", ".", "-c"]),
+    "caddy": (caddy_config, ["run", "--adapter", "caddyfile", "--config"]),
+}
+
+
+@contextlib.contextmanager
+def proxied(name, port, folder):
+    """The proxy of docs/SERVE.md in front of `port` → its own port"""
+    program = shutil.which(name) or shutil.which(name, path="/usr/sbin")
+    if not program:
+        pytest.skip(f"no {name}: apt-get install {name}")
+    config, flags = PROXIES[name]
+    docs = (ROOT / "docs/SERVE.md").read_text()
+    (snippet,) = re.findall(rf"^```{name}\n(.*?)^```", docs, re.M | re.S)
+    outside = free_port()
+    snippet = snippet.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+    (folder / "proxy.conf").write_text(config(snippet, outside, folder))
+    env = os.environ | dict.fromkeys(("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME"), str(folder))
+    with open(folder / "errors", "w") as errors:
+        process = subprocess.Popen([program, *flags, folder / "proxy.conf"], cwd=folder, env=env, stdout=errors, stderr=errors)
+    try:
+        deadline = time.time() + 30
+        while time.time() < deadline and process.poll() is None:
+            with contextlib.suppress(ConnectionError):
+                socket.create_connection(("127.0.0.1", outside)).close()
+                break
+            time.sleep(0.05)
+        assert process.poll() is None, (folder / "errors").read_text()
+        yield outside
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.parametrize("name", PROXIES)
+def test_behind_a_proxy_the_page_the_api_and_streams_come_through(clone, tmp_path, name):
+    os.chmod(tmp_path, 0o755)  # nginx's worker is another user
+    site = {"Host": "clone.example.org", "Origin": "https://clone.example.org"}
+    mine = {**site, "Authorization": f"Bearer {TOKEN}"}
+    with serving(clone, "--token", TOKEN, "--as", "Eve", "--max-tokens", 200) as (port, _), proxied(name, port, tmp_path) as outside:
+        assert "AI imitation" in ask(outside, "GET", "/", **site)[2] and ask(outside, "GET", "/health", **site)[0] == 200
+        for path in ("/persona", "//persona", "/health/../persona", "/v1/models", "/none"):
+            assert ask(outside, "GET", path, **site)[0] == 401
+        assert ask(outside, "GET", "/persona", **mine)[2]["you"] == "Eve"
+        body = {"messages": HI, "temperature": 0, "max_tokens": 20}
+        status, _, answer = ask(outside, body=body, **mine)
+        assert status == 200 and answer == {**ask(port, body=body, **mine)[2], **{key: answer[key] for key in ("id", "created")}}
+        assert ask(outside, body=body, **site)[0] == 401
+        # While others are answered the first event comes at once, if nothing holds it back.
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            long = {"messages": HI * 20, "seed": 1, "max_tokens": 200}
+            others = [pool.submit(ask, port, body=long, Authorization=mine["Authorization"]) for _ in range(4)]
+            time.sleep(0.2)
+            came = [(time.time(), "")]
+            connection = http.client.HTTPConnection("127.0.0.1", outside, timeout=60)
+            text = json.dumps({**body, "stream": True, "stop": ["never"] * 5})
+            connection.request("POST", "/v1/chat/completions/", text, {"content-type": "application/json", **mine})
+            came += [(time.time(), line) for line in connection.getresponse()]
+            connection.close()
+            assert all(other.result()[0] == 200 for other in others)
+        began, first, end = (came[number][0] for number in (0, 1, -1))
+        assert first - began < (end - began) / 3, (first - began, end - began)
+        chunks = [json.loads(line[6:]) for _, line in came[1:] if line.startswith(b"data: {")]
+        said = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+        assert said == answer["choices"][0]["message"]["content"] and came[-2][1] == b"data: [DONE]\n"
 
 
 # --- whoever means ill
@@ -549,6 +735,16 @@ def test_elsewhere_the_page_takes_the_token_from_its_address(page, clone):
         page.goto(f"http://127.0.0.1:{port}/")
         page.wait_for_selector("text=needs the token")
         page.goto(f"http://127.0.0.1:{port}/#{TOKEN}")
+        page.wait_for_selector("text=AI imitation of Ann")
+        assert page.is_hidden("#you") and page.text_content("#fixed") == "Eve"
+        say(page, "hi")
+        page.wait_for_selector(".said:not(.me)")
+
+
+def test_behind_a_proxy_the_page_takes_the_token_from_its_address(page, clone, tmp_path):
+    os.chmod(tmp_path, 0o755)
+    with serving(clone, "--token", TOKEN, "--as", "Eve") as (port, _), proxied("nginx", port, tmp_path) as outside:
+        page.goto(f"http://127.0.0.1:{outside}/#{TOKEN}")  # its Origin is not the Host that nginx sends
         page.wait_for_selector("text=AI imitation of Ann")
         assert page.is_hidden("#you") and page.text_content("#fixed") == "Eve"
         say(page, "hi")
