@@ -123,6 +123,9 @@ def resolve(model):
 
 
 def hub_id(model):
+    if model.endswith(".gguf") and Path(model).is_file():
+        command = f"python gguf_convert.py {model} {model.removesuffix('.gguf')}"
+        raise UserError(f"{model} is a GGUF file, --model takes a folder", f"Make one of it: {command}")
     if Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1:
         raise UserError(f"{model}: there is no such folder", f"Give a model folder, or a hub id such as {NO_ACCOUNT}.")
     return model

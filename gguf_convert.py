@@ -56,6 +56,7 @@ SIZES = {  # a metadata key → HF's
 }
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # HF's → GGUF's
 YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+YARN_SCALES = ("attn_factor", "yarn_attn_factor", "yarn_log_multiplier")
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -102,7 +103,7 @@ class Config:
 
 
 class Tensor(NamedTuple):
-    """A tensor of the file: rows of quantized blocks, as bytes, mapped."""
+    """A tensor of the file; `data`: rows of quantized blocks, as bytes, mapped."""
 
     kind: int
     shape: tuple[int, ...]
@@ -127,7 +128,7 @@ class Tensor(NamedTuple):
         data = self.data
         if heads:
             data = data.reshape(heads, -1, 2, data.shape[-1]).swapaxes(1, 2).reshape(data.shape)
-        few = max(1, CHUNK // self.shape[-1])
+        few = max(1, CHUNK * len(data) // math.prod(self.shape))
         for first in range(0, len(data), few):
             rows = data[first : first + few].copy()  # mapped pages can't be written
             yield torch.from_numpy(gguf.dequantize(rows, gguf.GGMLQuantizationType(self.kind)))
@@ -139,9 +140,10 @@ class Header:
     def __init__(self, path: Path):
         self.path, self.at = path, 0
         with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError(config.really(path, "it is no GGUF file"))
             self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if self.take(4) != b"GGUF":
-            raise ValueError("it does not begin with GGUF")
+        self.take(4)
         if (version := self.number("I")) not in (2, 3):
             raise ValueError(f"it is of GGUF version {version}, known are 2 and 3")
         tensor_count, key_count = self.count(), self.count()
@@ -152,6 +154,8 @@ class Header:
             raise ValueError(f"general.alignment is {alignment!r:.60}")
         begin = -(-self.at // alignment) * alignment
         self.tensors = {name: self.tensor(begin, name, *place) for name, *place in places}
+        if len(self.tensors) != tensor_count:
+            raise ValueError("two of its tensors have one name")
 
     def take(self, count: int) -> bytes:
         self.at += count
@@ -193,25 +197,20 @@ class Header:
         shape = self.numbers("Q", dimensions)
         return name, shape[::-1], self.number("I"), self.number("Q")
 
-    def tensor(
-        self,
-        begin: int,
-        name: str,
-        shape: tuple[int, ...],
-        kind: int,
-        offset: int,
-    ) -> Tensor:
+    def tensor(self, begin: int, name: str, shape: tuple[int, ...], *place: int) -> Tensor:
+        kind, offset = place
         gguf = package()
         if kind not in [*gguf.GGMLQuantizationType]:
             raise ValueError(f"tensor {name!r:.60} is of type {kind}, which gguf doesn't know")
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
         if shape[-1] % block or not all(shape):
             raise ValueError(f"tensor {name!r:.60} is {[*shape]}, in blocks of {block}")
-        wide, first = shape[-1] // block * size, begin + offset
-        if first + math.prod(shape[:-1]) * wide > len(self.bytes):
+        count, first = math.prod(shape) // block * size, begin + offset
+        if first + count > len(self.bytes):
             raise ValueError(f"it is cut off: tensor {name!r:.60} ends beyond it")
-        data = np.frombuffer(self.bytes, np.uint8, math.prod(shape[:-1]) * wide, first)
-        return Tensor(kind, shape, data.reshape(*shape[:-1], wide))
+        data = np.frombuffer(self.bytes, np.uint8, count, first)
+        wide = size if len(shape) == 1 else shape[-1] // block * size  # a bias has rows of one
+        return Tensor(kind, shape, data.reshape(-1, wide))
 
 
 def package() -> Any:
@@ -223,31 +222,39 @@ def package() -> Any:
     return gguf
 
 
+# --- the folder
+
+
 def convert(path: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the model and the tokenizer of a GGUF file as a HF folder: all of it, or nothing.
 
     UserError for a file that is damaged, or holds what our model doesn't compute.
     """
-    package()
     try:
         header = Header(path)
     except ValueError as error:
-        problem = f"{path} can't be read: {config.really(path, error)}"
-        raise UserError(problem, "Copy it again.") from None
-    part = folder.with_name(folder.name + ".new")
+        raise UserError(f"{path} can't be read: {error}", "Copy it again.") from None
+    part = Path(f"{folder.absolute()}.new")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         write_settings(header, part, dtype)
         tensors = find_tensors(header, part)
         write_weights(part / "model.safetensors", tensors, dtype)
-        if folder.exists():
-            shutil.rmtree(folder)
-        part.rename(folder)
+        folder.mkdir(exist_ok=True)
+        checkpoint.clear(folder)
+        for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(folder / file.name)  # the last makes it a model's folder
     except UserError as error:  # of what was made of the file, which a person doesn't know
         text = str(error).replace(str(part / "config.json"), str(path))
         text = text.replace(str(part), str(path))
-        raise UserError(*text.split("\n", 1)) from None
+        problem, _, way_out = text.partition("\n")
+        raise UserError(problem, way_out) from None
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: its header makes no sense: {error!r:.200}",
+            "Copy it again.",
+        ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -280,8 +287,10 @@ def read_metadata(header: Header) -> dict:
             "Known: llama (Mistral too), qwen2, qwen3.",
         )
     if metadata.get("split.count", 1) != 1:
-        way_out = "Join them first: llama-gguf-split --merge"
-        raise UserError(f"{path} is one of several parts", way_out)
+        raise UserError(
+            f"{path} is one of several parts",
+            "Join them first: llama-gguf-split --merge",
+        )
     missing = [key for key in SIZES if f"{family}.{key}" not in metadata]
     if missing or "token_embd.weight" not in tensors:
         what = f"{family}.{missing[0]}" if missing else "token_embd.weight"
@@ -302,8 +311,10 @@ def read_metadata(header: Header) -> dict:
     turned = value("rope.dimension_count")
     raw_config["head_dim"] = value("attention.key_length", turned if family == "llama" else None)
     if None not in (turned, raw_config["head_dim"]) and turned != raw_config["head_dim"]:
-        problem = f"{path}: RoPE on a part of each head is not known here"
-        raise UserError(problem, "Take another base.")
+        raise UserError(
+            f"{path}: RoPE on a part of each head is not known here",
+            "Take another base.",
+        )
     raw_config["vocab_size"] = tensors["token_embd.weight"].shape[0]
     raw_config["tie_word_embeddings"] = "output.weight" not in tensors
     raw_config["rope_theta"] = value("rope.freq_base", 10000.0)
@@ -325,10 +336,8 @@ def read_metadata(header: Header) -> dict:
 
 def rope_scaling(header: Header, value: Any) -> dict | None:
     """How positions are stretched, by HF's keys."""
-    kind, factor = (
-        value("rope.scaling.type", "none"),
-        value("rope.scaling.factor", value("rope.scale_linear")),
-    )
+    kind = value("rope.scaling.type", "none")
+    factor = value("rope.scaling.factor", value("rope.scale_linear"))
     known = value("rope.scaling.original_context_length")
     if "rope_freqs.weight" in header.tensors:
         factor = float(next(header.tensors["rope_freqs.weight"].chunks()).max())
@@ -339,9 +348,12 @@ def rope_scaling(header: Header, value: Any) -> dict | None:
     if kind == "yarn":
         scaling |= {name: value(f"rope.scaling.{key}") for key, name in YARN.items()}
         scaling["original_max_position_embeddings"] = known
-        if value("rope.scaling.attn_factor", 1) != 1 and type(factor) is float:
-            usual = 1 + 0.1 * math.log(max(factor, 1))
-            scaling["attention_factor"] = value("rope.scaling.attn_factor") * usual
+        odd = [key for key in YARN_SCALES if value(f"rope.scaling.{key}", 1) != 1]
+        if odd:
+            raise UserError(
+                f"{header.path}: YaRN with {odd[0]} is not known here",
+                "Take another base.",
+            )
     return {key: number for key, number in scaling.items() if number is not None}
 
 
@@ -353,8 +365,10 @@ def check_rope_freqs(header: Header, model_config: Any) -> None:
     plain = frequencies(dataclasses.replace(model_config, rope_scaling=None), "cpu")[0]
     ours = plain / frequencies(model_config, "cpu")[0]
     if ours.shape != factors.shape or not torch.allclose(ours, factors, rtol=1e-3):
-        problem = f"{header.path}: rope_freqs.weight is not that of Llama 3"
-        raise UserError(problem, "Take another base.")
+        raise UserError(
+            f"{header.path}: rope_freqs.weight is not that of Llama 3",
+            "Take another base.",
+        )
 
 
 # --- the tokenizer
@@ -375,8 +389,9 @@ def write_tokenizer(header: Header, folder: Path) -> None:
         engine, adds_bos = make(header, tokens, types)
         named = {}
         for name, key in SPECIAL.items():
-            if (i := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
-                named[f"{name}_token"] = tokens[i]
+            i = metadata.get(f"tokenizer.ggml.{key}_token_id")
+            if i is not None and (name in ("bos", "eos") or types[i] in (UNKNOWN, CONTROL)):
+                named[f"{name}_token"] = tokens[i]  # a pad token may be a plain word
         special = [token for token, kind in zip(tokens, types) if kind in (UNKNOWN, CONTROL)]
         special += [*named.values()]
         engine.add_special_tokens([tokenizers.special(token) for token in special])
@@ -393,7 +408,8 @@ def write_tokenizer(header: Header, folder: Path) -> None:
     if adds_bos:
         bos = named["bos_token"]
         ids = [(bos, engine.token_to_id(bos))]
-        engine.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=ids)
+        begin = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=ids)
+        engine.post_processor = begin
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **named,
