@@ -14,6 +14,7 @@ from conftest import ROOT, VOCAB, vocabulary
 from tokenizers import Tokenizer as Engine
 from tokenizers import models, pre_tokenizers, trainers
 
+import chat
 import checkpoint
 import gguf_convert
 import tokenizer
@@ -476,6 +477,8 @@ def test_model_as_gguf_names_the_command(tmp_path, small, monkeypatch, capsys):
     path.write_bytes(small)
     with pytest.raises(UserError, match=rf"python gguf_convert.py {path} {tmp_path / 'model'}"):
         checkpoint.resolve(str(path))
+    with pytest.raises(UserError, match="is a GGUF file, a folder is needed"):
+        chat.check(chat.Config(ckpt=str(path)))
     monkeypatch.setattr(sys, "argv", ["gguf_convert.py", str(path), str(folder)])
     gguf_convert.main()
     assert capsys.readouterr().out == f"{folder} is ready: --model {folder}\n"
