@@ -96,6 +96,7 @@ def check(options):
         if not least <= (value := getattr(options, name)) <= most:
             raise UserError(f"--{name.replace('_', '-')} {value} is not from {least:,} to {most:,}", "Leave it out for the default.")
     folder = Path(options.ckpt)
+    checkpoint.refuse_gguf(options.ckpt)
     if not folder.is_dir():
         raise UserError(
             f"{folder}: there is no such folder",

@@ -122,7 +122,15 @@ def resolve(model):
     return Path(model) if Path(model).is_dir() else download(hub_id(model))
 
 
+def refuse_gguf(model: str) -> None:
+    """UserError with the command that makes a folder of a GGUF file, where `model` is one."""
+    if model.endswith(".gguf") and Path(model).is_file():
+        command = f"python gguf_convert.py {model} {model.removesuffix('.gguf')}"
+        raise UserError(f"{model} is a GGUF file, a folder is needed", f"Make one of it: {command}")
+
+
 def hub_id(model):
+    refuse_gguf(model)
     if Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1:
         raise UserError(f"{model}: there is no such folder", f"Give a model folder, or a hub id such as {NO_ACCOUNT}.")
     return model

@@ -22,7 +22,7 @@ IN_DISGUISE = {  # the first bytes of what often lies where another file belongs
     (b"PK\3\4", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"): "it is a pickle, as torch.save writes it, and may run code",
     (b"version https://git-lfs",): "it is git-LFS's pointer to the file, not the file (git lfs pull)",
     (b"<!", b"<h", b"<H", b"<?"): "it is a web page",
-    (b"GGUF",): "it is a GGUF file",
+    (b"GGUF",): "it is a GGUF file (gguf_convert.py makes a folder of one)",
 }
 
 

@@ -231,23 +231,31 @@ def from_tekken(said):
     return engine
 
 
-def from_sentencepiece(path, added):
-    """A sentencepiece BPE model → the same tokenizer in `tokenizers`. `added`: {spelling: id} beyond the model's own pieces.
+def sentencepiece_bpe(pieces: list[str], scores: list[float], mergeable: list[int], unk: str, prefix: bool = True) -> Engine:
+    """Build sentencepiece's BPE in `tokenizers`; `prefix`: a space goes before each stretch of text.
 
     sentencepiece merges, over and over, the adjacent pair whose union has the best score, the leftmost of equals. BPE merges by rank:
     the pairs that make a piece are listed in the order of its score, so that the result is the same. Pieces are unknown to it otherwise.
     """
+    merges = joins([pieces[i] for i in sorted(mergeable, key=lambda i: (-scores[i], i))])
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    engine = Engine(models.BPE(vocab, merges, unk_token=unk, byte_fallback=True, fuse_unk=True))
+    spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    engine.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")])
+    engine.decoder = decoders.Sequence(spaces + [decoders.Strip(" ", 1, 0)] * prefix)
+    return engine
+
+
+def from_sentencepiece(path, added):
+    """A sentencepiece BPE model → the same tokenizer in `tokenizers`. `added`: {spelling: id} beyond the model's own pieces."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     probe = "Ａ ½  é\u0301 ﬁ"
     if model.normalize(probe).replace("▁", " ").strip() != probe:
         raise UserError(f"{path} normalises text (NFKC), which no Mistral-style base does", "Use a base with a tokenizer.json.")
     size = model.vocab_size()
-    vocab = {model.id_to_piece(i): i for i in range(size)}
+    pieces = [model.id_to_piece(i) for i in range(size)]
     mergeable = [i for i in range(size) if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i) or model.is_unused(i))]
-    merges = joins([model.id_to_piece(i) for i in sorted(mergeable, key=lambda i: (-model.get_score(i), i))])
-    engine = Engine(models.BPE(vocab, merges, unk_token=model.id_to_piece(model.unk_id()), byte_fallback=True, fuse_unk=True))
-    engine.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    engine.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    engine = sentencepiece_bpe(pieces, [model.get_score(i) for i in range(size)], mergeable, pieces[model.unk_id()])
     if engine.encode(PROBE).ids != model.encode(PROBE):
         raise UserError(f"{path} is no BPE model, or it is damaged: converted, it gives other ids", "Use a base with a tokenizer.json.")
     engine.add_special_tokens([special(model.id_to_piece(i)) for i in range(size) if model.is_control(i) or model.is_unknown(i)])

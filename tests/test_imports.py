@@ -18,6 +18,7 @@ MAY = {
     "quantize": {"model"},
     "lora": {"config", "model", "checkpoint", "tokenizer"},  # the last two inside main
     "checkpoint": {"config", "model", "lora", "quantize"},
+    "gguf_convert": {"config", "checkpoint", "model", "tokenizer"},
     "generate": {"data", "model", "quantize"},
     "memory": {"config", "data"},
     "step": {"config", "checkpoint", "lora", "model", "data", "quantize"},
