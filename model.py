@@ -24,7 +24,7 @@ IGNORED = -100  # the label of a position that is no target, as in F.cross_entro
 GROUPS_WITH_A_MASK = ("cpu",)  # devices whose attention takes both; CUDA's memory-efficient kernel takes a mask but no groups
 HEAD_CHUNK = {"cpu": (256, 16), "gpu": (1024, 1024)}  # labelled tokens whose logits exist at one time; of these, in float32: 16 fit a cache
 RECOMPUTE = ("none", "selective", "full")
-QUERIES = 128  # attention's block on a CPU: short enough to skip most of what causality hides
+BLOCK = 128  # queries at a time on a CPU: short enough to skip most of what causality hides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,11 +218,21 @@ class KVCache:
         return self.layers[layer][0, :, :, :end].transpose(1, 2), self.layers[layer][1, :, :, :end].transpose(1, 2)
 
 
+class QueryBlock(NamedTuple):
+    """What a block of queries sees on a CPU: keys from `first_key` to the block's end, and what is added to scores to hide the rest.
+
+    `biases`: [(columns of the scores, (block, 1, columns))], 0 where a query sees a key and -inf where not.
+    """
+
+    first_key: int
+    biases: list
+
+
 class Documents(NamedTuple):
     """Where the documents of a batch lie among its B * T tokens: `edges` are their borders, a list on a CPU, an int32 tensor on CUDA.
 
     Two documents of 3 and 5 tokens: [0, 3, 8]. A tensor may repeat its last border, to be of one size for every batch. `longest`: no
-    document is longer. `hidden` (CPU): row i is what the i-th query of a block adds to its scores, with its own key in column longest + i.
+    document is longer. `blocks` (CPU): a QueryBlock for each `size` queries.
     `kernel(q, k, v, documents)`: q (N, H, D), k, v (N, G, D) → (N, H, D).
     """
 
@@ -230,7 +240,8 @@ class Documents(NamedTuple):
     edges: list | torch.Tensor
     longest: int
     window: int | None
-    hidden: torch.Tensor | None = None
+    blocks: list | None = None
+    size: int = BLOCK
 
 
 def layout(positions, window, cached, dtype, edges=None):
@@ -249,9 +260,8 @@ def layout(positions, window, cached, dtype, edges=None):
             edges = edges.tolist() if positions.device.type == "cpu" else edges
         if not isinstance(edges, list):
             return Documents(varlen(), edges, T, window)
-        ahead = torch.arange(-T, QUERIES) - torch.arange(QUERIES)[:, None]  # how far a key lies beyond its query
-        unseen = (ahead > 0) | (ahead <= -(window or T))
-        return Documents(by_document, edges, T, window, torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -math.inf))
+        size = min(BLOCK, 16 * math.ceil(B * T / 16))
+        return Documents(document_attention, edges, T, window, query_blocks(edges, size, window, dtype), size)
     before = cached or 0
     query = torch.arange(before, before + T, device=positions.device)[:, None]
     key = torch.arange(before + T, device=positions.device)
@@ -296,74 +306,110 @@ def varlen():
     return kernel
 
 
-def by_document(q, k, v, where):
-    return DocumentAttention.apply(q, k, v, where.edges, where.window, where.hidden)
+def query_blocks(edges: list, size: int, window: int | None, dtype: torch.dtype) -> list[QueryBlock]:
+    """Cut the tokens into blocks of `size` queries, whatever documents they are of.
+
+    Keys begin at a multiple of `size` too: products have few shapes, each of which costs oneDNN time and memory when it is new.
+    """
+    count = math.ceil(edges[-1] / size)
+    token = torch.arange(count * size)
+    starts = token.clone()  # where each token's document begins; what fills the last block is a document a token
+    for begin, end in zip(edges, edges[1:]):
+        starts[begin:end] = begin
+    if window:
+        starts = torch.maximum(starts, token - window + 1)
+    blocks = []
+    for first in range(0, count * size, size):
+        queries = slice(first, first + size)
+        begins, first_key = starts[queries, None], int(starts[first]) // size * size
+        keys = token[first_key : first + size]
+        hidden = (keys > token[queries, None]) | (keys < begins)
+        bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)[:, None]
+        columns = [slice(0, len(keys))]
+        if len(keys) > 2 * size and (begins < first_key + size).all():  # nothing is hidden in the middle
+            columns = [slice(0, size), slice(len(keys) - size, len(keys))]
+        blocks.append(QueryBlock(first_key, [(part, bias[..., part]) for part in columns if bias[..., part].any()]))
+    return blocks
+
+
+def document_attention(q, k, v, where):
+    return DocumentAttention.apply(q, k, v, where.blocks, where.size)
 
 
 class DocumentAttention(torch.autograd.Function):
-    """Attention within each document, QUERIES tokens at a time over the keys that they see: less than half the time of SDPA's CPU kernel.
+    """Attention within each document, a block of queries at a time over the keys that they see: some half the time of SDPA on a CPU.
 
-    q (N, H, D), k, v (N, G, D), the rest as in Documents → (N, H, D). Probabilities are kept for the backward pass: at 1024 tokens
-    a small part of what a block keeps, and a fifth of attention's time.
+    q (N, H, D), k, v (N, G, D) → (N, H, D). Products are written where they are wanted (`out=`) and read keys that lie transposed: with
+    fresh memory and transposition at each, they take three times as long. Probabilities are kept for the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, edges, window, hidden):
-        out, groups, saved = torch.empty_like(q), k.shape[1], []
-        heads = q.shape[1] // groups
-        for begin, end in zip(edges, edges[1:]):
-            queries, keys, values = (by_group(x[begin:end], groups) for x in (q, k, v))
-            parts = []
-            for asks, seen in blocks(end - begin, heads, window):
-                saved.append(probabilities(queries[:, asks], keys[:, seen], heads, hidden))
-                parts.append(saved[-1] @ values[:, seen])
-            out[begin:end] = by_token(torch.cat(parts, 1), end - begin)
-        ctx.save_for_backward(q, k, v, *saved)
-        ctx.edges, ctx.window = edges, window
-        return out
+    def forward(ctx, q, k, v, blocks, size):
+        (N, H, D), G = q.shape, k.shape[1]
+        queries = to_blocks(q, G, size, D**-0.5)  # (blocks, G, size * H / G, D)
+        keys, values = (by_head(x, len(blocks) * size) for x in (k, v))  # (G, S, D)
+        keys_transposed = keys.mT.contiguous()
+        out, train, saved = torch.empty_like(queries), any(ctx.needs_input_grad), []
+        for index, block in enumerate(blocks):
+            seen = slice(block.first_key, (index + 1) * size)
+            scores = q.new_empty(G, queries.shape[2], seen.stop - seen.start)
+            torch.bmm(queries[index], keys_transposed[:, :, seen], out=scores)
+            by_query = scores.unflatten(1, (size, H // G))
+            for columns, bias in block.biases:
+                by_query[..., columns] += bias
+            torch.softmax(scores, -1, out=scores)
+            torch.bmm(scores, values[:, seen], out=out[index])
+            saved += [scores] if train else []
+        ctx.save_for_backward(queries, keys, values, *saved)
+        ctx.blocks, ctx.size, ctx.tokens = blocks, size, N
+        return from_blocks(out, N, size)
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, *saved = ctx.saved_tensors
-        groups, heads, scale = k.shape[1], q.shape[1] // k.shape[1], q.shape[2] ** -0.5
-        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
-        for begin, end in zip(ctx.edges, ctx.edges[1:]):
-            queries, keys, values, grads = (by_group(x[begin:end], groups) for x in (q, k, v, grad))
-            parts, sum_k, sum_v = [], torch.zeros(keys.shape), torch.zeros(keys.shape)  # sums over blocks, in fp32
-            for asks, seen in blocks(end - begin, heads, ctx.window):
-                shares = saved.pop(0)  # (G, n heads, m)
-                scores = torch._softmax_backward_data(grads[:, asks] @ values[:, seen].mT, shares, -1, shares.dtype)
-                parts.append(scores @ keys[:, seen])
-                sum_k[:, seen] += scores.mT @ queries[:, asks]
-                sum_v[:, seen] += shares.mT @ grads[:, asks]
-            grad_q[begin:end] = by_token(torch.cat(parts, 1), end - begin).mul_(scale)
-            grad_k[begin:end], grad_v[begin:end] = sum_k.mul_(scale).transpose(0, 1), sum_v.transpose(0, 1)
-        return grad_q, grad_k, grad_v, None, None, None
+        queries, keys, values, *saved = ctx.saved_tensors
+        G, size, D = len(keys), ctx.size, keys.shape[-1]
+        grads = to_blocks(grad, G, size)
+        values_transposed = values.mT.contiguous()
+        grad_q = torch.empty_like(queries)
+        grad_k, grad_v = (torch.zeros(keys.shape) for _ in range(2))  # sums over blocks, in fp32
+        for index, (block, shares) in enumerate(zip(ctx.blocks, saved)):
+            seen = slice(block.first_key, (index + 1) * size)
+            scores = torch.empty_like(shares)
+            torch.bmm(grads[index], values_transposed[:, :, seen], out=scores)
+            torch._softmax_backward_data(scores, shares, -1, scores.dtype, grad_input=scores)
+            torch.bmm(scores, keys[:, seen], out=grad_q[index])
+            grad_k[:, seen] += scores.mT @ queries[index]
+            grad_v[:, seen] += shares.mT @ grads[index]
+        grad_k, grad_v = (x[:, : ctx.tokens].transpose(0, 1).to(grad.dtype) for x in (grad_k, grad_v))
+        return from_blocks(grad_q, ctx.tokens, size, D**-0.5), grad_k, grad_v, None, None
 
 
-def by_group(x, groups):
-    """(n, H, D) → (G, n H / G, D): token after token, the heads that share a key."""
-    return x.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
+def by_head(x, length):
+    """(N, G, D) → (G, length, D), filled up with zeros."""
+    out = x.new_empty(x.shape[1], length, x.shape[2])
+    out[:, : len(x)] = x.transpose(0, 1)
+    out[:, len(x) :] = 0
+    return out
 
 
-def by_token(x, length):
-    """(G, n H / G, D) → (n, H, D)."""
-    return x.unflatten(1, (length, -1)).transpose(0, 1).flatten(1, 2)
+def to_blocks(x, groups, size, scale=1.0):
+    """(N, H, D) → (blocks, G, size * H / G, D): in a block token after token, the heads that share a key; scaled, filled with zeros."""
+    N, H, D = x.shape
+    out = x.new_empty(math.ceil(N / size), groups, size, H // groups, D)
+    whole = N // size
+    parts = x[: whole * size].view(whole, size, groups, H // groups, D)
+    torch.mul(parts.transpose(1, 2), scale, out=out[:whole])
+    if whole < len(out):
+        out[whole, :, : N - whole * size] = x[whole * size :].unflatten(1, (groups, -1)).transpose(0, 1) * scale
+        out[whole, :, N - whole * size :] = 0
+    return out.flatten(2, 3)
 
 
-def blocks(length, heads, window):
-    """Cut a document into blocks of queries: yield (slice of `by_group`'s second dimension, slice of the keys that they see)."""
-    for first in range(0, length, QUERIES):
-        last = min(first + QUERIES, length)
-        yield slice(first * heads, last * heads), slice(max(0, first - (window or length) + 1), last)
-
-
-def probabilities(q, k, heads, hidden):
-    """softmax(q k / sqrt(D)) of n tokens' queries (G, n heads, D) over keys (G, m, D), the last n of them their own → (G, n heads, m)."""
-    n, m = q.shape[1] // heads, k.shape[1]
-    end = hidden.shape[1] - QUERIES + n
-    scores = (q @ k.mT).unflatten(1, (n, heads))  # (G, n, heads, m)
-    return torch.add(hidden[:n, None, end - m : end], scores, alpha=q.shape[2] ** -0.5).softmax(-1).flatten(1, 2)
+def from_blocks(x, length, size, scale=1.0):
+    """The way back: (blocks, G, size * H / G, D) → (length, H, D)."""
+    parts = x.unflatten(2, (size, -1)).transpose(1, 2)  # (blocks, size, G, H / G, D)
+    parts = parts * scale if scale != 1 else parts
+    return parts.reshape(-1, parts.shape[2] * parts.shape[3], x.shape[-1])[:length]
 
 
 class Attention(nn.Module):
@@ -501,7 +547,7 @@ class Transformer(nn.Module):
         if labels is None:
             return self.lm_head(x)  # (B, T, V)
         weights = [p for p in self.lm_head.parameters() if p.requires_grad and torch.is_grad_enabled()]
-        sizes = HEAD_CHUNK["cpu" if isinstance(where, Documents) and where.kernel is by_document else "gpu"]
+        sizes = HEAD_CHUNK["cpu" if isinstance(where, Documents) and where.kernel is document_attention else "gpu"]
         losses = HeadLoss.apply(self.lm_head, x, labels.flatten()[kept], sizes, *weights)
         return (losses.sum() if reduction == "sum" else losses), len(kept)
 
