@@ -49,7 +49,7 @@ def table() -> str:
             meanings[plain] |= hours
     lines = collections.defaultdict(list)
     for plain, hours in sorted(meanings.items()):
-        if plain not in FILLER and not re.search(r"[\d/]", plain):
+        if (plain not in FILLER or plain == "a") and not re.search(r"[\d/]", plain):
             lines[" ".join(map(str, sorted(hours)))].append(plain)
     return BEGIN + "".join(f"'{hours}' = '''\n{wrapped(words)}'''\n" for hours, words in sorted(lines.items()))
 

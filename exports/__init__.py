@@ -136,12 +136,12 @@ def decoder(data):
 
 
 def pieces_of_lines(blocks):
-    """The lines in blocks of bytes; one without end in pieces of some PIECE bytes."""
+    """The lines in blocks of bytes; one without end in pieces of some SAMPLE bytes."""
     rest = b""
     for block in blocks:
         *lines, rest = (rest + block).split(b"\n")
         yield from lines
-        if len(rest) >= PIECE:
+        if len(rest) >= SAMPLE:
             yield rest
             rest = b""
     yield rest

@@ -91,9 +91,9 @@ YEARS = {  # by which a calendar is known
 }  # fmt: skip
 CENTURIES = {"Islamic": 1400, "Persian": 1400, "Buddhist": 2500, "Minguo": 100}  # of years of two digits
 AGO = {"Buddhist": -543, "Minguo": 1911, "Reiwa": 2018, "Heisei": 1988}  # years from theirs to ours
-FIRST_YEAR = "2009"  # of WhatsApp
+FIRST_YEAR, THIS_YEAR = "2009", "2026"  # WhatsApp's, and the least that it is now, if this machine's clock is wrong
 REFUSED = {"Hebrew", "Indian", COPTIC, AMETE_ALEM, "Chinese"}
-NAMED_MONTH = re.compile(rf"{START}.{{1,40}}?[,\s]{TIME}{WORDS}{END}")  # `[1 Nisan 5781, 22:05:33] `
+NAMED_MONTH = re.compile(rf"{START}.{{1,40}}?[,\s]{WORDS}{TIME}{WORDS}{END}")  # `[1 Nisan 5781, 22:05:33] `
 HEBREW = re.compile(stems(WRITTEN["hebrew"]).pattern)
 CYCLIC = re.compile("[甲乙丙丁戊己庚辛壬癸][子丑寅卯辰巳午未申酉戌亥]")  # 辛丑/2/2
 EASTERN = {"오전", "오후", "上午", "下午", "午前", "午後"}
@@ -170,12 +170,12 @@ def layout(skeleton):
     elif before in ERAS and (after in HOURS or before not in ("am", "ص")):  # which are eras too: of the Hebrew calendar
         era, before = ERAS[before], ""
     for group, plain in sorted([("before", before), ("after", after)], key=lambda pair: -match.start(pair[0])):
-        if plain and (plain in HOURS or plain not in FILLER):
+        if plain not in FILLER or group == "after" and plain in HOURS:
             half = half or plain
             shape = f"{shape[: match.start(group)]}half{shape[match.end(group) :]}"
     shape = re.sub(r"\d+", "9", re.sub(r"\d{3,}", "y", shape)).translate(UNSEEN)
     american = "9/" in shape and match["after"].strip(BLANK) in ("AM", "PM")
-    return shape, era, half, "month first" if american else "year first" if half in EASTERN else "day first"
+    return shape, era, half, "month first" if american else "year first" if half in EASTERN or match["era"] else "day first"
 
 
 @functools.lru_cache(1 << 12)
@@ -349,7 +349,12 @@ class Survey:
 
     def order(self):
         habit = "day first" if len(self.habits) > 1 else next(iter(self.habits), "")
-        return min(ORDERS, key=lambda order: (self.wrong[order], max(2, len(self.years[order])), order != habit))
+        return min(ORDERS, key=lambda order: (self.wrong[order], self.odd(order), max(2, len(self.years[order])), order != habit))
+
+    def odd(self, order):
+        """Whether all dates are older than WhatsApp, or yet to come."""
+        years = self.years[order]
+        return bool(years) and (max(years) < FIRST_YEAR or min(years) > max(THIS_YEAR, str(datetime.date.today().year)))
 
     def refused(self):
         """The calendar that dates are of and that isn't read, "" where there is none."""
@@ -364,7 +369,8 @@ class Survey:
         longer = self.colons.names(title, systems)
         people = {name for name in self.wrote if is_person(name, self.names[name])}
         for first, names in longer.items():
-            people -= {name for name in (*systems, first) if name.endswith(f" {first}") or name == first and first not in self.colons.whole}
+            people -= {name for name in systems if name.endswith(f" {first}")}
+            people -= set() if self.colons.wrote(first) else {first}
             people |= names
         return people, longer
 
@@ -395,15 +401,17 @@ class Colons:
         for name, parts in self.parts.items():
             known = {part for part in parts if word(f"{name}{part}") == word(title) or self.added(name, part, systems)}
             firsts = [part for part in parts if ": " not in part]
-            bare = [
-                text for text in self.bare[name] if not any(text.startswith(f"{part} ") and SYSTEM.search(fold(text)) for part in parts)
-            ]
             total = sum(parts[part] for part in firsts)
             few = total >= (4 if len(firsts) > 1 else 8) and total >= 2 * len(firsts)
-            likely = few and not bare and name not in self.whole and word(name) != word(title) and all(map(looks_like_name, firsts))
+            likely = few and not self.wrote(name) and word(name) != word(title) and all(map(looks_like_name, firsts))
             if whole := known or (set(firsts) if likely else set()):
                 found[name] = {f"{name}: {part}" for part in whole}
         return found
+
+    def wrote(self, name):
+        """Whether a name began lines that have no other colon and are not WhatsApp's (`Work: Bob left`)."""
+        parts = tuple(f"{part} " for part in self.parts[name])
+        return name in self.whole or not all(text.startswith(parts) and SYSTEM.search(fold(text)) for text in self.bare[name])
 
     def added(self, name, part, systems):
         return any(said.endswith(f" {name}") and part in (display(text) for text in self.bare[said]) for said in systems)
@@ -474,9 +482,8 @@ def refuse(source, survey, order, halves, calendar):
     gregorian = "Set the phone to the Gregorian calendar and a language whose dates are numbers, then export again."
     if calendar:
         raise UserError(f"{source} has dates of the {calendar} calendar, which is not read", gregorian)
-    years = survey.years[order]
-    if years and (min(years) > str(datetime.date.today().year) or max(years) < FIRST_YEAR):
-        raise UserError(f"{source} has dates of the year {max(years)}: they are of a calendar that is not known", gregorian)
+    if survey.odd(order):
+        raise UserError(f"{source} has dates of the year {max(survey.years[order])}: they are of a calendar that is not known", gregorian)
     unknown = [half for half, meaning in halves.items() if not meaning]
     if 2 * sum(survey.votes[half][3] for half in unknown) > survey.count:
         unknown = " and ".join(f"“{half}”" for half in sorted(unknown)[:4])
