@@ -4,8 +4,11 @@ import codecs
 import collections
 import functools
 import itertools
+import re
+import unicodedata
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -16,6 +19,19 @@ PIECE = 1 << 16  # bytes read at a time; from 128 KiB on, each costs fresh memor
 BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeDecodeError)
 HEAD = 1 << 16  # bytes by which a messenger's file is recognised
 WHAT_TO_GIVE = "Give the result.json that Telegram Desktop wrote (Export, format JSON), or a WhatsApp chat (Export chat: .txt or .zip)."
+
+
+SAMPLE = 1 << 16  # bytes by which a code page is told
+CODE_PAGES = "cp1251 cp1253 cp1255 cp1256 cp874 cp932 cp949 gb18030 cp950".split()  # Windows' own, of other scripts
+LATIN = {  # and of Latin: the letters of each language
+    "cp1252": "äöüß àâæçéèêëîïôœùûüÿ áéíñóúüºª ãáàâçéêíóôõúºª àèéìòóùî åäöé æøåéö ëïéèüöá áéíóúýþæöð",
+    "cp1250": "ąćęłńóśźż áčďéěíňóřšťúůýž áäčďéíĺľňóôŕšťúýž áéíóöőúüű ăâîșşţ čćđšž",
+    "cp1254": "çğıöşüâîûi\u0307",
+    "cp1257": "ąčęėįšųūž āčēģīķļņšūž äõöüšž",
+}
+SIGNS = "\u00a0«»“”„‘’‚–—…€£§°¿¡·•´"
+CONTROL = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f]")
+FOREIGN = re.compile(r"(?<![a-zA-Z\x80-\U0010ffff])[^\W\x00-\x7f]{2,}(?![a-zA-Z\x80-\U0010ffff])")  # words without an ASCII letter
 
 
 class Chat(NamedTuple):
@@ -50,6 +66,7 @@ class Source:
         self.path, self.watch, self.zip, self.member = path, watch, archive, member
         self.archive = Path(archive.filename) if archive else None
         self.size = member.file_size if archive else path.stat().st_size
+        self.attached = 0  # other chats in its zip or folder that were sent in this one
 
     def __str__(self):
         return f"{self.archive}: {self.path}" if self.archive else str(self.path)
@@ -69,15 +86,33 @@ class Source:
         return decoder(data).decode(data)
 
     def pieces(self, notes):
-        """The text, a piece at a time. Bytes that are no text become U+FFFD and are counted in `notes`."""
-        decode = None
+        """The text, a piece at a time. Of a UTF-8 file, bytes that are no text become U+FFFD and are counted in `notes`."""
+        text_decoder, utf_8 = None, True
         for block in self.blocks(notes):
             self.watch(len(block))
-            decode = decode or decoder(block).decode
-            text = decode(block)
+            text_decoder = text_decoder or decoder(block)
+            pending = text_decoder.getstate()[0] if utf_8 else b""
+            text = text_decoder.decode(block)
             if "\ufffd" in text and (damaged := text.count("\ufffd") - block.count("\ufffd".encode())) > 0:
-                notes["unreadable bytes"] += damaged
+                # All before this block is the same in each encoding, being ASCII: the file is looked at only now, and then once.
+                encoding = self.encoding if utf_8 else "utf-8"
+                if encoding == "utf-8":
+                    notes["unreadable bytes"] += damaged
+                else:
+                    notes[f"files in {encoding} instead of UTF-8"] += 1
+                    text_decoder, utf_8 = codecs.getincrementaldecoder(encoding)("replace"), False
+                    text = text_decoder.decode(pending + block)
             yield text
+
+    @functools.cached_property
+    def encoding(self) -> str:
+        """The encoding of a file that has bytes which are no UTF-8. UserError where nothing tells."""
+        if next(self.blocks(collections.Counter()), b"").startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return "utf-8"  # or rather UTF-16, damaged
+        encoding = encoding_of(pieces_of_lines(self.blocks(collections.Counter())))
+        if not encoding:
+            raise UserError(f"{self} is not UTF-8, and which other encoding it has can't be told", "Export it again, or save it as UTF-8.")
+        return encoding
 
     def beside(self, name):
         """The text of a small file that lies beside this one, None where there is none. `name`: as an export writes it, relative."""
@@ -85,8 +120,12 @@ class Source:
             return None
         try:
             if self.zip:
-                return self.zip.read(str(self.path.parent / name)).decode("utf-8", "replace")
-            return (self.path.parent / name).read_text(encoding="utf-8", errors="replace")
+                data = self.zip.read(str(self.path.parent / name))
+            else:
+                data = (self.path.parent / name).read_bytes()
+            text = decoder(data).decode(data)
+            encoding = encoding_of(data.splitlines()) if "\ufffd" in text else "utf-8"
+            return text if encoding == "utf-8" else encoding and data.decode(encoding, "replace")
         except (OSError, KeyError, ValueError, *BROKEN_ZIP):
             return None
 
@@ -94,6 +133,58 @@ class Source:
 def decoder(data):
     utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return codecs.getincrementaldecoder("utf-16" if utf_16 else "utf-8-sig")("replace")
+
+
+def pieces_of_lines(blocks):
+    """The lines in blocks of bytes; one without end in pieces of some SAMPLE bytes."""
+    rest = b""
+    for block in blocks:
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
+        if len(rest) >= SAMPLE:
+            yield rest
+            rest = b""
+    yield rest
+
+
+def encoding_of(lines: Iterable[bytes]) -> str | None:
+    """The encoding of lines of which some are no UTF-8, as far as these tell it; "utf-8" where they are damaged, None where nothing tells.
+
+    Windows' editors save in the code page of a language. UTF-8 that was damaged has more lines with whole characters than broken ones.
+    """
+    utf_8, broken, sample = 0, 0, bytearray()
+    for line in lines:
+        if line.isascii():
+            continue
+        text = line.decode("utf-8", "replace")
+        damaged = text.count("\ufffd") - line.count("\ufffd".encode())
+        if 2 * damaged <= len(text) - len(text.encode("ascii", "ignore")):
+            utf_8 += 1
+        elif not CONTROL.search(line):
+            broken += 1
+            if len(sample) < SAMPLE:
+                sample += line[:SAMPLE] + b"\n"
+    if broken < 2 or broken <= 4 * utf_8:
+        return "utf-8"
+    return code_page(bytes(sample)) or (None if broken > 2 else "utf-8")
+
+
+def code_page(sample):
+    """The code page of some lines, None where it isn't well determined: of Latin ones, where two could be and read otherwise."""
+    latin = {}
+    for page, alphabets in LATIN.items():
+        text = sample.decode(page, "replace")
+        letters = [c for c in text.lower() if not c.isascii() and c not in SIGNS]
+        if not FOREIGN.search(text) and any(sum(c in alphabet for c in letters) >= 0.98 * len(letters) for alphabet in alphabets.split()):
+            latin.setdefault(text, page)
+    if latin:
+        return next(iter(latin.values())) if len(latin) == 1 else None
+    try:
+        import charset_normalizer
+    except ImportError:
+        return None
+    best = charset_normalizer.from_bytes(sample, steps=16, chunk_size=1024, cp_isolation=CODE_PAGES).best()
+    return best.encoding if best and best.chaos < 0.1 and best.coherence > 0.1 else None  # coherent: it is in a language that is known
 
 
 def sources(path, watch=lambda read: None):
@@ -122,7 +213,9 @@ def candidates(path, watch):
     """The files in which chats may be: the one given; of a folder its .json, .txt and .zip and the result.json of folders in it."""
     if path.is_dir():
         files = [p for p in sorted(path.iterdir()) if p.suffix in (".json", ".txt") and p.is_file()] + sorted(path.glob("*/result.json"))
-        return [Source(p, watch) for p in files] + [source for inner in sorted(path.glob("*.zip")) for source in candidates(inner, watch)]
+        found = [Source(p, watch) for p in files]
+        zips = (source for inner in sorted(path.glob("*.zip")) for source in candidates(inner, watch))
+        return named_after(path.resolve(), found) or found + list(zips)
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04" and not zipfile.is_zipfile(path):
             return [Source(path, watch)]
@@ -134,7 +227,47 @@ def candidates(path, watch):
     if any(m.flag_bits & 1 for m in members):
         raise UserError(f"{path} is encrypted", "Unpack it, then give the folder.")
     named = [m for m in members if m.filename.rpartition("/")[2] in ("result.json", "_chat.txt") or "/" not in m.filename]
-    return [Source(PurePosixPath(member.filename), watch, archive, member) for member in named or members]
+    found = [Source(PurePosixPath(member.filename), watch, archive, member) for member in named or members]
+    return named_after(path.with_suffix(""), found) or without_sent(found)
+
+
+def named_after(container, found):
+    """Of a WhatsApp export's sources the chat itself: the file that is called as its zip or folder is, or the one that an iPhone calls so.
+
+    Chats of others that were sent in it lie beside it: `WhatsApp Chat with Eve.txt` in `WhatsApp Chat with Bob.zip`.
+    """
+    from exports import whatsapp
+
+    name = title(container.name)
+    own = [source for source in found if title(source.path.stem) == name and "whatsapp" in name and source.path.suffix == ".txt"]
+    if not own and whatsapp.TITLE.fullmatch(name):
+        own = [source for source in found if source.path.stem.startswith("_chat") and source.path.suffix == ".txt"]
+    if len(own) != 1:
+        return []
+    own[0].attached = sum("whatsapp" in title(source.path.stem) for source in found if source is not own[0])
+    return own
+
+
+def title(name):
+    """A chat's name in the name of its file, without what tells copies apart: `Chat (1)`, `Chat_1`."""
+    return re.sub(r"(?:\s?\(\d{1,2}\)|_\d{1,2})+$", "", unicodedata.normalize("NFC", name)).replace("_", " ").casefold()
+
+
+def without_sent(found):
+    """Without the chats of which another one says that they were sent in it."""
+    names = [source.path.name for source in found if source.path.suffix == ".txt" and "whatsapp" in title(source.path.stem)]
+    if not names or len(found) < 2:
+        return found
+    pattern = re.compile(b"(?:%s)(?= ?[>(])" % b"|".join(re.escape(name.encode()) for name in names))
+    sent = set()
+    for source in found:
+        rest = b""
+        for block in source.blocks(collections.Counter()):
+            others = {match.decode() for match in pattern.findall(rest + block)} - {source.path.name, *sent}
+            source.attached += len(others)
+            sent |= others
+            rest = block[-1024:]
+    return [source for source in found if source.path.name not in sent]
 
 
 def read(path, notes=None, watch=lambda read: None):

@@ -522,3 +522,82 @@ def test_what_is_generated_comes_back_message_for_message(tmp_path_factory, chat
         notes = collections.Counter()
         found = [(c.type, c.id, m.author, m.at, m.text) for c, messages in exports.read(path, notes) for m in messages]
     assert found == expected and not notes
+
+
+# --- other encodings than UTF-8, and what was sent in a chat
+
+
+CHAT = [f"14/03/2021, 10:0{i} - {'Ann' if i % 2 else 'Bob'}: " for i in range(8)]
+WRITTEN = {
+    "cp1252": "grüß dich, schön dass du da bist",
+    "cp1250": "Příliš žluťoučký kůň, zítra přijdu domů",
+    "cp1254": "İyi akşamlar nasılsın çok güzel",
+    "cp1251": "привет как дела ну ладно я сегодня не смогу",
+    "gb18030": "你好 我在看煙火 明天见 吃饭吗",
+}
+
+
+@pytest.mark.parametrize("encoding", WRITTEN)
+@pytest.mark.parametrize("piece", [7, 1 << 16])
+def test_a_chat_in_the_code_page_of_its_language_is_decoded(tmp_path, encoding, piece, monkeypatch):
+    if encoding in ("cp1251", "gb18030"):
+        pytest.importorskip("charset_normalizer")
+    monkeypatch.setattr(exports, "PIECE", piece)
+    path, notes = tmp_path / "WhatsApp Chat with Bob.txt", collections.Counter()
+    path.write_bytes("\n".join(front + WRITTEN[encoding] for front in CHAT).encode(encoding))
+    assert texts(path, notes) == [WRITTEN[encoding]] * 8
+    assert notes == {f"files in {encoding} instead of UTF-8": 1}
+
+
+def test_where_two_code_pages_could_be_the_file_is_refused(tmp_path):
+    path = tmp_path / "WhatsApp Chat with Bob.txt"
+    path.write_bytes("\n".join(front + "né très" for front in CHAT).encode("cp1252"))  # or né trčs
+    with pytest.raises(UserError, match="is not UTF-8"):
+        texts(path)
+
+
+def test_utf_8_with_damaged_bytes_stays_utf_8(tmp_path):
+    path, notes = tmp_path / "WhatsApp Chat with Bob.txt", collections.Counter()
+    data = "\n".join(front + "grüß dich 😀" for front in CHAT).encode()
+    for at in range(30, 330, 100):
+        data = data[:at] + b"\xff" + data[at + 1 :]
+    path.write_bytes(data)
+    assert (
+        sum("grüß" in text for text in texts(path, notes)) >= 5
+        and notes["unreadable bytes"]
+        and "files in cp1252 instead of UTF-8" not in notes
+    )
+
+
+def test_telegram_s_json_in_a_code_page_is_decoded_too(tmp_path):
+    text = json.dumps(full(chat({"text": "grüß dich"}, {"text": "schön"})), ensure_ascii=False, indent=1)
+    assert texts(written(tmp_path, text.encode("cp1252"))) == ["grüß dich", "schön"]
+
+
+OTHERS = "14/03/2020, 10:00 - Eve: secret\n14/03/2020, 10:01 - Zed: ok"
+
+
+@pytest.mark.parametrize(("archive", "member", "sent", "line"), [
+    ("WhatsApp Chat with Bob.zip", "WhatsApp Chat with Bob.txt", "WhatsApp Chat with Eve.txt", "hi"),
+    ("WhatsApp Chat with Bob (1).zip", "WhatsApp Chat with Bob.txt", "WhatsApp Chat with Eve.txt", "hi"),
+    ("WhatsApp Chat - Bob.zip", "_chat.txt", "00000012-WhatsApp Chat with Eve.txt", "hi"),
+    ("x.zip", "WhatsApp Chat with Bob.txt", "WhatsApp Chat with Eve.txt", "WhatsApp Chat with Eve.txt (file attached)"),
+    ("x.zip", "_chat.txt", "00000012-WhatsApp Chat with Eve.txt", "\u200e<attached: 00000012-WhatsApp Chat with Eve.txt>"),
+])  # fmt: skip
+def test_a_chat_that_was_sent_in_a_chat_is_not_read_as_one(tmp_path, archive, member, sent, line):
+    with zipfile.ZipFile(tmp_path / archive, "w") as out:
+        out.writestr(sent, OTHERS)
+        out.writestr(member, "\n".join(front + line for front in CHAT))
+    notes = collections.Counter()
+    assert len(texts(tmp_path / archive, notes)) == 8
+    assert notes == {"files that were sent in a chat, not read as chats": 1}
+    unpacked = tmp_path / archive.removesuffix(".zip")
+    zipfile.ZipFile(tmp_path / archive).extractall(unpacked)
+    assert archive == "x.zip" or len(texts(unpacked)) == 8
+
+
+def test_several_chats_that_a_person_put_into_one_zip_are_all_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "chats.zip", "w") as out:
+        out.writestr("WhatsApp Chat with Eve.txt", OTHERS)
+        out.writestr("WhatsApp Chat with Bob.txt", "\n".join(front + "WhatsApp Chat with Eve.txt is here" for front in CHAT))
+    assert len(texts(tmp_path / "chats.zip")) == 10

@@ -1,5 +1,6 @@
 import collections
 import datetime
+import re
 import time
 import zipfile
 
@@ -8,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import exports
+from config import UserError
 from exports import whatsapp
 
 LRM, NBSP, NNBSP = "\u200e", "\u00a0", "\u202f"
@@ -491,3 +493,228 @@ def test_nothing_breaks_the_reader(tmp_path_factory, text):
     [[_, found]] = [(info, list(found)) for info, found in whatsapp.read(exports.Source(path), collections.Counter())]
     assert all(isinstance(m.at, int) and (m.text or m.left_out) for m in found)
     whatsapp.recognises(text)
+
+
+# --- hours, calendars, names with a colon
+
+
+def hours(path, notes=None):
+    return [m.date[11:16] for m in messages(path, notes)]
+
+
+def test_parts_of_the_day_are_told_as_in_taiwan(file):
+    """CLDR's zh_Hant, checked with ICU: midnight, before dawn, morning, forenoon, noon, afternoon, evening."""
+    written = ["午夜12:00", "凌晨4:59", "清晨5:00", "上午8:00", "中午12:30", "下午1:00", "晚上11:59"]
+    expected = ["00:00", "04:59", "05:00", "08:00", "12:30", "13:00", "23:59"]
+    assert hours(file(*(f"2021/1/1 {time} - Bob: hi" for time in written))) == expected
+
+
+def test_a_word_that_spans_midnight_is_told_by_the_hour(file):
+    """रात is 20:00 to 4:00 in Hindi."""
+    assert hours(file("14/3/21, रात 10:05 - Bob: a", "15/3/21, रात 1:05 - Bob: b")) == ["22:05", "01:05"]
+
+
+UNKNOWN = ["14/03/21, 9:00 xxa - Ann: a", "14/03/21, 3:00 xxb - Bob: b", "14/03/21, 4:00 xxb - Ann: c", "15/03/21, 12:10 xxa - Ann: d"]
+
+
+def test_which_of_two_unknown_words_is_am_shows_in_a_day_that_runs_forward(file):
+    notes = collections.Counter()
+    assert hours(file(*UNKNOWN), notes) == ["09:00", "15:00", "16:00", "00:10"]
+    assert notes == {"lines with “xxa” beside the time, taken for AM": 2, "lines with “xxb” beside the time, taken for PM": 2}
+
+
+def test_an_unknown_word_among_known_ones_is_told_by_its_neighbours(file):
+    lines = ["14/03/21, 11:50 AM - Ann: a", "14/03/21, 12:00 xxn - Bob: b", "14/03/21, 1:00 PM - Ann: c"]
+    assert hours(file(*lines)) == ["11:50", "12:00", "13:00"]
+
+
+def test_a_line_whose_word_nothing_tells_is_left_out_by_name_and_is_nobody_s_words(file):
+    notes = collections.Counter()
+    lines = ["14/03/21, 9:00 AM - Ann: a", "15/03/21, 9:00 xxn - Bob: b", "Bob's second line", "16/03/21, 9:00 AM - Ann: c"]
+    assert [m.text for m in messages(file(*lines), notes)] == ["a", "c"]
+    assert notes == {"lines with “xxn” beside the time, which may be AM or PM: left out": 1}
+
+
+def test_an_unknown_word_beside_24_hours_says_nothing(file):
+    assert hours(file("14/03/2021 xxu 9:00 - Ann: a", "14/03/2021 xxu 13:00 - Bob: b")) == ["09:00", "13:00"]
+
+
+def test_where_no_line_s_half_of_the_day_is_known_the_words_are_named(file):
+    with pytest.raises(UserError, match="“xxa” beside the time, is that AM or PM"):
+        messages(file(*(f"{day}/03/21, 9:00 xxa - Bob: hi" for day in range(10, 14))))
+
+
+@given(st.lists(st.integers(0, 40 * 3600), min_size=30, max_size=40), st.permutations(["qqa", "qqb"]))
+def test_unknown_words_never_give_a_wrong_hour(tmp_path_factory, gaps, halves):
+    t, lines, expected = datetime.datetime(2021, 3, 14), [], []
+    for gap in gaps:
+        t += datetime.timedelta(seconds=gap)
+        lines.append(f"{t:%d/%m/%Y, %I:%M} {halves[t.hour > 11]} - Bob: hi")
+        expected.append(f"{t:%Y-%m-%dT%H:%M}:00")
+    try:
+        found = dates(write(tmp_path_factory.mktemp("chat") / "_chat.txt", *lines))
+    except UserError:
+        return
+    assert found == expected or len(found) < len(expected) and set(found) <= set(expected)
+
+
+def test_a_day_of_one_digit_before_an_hour_of_one_is_as_any_other(file):
+    lines = ["2021/3/14 22:05 - Bob: a", "2021/3/15 2:05 - Bob: b", "2021/4/1 1:05 - Bob: c", "2021/4/2 22:05 - Bob: d"]
+    assert [m.text for m in messages(file(*lines))] == ["a", "b", "c", "d"]
+
+
+CALENDARS = {  # as ICU writes 14 March 2021 for a phone of that language and calendar
+    "Islamic, Arabic": "[١\u200f/٨\u200f/١٤٤٢ هـ، ١٠:٠٥:٣٣ م] ",
+    "Islamic, English": f"[8/1/1442 AH, 10:05:33{NNBSP}PM] ",
+    "Islamic, German": "[01.08.42 AH, 22:05:33] ",
+    "Persian": "[۱۳۹۹/۱۲/۲۴, ۲۲:۰۵:۳۳] ",
+    "Persian, English": "[24/12/1399 AP, 10:05:33\u202fpm] ",
+    "Persian, German": "[24.12.99 AP, 22:05:33] ",
+    "Japanese": "[R3/3/14 22:05:33] ",
+    "Japanese, Taiwan": "[令和3/3/14 晚上10:05:33] ",
+    "Japanese, German": "[14.03.03 R, 22:05:33] ",
+    "Taiwan": "[民國110/3/14 晚上10:05:33] ",
+    "Taiwan, English": f"[3/14/110 Minguo, 10:05:33{NNBSP}PM] ",
+    "Buddhist, Taiwan": "[佛曆2564/3/14 晚上10:05:33] ",
+    "Buddhist, German": "[14.03.64 BE, 22:05:33] ",
+    "Buddhist, Italian": "[14/03/64 EB, 22:05:33] ",
+}
+
+
+@pytest.mark.parametrize("front", CALENDARS.values(), ids=CALENDARS)
+def test_dates_of_other_calendars_are_ours(file, front):
+    if "AH" in front or "هـ" in front:
+        pytest.importorskip("hijridate")
+    assert [m.date for m in messages(file(f"{front}Bob: hi"))] == ["2021-03-14T22:05:33"]
+
+
+REFUSED = {
+    "Hebrew": ["[1 Nisan 5781, 10:05:33 PM] ", "[א׳ בניסן תשפ״א, 22:05:33] ", "[01/07/5781 A. M. 22:05:33] "],
+    "Indian": ["[12/23/1942 Saka, 10:05:33 PM] "],
+    "Coptic or Ethiopic": ["[7/5/1737 ERA1, 10:05:33 PM] ", "[05/07/2013 ERA1 10:05:33 ከሰዓት] ", "[05/07/2013 ap. Inc. 22:05:33] "],
+    "Ethiopic (Amete Alem)": ["[7/5/7513 ERA0, 10:05:33 PM] "],
+    "Chinese": ["[辛丑/2/2 晚上10:05:33] "],
+}
+
+
+@pytest.mark.parametrize("calendar, front", [(name, front) for name, fronts in REFUSED.items() for front in fronts])
+def test_a_calendar_that_is_not_converted_is_refused_by_name(file, calendar, front):
+    with pytest.raises(UserError, match=re.escape(f"dates of the {calendar} calendar")):
+        messages(file(*(f"{front}{name}: hi" for name in ("Ann", "Bob", "Ann"))))
+
+
+def test_a_month_that_ours_has_not_shows_a_chinese_calendar(file):
+    lines = [f"[2021/{month}/{day} 22:05:33] Bob: hi" for month in (1, 2, 3) for day in (1, 29, 30)]
+    with pytest.raises(UserError, match="Chinese"):
+        messages(file(*lines, lines[5], lines[5]))
+
+
+@pytest.mark.parametrize("year", ["03", "38", "2003"])
+def test_dates_before_whatsapp_or_in_the_future_are_refused(file, year):
+    with pytest.raises(UserError, match="a calendar that is not known"):
+        messages(file(*(f"[0{day}.03.{year}, 22:05:33] Bob: hi" for day in range(1, 6))))
+
+
+def test_the_persian_year_begins_as_in_tehran():
+    """On 21 March, but on the 20th in these years, by the almanac."""
+    for year in range(1388, 1412):
+        first = datetime.date(year + 621, 3, 20 if year in (1391, 1395, 1399, 1403, 1407, 1408, 1411) else 21).toordinal()
+        assert whatsapp.ordinal("Persian", year, 1, 1) == first
+        assert whatsapp.ordinal("Persian", year, 7, 30) == first + 6 * 31 + 29
+    with pytest.raises(ValueError):
+        whatsapp.ordinal("Persian", 1400, 12, 30)  # 1399 was the leap year
+    assert whatsapp.ordinal("Persian", 1399, 12, 30) + 1 == whatsapp.ordinal("Persian", 1400, 1, 1)
+
+
+def test_every_word_of_cldr_for_a_part_of_the_day_is_known():
+    pytest.importorskip("babel")
+    from bench.day_periods import day_periods, table
+
+    unknown, wrong = set(), set()
+    for name, period, text, hours in day_periods():
+        plain = whatsapp.word(text)
+        if plain in whatsapp.FILLER - {"a"}:
+            assert period not in ("am", "pm"), (name, text)
+            continue
+        if plain not in whatsapp.HOURS:
+            unknown.add(text)
+        elif period in ("am", "pm") and any(whatsapp.hour_of(plain, h % 12 or 12) not in (h, None) for h in hours):
+            wrong.add((name, text))
+    assert unknown == {"1ka", "2ja"}  # Anii's
+    assert {name for name, _ in wrong} <= {"smn", "smn_FI"}  # Inari Sami's ip. is AM, Finnish's PM
+    assert table() in whatsapp.Path(whatsapp.__file__).with_suffix(".toml").read_text(encoding="utf-8")
+
+
+def test_old_iphones_mark_what_whatsapp_wrote_too(file):
+    lines = [f"3/14/17, 10:05:{i:02} PM: Bob: {text}" for i, text in enumerate(["hi", f"{LRM}Missed Call", f"{LRM}You changed the icon"])]
+    assert [(m.name, m.left_out) for m in messages(file(*lines))] == [("Bob", "")] + [("Bob", "service messages")] * 2
+
+
+def said(author, *texts, day=14):
+    return [f"{day}/03/2021, 10:{i:02} - {author}: {text}" for i, text in enumerate(texts)]
+
+
+def authors(path):
+    return [m.name for m in messages(path)]
+
+
+def test_a_name_may_hold_a_colon_where_every_line_shows_it(file):
+    lines = said("Work: Bob", "can you?", "todo: milk") + said("Work: Eve", "no", "<Media omitted>") + said("Ann", "ok")
+    assert authors(file(*lines)) == ["Work: Bob"] * 2 + ["Work: Eve"] * 2 + ["Ann"]
+
+
+def test_whoever_writes_one_line_without_a_second_colon_has_a_short_name(file):
+    lines = said("Bob", *["Todo: milk"] * 9, *["Note: rain"] * 9, "ok") + said("Ann", "ok")
+    assert set(authors(file(*lines))) == {"Bob", "Ann"}
+
+
+def test_small_letters_after_the_colon_are_no_name(file):
+    assert set(authors(file(*said("Bob", *["todo: milk"] * 9, *["ps: rain"] * 9)))) == {"Bob"}
+
+
+def test_the_chat_s_title_says_its_contact_s_whole_name(tmp_path):
+    lines = said("Work: Bob", "hi") + said("Ann", "ok")
+    for title, name in (("Work_ Bob", "Work: Bob"), ("Work Bob", "Work: Bob"), ("Team", "Work")):
+        assert authors(write(tmp_path / f"WhatsApp Chat with {title}.txt", *lines)) == [name, "Ann"]
+    lines = said("Bob", *["Todo: milk"] * 20) + said("Ann", "ok")
+    assert set(authors(write(tmp_path / "WhatsApp Chat with Bob.txt", *lines))) == {"Bob", "Ann"}
+
+
+def test_a_system_line_says_a_whole_name(tmp_path):
+    lines = [
+        "14/03/2021, 09:00 - Ann added Work: Bob",
+        "14/03/2021, 09:00 - Ann added Work: Eve",
+        *said("Work: Bob", "hi"),
+        *said("Ann", "ok"),
+    ]
+    found = messages(
+        write(tmp_path / "WhatsApp Chat with Team.txt", *lines, "14/03/2021, 11:00 - Work: Bob left", *said("Work: Eve", "so"))
+    )
+    assert [(m.name, m.left_out) for m in found] == [
+        (None, "service messages"),
+        (None, "service messages"),
+        ("Work: Bob", ""),
+        ("Ann", ""),
+        (None, "service messages"),
+        ("Work: Eve", ""),
+    ]
+
+
+TEXTS = st.lists(
+    st.sampled_from(["todo: milk", "Todo: milk", "PS: rain", "ok", "at 10: no", "see: this: that", "Bob: hi", "x"]), min_size=2, max_size=8
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from(["Bob", "Ann", "Dr. Eve"]), TEXTS, min_size=1),
+    st.dictionaries(st.sampled_from(["Work: Bob", "Work: Eve", "Work: Ann B"]), TEXTS),
+)
+def test_names_with_and_without_colons_come_back(tmp_path_factory, plain, colons):
+    lines, expected = [], []
+    texts = {name: [*texts, "yes"] for name, texts in plain.items()}  # one line without another colon
+    texts |= colons if len(colons) > 1 else {}
+    for day, (name, some) in enumerate(texts.items()):
+        lines += said(name, *some, day=10 + day)
+        expected += [(name, text) for text in some]
+    found = messages(write(tmp_path_factory.mktemp("chat") / "WhatsApp Chat with Team.txt", *lines))
+    assert [(m.name, m.text) for m in found] == expected
