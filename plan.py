@@ -16,6 +16,7 @@ import re
 import statistics
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -88,16 +89,21 @@ CPU = Card("CPU", 0, 10, 0, 0.9, "fitted to our runs", 1, attention=0.2, unpacki
 PYTHON, SLACK = 0.46 * GIB, 0.46  # a CPU process: its libraries, and what of the activations the C library doesn't give back
 KERNELS, GROWN = 0.8 * GIB, 1.4  # over a run in bf16: oneDNN keeps up to 1024 kernels, one a shape; and what lies between is lost
 
-MISTRAL = ModelConfig(32000, 4096, 14336, 32, 32, 8, 128)
-NEMO = ModelConfig(131072, 5120, 14336, 40, 32, 8, 128, max_position_embeddings=131072)
+
+def read_bases() -> dict[str, dict]:
+    """bases.toml → {hub id: what it says, with what it takes from the base that it is `like`}"""
+    path = Path(__file__).with_name("bases.toml")
+    bases = tomllib.loads(path.read_text(encoding="utf-8"))
+    for name, said in bases.items():  # the one that it is like stands above it
+        bases[name] = {**bases.get(said.pop("like", ""), {}), **said}
+    return bases
+
+
+BASES = read_bases()
+FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
 SHAPES = {  # what needs no look at the hub
-    checkpoint.NO_ACCOUNT: dataclasses.replace(MISTRAL, vocab_size=32002),
-    "mistralai/Mistral-7B-v0.1": MISTRAL,
-    "mistralai/Mistral-7B-v0.3": dataclasses.replace(MISTRAL, vocab_size=32768),
-    "mistralai/Mistral-Nemo-Base-2407": NEMO,
-    "mistralai/Mistral-Nemo-Instruct-2407": NEMO,
+    name: ModelConfig(**{key: said[key] for key in FIELDS if key in said}) for name, said in BASES.items()
 }
-CHATML = (checkpoint.NO_ACCOUNT,)  # of these, the ones that have our special tokens already
 ORIGINAL = 15_789  # sessions that the first doppelganger was made of
 SESSION, LABELLED = 276, 0.4  # tokens a session, and the share of them with a target: our example's
 FILLED = 0.985  # of a row's positions, after packing
@@ -283,6 +289,16 @@ def amount(options, folder):
     return Amount(math.ceil(tokens / length / FILLED), mine / tokens, tokens / len(talks), known)
 
 
+def fetch_config(model: str) -> Path:
+    """`checkpoint.fetch_config`, whose refusal also names what is planned without the hub."""
+    try:
+        return checkpoint.fetch_config(model)
+    except UserError as error:
+        problem, way_out = str(error).split("\n", 1)
+        known = ", ".join(SHAPES)
+        raise UserError(problem, f"{way_out} plan.py knows without the hub: {known}") from None
+
+
 def shape_of(model):
     """A folder, a known name or a hub id (its config.json alone is fetched).
 
@@ -299,8 +315,8 @@ def shape_of(model):
     elif model in SHAPES:
         shape = SHAPES[model]
     else:
-        shape = checkpoint.read_config(checkpoint.fetch_config(model))
-    if model in CHATML:
+        shape = checkpoint.read_config(fetch_config(model))
+    if BASES.get(model, {}).get("chatml"):
         return shape, (), folder
     return checkpoint.with_vocabulary(shape, shape.vocab_size + 2), (shape.vocab_size, shape.vocab_size + 1), folder
 

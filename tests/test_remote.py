@@ -227,7 +227,10 @@ def saves(out):
 
 
 FLAGS = ("--data", "my data", "--out", "my ckpt", *QUICK)
-SENT = {f"doppelganger/{path.relative_to(ROOT)}" for path in (*ROOT.glob("*.py"), *ROOT.glob("exports/*.py"), *ROOT.glob("exports/*.toml"))}
+SENT = {
+    f"doppelganger/{path.relative_to(ROOT)}"
+    for path in (ROOT / "bases.toml", *ROOT.glob("*.py"), *ROOT.glob("exports/*.py"), *ROOT.glob("exports/*.toml"))
+}
 SENT |= {f"doppelganger/{name}" for name in ("remote.sh", "fsdp_launch.sh", "requirements.txt")}
 SENT |= {f"doppelganger/data/{name}" for name in ("train.jsonl", "val.jsonl", "persona.json")}
 
