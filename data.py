@@ -945,11 +945,8 @@ def hold_out(index: np.ndarray, share: float) -> dict:
     usable = np.bincount(first, minlength=len(index))[::-1].cumsum()[::-1]  # how many a `val` that begins here could hold
     begin = np.flatnonzero(usable >= held_out)[-1]
     begin = max(begin, min(len(index) - len(index) // 3, np.flatnonzero(usable >= 1)[-1]))
-    if begin == 0:
-        raise UserError(
-            "I say the same in every session: none can be held out that isn't trained on",
-            "Export more chats, or try another --gap-minutes.",
-        )
+    if begin == 0:  # I say the same in every session
+        return {"train": index, "val": index[:0]}
     return {"train": index[:begin], "val": index[begin:][first[begin:] >= begin]}
 
 

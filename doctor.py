@@ -133,6 +133,8 @@ def verdict(report):
     """Is it enough, and for what; what is lopsided, and the way out. → lines"""
     mine = report["trained_messages"]
     said = [f"{mine:,} of your messages will be trained: " + next(words for most, words in ENOUGH if mine < most)]
+    if not report["sessions_kept"]["val"]:
+        said.append("Nothing is held out: you say the same in every session. train.py needs others.")
     chat = report["largest_chat"]
     if chat["share"] > 0.5 and report["chats"] - sum(report["chats_left_out"].values()) > 1:
         said.append(f"{chat['share']:.0%} of your turns are from one chat, {chat['name']}: it will talk as you do there.")
