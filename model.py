@@ -24,6 +24,7 @@ IGNORED = -100  # the label of a position that is no target, as in F.cross_entro
 GROUPS_WITH_A_MASK = ("cpu",)  # devices whose attention takes both; CUDA's memory-efficient kernel takes a mask but no groups
 HEAD_CHUNK = {"cpu": (256, 16), "gpu": (1024, 1024)}  # labelled tokens whose logits exist at one time; of these, in float32: 16 fit a cache
 RECOMPUTE = ("none", "selective", "full")
+CACHE = 1 << 17  # numbers at a time whose intermediates, in fp32, stay in a CPU core's cache
 BLOCK = 128  # queries at a time on a CPU: short enough to skip most of what causality hides
 
 
@@ -79,24 +80,41 @@ def cast(x, dtype):
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def pieces(x, *others):
+    """Rows of tensors of equal length together, on a CPU as many as its cache holds: each piece goes through all steps of a formula."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return [(x, *others)]
+    rows = max(1, CACHE // max(1, x[:1].numel()))
+    return zip(*(tensor.split(rows) for tensor in (x, *others)))
+
+
 class Normalise(torch.autograd.Function):
     """x / rms(x) * weight, computed in fp32 because squares overflow in bf16; keeps x and one number a token for the backward pass."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        inverse = torch.rsqrt(norm * norm / x.shape[-1] + eps)  # (…, 1)
-        ctx.save_for_backward(x, weight, inverse)
-        return cast(x * inverse * weight, x.dtype)
+        rows = x.flatten(0, -2)  # (N, E)
+        out, inverse, scale = torch.empty_like(rows), rows.new_empty(len(rows), 1, dtype=torch.float32), weight.float()
+        for to, part, factor in pieces(out, rows, inverse):
+            norm = torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=torch.float32)
+            factor.copy_(torch.rsqrt(norm * norm / x.shape[-1] + eps))
+            to.copy_((part.float() * factor).mul_(scale))
+        ctx.save_for_backward(rows, weight, inverse)
+        return out.view(x.shape)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, inverse = ctx.saved_tensors
-        scaled = (grad * weight).float()
-        along = (scaled * x).sum(-1, keepdim=True) * (inverse**3 / x.shape[-1])
-        grad_x = (scaled * inverse - x * along).to(x.dtype)
-        grad_weight = (grad * (x * inverse)).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, None
+        rows, weight, inverse = ctx.saved_tensors
+        out, scale = torch.empty_like(rows), weight.float()
+        grad_weight = torch.zeros_like(scale) if ctx.needs_input_grad[1] else None
+        for to, part, above, factor in pieces(out, rows, grad.reshape(rows.shape), inverse):
+            part, above = part.float(), above.float()
+            if grad_weight is not None:
+                grad_weight += (above * part).mul_(factor).sum(0)
+            scaled = above * scale
+            along = (scaled * part).sum(-1, keepdim=True) * (factor**3 / -rows.shape[-1])
+            to.copy_(scaled.mul_(factor).addcmul_(part, along))
+        return out.view(grad.shape), None if grad_weight is None else grad_weight.to(weight.dtype), None
 
 
 class RMSNorm(nn.Module):
@@ -195,8 +213,12 @@ class Rotate(torch.autograd.Function):
 
     @staticmethod
     def turn(x, cos, sin):
-        wide = x.float()
-        return cast(torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin), x.dtype)
+        x, out = x.flatten(0, 1), torch.empty_like(x, memory_format=torch.contiguous_format)
+        cos, sin = (angle.expand(*out.shape[:2], 1, -1).flatten(0, 1) for angle in (cos, sin))
+        for to, part, turned, across in pieces(out.flatten(0, 1), x, cos, sin):
+            wide = part.float()
+            to.copy_((wide * turned).addcmul_(wide.roll(x.shape[-1] // 2, -1), across))
+        return out
 
 
 class KVCache:
@@ -431,13 +453,34 @@ class Attention(nn.Module):
         return Rotate.apply(q, *rotation[:2]), Rotate.apply(k, *rotation[-2:]), v
 
 
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, keeping these two alone for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        out = torch.empty_like(gate)
+        for to, one, other in pieces(*(x.flatten(0, -2) for x in (out, gate, up))):
+            torch.mul(F.silu(one), other, out=to)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        for to_gate, to_up, above, one, other in pieces(*(x.flatten(0, -2) for x in (grad_gate, grad_up, grad, gate, up))):
+            torch.mul(F.silu(one), above, out=to_up)
+            torch.ops.aten.silu_backward.grad_input(above * other, one, grad_input=to_gate)
+        return grad_gate, grad_up
+
+
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = (Linear(*config.linears[name]) for name in ("gate_proj", "up_proj", "down_proj"))
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 def policy(context, op, *args, **kwargs):
