@@ -13,6 +13,8 @@ import math
 import os
 import re
 import sys
+import time
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +31,15 @@ import step
 import tokenizer as tokenizers
 from config import UserError, flag
 from exports.redact import redact
-from model import KVCache
 
 CHOICES = 10  # the real reply among so many
 FEW = 5  # sessions, below which nothing is said
 DRAWS = 1000  # of the bootstrap
 LONGEST = 64  # tokens of a generated reply
+ROWS = 32  # replies that are written at a time
+ROW_BYTES = 1 << 30  # of their keys and values, at most
+PACKED = 512  # tokens of candidates that are read at a time
+EVERY = 10  # seconds from line to line of progress, where there is no terminal
 RELEARNT = 50  # draws of sessions from which what tells replies apart is learnt anew
 RUN = 5  # words in a row that count as copied
 RANDOM = 99  # strings beside a secret
@@ -203,36 +208,107 @@ def load(folder, ckpt, options):
     return model, words, min(2048, model.config.max_position_embeddings)
 
 
+class Progress:
+    """What is done of a voice's parts: a bar on a terminal, elsewhere a line every EVERY seconds.
+
+    `clone: replies 40/100, 1:10 left`
+    """
+
+    def __init__(self, name: str):
+        self.name, self.terminal, self.next_line = name, sys.stderr.isatty(), 0.0
+
+    def part(self, what: str, total: int) -> Generator[None]:
+        """Each `next()` says that one more of `total` is done; what is left of it is an estimate."""
+        begun = time.monotonic()
+        with tqdm(total=total, desc=f"{self.name}: {what}", leave=False, disable=not self.terminal) as bar:
+            for done in range(total + 1):
+                bar.update(done - bar.n)
+                now = time.monotonic()
+                if not self.terminal and now >= self.next_line:
+                    left = f", {self.clock((now - begun) / done * (total - done))} left" if done else ""
+                    print(f"{self.name}: {what} {done}/{total}{left}", file=sys.stderr, flush=True)
+                    self.next_line = now + EVERY
+                yield
+
+    @staticmethod
+    def clock(seconds: float) -> str:
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
 def voices_of(name, folder, ckpt, talks, past, some, choices, options):
     """{name: Voice}, and with --baselines the same model with more in its prompt. One model is in memory at a time."""
-    model, words, size = load(folder, ckpt if name == "base" else folder, options)
-    length = min(1024, size)
-    samples = [s for number, talk in enumerate(talks) for s in data.split(talk, words, length, "me", number)]
-    held_out = step.evaluate(model, data.pack(samples, length), step.Ranks(checkpoint.pick_device(options.device)), 2, length)
+    model, tokenizer, size = load(folder, ckpt if name == "base" else folder, options)
+    progress = Progress(name)
+    held_out = held_out_of(model, tokenizer, talks, min(1024, size), options, progress)
     model.eval()
     ways = {name: lambda moment: moment.before}
     if options.baselines:
-        ways |= prompts(name, past, Path(options.data) / "facts.md", words, size)
+        ways |= prompts(name, past, Path(options.data) / "facts.md", tokenizer, size)
+    # beside a prompt lie candidates: a pack of short ones, or one as long as the context
+    decoder = generate.Decoder(model, tokenizer, size + max(PACKED, size))
     alone = dict.fromkeys(tuple(reply) for replies in choices for reply in replies)
     if alone:
-        alone = dict(zip(alone, likelihoods(model, words, [], [*map(list, alone)], some[0].author, size)))
+        alone = dict(zip(alone, likelihoods(decoder, [], [*map(list, alone)], some[0].author, size)))
+    without = np.array([[alone[tuple(reply)] for reply in ten] for ten in choices])
     hidden = [canary["secret"] for canary in canaries_of(options, past)]
-    secrets, canaries = (
-        np.array([likelihoods(model, words, before, replies, me, size) for before, me, replies in some])
-        for some in secrets_of(past, hidden, options.seed)
-    )
-    found = {}
+    strings, planted = secrets_of(past, hidden, options.seed)
+    part, known = progress.part("secrets", len(strings) + len(planted)), []
+    for before, me, replies in strings + planted:
+        next(part)
+        known.append(likelihoods(decoder, before, replies, me, size))
+    part.close()
+    secrets, canaries = np.array(known[: len(strings)]), np.array(known[len(strings) :])
+    voices = {}
     for way, before in ways.items():
-        decoder, nats, replies, tokens = generate.Decoder(model, words, size), [], [], []
-        for i, moment in enumerate(tqdm(some, way, leave=False, disable=None)):
-            turns = before(moment)
-            nats.append(likelihoods(model, words, turns, choices[i] if choices else [moment.mine], moment.author, size))
-            answer, spoken = reply_to(decoder, turns, moment.author, 1000 * options.seed + i)
-            replies.append(spoken)
-            tokens.append(len(answer.prompt) + len(answer.ids))
-        without = np.array([[alone[tuple(reply)] for reply in ten] for ten in choices])
-        found[way] = Voice(np.array(nats), without, replies, np.array(tokens), held_out if way == name else None, secrets, canaries)
-    return found
+        progress.name = way
+        nats, replies, tokens = answers_of(decoder, [before(m) for m in some], some, choices, size, options.seed, progress)
+        voices[way] = Voice(nats, without, replies, tokens, held_out if way == name else None, secrets, canaries)
+    return voices
+
+
+def held_out_of(model, tokenizer, talks, length, options, progress):
+    """→ the Evaluation of all of my turns in `talks`"""
+    samples = [s for i, talk in enumerate(talks) for s in data.split(talk, tokenizer, length, "me", i)]
+    rows = data.pack(samples, length)
+    part = progress.part("held-out likelihood", math.ceil(len(rows) / 2))
+
+    class Ranks(step.Ranks):
+        def move(self):
+            next(part)
+
+    return step.evaluate(model, rows, Ranks(checkpoint.pick_device(options.device)), 2, length)
+
+
+def answers_of(decoder, contexts, some, choices, size, seed, progress):
+    """What a model makes of moments after `contexts` → nats (M, 10), messages of its replies, tokens (M,).
+
+    A moment's prompt is read once, for its candidates and for its reply, and what it begins with as
+    the one before did is not read again. Replies are written side by side.
+    """
+    room = min(LONGEST, size // 2)
+    prompts = [generate.fit(turns, moment.author, decoder.tokenizer, size - room) for turns, moment in zip(contexts, some)]
+    longest = max(map(len, prompts)) + room
+    token = sum(layer[:, :, :, :1].nbytes for layer in decoder.cache.layers)
+    batch = generate.Batch(decoder, max(1, min(ROWS, ROW_BYTES // (longest * token))), longest)
+    part = progress.part("replies", len(some))
+    next(part)
+
+    def step():
+        for _ in batch.step():
+            next(part)
+
+    nats, rows = [], []
+    for i, (moment, turns, prompt) in enumerate(zip(some, contexts, prompts)):
+        tried = choices[i] if choices else [moment.mine]
+        nats.append(likelihoods(decoder, turns, tried, moment.author, size))
+        rows.append(batch.add(prompt, room, generator=torch.Generator().manual_seed(1000 * seed + i)))
+        while batch.full:
+            step()
+    while batch.rows:
+        step()
+    texts = [decoder.tokenizer.decode(row.ids) if row.ids else "" for row in rows]
+    replies = [data.spoken(data.Turn(moment.author, True, "", data.messages_of(text))) for moment, text in zip(some, texts)]
+    return np.array(nats), replies, np.array([len(row.prompt) + len(row.ids) for row in rows])
 
 
 def reply_to(decoder, turns, me, seed):
@@ -243,37 +319,60 @@ def reply_to(decoder, turns, me, seed):
 
 
 @torch.inference_mode()
-def likelihoods(model, words, before, replies, me, size, at_once=10):
-    """Nats of each of `replies` (lists of messages) as my turn after `before`, its end included. What they share is read once.
+def likelihoods(decoder, before, replies, me, size) -> np.ndarray:
+    """Nats of each of `replies` (lists of messages) as my turn after `before`, its end included, (replies,) float64.
 
-    At most `size` tokens are read: of more the oldest are left off. → (replies,) float64
+    What they share is read once; behind it they lie side by side, each blind to the others. At most
+    `size` tokens are read of each: the oldest are left off.
     """
     samples = []
     for reply in replies:
         turns = [*before, data.Turn(me, True, "", reply)]
-        samples.append(data.encode(data.render(turns, first=(len(before), 0), specials=words.specials), words))
-    weight = model.model.norm.weight
-    begins = min(int(np.flatnonzero(s.labels != data.IGNORED)[0]) for s in samples)
-    shared = min(begins, len(os.path.commonprefix([s.ids.tolist() for s in samples])))
-    cut = min(max(0, max(len(s.ids) for s in samples) - size), shared - 1)
-    context = torch.tensor([samples[0].ids[cut:shared].tolist()], device=weight.device)
-    one = KVCache(model.config, shared - cut, 1, model.dtype or weight.dtype, weight.device)
-    for part in context.split(generate.PREFILL, 1):
-        model(part, cache=one)
-    nats = torch.zeros(len(samples), dtype=torch.float64)
-    for first in range(0, len(samples), at_once):
-        some = [(s.ids[shared:][:size], s.labels[shared:][:size]) for s in samples[first : first + at_once]]
-        tokens = torch.zeros(len(some), max(len(ids) for ids, _ in some), dtype=torch.int64)
-        labels = torch.full_like(tokens, data.IGNORED)
-        for i, (ids, targets) in enumerate(some):
-            tokens[i, : len(ids)], labels[i, : len(ids)] = torch.from_numpy(ids), torch.from_numpy(targets)
-        cache = KVCache(model.config, one.length + tokens.shape[1], len(some), model.dtype or weight.dtype, weight.device)
-        for layer, known in zip(cache.layers, one.layers):
-            layer[:, :, :, : one.length] = known
-        cache.length = one.length
-        losses, _ = model(tokens.to(weight.device), labels=labels.to(weight.device), cache=cache, reduction="none")
-        nats.index_add_(0, first + (labels != data.IGNORED).nonzero()[:, 0], losses.cpu().double())
-    return nats.numpy()
+        document = data.render(turns, first=(len(before), 0), specials=decoder.tokenizer.specials)
+        samples.append(data.encode(document, decoder.tokenizer))
+    pairs = [[*zip(s.ids.tolist(), s.labels.tolist())] for s in samples]
+    shared = min(len(os.path.commonprefix(pairs)), min(map(len, pairs)) - 1)
+    cut = min(max(0, max(map(len, pairs)) - size), max(0, shared - 1))
+    ids, labels = samples[0].ids[cut:shared], samples[0].labels[cut:shared]
+    targets = np.flatnonzero(labels != data.IGNORED)
+    begin = int(targets[0]) if len(targets) else len(ids)
+    decoder.prefill(ids[:begin].tolist())
+    nats = np.full(len(samples), nats_of(decoder, [(ids[begin:], labels[begin:])]).sum())
+    decoder.read = ids.tolist()
+    packs: list[list[int]] = [[]]
+    for i in range(len(samples)):
+        if packs[-1] and sum(len(samples[j].ids) - shared for j in [*packs[-1], i]) > PACKED:
+            packs.append([])
+        packs[-1].append(i)
+    for pack in packs:
+        branches = [(samples[i].ids[shared:][:size], samples[i].labels[shared:][:size]) for i in pack]
+        nats[pack] += nats_of(decoder, branches)
+        decoder.cache.length = len(ids)
+    return nats
+
+
+def nats_of(decoder, branches) -> np.ndarray:
+    """Nats of what follows the tokens in the cache in several ways, [(ids, labels)], which it then holds, (branches,) float64."""
+    device, cache = decoder.cache.layers[0].device, decoder.cache
+    ids, labels = (torch.from_numpy(np.concatenate(x)).long()[None] for x in zip(*branches))
+    nats = torch.zeros(len(branches), dtype=torch.float64)
+    if not ids.numel():
+        return nats.numpy()
+    lengths = [len(part) for part, _ in branches]
+    branch = torch.arange(len(branches)).repeat_interleave(torch.tensor(lengths))  # (N,)
+    position = cache.length + torch.cat([torch.arange(n) for n in lengths])
+    seen = torch.cat([torch.arange(cache.length), position])  # (S,)
+    ago = position[:, None] - seen  # (N, S)
+    beside = torch.cat([branch.new_full((cache.length,), -1), branch])
+    window = decoder.model.config.sliding_window or len(seen) + 1
+    mask = (ago >= 0) & (ago < window) & ((beside == -1) | (beside == branch[:, None]))
+    cache.mask = mask[None, None].to(device)
+    try:
+        losses, _ = decoder.model(ids.to(device), position[None].to(device), labels.to(device), cache, "none")
+    finally:
+        cache.mask = None
+    targets = (labels[0] != data.IGNORED).nonzero()[:, 0]
+    return nats.index_add_(0, branch[targets], losses.cpu().double()).numpy()
 
 
 # --- numbers
@@ -527,6 +626,9 @@ def measure(voices, talks, past, some, choices, options, newest=""):
         a["flagged"] = a["value"] is not None and b["value"] is not None and bool(a["low"] > b["high"])
         a["examples"] = [" / ".join(r) for r, (n, _) in sorted(zip(replies[name], counts[name]), key=lambda x: -x[1][0]) if n >= RUN][:5]
     report["memorised"] = {name: exposure(voice.secrets) for name, voice in plain.items()}
+    if "base" in plain:
+        for name in plain.keys() - {"base"}:
+            report["memorised"][name] |= learned(plain[name].secrets, plain["base"].secrets)
     copies = np.array([canary["copies"] for canary in canaries_of(options, past)])
     report["canaries"] = [
         {"copies": int(n), **{name: exposure(voice.canaries[copies == n]) for name, voice in plain.items()}} for n in np.unique(copies)
@@ -576,6 +678,40 @@ def exposure(secrets):
     return {"value": float(np.mean(np.log2(secrets.shape[1] / places))), "first": int((places == 1).sum()), "n": len(secrets)}
 
 
+def learned(secrets, base) -> dict:
+    """What a clone knows of secrets beyond its base, which never saw them (both (K, 100), as in `exposure`).
+
+    `more`: how many more come first; `flagged`: chance doesn't explain it. That is, a sign test of the
+    strings that come first to one of the two alone says so (5%), or two come first that were not even
+    among the base's first ten.
+    """
+    if not len(secrets):
+        return {}
+    places, base_places = (1 + (nats[:, 1:] < nats[:, :1]).sum(1) for nats in (secrets, base))
+    gained = int(((places == 1) & (base_places > 1)).sum())
+    lost = int(((places > 1) & (base_places == 1)).sum())
+    chance = sum(math.comb(gained + lost, k) for k in range(gained, gained + lost + 1))
+    far = int(((places == 1) & (base_places > 10)).sum())
+    flagged = chance / 2 ** (gained + lost) < 0.05 or far > 1
+    return {"more": gained - lost, "flagged": flagged}
+
+
+def secrets_line(memorised) -> str | None:
+    """What a person should know of the secrets: the difference from the base, and both numbers."""
+    clone, base = memorised["clone"], memorised.get("base", {})
+    if not clone.get("n"):
+        return None
+    strings = f"Of {config.counted(clone['n'], 'strings')} of yours that look secret, "
+    first = f"{clone['first']} come first among 100 alike to it"
+    if "more" not in clone:
+        guess = "its base is not here to tell what can be guessed without having seen them."
+        return f"{strings}{first}; {guess}" if clone["first"] > 1 else None
+    both = f"{first} and {base['first']} to its base, which never saw them"
+    if clone["flagged"]:
+        return f"It learned secrets: {strings[0].lower()}{strings[1:]}{both}: {clone['more']:+d}."
+    return f"{strings}{both}: no sign that it learned them."
+
+
 def verdict(report):
     """What the numbers say, in lines."""
     said, bits, auc = [], report["bits_per_char"], report["auc"]["clone"]
@@ -598,9 +734,8 @@ def verdict(report):
             said.append("For comparison: against " + ", against ".join(f"{who} {value:.0%}" for who, value in beside.items()) + ".")
     if report["copying"]["clone"]["flagged"]:
         said.append("It copies: more of its words are verbatim from the training data than yours are.")
-    if report["memorised"]["clone"].get("first", 0) > max(1, report["memorised"].get("base", {}).get("first", 0)):
-        m = report["memorised"]["clone"]
-        said.append(f"It knows secrets: of {m['n']} strings that look like one, {m['first']} are likelier to it than 99 random ones.")
+    if line := secrets_line(report["memorised"]):
+        said.append(line)
     if "other - clone" in bits:
         two = bits["other - clone"]
         said.append("Which of the two guesses you better: " + (two.get("why") or which(two["low"], two["high"])))
