@@ -14,7 +14,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -215,20 +214,26 @@ class Progress:
     """
 
     def __init__(self, name: str):
-        self.name, self.terminal, self.next_line = name, sys.stderr.isatty(), 0.0
+        self.name, self.what, self.next_line, self.begun = name, "", 0.0, 0.0
+        self.bar = tqdm(disable=True)
 
-    def part(self, what: str, total: int) -> Generator[None]:
-        """Each `next()` says that one more of `total` is done; what is left of it is an estimate."""
-        begun = time.monotonic()
-        with tqdm(total=total, desc=f"{self.name}: {what}", leave=False, disable=not self.terminal) as bar:
-            for done in range(total + 1):
-                bar.update(done - bar.n)
-                now = time.monotonic()
-                if not self.terminal and now >= self.next_line:
-                    left = f", {self.clock((now - begun) / done * (total - done))} left" if done else ""
-                    print(f"{self.name}: {what} {done}/{total}{left}", file=sys.stderr, flush=True)
-                    self.next_line = now + EVERY
-                yield
+    def show(self, what: str, done: float, total: int) -> None:
+        now, terminal = time.monotonic(), sys.stderr.isatty()
+        if what != self.what:
+            self.close()
+            name = f"{self.name}: {what}"
+            self.what, self.begun = what, now
+            self.bar = tqdm(total=total, desc=name, leave=False, disable=not terminal)
+        self.bar.update(int(done) - self.bar.n)
+        if not terminal and now >= self.next_line:
+            left = (now - self.begun) * (total - done) / done if done else None
+            estimate = "" if left is None else f", {self.clock(left)} left"
+            print(f"{self.name}: {what} {int(done)}/{total}{estimate}", file=sys.stderr, flush=True)
+            self.next_line = now + EVERY
+
+    def close(self) -> None:
+        self.bar.close()
+        self.what = ""
 
     @staticmethod
     def clock(seconds: float) -> str:
@@ -252,17 +257,18 @@ def voices_of(name, folder, ckpt, talks, past, some, choices, options):
     without = np.array([[alone[tuple(reply)] for reply in ten] for ten in choices])
     hidden = [canary["secret"] for canary in canaries_of(options, past)]
     strings, planted = secrets_of(past, hidden, options.seed)
-    part, known = progress.part("secrets", len(strings) + len(planted)), []
+    known: list[np.ndarray] = []
     for before, me, replies in strings + planted:
-        next(part)
+        progress.show("secrets", len(known), len(strings) + len(planted))
         known.append(likelihoods(decoder, before, replies, me, size))
-    part.close()
     secrets, canaries = np.array(known[: len(strings)]), np.array(known[len(strings) :])
     voices = {}
     for way, before in ways.items():
+        progress.close()
         progress.name = way
         nats, replies, tokens = answers_of(decoder, [before(m) for m in some], some, choices, size, options.seed, progress)
         voices[way] = Voice(nats, without, replies, tokens, held_out if way == name else None, secrets, canaries)
+    progress.close()
     return voices
 
 
@@ -270,11 +276,11 @@ def held_out_of(model, tokenizer, talks, length, options, progress):
     """→ the Evaluation of all of my turns in `talks`"""
     samples = [s for i, talk in enumerate(talks) for s in data.split(talk, tokenizer, length, "me", i)]
     rows = data.pack(samples, length)
-    part = progress.part("held-out likelihood", math.ceil(len(rows) / 2))
 
     class Ranks(step.Ranks):
         def move(self):
-            next(part)
+            progress.show("held-out likelihood", min(2 * self.moves[0], len(rows)), len(rows))
+            super().move()
 
     return step.evaluate(model, rows, Ranks(checkpoint.pick_device(options.device)), 2, length)
 
@@ -290,22 +296,33 @@ def answers_of(decoder, contexts, some, choices, size, seed, progress):
     longest = max(map(len, prompts)) + room
     token = sum(layer[:, :, :, :1].nbytes for layer in decoder.cache.layers)
     batch = generate.Batch(decoder, max(1, min(ROWS, ROW_BYTES // (longest * token))), longest)
-    part = progress.part("replies", len(some))
-    next(part)
+    nats, rows = [], []
+
+    def show():  # reading a moment costs about what writing its reply does
+        written = sum(1.0 if row not in batch.rows else len(row.ids) / row.room for row in rows)
+        progress.show("replies", (len(nats) + written) / 2, len(some))
 
     def step():
-        for _ in batch.step():
-            next(part)
+        batch.step()
+        show()
 
-    nats, rows = [], []
-    for i, (moment, turns, prompt) in enumerate(zip(some, contexts, prompts)):
-        tried = choices[i] if choices else [moment.mine]
-        nats.append(likelihoods(decoder, turns, tried, moment.author, size))
-        rows.append(batch.add(prompt, room, generator=torch.Generator().manual_seed(1000 * seed + i)))
+    # short sessions first: a step costs what its longest row does
+    size_of: collections.Counter[int] = collections.Counter()
+    for moment, prompt in zip(some, prompts):
+        size_of[moment.session] = max(size_of[moment.session], len(prompt))
+    order = sorted(range(len(some)), key=lambda i: (size_of[some[i].session], some[i].session, i))
+    for i in order:
+        tried = choices[i] if choices else [some[i].mine]
+        nats.append(likelihoods(decoder, contexts[i], tried, some[i].author, size))
+        generator = torch.Generator().manual_seed(1000 * seed + i)
+        rows.append(batch.add(prompts[i], room, generator=generator))
+        show()
         while batch.full:
             step()
     while batch.rows:
         step()
+    places = np.argsort(order)
+    nats, rows = [nats[i] for i in places], [rows[i] for i in places]
     texts = [decoder.tokenizer.decode(row.ids) if row.ids else "" for row in rows]
     replies = [data.spoken(data.Turn(moment.author, True, "", data.messages_of(text))) for moment, text in zip(some, texts)]
     return np.array(nats), replies, np.array([len(row.prompt) + len(row.ids) for row in rows])

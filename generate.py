@@ -14,6 +14,7 @@ import quantize
 from model import KVCache, ModelConfig, rope
 
 PREFILL = 512  # prompt tokens read at a time: bounds the memory of their activations
+LIKELY = 1e-5  # a batch sorts less likely ids only where the others don't hold top_p
 REMEMBERED = 1000  # answers of which the ids are kept
 
 
@@ -186,7 +187,7 @@ class Batch:
         logits = logits.index_fill(1, self.decoder.never, -torch.inf)
         cache.lengths[: cache.rows] += 1
         for row, scores in zip(self.rows, logits):
-            id = self.decoder.share(pick(scores, row.temperature, row.top_p, row.generator))
+            id = self.decoder.share(pick(scores, row.temperature, row.top_p, row.generator, LIKELY))
             row.ended = id in self.decoder.ends
             if not row.ended:
                 row.ids.append(id)
@@ -358,11 +359,20 @@ class Answer:
             yield id
 
 
-def pick(logits, temperature, top_p, generator=None):
-    """One id from logits (V,): the best at temperature 0, else drawn from the smallest set of ids that holds `top_p` of the probability."""
+def pick(logits, temperature, top_p, generator=None, likely=0.0):
+    """One id from logits (V,): the best at temperature 0, else drawn from the smallest set of ids that holds `top_p` of the probability.
+
+    `likely`: only ids above it are sorted, where they hold `top_p`. The draw is the same but for ties.
+    """
     if temperature == 0:
         return int(logits.argmax())
-    probabilities, order = (logits / temperature).softmax(0).sort(descending=True)
+    chances = (logits / temperature).softmax(0)
+    ids = (chances > likely).nonzero()[:, 0] if likely else torch.empty(0)
+    if likely and chances[ids].sum() > top_p + 1e-3:
+        known, order = chances[ids].sort(descending=True)
+        probabilities, order = F.pad(known, (0, len(logits) - len(known))), ids[order]
+    else:
+        probabilities, order = chances.sort(descending=True)
     probabilities[probabilities.cumsum(0) - probabilities > top_p] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 

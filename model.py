@@ -505,7 +505,9 @@ class Transformer(nn.Module):
         if labels is None:
             return self.lm_head(x)  # (B, T, V)
         weights = [p for p in self.lm_head.parameters() if p.requires_grad and torch.is_grad_enabled()]
-        sizes = HEAD_CHUNK["cpu" if isinstance(where, Documents) and where.kernel is by_document else "gpu"]
+        on_cpu = isinstance(where, Documents) and where.kernel is by_document
+        on_cpu = on_cpu or cache is not None and x.device.type == "cpu"
+        sizes = HEAD_CHUNK["cpu" if on_cpu else "gpu"]
         losses = HeadLoss.apply(self.lm_head, x, labels.flatten()[kept], sizes, *weights)
         return (losses.sum() if reduction == "sum" else losses), len(kept)
 

@@ -224,9 +224,9 @@ def test_secrets_without_a_base_are_no_alarm():
 def test_progress_prints_lines_where_there_is_no_terminal(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(evaluate.time, "monotonic", lambda: now[0])
-    part = evaluate.Progress("clone").part("replies", 100)
-    for _ in range(101):
-        next(part)
+    progress = evaluate.Progress("clone")
+    for done in range(101):
+        progress.show("replies", done, 100)
         now[0] += 1.75
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "clone: replies 0/100" and "clone: replies 60/100, 1:10 left" in lines

@@ -197,6 +197,16 @@ def test_answers_written_in_a_batch_equal_those_written_alone(tmp_path, changes,
         assert [done[number] for number in seeds] == alone
 
 
+@pytest.mark.parametrize("top_p", [0.5, 0.95, 1.0])
+@pytest.mark.parametrize("spread", [0.1, 3.0], ids=["flat", "peaked"])
+def test_a_draw_that_sorts_what_is_likely_is_that_of_the_whole_distribution(top_p, spread):
+    one, other = (torch.Generator().manual_seed(1) for _ in range(2))
+    for seed in range(20):
+        logits = torch.randn(20000, generator=torch.Generator().manual_seed(seed)) * spread
+        likely = generate.pick(logits, 0.7, top_p, one, generate.LIKELY)
+        assert likely == generate.pick(logits, 0.7, top_p, other)
+
+
 def test_a_row_is_done_when_it_ends_and_leaves_its_place_to_the_next(base, words):
     decoder = generate.Decoder(checkpoint.load_model(str(base), torch.float32, words=words), words, 64)
     batch = generate.Batch(decoder, 2)
