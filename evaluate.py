@@ -266,7 +266,8 @@ def voices_of(name, folder, ckpt, talks, past, some, choices, options):
     for way, before in ways.items():
         progress.close()
         progress.name = way
-        nats, replies, tokens = answers_of(decoder, [before(m) for m in some], some, choices, size, options.seed, progress)
+        contexts = [before(moment) for moment in some]
+        nats, replies, tokens = answers_of(decoder, contexts, some, choices, size, options.seed, progress)
         voices[way] = Voice(nats, without, replies, tokens, held_out if way == name else None, secrets, canaries)
     progress.close()
     return voices
@@ -324,7 +325,8 @@ def answers_of(decoder, contexts, some, choices, size, seed, progress):
     places = np.argsort(order)
     nats, rows = [nats[i] for i in places], [rows[i] for i in places]
     texts = [decoder.tokenizer.decode(row.ids) if row.ids else "" for row in rows]
-    replies = [data.spoken(data.Turn(moment.author, True, "", data.messages_of(text))) for moment, text in zip(some, texts)]
+    turns = [data.Turn(m.author, True, "", data.messages_of(t)) for m, t in zip(some, texts)]
+    replies = [data.spoken(turn) for turn in turns]
     return np.array(nats), replies, np.array([len(row.prompt) + len(row.ids) for row in rows])
 
 
@@ -337,10 +339,10 @@ def reply_to(decoder, turns, me, seed):
 
 @torch.inference_mode()
 def likelihoods(decoder, before, replies, me, size) -> np.ndarray:
-    """Nats of each of `replies` (lists of messages) as my turn after `before`, its end included, (replies,) float64.
+    """Nats of each of `replies` (lists of messages) as my turn after `before`, its end included.
 
     What they share is read once; behind it they lie side by side, each blind to the others. At most
-    `size` tokens are read of each: the oldest are left off.
+    `size` tokens are read of each: the oldest are left off. (replies,) float64.
     """
     samples = []
     for reply in replies:
@@ -362,14 +364,17 @@ def likelihoods(decoder, before, replies, me, size) -> np.ndarray:
             packs.append([])
         packs[-1].append(i)
     for pack in packs:
-        branches = [(samples[i].ids[shared:][:size], samples[i].labels[shared:][:size]) for i in pack]
-        nats[pack] += nats_of(decoder, branches)
+        own = [(samples[i].ids[shared:], samples[i].labels[shared:]) for i in pack]
+        nats[pack] += nats_of(decoder, [(ids[:size], labels[:size]) for ids, labels in own])
         decoder.cache.length = len(ids)
     return nats
 
 
 def nats_of(decoder, branches) -> np.ndarray:
-    """Nats of what follows the tokens in the cache in several ways, [(ids, labels)], which it then holds, (branches,) float64."""
+    """Nats of `branches` [(ids, labels)], each behind what is in the cache, (branches,) float64.
+
+    The cache then holds them too: set its length back.
+    """
     device, cache = decoder.cache.layers[0].device, decoder.cache
     ids, labels = (torch.from_numpy(np.concatenate(x)).long()[None] for x in zip(*branches))
     nats = torch.zeros(len(branches), dtype=torch.float64)
@@ -383,9 +388,11 @@ def nats_of(decoder, branches) -> np.ndarray:
     beside = torch.cat([branch.new_full((cache.length,), -1), branch])
     window = decoder.model.config.sliding_window or len(seen) + 1
     mask = (ago >= 0) & (ago < window) & ((beside == -1) | (beside == branch[:, None]))
-    cache.mask = mask[None, None].to(device)
+    bias = torch.zeros(mask.shape, dtype=cache.layers[0].dtype)  # of a bool mask each layer makes one
+    cache.mask = bias.masked_fill_(~mask, -math.inf)[None, None].to(device)
     try:
-        losses, _ = decoder.model(ids.to(device), position[None].to(device), labels.to(device), cache, "none")
+        given = ids.to(device), position[None].to(device), labels.to(device)
+        losses, _ = decoder.model(*given, cache, "none")
     finally:
         cache.mask = None
     targets = (labels[0] != data.IGNORED).nonzero()[:, 0]

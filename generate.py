@@ -135,7 +135,7 @@ class BatchCache(KVCache):
 
 @dataclasses.dataclass(eq=False)
 class Row:
-    """An answer that is written in a batch. `ids`: so far; `ended`: by itself, not by `max_new` or the context's end."""
+    """An answer that is written in a batch. `ids`: so far; `ended`: by itself, not for want of room."""
 
     prompt: list[int]
     room: int
@@ -149,7 +149,8 @@ class Row:
 class Batch:
     """Several answers at once, each as it would be written alone: a step reads the weights once for all.
 
-    A row joins with `add`, between any two steps, and leaves when it is done. Its draws are its own generator's.
+    A row joins with `add`, between any two steps, and leaves when it is done. Its draws are its own
+    generator's.
     Prompts are read by `decoder`, one by one: what a prompt shares with the one before is read once.
     """
 

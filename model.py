@@ -203,7 +203,8 @@ class KVCache:
     """Keys and values of the first `length` tokens, in buffers allocated once: (B, G, size, D) a layer.
 
     `model(ids[:, :7], cache=cache)` leaves length 7; `cache.length = 5` forgets the last two; the next call writes from 5 on.
-    `mask` (B or 1, 1, T, S): which keys the next tokens see, in place of all before them.
+    `mask` (B or 1, 1, T, S): which keys the next tokens see, in place of all before them,
+    or what is added to their scores.
     """
 
     def __init__(self, config, size, batch=1, dtype=torch.float32, device="cpu"):
