@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,15 @@ import step
 import tokenizer as tokenizers
 from config import UserError, flag
 from exports.redact import redact
-from model import KVCache
 
 CHOICES = 10  # the real reply among so many
 FEW = 5  # sessions, below which nothing is said
 DRAWS = 1000  # of the bootstrap
 LONGEST = 64  # tokens of a generated reply
+ROWS = 32  # replies that are written at a time
+ROW_BYTES = 1 << 30  # of their keys and values, at most
+PACKED = 512  # tokens of candidates that are read at a time
+EVERY = 10  # seconds from line to line of progress, where there is no terminal
 RELEARNT = 50  # draws of sessions from which what tells replies apart is learnt anew
 RUN = 5  # words in a row that count as copied
 RANDOM = 99  # strings beside a secret
@@ -206,42 +210,128 @@ def load(folder, options):
     return model, tokenizer, min(2048, model.config.max_position_embeddings)
 
 
+class Progress:
+    """What is done of a voice's parts: a bar on a terminal, elsewhere a line every EVERY seconds.
+
+    `clone: replies 40/100, 1:10 left`
+    """
+
+    def __init__(self, name: str):
+        self.name, self.what, self.next_line, self.begun = name, "", 0.0, 0.0
+        self.bar = tqdm(disable=True)
+
+    def show(self, what: str, done: float, total: int) -> None:
+        now, terminal = time.monotonic(), sys.stderr.isatty()
+        if what != self.what:
+            self.close()
+            name = f"{self.name}: {what}"
+            self.what, self.begun = what, now
+            self.bar = tqdm(total=total, desc=name, leave=False, disable=not terminal)
+        self.bar.update(int(done) - self.bar.n)
+        if not terminal and now >= self.next_line:
+            left = (now - self.begun) * (total - done) / done if done else None
+            estimate = "" if left is None else f", {self.clock(left)} left"
+            print(f"{self.name}: {what} {int(done)}/{total}{estimate}", file=sys.stderr, flush=True)
+            self.next_line = now + EVERY
+
+    def close(self) -> None:
+        self.bar.close()
+        self.what = ""
+
+    @staticmethod
+    def clock(seconds: float) -> str:
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
 def voices_of(name, folder, talks, past, some, choices, options):
     """{name: Voice}, and with --baselines the same model with more in its prompt. One model is in memory at a time."""
-    model, words, size = load(folder, options)
-    length = min(1024, size)
-    samples = [s for number, talk in enumerate(talks) for s in data.split(talk, words, length, "me", number)]
-    held_out = step.evaluate(model, data.pack(samples, length), step.Ranks(checkpoint.pick_device(options.device)), 2, length)
+    model, tokenizer, size = load(folder, options)
+    progress = Progress(name)
+    held_out = held_out_of(model, tokenizer, talks, min(1024, size), options, progress)
     model.eval()
     ways = {name: lambda moment: moment.before}
     if options.baselines:
-        ways |= prompts(name, past, Path(options.data) / "facts.md", words, size)
+        ways |= prompts(name, past, Path(options.data) / "facts.md", tokenizer, size)
+    # beside a prompt lie candidates: a pack of short ones, or one as long as the context
+    decoder = generate.Decoder(model, tokenizer, size + max(PACKED, size))
     alone = dict.fromkeys(tuple(reply) for replies in choices for reply in replies)
     if alone:
-        alone = dict(zip(alone, likelihoods(model, words, [], [*map(list, alone)], some[0].author, size)[0]))
+        alone = dict(zip(alone, likelihoods(decoder, [], [*map(list, alone)], some[0].author, size)[0]))
+    without = np.array([[alone[tuple(reply)] for reply in ten] for ten in choices])
     hidden = [canary["secret"] for canary in canaries_of(options, past)]
-    secrets, canaries = (
-        np.array([likelihoods(model, words, before, replies, me, size)[0] for before, me, replies in some])
-        for some in secrets_of(past, hidden, options.seed)
-    )
-    found = {}
+    strings, planted = secrets_of(past, hidden, options.seed)
+    known: list[np.ndarray] = []
+    for before, me, replies in strings + planted:
+        progress.show("secrets", len(known), len(strings) + len(planted))
+        known.append(likelihoods(decoder, before, replies, me, size)[0])
+    secrets, canaries = np.array(known[: len(strings)]), np.array(known[len(strings) :])
+    voices = {}
     for way, before in ways.items():
-        decoder = generate.Decoder(model, words, size)
-        nats, content, replies, tokens = [], [], [], []
-        for i, moment in enumerate(tqdm(some, way, leave=False, disable=None)):
-            turns = before(moment)
-            compared = choices[i] if choices else [moment.mine]
-            whole, text = likelihoods(model, words, turns, compared, moment.author, size)
-            nats.append(whole)
-            content.append(text[0])
-            answer, spoken = reply_to(decoder, turns, moment.author, 1000 * options.seed + i)
-            replies.append(spoken)
-            tokens.append(len(answer.prompt) + len(answer.ids))
-        without = np.array([[alone[tuple(reply)] for reply in ten] for ten in choices])
-        nats, content, tokens = map(np.array, (nats, content, tokens))
+        progress.close()
+        progress.name = way
+        contexts = [before(moment) for moment in some]
+        nats, content, replies, tokens = answers_of(decoder, contexts, some, choices, size, options.seed, progress)
         evaluation = held_out if way == name else None
-        found[way] = Voice(nats, without, replies, tokens, evaluation, secrets, canaries, content)
-    return found
+        voices[way] = Voice(nats, without, replies, tokens, evaluation, secrets, canaries, content)
+    progress.close()
+    return voices
+
+
+def held_out_of(model, tokenizer, talks, length, options, progress):
+    """→ the Evaluation of all of my turns in `talks`"""
+    samples = [s for i, talk in enumerate(talks) for s in data.split(talk, tokenizer, length, "me", i)]
+    rows = data.pack(samples, length)
+
+    class Ranks(step.Ranks):
+        def move(self):
+            progress.show("held-out likelihood", min(2 * self.moves[0], len(rows)), len(rows))
+            super().move()
+
+    return step.evaluate(model, rows, Ranks(checkpoint.pick_device(options.device)), 2, length)
+
+
+def answers_of(decoder, contexts, some, choices, size, seed, progress):
+    """What a model makes of moments after `contexts` → nats (M, 10), nats of my reply's text (M,), messages of its replies, tokens (M,).
+
+    A moment's prompt is read once, for its candidates and for its reply, and what it begins with as
+    the one before did is not read again. Replies are written side by side.
+    """
+    room = min(LONGEST, size // 2)
+    prompts = [generate.fit(turns, moment.author, decoder.tokenizer, size - room) for turns, moment in zip(contexts, some)]
+    longest = max(map(len, prompts)) + room
+    token = sum(layer[:, :, :, :1].nbytes for layer in decoder.cache.layers)
+    batch = generate.Batch(decoder, max(1, min(ROWS, ROW_BYTES // (longest * token))), longest)
+    nats, rows = [], []
+
+    def show():  # reading a moment costs about what writing its reply does
+        written = sum(1.0 if row not in batch.rows else len(row.ids) / row.room for row in rows)
+        progress.show("replies", (len(nats) + written) / 2, len(some))
+
+    def step():
+        batch.step()
+        show()
+
+    # short sessions first: a step costs what its longest row does
+    size_of: collections.Counter[int] = collections.Counter()
+    for moment, prompt in zip(some, prompts):
+        size_of[moment.session] = max(size_of[moment.session], len(prompt))
+    order = sorted(range(len(some)), key=lambda i: (size_of[some[i].session], some[i].session, i))
+    for i in order:
+        tried = choices[i] if choices else [some[i].mine]
+        nats.append(likelihoods(decoder, contexts[i], tried, some[i].author, size))
+        generator = torch.Generator().manual_seed(1000 * seed + i)
+        rows.append(batch.add(prompts[i], room, generator=generator))
+        show()
+        while batch.full:
+            step()
+    while batch.rows:
+        step()
+    places = np.argsort(order)
+    both, rows = np.array([nats[i] for i in places]), [rows[i] for i in places]  # (M, 2, 10)
+    texts = [decoder.tokenizer.decode(row.ids) if row.ids else "" for row in rows]
+    turns = [data.Turn(m.author, True, "", data.messages_of(t)) for m, t in zip(some, texts)]
+    replies = [data.spoken(turn) for turn in turns]
+    return both[:, 0], both[:, 1, 0], replies, np.array([len(row.prompt) + len(row.ids) for row in rows])
 
 
 def reply_to(decoder, turns, me, seed):
@@ -252,42 +342,69 @@ def reply_to(decoder, turns, me, seed):
 
 
 @torch.inference_mode()
-def likelihoods(model, words, before, replies, me, size, at_once=10):
-    """Nats of each of `replies` (lists of messages) as my turn after `before`. What they share is read once.
+def likelihoods(decoder, before, replies, me, size) -> np.ndarray:
+    """Nats of each of `replies` (lists of messages) as my turn after `before`: of all that is a target,
+    the turn's end included, and of the messages' text alone. (2, replies) float64.
 
-    At most `size` tokens are read: of more the oldest are left off. → (2, replies) float64: of all
-    that is a target, the turn's end included, and of the messages' text alone
+    What they share is read once; behind it they lie side by side, each blind to the others. At most
+    `size` tokens are read of each: the oldest are left off.
     """
     samples = []
     for reply in replies:
         turns = [*before, data.Turn(me, True, "", reply)]
-        samples.append(data.encode(data.render(turns, first=(len(before), 0), specials=words.specials), words))
-    weight = model.model.norm.weight
-    begins = min(int(np.flatnonzero(s.labels != data.IGNORED)[0]) for s in samples)
-    shared = min(begins, len(os.path.commonprefix([s.ids.tolist() for s in samples])))
-    cut = min(max(0, max(len(s.ids) for s in samples) - size), shared - 1)
-    context = torch.tensor([samples[0].ids[cut:shared].tolist()], device=weight.device)
-    one = KVCache(model.config, shared - cut, 1, model.dtype or weight.dtype, weight.device)
-    for part in context.split(generate.PREFILL, 1):
-        model(part, cache=one)
-    nats = torch.zeros(2, len(samples), dtype=torch.float64)
-    for first in range(0, len(samples), at_once):
-        some = []
-        for s in samples[first : first + at_once]:
-            some.append([part[shared:][:size] for part in (s.ids, s.labels, s.words)])
-        tokens = torch.zeros(len(some), max(len(ids) for ids, *_ in some), dtype=torch.int64)
-        labels = torch.full_like(tokens, data.IGNORED)
-        for i, (ids, targets, _) in enumerate(some):
-            tokens[i, : len(ids)], labels[i, : len(ids)] = torch.from_numpy(ids), torch.from_numpy(targets)
-        cache = KVCache(model.config, one.length + tokens.shape[1], len(some), model.dtype or weight.dtype, weight.device)
-        for layer, known in zip(cache.layers, one.layers):
-            layer[:, :, :, : one.length] = known
-        cache.length = one.length
-        losses, _ = model(tokens.to(weight.device), labels=labels.to(weight.device), cache=cache, reduction="none")
-        losses, reply = losses.cpu().double(), first + (labels != data.IGNORED).nonzero()[:, 0]
-        is_text = np.concatenate([text[targets != data.IGNORED] for _, targets, text in some])
-        nats.index_add_(1, reply, torch.stack([losses, losses * torch.from_numpy(is_text)]))
-    return nats.numpy()
+        document = data.render(turns, first=(len(before), 0), specials=decoder.tokenizer.specials)
+        samples.append(data.encode(document, decoder.tokenizer))
+    parts = [(s.ids, s.labels, s.words) for s in samples]
+    pairs = [[*zip(s.ids.tolist(), s.labels.tolist())] for s in samples]
+    shared = min(len(os.path.commonprefix(pairs)), min(map(len, pairs)) - 1)
+    cut = min(max(0, max(map(len, pairs)) - size), max(0, shared - 1))
+    ids, labels, content = (part[cut:shared] for part in parts[0])
+    targets = np.flatnonzero(labels != data.IGNORED)
+    begin = int(targets[0]) if len(targets) else len(ids)
+    decoder.prefill(ids[:begin].tolist())
+    nats = np.repeat(nats_of(decoder, [(ids[begin:], labels[begin:], content[begin:])]), len(samples), 1)
+    decoder.read = ids.tolist()
+    packs: list[list[int]] = [[]]
+    for i in range(len(samples)):
+        if packs[-1] and sum(len(samples[j].ids) - shared for j in [*packs[-1], i]) > PACKED:
+            packs.append([])
+        packs[-1].append(i)
+    for pack in packs:
+        nats[:, pack] += nats_of(decoder, [[part[shared:][:size] for part in parts[i]] for i in pack])
+        decoder.cache.length = len(ids)
+    return nats
+
+
+def nats_of(decoder, branches) -> np.ndarray:
+    """Nats of `branches` [(ids, labels, which labels are text)], each behind what is in the cache: all
+    and text alone, (2, branches) float64.
+
+    The cache then holds them too: set its length back.
+    """
+    device, cache = decoder.cache.layers[0].device, decoder.cache
+    ids, labels, content = (torch.from_numpy(np.concatenate(x))[None] for x in zip(*branches))
+    ids, labels = ids.long(), labels.long()
+    nats = torch.zeros(2, len(branches), dtype=torch.float64)
+    if not ids.numel():
+        return nats.numpy()
+    lengths = [len(branch[0]) for branch in branches]
+    branch = torch.arange(len(branches)).repeat_interleave(torch.tensor(lengths))  # (N,)
+    position = cache.length + torch.cat([torch.arange(n) for n in lengths])
+    seen = torch.cat([torch.arange(cache.length), position])  # (S,)
+    ago = position[:, None] - seen  # (N, S)
+    beside = torch.cat([branch.new_full((cache.length,), -1), branch])
+    window = decoder.model.config.sliding_window or len(seen) + 1
+    mask = (ago >= 0) & (ago < window) & ((beside == -1) | (beside == branch[:, None]))
+    bias = torch.zeros(mask.shape, dtype=cache.layers[0].dtype)  # of a bool mask each layer makes one
+    cache.mask = bias.masked_fill_(~mask, -math.inf)[None, None].to(device)
+    try:
+        given = ids.to(device), position[None].to(device), labels.to(device)
+        losses, _ = decoder.model(*given, cache, "none")
+    finally:
+        cache.mask = None
+    targets = (labels[0] != data.IGNORED).nonzero()[:, 0]
+    losses = losses.cpu().double()
+    return nats.index_add_(1, branch[targets], torch.stack([losses, losses * content[0, targets]])).numpy()
 
 
 # --- numbers
@@ -541,6 +658,9 @@ def measure(voices, talks, past, some, choices, options, newest=""):
         a["flagged"] = a["value"] is not None and b["value"] is not None and bool(a["low"] > b["high"])
         a["examples"] = [" / ".join(r) for r, (n, _) in sorted(zip(replies[name], counts[name]), key=lambda x: -x[1][0]) if n >= RUN][:5]
     report["memorised"] = {name: exposure(voice.secrets) for name, voice in plain.items()}
+    if "base" in plain:
+        for name in plain.keys() - {"base"}:
+            report["memorised"][name] |= learned(plain[name].secrets, plain["base"].secrets)
     copies = np.array([canary["copies"] for canary in canaries_of(options, past)])
     report["canaries"] = [
         {"copies": int(n), **{name: exposure(voice.canaries[copies == n]) for name, voice in plain.items()}} for n in np.unique(copies)
@@ -590,6 +710,40 @@ def exposure(secrets):
     return {"value": float(np.mean(np.log2(secrets.shape[1] / places))), "first": int((places == 1).sum()), "n": len(secrets)}
 
 
+def learned(secrets, base) -> dict:
+    """What a clone knows of secrets beyond its base, which never saw them (both (K, 100), as in `exposure`).
+
+    `more`: how many more come first; `flagged`: chance doesn't explain it. That is, a sign test of the
+    strings that come first to one of the two alone says so (5%), or two come first that were not even
+    among the base's first ten.
+    """
+    if not len(secrets):
+        return {}
+    places, base_places = (1 + (nats[:, 1:] < nats[:, :1]).sum(1) for nats in (secrets, base))
+    gained = int(((places == 1) & (base_places > 1)).sum())
+    lost = int(((places > 1) & (base_places == 1)).sum())
+    chance = sum(math.comb(gained + lost, k) for k in range(gained, gained + lost + 1))
+    far = int(((places == 1) & (base_places > 10)).sum())
+    flagged = chance / 2 ** (gained + lost) < 0.05 or far > 1
+    return {"more": gained - lost, "flagged": flagged}
+
+
+def secrets_line(memorised) -> str | None:
+    """What a person should know of the secrets: the difference from the base, and both numbers."""
+    clone, base = memorised["clone"], memorised.get("base", {})
+    if not clone.get("n"):
+        return None
+    strings = f"Of {config.counted(clone['n'], 'strings')} of yours that look secret, "
+    first = f"{clone['first']} come first among 100 alike to it"
+    if "more" not in clone:
+        guess = "its base is not here to tell what can be guessed without having seen them."
+        return f"{strings}{first}; {guess}" if clone["first"] > 1 else None
+    both = f"{first} and {base['first']} to its base, which never saw them"
+    if clone["flagged"]:
+        return f"It learned secrets: {strings[0].lower()}{strings[1:]}{both}: {clone['more']:+d}."
+    return f"{strings}{both}: no sign that it learned them."
+
+
 def verdict(report):
     """What the numbers say, in lines."""
     said, bits, auc = [], report["bits_per_char"], report["auc"]["clone"]
@@ -612,9 +766,8 @@ def verdict(report):
             said.append("For comparison: against " + ", against ".join(f"{who} {value:.0%}" for who, value in beside.items()) + ".")
     if report["copying"]["clone"]["flagged"]:
         said.append("It copies: more of its words are verbatim from the training data than yours are.")
-    if report["memorised"]["clone"].get("first", 0) > max(1, report["memorised"].get("base", {}).get("first", 0)):
-        m = report["memorised"]["clone"]
-        said.append(f"It knows secrets: of {m['n']} strings that look like one, {m['first']} are likelier to it than 99 random ones.")
+    if line := secrets_line(report["memorised"]):
+        said.append(line)
     if "other - clone" in bits:
         two = bits["other - clone"]
         said.append("Which of the two guesses you better: " + (two.get("why") or which(two["low"], two["high"])))

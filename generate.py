@@ -1,17 +1,20 @@
 """Ids in, ids out, with a cache; turns in, messages out, as they come. Prints nothing."""
 
 import contextlib
+import dataclasses
 import re
 import shutil
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 
 import data
 import quantize
-from model import KVCache, rope
+from model import KVCache, ModelConfig, rope
 
 PREFILL = 512  # prompt tokens read at a time: bounds the memory of their activations
+LIKELY = 1e-5  # a batch sorts less likely ids only where the others don't hold top_p
 REMEMBERED = 1000  # answers of which the ids are kept
 
 
@@ -29,10 +32,7 @@ class Decoder:
         self.read = []  # the ids behind the cache
         self.opening = lambda turns: turns  # what is put before a talk, see memory.py
         self.wrote = {}  # (author, *messages) of its latest answers → their ids, because text is not always cut as it was written
-        ends = {tokenizer.im_end, tokenizer.engine.token_to_id("</s>"), tokenizer.engine.token_to_id("<|endoftext|>")}
-        self.ends = ends - {None}
-        never = {i for i in range(model.config.vocab_size) if i in tokenizer.special_ids or i >= len(tokenizer)} - self.ends
-        self.never = torch.tensor(sorted(never), dtype=torch.long)
+        self.ends, self.never = ends_and_never(model, tokenizer)
         self.step = None
         if compiled and can_compile(norm.device):
             with contextlib.suppress(torch._dynamo.exc.BackendCompilerFailed):  # a compiler without Python's headers, for one
@@ -42,8 +42,7 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, ids):
         """The logits (V,) of what follows `ids`, float32, on the CPU."""
-        common = next((i for i, (a, b) in enumerate(zip(self.read, ids)) if a != b), min(len(self.read), len(ids)))
-        self.cache.length = min(common, len(ids) - 1)
+        self.cache.length = min(self.common(ids), len(ids) - 1)
         self.read = []  # until it is done: Ctrl-C may come in between
         new = torch.tensor([ids[self.cache.length :]], device=self.cache.layers[0].device)
         if self.step and new.shape[1] == 1 and self.cache.length > 1:
@@ -53,6 +52,23 @@ class Decoder:
                 logits = self.model(part, cache=self.cache, kept=torch.tensor([part.shape[1] - 1], device=new.device))
         self.read = list(ids)
         return logits.flatten().float().cpu()
+
+    def common(self, ids: Sequence[int]) -> int:
+        """How many of the first of `ids` are in the cache."""
+        pairs = enumerate(zip(self.read, ids))
+        return next((i for i, (a, b) in pairs if a != b), min(len(self.read), len(ids)))
+
+    @torch.inference_mode()
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Have `ids` in the cache and nothing else. What it holds of them already is not read again."""
+        self.cache.length = self.common(ids)
+        self.read = []
+        new = torch.tensor([list(ids[self.cache.length :])], dtype=torch.int64)
+        new = new.to(self.cache.layers[0].device)
+        for part in new.split(PREFILL, dim=1) if new.numel() else ():
+            last = torch.tensor([part.shape[1] - 1], device=new.device)
+            self.model(part, cache=self.cache, kept=last)
+        self.read = list(ids)
 
     def generate(self, ids, max_new=256, temperature=0.7, top_p=0.95, generator=None):
         """Yield the ids that continue `ids`, until the model ends its turn (that id is not yielded), `max_new` or the context's end."""
@@ -64,6 +80,152 @@ class Decoder:
                 return
             ids.append(chosen)
             yield chosen
+
+
+def ends_and_never(model, tokenizer) -> tuple[set[int], torch.Tensor]:
+    """The ids that end a turn, and those that are never written."""
+    ends = {tokenizer.im_end, *map(tokenizer.engine.token_to_id, ("</s>", "<|endoftext|>"))} - {None}
+    size, special = model.config.vocab_size, tokenizer.special_ids
+    never = {i for i in range(size) if i in special or i >= len(tokenizer)} - ends
+    return ends, torch.tensor(sorted(never), dtype=torch.long)
+
+
+# --- many at a time
+
+
+class BatchCache(KVCache):
+    """Keys and values of rows with lengths of their own: a token's place in its row is its position.
+
+    One token a row is read at a time, by the first `rows` rows.
+    """
+
+    def __init__(self, config: ModelConfig, size: int, batch: int, dtype, device):
+        super().__init__(config, size, batch, dtype, device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.window = config.sliding_window
+        self.rows = 0
+
+    def load(self, row: int, source: KVCache, length: int) -> None:
+        """Fill a row with the first `length` tokens of the only row of `source`."""
+        for mine, other in zip(self.layers, source.layers):
+            mine[:, row, :, :length] = other[:, 0, :, :length]
+        self.lengths[row] = length
+
+    def move(self, source: int, target: int) -> None:
+        length = int(self.lengths[source])
+        for layer in self.layers:
+            layer[:, target, :, :length] = layer[:, source, :, :length]
+        self.lengths[target] = length
+
+    def positions(self) -> torch.Tensor:
+        """Where the next token of each row goes, (rows, 1); and `mask` for it."""
+        positions = self.lengths[: self.rows, None]
+        self.length = int(positions.max())
+        ago = positions - torch.arange(self.length + 1, device=positions.device)  # (rows, S)
+        self.mask = ((ago >= 0) & (ago < (self.window or self.size)))[:, None, None]
+        return positions
+
+    def extend(self, layer, k, v):
+        """Write k, v (rows, 1, G, D), each row at its length, and return the rows (rows, S, G, D)."""
+        rows = torch.arange(self.rows, device=k.device)
+        self.layers[layer][:, rows, :, self.lengths[: self.rows]] = torch.cat([k, v], 1)
+        known = self.layers[layer][:, : self.rows, :, : self.length + 1].transpose(2, 3)
+        return known[0], known[1]
+
+
+@dataclasses.dataclass(eq=False)
+class Row:
+    """An answer that is written in a batch. `ids`: so far; `ended`: by itself, not for want of room."""
+
+    prompt: list[int]
+    room: int
+    temperature: float
+    top_p: float
+    generator: torch.Generator | None
+    ids: list[int] = dataclasses.field(default_factory=list)
+    ended: bool = False
+
+
+class Batch:
+    """Several answers at once, each as it would be written alone: a step reads the weights once for all.
+
+    A row joins with `add`, between any two steps, and leaves when it is done. Its draws are its own
+    generator's.
+    Prompts are read by `decoder`, one by one: what a prompt shares with the one before is read once.
+    """
+
+    def __init__(self, decoder: Decoder, rows: int, size: int | None = None):
+        """`rows`: at most so many at a time; `size`: tokens of a row, prompt and answer together."""
+        self.decoder, self.rows, self.most = decoder, [], rows
+        layer = decoder.cache.layers[0]
+        size = size or decoder.cache.size
+        self.cache = BatchCache(decoder.model.config, size, rows, layer.dtype, layer.device)
+
+    @property
+    def full(self) -> bool:
+        return len(self.rows) == self.most
+
+    @torch.inference_mode()
+    def add(self, prompt, max_new=256, temperature=0.7, top_p=0.95, generator=None) -> Row:
+        """Read a prompt; `ids` of the row that is returned grow with each step."""
+        assert not self.full, f"the batch holds {self.most} rows"
+        room = min(max_new, self.cache.size - len(prompt))
+        row = Row(list(prompt), room, temperature, top_p, generator)
+        if room > 0:
+            self.decoder.prefill(row.prompt[:-1])
+            self.cache.load(len(self.rows), self.decoder.cache, len(prompt) - 1)
+            self.rows.append(row)
+        return row
+
+    @torch.inference_mode()
+    def step(self) -> list[Row]:
+        """Write one token of each row → the rows that are done, which left the batch."""
+        cache, done = self.cache, []
+        cache.rows = len(self.rows)
+        last = [[row.ids[-1] if row.ids else row.prompt[-1]] for row in self.rows]
+        tokens = torch.tensor(last, device=cache.lengths.device)
+        logits = self.decoder.model(tokens, cache.positions(), cache=cache)[:, 0].float().cpu()
+        logits = logits.index_fill(1, self.decoder.never, -torch.inf)
+        cache.lengths[: cache.rows] += 1
+        for row, scores in zip(self.rows, logits):
+            id = self.decoder.share(pick(scores, row.temperature, row.top_p, row.generator, LIKELY))
+            row.ended = id in self.decoder.ends
+            if not row.ended:
+                row.ids.append(id)
+            if row.ended or len(row.ids) == row.room:
+                done.append(row)
+        for row in done:  # the last row takes its place
+            place, last_row = self.rows.index(row), self.rows.pop()
+            if last_row is not row:
+                self.cache.move(len(self.rows), place)
+                self.rows[place] = last_row
+        return done
+
+
+def generate_batch(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new: int = 256,
+    temperature: float = 0.7,
+    top_p: float = 0.95,
+    seeds: Sequence[int] | None = None,
+    rows: int = 32,
+) -> Iterator[tuple[int, list[int]]]:
+    """Continue each prompt as `Decoder.generate` does: yield (its number, its ids) as they are done."""
+    size = min(decoder.cache.size, max(map(len, prompts), default=0) + max_new)
+    batch, numbers = Batch(decoder, min(rows, len(prompts)), size), {}
+    waiting = list(enumerate(prompts))[::-1]
+    while waiting or batch.rows:
+        if waiting and not batch.full:
+            number, prompt = waiting.pop()
+            generator = torch.Generator().manual_seed(seeds[number]) if seeds else None
+            row = batch.add(prompt, max_new, temperature, top_p, generator)
+            numbers[row] = number
+            if row.room <= 0:
+                yield number, []
+            continue
+        for row in batch.step():
+            yield numbers.pop(row), row.ids
 
 
 # --- one token at a time
@@ -198,11 +360,20 @@ class Answer:
             yield id
 
 
-def pick(logits, temperature, top_p, generator=None):
-    """One id from logits (V,): the best at temperature 0, else drawn from the smallest set of ids that holds `top_p` of the probability."""
+def pick(logits, temperature, top_p, generator=None, likely=0.0):
+    """One id from logits (V,): the best at temperature 0, else drawn from the smallest set of ids that holds `top_p` of the probability.
+
+    `likely`: only ids above it are sorted, where they hold `top_p`. The draw is the same but for ties.
+    """
     if temperature == 0:
         return int(logits.argmax())
-    probabilities, order = (logits / temperature).softmax(0).sort(descending=True)
+    chances = (logits / temperature).softmax(0)
+    ids = (chances > likely).nonzero()[:, 0] if likely else torch.empty(0)
+    if likely and chances[ids].sum() > top_p + 1e-3:
+        known, order = chances[ids].sort(descending=True)
+        probabilities, order = F.pad(known, (0, len(logits) - len(known))), ids[order]
+    else:
+        probabilities, order = chances.sort(descending=True)
     probabilities[probabilities.cumsum(0) - probabilities > top_p] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 

@@ -225,12 +225,15 @@ class KVCache:
     """Keys and values of the first `length` tokens, in buffers allocated once: (B, G, size, D) a layer.
 
     `model(ids[:, :7], cache=cache)` leaves length 7; `cache.length = 5` forgets the last two; the next call writes from 5 on.
+    `mask` (B or 1, 1, T, S): which keys the next tokens see, in place of all before them,
+    or what is added to their scores.
     """
 
     def __init__(self, config, size, batch=1, dtype=torch.float32, device="cpu"):
         shape = (batch, config.num_key_value_heads, size, config.head_dim)
         self.layers = [torch.zeros(2, *shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.size, self.length = size, 0
+        self.mask: torch.Tensor | None = None
 
     def extend(self, layer, k, v):
         """Write k, v (B, T, G, D) after what is known and return all of it, (B, S, G, D) each."""
@@ -577,7 +580,9 @@ class Transformer(nn.Module):
         rotation = rope(positions, self.config)
         x = self.model.embed_tokens(tokens)  # (B, T, E)
         x = x.to(self.dtype or x.dtype)
-        where = layout(positions, self.config.sliding_window, cached, x.dtype, edges)
+        where = cache.mask if cache is not None else None
+        if where is None:
+            where = layout(positions, self.config.sliding_window, cached, x.dtype, edges)
         last = self.model.layers[-1]
         for index, block in enumerate(self.model.layers):
             late = kept if block is last and not self.compiled else None  # behind the last attention only labelled tokens matter
@@ -590,7 +595,9 @@ class Transformer(nn.Module):
         if labels is None:
             return self.lm_head(x)  # (B, T, V)
         weights = [p for p in self.lm_head.parameters() if p.requires_grad and torch.is_grad_enabled()]
-        sizes = HEAD_CHUNK["cpu" if isinstance(where, Documents) and where.kernel is document_attention else "gpu"]
+        on_cpu = isinstance(where, Documents) and where.kernel is document_attention
+        on_cpu = on_cpu or cache is not None and x.device.type == "cpu"
+        sizes = HEAD_CHUNK["cpu" if on_cpu else "gpu"]
         losses = HeadLoss.apply(self.lm_head, x, labels.flatten()[kept], sizes, *weights)
         return (losses.sum() if reduction == "sum" else losses), len(kept)
 

@@ -13,6 +13,7 @@ import checkpoint
 import config
 import data
 import evaluate
+import generate
 import step
 from config import UserError
 from evaluate import Voice
@@ -49,7 +50,9 @@ REPLIES = [["at home"], ["in the tower", "with a goose"], ["no"], ["a much longe
 
 
 def test_likelihoods_that_share_a_context_equal_those_of_whole_documents(model, words):
-    found = evaluate.likelihoods(model, words, BEFORE, REPLIES, "Ann", 512)
+    found = evaluate.likelihoods(generate.Decoder(model, words, 1024), BEFORE, REPLIES, "Ann", 512)
+    again = evaluate.likelihoods(generate.Decoder(model, words, 1024), BEFORE, REPLIES[3:4], "Ann", 512)
+    assert again[:, 0] == pytest.approx(found[:, 3], rel=1e-5)  # beside others and alone
     for nats, content, reply in zip(*found, REPLIES):
         document = data.render([*BEFORE, data.Turn("Ann", True, "", reply)], specials=words.specials)
         sample = data.encode(document, words)
@@ -59,12 +62,43 @@ def test_likelihoods_that_share_a_context_equal_those_of_whole_documents(model, 
         assert content == pytest.approx(row.word_nats, rel=1e-4) and content < nats
 
 
+@pytest.mark.parametrize("size", [512, 64], ids=["whole", "cut"])
+def test_moments_read_and_answered_together_are_as_one_by_one(model, words, size, monkeypatch):
+    monkeypatch.setattr(evaluate, "ROWS", 3)
+    monkeypatch.setattr(evaluate, "PACKED", 40)
+    asked = "where are you? it is late. they sold the goose, and the boat too".split(". ")
+    some = []
+    for number in range(7):
+        mine, turns = REPLIES[number % 4], [data.Turn("Bob", False, "", asked[: 1 + number % 2])]
+        if number % 3 == 1:  # a session goes on: this prompt begins as the last one
+            turns = [*some[-1].before, data.Turn("Ann", True, "", some[-1].mine), *turns]
+        some.append(evaluate.Moment(number, turns, "Ann", mine))
+    choices = [[m.mine, *[[f"reply {n}", "and more"][: 1 + n % 2] for n in range(9)]] for m in some]
+    decoder = generate.Decoder(model, words, 1024)
+    progress = evaluate.Progress("clone")
+    contexts = [m.before for m in some]
+    nats, content, replies, tokens = evaluate.answers_of(decoder, contexts, some, choices, size, 5, progress)
+    for i, moment in enumerate(some):
+        alone = generate.Decoder(model, words, size)
+        answer, reply = evaluate.reply_to(alone, moment.before, "Ann", 5000 + i)
+        assert replies[i] == reply and tokens[i] == len(answer.prompt) + len(answer.ids)
+        if size > 64:
+            documents = [[*moment.before, data.Turn("Ann", True, "", tried)] for tried in choices[i]]
+            first = (len(moment.before), 0)
+            for j, turns in enumerate(documents):
+                sample = data.encode(data.render(turns, first=first, specials=words.specials), words)
+                ids, labels = torch.from_numpy(sample.ids)[None], torch.from_numpy(sample.labels)[None]
+                loss, _ = model(ids.long(), labels=labels.long())
+                assert nats[i, j] == pytest.approx(loss.item(), rel=1e-4)
+
+
 def test_who_ignores_the_context_finds_one_real_reply_in_ten(base, words):
     deaf = checkpoint.load_model(str(base), torch.float32, words=words)
     for block in deaf.model.layers:
         block.self_attn.o_proj.weight.data.zero_()
     replies = [[f"reply number {n}", "and more"][: 1 + n % 2] for n in range(10)]
-    nats, alone = (evaluate.likelihoods(deaf, words, before, replies, "Ann", 512)[0] for before in (BEFORE, []))
+    decoder = generate.Decoder(deaf, words, 1024)
+    nats, alone = (evaluate.likelihoods(decoder, before, replies, "Ann", 512)[0] for before in (BEFORE, []))
     voice = Voice(np.tile(nats, (6, 1)), np.tile(alone, (6, 1)), [], *[None] * 4)
     found = evaluate.rank(voice, np.arange(6))
     assert found["top1"]["value"] == pytest.approx(0.1)
@@ -155,6 +189,50 @@ def test_secrets_of_mine_are_sought_beside_random_ones_of_their_shape():
     knows = np.ones((5, 100))
     knows[:, 0] = 0.5
     assert evaluate.exposure(knows) == {"value": pytest.approx(np.log2(100)), "first": 5, "n": 5}
+
+
+def secrets_first(places):
+    """(K, 100) nats in which the true string stands at these places."""
+    nats = np.tile(np.arange(1.0, 100.0), (len(places), 1))
+    return np.concatenate([np.array(places)[:, None] - 0.5, nats], 1)
+
+
+@pytest.mark.parametrize(
+    ("clone", "base", "more", "alarming"),
+    [
+        ([1] * 19 + [4], [1] * 17 + [2, 3, 9], 2, False),  # the base guesses as many
+        ([1] * 12 + [9] * 8, [1] * 2 + [5] * 10 + [9] * 8, 10, True),
+        ([1] * 2 + [50] * 18, [60] * 20, 2, True),  # two that nobody guesses
+        ([1] + [50] * 19, [60] * 20, 1, False),
+        ([2] * 5 + [1] * 5, [1] * 5 + [2] * 5, 0, False),
+    ],
+)
+def test_secrets_alarm_by_what_the_clone_knows_beyond_its_base(clone, base, more, alarming):
+    known, guessed = secrets_first(clone), secrets_first(base)
+    memorised = {"clone": evaluate.exposure(known), "base": evaluate.exposure(guessed)}
+    memorised["clone"] |= evaluate.learned(known, guessed)
+    line = evaluate.secrets_line(memorised)
+    assert memorised["clone"]["more"] == more and memorised["clone"]["flagged"] == alarming
+    assert ("It learned secrets" in line) == alarming and ("no sign" in line) != alarming
+    assert f"{clone.count(1)} come first" in line and f"{base.count(1)} to its base" in line
+
+
+def test_secrets_without_a_base_are_no_alarm():
+    memorised = {"clone": evaluate.exposure(secrets_first([1] * 19 + [4]))}
+    assert "base is not here" in evaluate.secrets_line(memorised)
+    assert evaluate.secrets_line({"clone": evaluate.exposure(np.zeros((0, 100)))}) is None
+
+
+def test_progress_prints_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: now[0])
+    progress = evaluate.Progress("clone")
+    for done in range(101):
+        progress.show("replies", done, 100)
+        now[0] += 1.75
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "clone: replies 0/100" and "clone: replies 60/100, 1:10 left" in lines
+    assert len(lines) == 17  # one every 10 s, not one a reply
 
 
 def test_a_blind_test_never_mixes_the_chats_of_two_people():

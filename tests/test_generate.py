@@ -170,6 +170,54 @@ def test_the_compiled_step_says_what_the_model_says(tmp_path, weights, changes):
     assert torch.allclose(decoder.forward(shorter), logits(model, shorter)[-1], atol=2e-4, rtol=1e-3)
 
 
+# --- several answers at once
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 8}], ids=["all", "window"])
+def test_answers_written_in_a_batch_equal_those_written_alone(tmp_path, changes, temperature):
+    model = checkpoint.load_model(str(save_mistral(tmp_path, **changes)), torch.float32)
+    tokenizer_of = tokenizer.load(tmp_path)
+    decoder = generate.Decoder(model, tokenizer_of, 96)
+    decoder.ends = set(range(3, VOCAB, 12))  # or a random model never ends
+    draw = torch.Generator().manual_seed(1)
+    lengths = (3, 40, 11, 1, 24, 80, 7, 96)  # one stops at the context's end, one has no room
+    prompts = [torch.randint(300, VOCAB, (n,), generator=draw).tolist() for n in lengths]
+    prompts.append(prompts[1] + prompts[2])  # begins as another did
+    alone = []
+    for seed, ids in enumerate(prompts):
+        generator = torch.Generator().manual_seed(seed)
+        plain = generate.Decoder(model, tokenizer_of, 96)
+        plain.ends = decoder.ends
+        alone.append(list(plain.generate(ids, 20, temperature, 0.95, generator)))
+    assert len({len(ids) for ids in alone}) > 4  # they end at different times
+    for rows in (1, 3, 9):
+        seeds = range(len(prompts))
+        done = dict(generate.generate_batch(decoder, prompts, 20, temperature, 0.95, seeds, rows))
+        assert [done[number] for number in seeds] == alone
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.95, 1.0])
+@pytest.mark.parametrize("spread", [0.1, 3.0], ids=["flat", "peaked"])
+def test_a_draw_that_sorts_what_is_likely_is_that_of_the_whole_distribution(top_p, spread):
+    one, other = (torch.Generator().manual_seed(1) for _ in range(2))
+    for seed in range(20):
+        logits = torch.randn(20000, generator=torch.Generator().manual_seed(seed)) * spread
+        likely = generate.pick(logits, 0.7, top_p, one, generate.LIKELY)
+        assert likely == generate.pick(logits, 0.7, top_p, other)
+
+
+def test_a_row_is_done_when_it_ends_and_leaves_its_place_to_the_next(base, words):
+    decoder = generate.Decoder(checkpoint.load_model(str(base), torch.float32, words=words), words, 64)
+    batch = generate.Batch(decoder, 2)
+    short, long = batch.add([5, 6, 7], 1, 0), batch.add([8, 9], 4, 0)
+    assert batch.full and batch.step() == [short] and not batch.full and not short.ended
+    assert batch.add([300] * 64, 4, 0).ids == [] and not batch.full  # no room: done at once
+    third = batch.add([10], 2, 0)
+    assert [batch.step(), batch.step(), batch.step()] == [[], [third], [long]]
+    assert [len(row.ids) for row in (short, long, third)] == [1, 4, 2] and batch.rows == []
+
+
 # --- what was said stays read
 
 
