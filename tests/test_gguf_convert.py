@@ -38,7 +38,6 @@ TEXTS = (
     "\U0001f986\U0001f986 duck \U0001f469\u200d\U0001f469\u200d\U0001f467 naïve Ａ //n",
     "<|im_start|>Bob\n>>> hi there<|im_end|>\n<|im_start|>Ann\n>>>",
 )
-SMOLLM2 = ROOT / "build" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def hf_model(family, **changes):
@@ -98,13 +97,19 @@ def byte_level_tokens(pre, extra=()):
     said = json.loads(engine.to_str())["model"]
     tokens = [*sorted(said["vocab"], key=said["vocab"].get), *extra]
     assert len(tokens) == VOCAB
+    types = [3] * 3 + [1] * (count - 3) + [4] * len(extra)
+    return bpe_tokens(pre, tokens, types, [" ".join(pair) for pair in said["merges"]])
+
+
+def bpe_tokens(pre, tokens, types, merges):
+    """A vocabulary in which <|im_start|> and <|im_end|> are the ids 1 and 2."""
 
     def write(writer):
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre)
         writer.add_token_list(tokens)
-        writer.add_token_types([3] * 3 + [1] * (count - 3) + [4] * len(extra))
-        writer.add_token_merges([" ".join(pair) for pair in said["merges"]])
+        writer.add_token_types(types)
+        writer.add_token_merges(merges)
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
         writer.add_add_bos_token(False)
@@ -499,16 +504,3 @@ def test_a_full_disk_is_named_before_anything_is_written(tmp_path, small, monkey
     with pytest.raises(UserError, match="GB are free"):
         gguf_convert.convert(path, tmp_path / "folder")
     assert [*tmp_path.iterdir()] == [path]
-
-
-@pytest.mark.skipif(not SMOLLM2.exists(), reason="SmolLM2 is not here: python examples/smollm2.py")
-def test_smollm2_knows_the_capital_of_france(tmp_path):
-    gguf_convert.convert(SMOLLM2, tmp_path / "smollm2")
-    model = checkpoint.load_model(tmp_path / "smollm2", torch.float32)
-    ours = tokenizer.load(tmp_path / "smollm2")
-    prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-    answer = "The capital of France is Paris.<|im_end|>"
-    ids, begin = ours.encode(prompt + answer)[0], len(ours.encode(prompt)[0])
-    with torch.no_grad():
-        greedy = model(torch.tensor([ids]))[0].argmax(-1).tolist()
-    assert greedy[begin - 1 : -1] == ids[begin:]
