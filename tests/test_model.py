@@ -238,7 +238,7 @@ def test_selective_recomputation_keeps_less_and_does_no_matmul_twice(adapter, ed
                 kept[recompute] = live.now
             loss.backward()
         matmuls[recompute] = counted.count
-    assert kept["none"] > 1.2 * kept["selective"] > 1.2**2 * kept["full"] > 0
+    assert kept["none"] > 1.15 * kept["selective"] > 1.15**2 * kept["full"] > 0
     assert matmuls["selective"] == matmuls["none"] < matmuls["full"]
 
 
