@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -337,23 +338,24 @@ def query_blocks(edges: list, size: int, window: int | None, dtype: torch.dtype)
     Keys begin at a multiple of `size` too: products have few shapes, each of which costs oneDNN time and memory when it is new.
     """
     count = math.ceil(edges[-1] / size)
-    token = torch.arange(count * size)
-    starts = token.clone()  # where each token's document begins; what fills the last block is a document a token
+    token = np.arange(count * size)
+    starts = token.copy()  # where each token's document begins; what fills the last block is a document a token
     for begin, end in zip(edges, edges[1:]):
         starts[begin:end] = begin
     if window:
-        starts = torch.maximum(starts, token - window + 1)
+        starts = np.maximum(starts, token - window + 1)
     blocks = []
     for first in range(0, count * size, size):
         queries = slice(first, first + size)
         begins, first_key = starts[queries, None], int(starts[first]) // size * size
         keys = token[first_key : first + size]
         hidden = (keys > token[queries, None]) | (keys < begins)
-        bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)[:, None]
         columns = [slice(0, len(keys))]
         if len(keys) > 2 * size and (begins < first_key + size).all():  # nothing is hidden in the middle
             columns = [slice(0, size), slice(len(keys) - size, len(keys))]
-        blocks.append(QueryBlock(first_key, [(part, bias[..., part]) for part in columns if bias[..., part].any()]))
+        biases = [(part, torch.from_numpy(hidden[:, None, part])) for part in columns if hidden[:, part].any()]
+        biases = [(part, torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask, -math.inf)) for part, mask in biases]
+        blocks.append(QueryBlock(first_key, biases))
     return blocks
 
 
