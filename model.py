@@ -26,6 +26,7 @@ GROUPS_WITH_A_MASK = ("cpu",)  # devices whose attention takes both; CUDA's memo
 HEAD_CHUNK = {"cpu": (256, 16), "gpu": (1024, 1024)}  # labelled tokens whose logits exist at one time; of these, in float32: 16 fit a cache
 RECOMPUTE = ("none", "selective", "full")
 CACHE = 1 << 17  # numbers at a time whose intermediates, in fp32, stay in a CPU core's cache
+ROUND = 64  # a CPU's products are of multiples of so many tokens: oneDNN makes code for every new shape, and keeps it
 BLOCK = 128  # queries at a time on a CPU: short enough to skip most of what causality hides
 
 
@@ -585,14 +586,16 @@ class Transformer(nn.Module):
         where = cache.mask if cache is not None else None
         if where is None:
             where = layout(positions, self.config.sliding_window, cached, x.dtype, edges)
-        last = self.model.layers[-1]
+        last, targets = self.model.layers[-1], kept
+        if labels is not None and kept.device.type == "cpu":
+            targets = F.pad(kept, (0, -len(kept) % ROUND))  # HeadLoss leaves off what is behind the labels
         for index, block in enumerate(self.model.layers):
-            late = kept if block is last and not self.compiled else None  # behind the last attention only labelled tokens matter
+            late = targets if block is last and not self.compiled else None  # behind the last attention only labelled tokens matter
             x = block(x, rotation, where, late, cache, 0 if cache is None else index)
         if cache is not None:
             cache.length += tokens.shape[1]
         if self.compiled:
-            x = chosen(x, kept)
+            x = chosen(x, targets)
         x = self.model.norm(x)
         if labels is None:
             return self.lm_head(x)  # (B, T, V)
@@ -607,22 +610,23 @@ class Transformer(nn.Module):
 class HeadLoss(torch.autograd.Function):
     """Cross-entropy of `head(hidden)`, exact in float32, with the logits of so many tokens at a time; `sizes` as in HEAD_CHUNK.
 
-    hidden (N, E), labels (N,) → losses (N,) float32. Each chunk's gradient is made beside its loss, so that the head's matmul runs
+    hidden (N or more, E), labels (N,) → losses (N,) float32. Each chunk's gradient is made beside its loss, so that the head's matmul runs
     once; they are the gradients of the sum, and backward scales them: whoever needs gradients must sum the losses.
     """
 
     @staticmethod
     def forward(ctx, head, hidden, labels, sizes, *weights):
         chunk, piece = sizes
-        losses = torch.zeros(len(hidden), device=hidden.device)
+        losses = torch.zeros(len(labels), device=hidden.device)
         train = any(ctx.needs_input_grad)
         grads = [torch.zeros_like(hidden), *(torch.zeros_like(w, dtype=torch.float32) for w in weights)] if train else []
-        for begin in range(0, len(hidden), chunk):
-            part = slice(begin, begin + chunk)
+        for begin in range(0, len(labels), chunk):
+            part, count = slice(begin, begin + chunk), min(chunk, len(labels) - begin)
             with torch.set_grad_enabled(train):
                 x = hidden[part].detach().requires_grad_(train)
                 logits = head(x)  # (n, V)
-            losses[part] = cross_entropy(logits.detach(), labels[part], piece)
+            logits.detach()[count:] = 0
+            losses[part] = cross_entropy(logits.detach()[:count], labels[part], piece)
             if train:  # the logits are their gradient now; no head's backward pass asks for them
                 part_grads = torch.autograd.grad(logits, (x, *weights), logits.detach())
                 grads[0][part] = part_grads[0]

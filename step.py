@@ -30,8 +30,9 @@ import lora
 import quantize
 from config import UserError
 from data import IGNORED
-from model import Transformer
+from model import ROUND, Transformer
 
+LONG = 4 * ROUND  # tokens of a row on a CPU from which on it is filled up to a multiple of ROUND
 BETAS = (0.9, 0.95)  # AdamW's
 SHARDS_BYTES = tuple(map(int, torch.__version__.split(".")[:2])) > (2, 11)  # 2.11's FSDP2 wants a gradient of every parameter
 RESERVE = 2 << 30  # bytes of a GPU beside live tensors, assumed: CUDA's context 0.5 GiB, workspaces 0.5, what the allocator can't use 1
@@ -262,10 +263,12 @@ class Batch(NamedTuple):
 def collate(rows, device, shape=(1, 1)):
     """Rows → Batch, as long as the longest row and at least of `shape`; what a row lacks is a document of its own, without targets.
 
-    On CUDA the number of edges is a power of two, so that compiled blocks see few sizes.
+    On CUDA the number of edges is a power of two, so that compiled blocks see few sizes; on a CPU long rows are multiples of ROUND.
     """
     device = torch.device(device)
     count, length = max(shape[0], len(rows)), max([shape[1], *(len(row.ids) for row in rows)])
+    if device.type == "cpu" and length > LONG:
+        length += -length % ROUND
     tokens, labels, positions = (np.full((count, length), fill, dtype=np.int64) for fill in (0, IGNORED, 0))
     edges = []
     for i, row in enumerate([*rows, *[None] * (count - len(rows))]):
