@@ -26,6 +26,9 @@ IN_DISGUISE = {  # the first bytes of what often lies where another file belongs
 }
 
 
+PRIMITIVES = "256"  # shapes whose kernels a CPU keeps; a thousand, the default, are gigabytes
+
+
 class UserError(Exception):
     """Something a person can mend: what is wrong, naming the file or the flag, and the way out."""
 
@@ -78,6 +81,8 @@ def parse(cls, argv=None, prog=None):
 
 def run(main):
     """Call `main()`; end with its UserError on stderr and exit code 2, with 130 on Ctrl-C. Under torchrun one rank a host speaks."""
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's, and ideep's above it
+        os.environ.setdefault(cache, PRIMITIVES)  # read at the first product
     os.umask(0o077)  # what our programs write is chats, or was made of them: for its owner's eyes
     for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
         if isinstance(stream, io.TextIOWrapper):  # Windows' pipes and files are in its old code pages, which have no emoji

@@ -253,7 +253,7 @@ def voices_of(name, folder, talks, past, some, choices, options):
     if options.baselines:
         ways |= prompts(name, past, Path(options.data) / "facts.md", tokenizer, size)
     # beside a prompt lie candidates: a pack of short ones, or one as long as the context
-    decoder = generate.Decoder(model, tokenizer, size + max(PACKED, size))
+    decoder = generate.Decoder(model, tokenizer, size + max(PACKED, size) + generate.ROUND)
     alone = dict.fromkeys(tuple(reply) for replies in choices for reply in replies)
     if alone:
         alone = dict(zip(alone, likelihoods(decoder, [], [*map(list, alone)], some[0].author, size)[0]))
@@ -381,12 +381,15 @@ def nats_of(decoder, branches) -> np.ndarray:
 
     The cache then holds them too: set its length back.
     """
-    device, cache = decoder.cache.layers[0].device, decoder.cache
+    device, cache, count = decoder.cache.layers[0].device, decoder.cache, len(branches)
+    tokens = sum(len(branch[0]) for branch in branches)
+    if not tokens:
+        return np.zeros((2, count))
+    filler = np.zeros(-tokens % generate.ROUND, np.int32)  # a branch of no targets: a CPU likes few shapes
+    branches = [*branches, (filler, filler + data.IGNORED, filler > 0)]
     ids, labels, content = (torch.from_numpy(np.concatenate(x))[None] for x in zip(*branches))
     ids, labels = ids.long(), labels.long()
     nats = torch.zeros(2, len(branches), dtype=torch.float64)
-    if not ids.numel():
-        return nats.numpy()
     lengths = [len(branch[0]) for branch in branches]
     branch = torch.arange(len(branches)).repeat_interleave(torch.tensor(lengths))  # (N,)
     position = cache.length + torch.cat([torch.arange(n) for n in lengths])
@@ -402,9 +405,11 @@ def nats_of(decoder, branches) -> np.ndarray:
         losses, _ = decoder.model(*given, cache, "none")
     finally:
         cache.mask = None
+    cache.length -= len(filler)
     targets = (labels[0] != data.IGNORED).nonzero()[:, 0]
     losses = losses.cpu().double()
-    return nats.index_add_(1, branch[targets], torch.stack([losses, losses * content[0, targets]])).numpy()
+    nats.index_add_(1, branch[targets], torch.stack([losses, losses * content[0, targets]]))
+    return nats[:, :count].numpy()
 
 
 # --- numbers

@@ -13,6 +13,7 @@ import data
 import quantize
 from model import KVCache, ModelConfig, rope
 
+ROUND = 16  # on a CPU a part of a prompt is read as a multiple of so many tokens, see model.ROUND
 PREFILL = 512  # prompt tokens read at a time: bounds the memory of their activations
 LIKELY = 1e-5  # a batch sorts less likely ids only where the others don't hold top_p
 REMEMBERED = 1000  # answers of which the ids are kept
@@ -49,7 +50,7 @@ class Decoder:
             logits = self.step(new)
         else:
             for part in new.split(PREFILL, dim=1):
-                logits = self.model(part, cache=self.cache, kept=torch.tensor([part.shape[1] - 1], device=new.device))
+                logits = self.read_part(part)
         self.read = list(ids)
         return logits.flatten().float().cpu()
 
@@ -66,9 +67,18 @@ class Decoder:
         new = torch.tensor([list(ids[self.cache.length :])], dtype=torch.int64)
         new = new.to(self.cache.layers[0].device)
         for part in new.split(PREFILL, dim=1) if new.numel() else ():
-            last = torch.tensor([part.shape[1] - 1], device=new.device)
-            self.model(part, cache=self.cache, kept=last)
+            self.read_part(part)
         self.read = list(ids)
+
+    def read_part(self, part: torch.Tensor) -> torch.Tensor:
+        """Have more ids (1, n) in the cache. → the logits (1, V) of what follows them"""
+        count = part.shape[1]
+        extra = -count % ROUND if part.device.type == "cpu" and count > 1 else 0
+        extra = min(extra, self.cache.size - self.cache.length - count)
+        last = torch.tensor([count - 1], device=part.device)
+        logits = self.model(F.pad(part, (0, extra)), cache=self.cache, kept=last)
+        self.cache.length -= extra  # what fills up the shape is forgotten
+        return logits
 
     def generate(self, ids, max_new=256, temperature=0.7, top_p=0.95, generator=None):
         """Yield the ids that continue `ids`, until the model ends its turn (that id is not yielded), `max_new` or the context's end."""

@@ -84,7 +84,8 @@ def cast(x, dtype):
 
 def pieces(x, *others):
     """Rows of tensors of equal length together, on a CPU as many as its cache holds: each piece goes through all steps of a formula."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    real = type(x) is torch.Tensor  # a plan's fake tensors stand for any device's
+    if x.device.type != "cpu" or not real or torch.compiler.is_compiling():
         return [(x, *others)]
     rows = max(1, CACHE // max(1, x[:1].numel()))
     return zip(*(tensor.split(rows) for tensor in (x, *others)))

@@ -234,7 +234,8 @@ def test_the_next_turn_reads_only_what_is_new(adapted, words):
         handle = decoder.model.register_forward_pre_hook(lambda model, given, told=told: told.append(given[0].shape[1]))
         decoder.forward(begin)
         handle.remove()
-        assert sum(told) <= len(begin) - len(answer.prompt) - len(answer.ids) + 1
+        new = len(begin) - len(answer.prompt) - len(answer.ids) + 1
+        assert sum(told) <= new + -new % generate.ROUND
 
 
 def test_a_prompt_with_known_ids_is_the_same_text(words):

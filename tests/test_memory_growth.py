@@ -100,12 +100,12 @@ def evaluates(rng):
     import step
 
     model, tokenizer = make_model().eval(), load_tokenizer()
-    decoder = generate.Decoder(model, tokenizer, SEQ_LEN)
+    decoder = generate.Decoder(model, tokenizer, SEQ_LEN + evaluate.PACKED)
     ranks = step.Ranks(torch.device("cpu"))
     while True:
         before = random_turns(rng)
         replies = [random_turns(rng)[0].messages for _ in range(3)]
-        evaluate.likelihoods(model, tokenizer, before, replies, "Bob", SEQ_LEN)
+        evaluate.likelihoods(decoder, before, replies, "Bob", SEQ_LEN)
         if rng.random() < 0.25:  # 64 tokens each: most of the time
             evaluate.reply_to(decoder, before, "Bob", rng.randrange(99))
         step.evaluate(model, [random_row(rng)], ranks, 1)
