@@ -16,7 +16,7 @@ ROOT = HERE.parent
 OUT = ROOT / "build" / "demo"
 QUESTIONS = ("Where are you?", "How are you?", "What are you doing at the weekend?")
 FRIEND = "Runa Vell"
-SMOLLM2 = "--lr 1e-3 --batch 2 --epochs 2 --device cpu"  # what four minutes on two cores are enough for
+SMOLLM2 = "--lr 1e-3 --batch 2 --max-steps 44 --samples 1 --device cpu"  # what four minutes on two cores are enough for
 TINY = "--lr 5e-3 --batch 4 --epochs 6 --device cpu"
 
 
@@ -37,7 +37,8 @@ def main():
     for question in QUESTIONS:
         print(f"{FRIEND}: {question}")
         for name, folder in (("the base", base), ("the clone", ckpt)):
-            for message in ask(folder, question):
+            answer = ask(folder, question)
+            for message in answer[:3] + ["…"] * (len(answer) > 3):  # the base doesn't know when to stop
                 print(f"    {name:>9}: {message}")
     result = json.loads((ckpt / "run.json").read_text(encoding="utf-8"))["result"]
     print(f"""
