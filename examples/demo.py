@@ -16,7 +16,7 @@ ROOT = HERE.parent
 OUT = ROOT / "build" / "demo"
 QUESTIONS = ("Where are you?", "How are you?", "What are you doing at the weekend?")
 FRIEND = "Runa Vell"
-SMOLLM2 = "--lr 1e-3 --batch 2 --max-steps 44 --samples 1 --device cpu"  # what four minutes on two cores are enough for
+SMOLLM2 = "--lr 1e-3 --batch 2 --max-steps 44 --samples 1 --device cpu"  # some five minutes on two cores
 TINY = "--lr 5e-3 --batch 4 --epochs 6 --device cpu"
 
 
