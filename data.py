@@ -369,6 +369,7 @@ class Cutter:
         self.turns, self.loss_on, self.tokenizer, self.number = turns, loss_on, tokenizer, number
         self.units = [(t, m) for t, turn in enumerate(turns) for m in range(len(turn.messages))]
         self.targets = [u for u, (t, m) in enumerate(self.units) if is_trained(turns[t], turns[t].messages[m], loss_on)]
+        self.turn_of = [self.units[u][0] for u in self.targets]
         begins = [begin for begin, _ in tokenizer.encode(document.text)[1]]
         self.places, at = [], 0
         for t, m in self.units:
@@ -389,7 +390,7 @@ class Cutter:
 
     def last_that_fits(self, done: int, room: int) -> int:
         """The last target (its place in `targets`) that stands in `room` tokens with target `done`: the end of a turn, if one fits."""
-        targets, turn_of = self.targets, [self.units[u][0] for u in self.targets]
+        targets, turn_of = self.targets, self.turn_of
         limit = self.places[targets[done]] + room - self.header(targets[done])
         last = max(done, bisect.bisect_left(targets, bisect.bisect_right(self.places, limit) - 1) - 1)
         ends = (k for k in range(last, done - 1, -1) if k + 1 == len(targets) or turn_of[k] != turn_of[k + 1])
