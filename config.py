@@ -1,6 +1,8 @@
 """What every program does alike: its command line (made from a frozen dataclass), its folders, JSON and tensor files, and how it ends."""
 
 import argparse
+import contextlib
+import ctypes
 import dataclasses
 import errno
 import functools
@@ -26,7 +28,8 @@ IN_DISGUISE = {  # the first bytes of what often lies where another file belongs
 }
 
 
-PRIMITIVES = "256"  # shapes whose kernels a CPU keeps; a thousand, the default, are gigabytes
+PRIMITIVES = "64"  # shapes whose kernels a CPU keeps; of a thousand, the default, they are gigabytes
+M_MMAP_THRESHOLD, MAPPED = -3, 1 << 20  # glibc's name for it; bytes from which on a tensor's memory goes back when it is freed
 
 
 class UserError(Exception):
@@ -83,6 +86,10 @@ def run(main):
     """Call `main()`; end with its UserError on stderr and exit code 2, with 130 on Ctrl-C. Under torchrun one rank a host speaks."""
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's, and ideep's above it
         os.environ.setdefault(cache, PRIMITIVES)  # read at the first product
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library than glibc
+            # else such memory lies between what is kept, and a run of many shapes takes twice what lives
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED)
     os.umask(0o077)  # what our programs write is chats, or was made of them: for its owner's eyes
     for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
         if isinstance(stream, io.TextIOWrapper):  # Windows' pipes and files are in its old code pages, which have no emoji

@@ -1,6 +1,7 @@
 """A training step beside transformers + PEFT: tokens/s, peak memory and losses, on the same packed rows, from the same weights.
 
     python -m bench.step                  LoRA and full fine-tuning of a small Mistral on this machine's CPU
+    python -m bench.step --base build/smollm2 --data data     the same of a real base, on rows of one's own
     bench/gpu.sh                          LoRA, QLoRA and full fine-tuning of a random 7B on one GPU, in eight minutes
     bench/gpu.sh --dry-run                the same script with a tiny model on the CPU
 
@@ -13,6 +14,7 @@ import argparse
 import concurrent.futures
 import json
 import multiprocessing
+import shutil
 import statistics
 import subprocess
 import sys
@@ -80,6 +82,9 @@ def main():
     parser.add_argument("--steps", type=int, default=6, help="of a timed process; the first is not counted")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kinds", default="lora,full")
+    parser.add_argument("--base", help="a model folder, in place of random weights (CPU)")
+    parser.add_argument("--data", help="a folder of data.py's, in place of the example export (CPU)")
+    parser.add_argument("--at", type=int, default=2, help="rows that ours takes at a time")
     parser.add_argument("--gpu", action="store_true", help="a 7B on a GPU, as bench/gpu.sh runs it")
     parser.add_argument("--dry-run", action="store_true", help="with --gpu: a tiny model on the CPU")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -109,7 +114,8 @@ def name(setting):
 
 
 def on_cpu(scratch, options):
-    prepare(Path(scratch), SMALL, rows=4)
+    prepare(Path(scratch), SMALL, rows=4, base=options.base, folder=options.data)
+    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; base {options.base or 'random, small'}")
     load, results = 0.0, {}
     for kind in options.kinds.split(","):
         results[kind], busy = compare(kind, scratch, options)
@@ -137,7 +143,7 @@ def compare(kind, scratch, options):
     setting = max(found, key=lambda pair: pair[0])[1]
     rounds = []
     for _ in range(options.rounds):
-        ours, theirs = timed(options.steps, who="ours", at=2), timed(options.steps, who="theirs", setting=setting)
+        ours, theirs = timed(options.steps, who="ours", at=options.at), timed(options.steps, who="theirs", setting=setting)
         rounds.append((ours, theirs))
         print(
             f"  ours {ours['tok_per_s']:,.0f} tok/s, {ours['peak_gib']:.2f} GiB; "
@@ -171,6 +177,13 @@ def idle():
         if busy <= BUSY:
             return busy
     raise UserError(f"{busy:.0%} of the processors are in use: figures would mean nothing", "Run it again when the machine is idle.")
+
+
+def processor():
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "a CPU")
+    flags = next((line for line in lines if line.startswith("flags")), "").split()
+    return name + "".join(f", {flag}" for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in flags)
 
 
 def usage():
@@ -254,8 +267,26 @@ def summary(found, predicted, hoped_speed):
 # --- what both sides are given
 
 
-def prepare(scratch, sizes, rows, device="cpu"):
-    """Random weights, an adapter and sessions in `scratch`. With Mistral's v1 vocabulary where mistral-common is installed."""
+def prepare(scratch, sizes, rows, device="cpu", base=None, folder=None):
+    """A base (random weights unless one is given), an adapter and sessions in `scratch`."""
+    if base:
+        (scratch / "base").symlink_to(Path(base).resolve())
+        model = checkpoint.load_model(base, torch.bfloat16)
+    else:
+        model = random_base(scratch, sizes, device)
+    lora.inject(model, **ADAPTER)
+    (scratch / "adapter").mkdir()
+    lora.save(model, scratch / "adapter", scratch / "base", {key: p.detach().cpu() for key, p in lora.trained(model).items()})
+    if folder:
+        shutil.copytree(folder, scratch / "data")
+    else:
+        export = [sys.executable, ROOT / "data.py", ROOT / "examples" / "telegram" / "result.json", "--out", scratch / "data"]
+        subprocess.run(export, check=True, stdout=subprocess.DEVNULL)
+    (scratch / "rows").write_text(str(rows))
+
+
+def random_base(scratch, sizes, device):
+    """`scratch`/base, with Mistral's v1 vocabulary where mistral-common is installed. → the model"""
     words = ROOT / "examples" / "base"
     try:
         import mistral_common
@@ -276,12 +307,7 @@ def prepare(scratch, sizes, rows, device="cpu"):
     (scratch / "base").mkdir()
     checkpoint.save_model(model, scratch / "base", words)
     words.save(scratch / "base")
-    lora.inject(model, **ADAPTER)
-    (scratch / "adapter").mkdir()
-    lora.save(model, scratch / "adapter", scratch / "base", {key: p.detach().cpu() for key, p in lora.trained(model).items()})
-    export = [sys.executable, ROOT / "data.py", ROOT / "examples" / "telegram" / "result.json", "--out", scratch / "data"]
-    subprocess.run(export, check=True, stdout=subprocess.DEVNULL)
-    (scratch / "rows").write_text(str(rows))
+    return model
 
 
 def rows_of(scratch, steps):
