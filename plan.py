@@ -9,6 +9,7 @@ import ctypes
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 import math
 import os
@@ -84,10 +85,9 @@ CARDS = {
     **{f"mac-{n}": Card(f"Mac with {n} GB", 0.75 * n, 0, 0, 0, "chat alone", 0) for n in (8, 16, 24, 32, 36, 48, 64, 96, 128)},
 }
 KNOWN = f"{', '.join(CARDS)}, cpu; or its memory alone: --gpu 16gb"
-# Peak: measured where it runs. The rest, and what a process holds, is fitted to the runs of `python -m bench.plan --calibrate`.
-CPU = Card("CPU", 0, 10, 0, 0.9, "fitted to our runs", 1, attention=0.2, unpacking=15, updating=2.7)
-PYTHON, SLACK = 0.46 * GIB, 0.46  # a CPU process: its libraries, and what of the activations the C library doesn't give back
-KERNELS, GROWN = 0.8 * GIB, 1.4  # over a run in bf16: oneDNN keeps up to 1024 kernels, one a shape; and what lies between is lost
+# A CPU's rates only rank what fits: what a step takes is timed (`time_step`).
+CPU = Card("CPU", 0, 10, 0, 0.9, "timed here", 1, attention=0.2, unpacking=15, updating=2.7)
+CPU_RESERVE = 0.65 * GIB  # a CPU process beside live tensors: Python, its libraries, the kernels of some shapes
 
 
 def read_bases() -> dict[str, dict]:
@@ -113,6 +113,7 @@ INSTALLED = 7.0e9, 3.0e9, 180  # bytes of the virtual environment with CUDA, byt
 START = 150  # seconds to read a 7B's weights, compile and try the longest rows, assumed
 KINDS = ("weights", "gradients", "optimizer", "activations", "head", "communication")
 BYTES, PER_MESSAGE, PER_TURN = 4, 4, 7  # tokens of a text: bytes each holds, and what the marks around add; our example's to 1%
+TIMED = 1 << 29  # weights of the blocks of a model that is timed whole
 FEW = 100  # tokens at a time at which a card works at half its rate, assumed
 
 
@@ -176,7 +177,8 @@ class Work:
 
     def takes(self, needs):
         """Bytes of what is free that a run takes whose step holds {kind: bytes}; of a GPU, RESERVE was left out of that before."""
-        return resident(needs, self.ways["dtype"]) if self.cpu else sum(needs.values())
+        copies = 1.5 * needs.get("optimizer", 0)  # a save's, of two moments and what is trained: written while training goes on
+        return sum(needs.values()) + (CPU_RESERVE + copies if self.cpu else 0)
 
     def seconds(self, card, rows, way):
         """A step's: matmuls, attention and memory traffic one after the other, or communication where that takes longer."""
@@ -349,7 +351,7 @@ class Config:
     seq_len: int = flag(1024, "tokens a row")
 
     check: bool = flag(False, "ask the hub if this account may fetch the base's files", group="the answer")
-    measure: bool = flag(False, "run a minute of steps on this machine's own device, and correct by it")
+    measure: bool = flag(False, "time some steps on this machine's GPU, and go by that; a CPU is always timed")
     json: bool = flag(False, "for programs")
 
 
@@ -373,7 +375,11 @@ def main():
         card = on_this_cpu(dtype)
     work = Work(shape, ways, math.ceil(batch / options.gpus), options.seq_len, options.gpus, some.labelled, some.document, not cpu, cpu)
     choice = choose(work, card, card.gib * GIB - (0 if cpu else step.RESERVE), *([[1, 2][: work.rows], RECOMPUTE] if cpu else []))
-    factor = corrected(work, choice, card) if options.measure else 1.0
+    factor = 1.0
+    if cpu or options.measure:
+        factor = time_step(work, choice, torch.device("cpu") if cpu else None) / dataclasses.replace(work, world=1).seconds(
+            card, choice.rows, choice.way
+        )
     found = figures(options, card, shape, some, work, choice, batch, steps, factor)
     print(json.dumps(found) if options.json else told(options, card, shape, some, choice, found))
 
@@ -516,13 +522,6 @@ def here(device, dtype):
     return card, available()
 
 
-def resident(needs, dtype=None):
-    """A CPU process's peak resident memory for {kind: bytes} that live in it; with `dtype`, after a whole run that computes in it."""
-    kernels, slack = (KERNELS, SLACK + GROWN) if dtype == torch.bfloat16 else (0, SLACK)
-    copies = 1.5 * needs.get("optimizer", 0) if dtype else 0  # a save's, of two moments and what is trained: written while training goes on
-    return PYTHON + kernels + sum(needs.values()) + slack * needs.get("activations", 0) + copies
-
-
 def available():
     """Bytes of memory that this machine can give now."""
     if sys.platform == "win32":
@@ -564,7 +563,7 @@ def figures(options, card, shape, some, work, choice, batch, steps, factor):
         "batch": batch,
         "steps": steps,
         "tok_per_s": round(batch * options.seq_len * FILLED / seconds, 1) if timed else None,
-        "efficiency": None if not timed else card.basis if factor == 1 else "measured here",
+        "efficiency": None if not timed else card.basis if factor == 1 else "timed here",
         "hours": round(hours, 3) if timed else None,
         "setup_hours": round(setup, 3),
         "cost": round(sum(total) / 2, 2) if priced else None,
@@ -634,10 +633,29 @@ def dollars(low, high):
 # --- this machine
 
 
-def try_out(work, choice, device, seconds=60, rows=None, steps=4):
-    """Train on random weights for so long, and `steps` at least. → (median seconds a step but the first, bytes that were live at most)
+def time_step(work, choice, device=None):
+    """Seconds of a step on this device (None: its GPU), timed with random weights.
 
-    `rows`: a step's, else made up. On a CPU storages are counted in one step more, which is not timed.
+    Of a model of more than TIMED weights fewer blocks are timed, twice; each further block takes as long.
+    """
+    device = device or checkpoint.pick_device()
+    layers = work.shape.num_hidden_layers
+    block = (work.shape.num_parameters - 2 * work.shape.vocab_size * work.shape.hidden_size) // layers
+    most = min(layers, max(2, TIMED // block))
+    counts = [most] if most == layers else [most // 2, most]
+    took = []
+    for count in counts:
+        shape = dataclasses.replace(work.shape, num_hidden_layers=count)
+        small = dataclasses.replace(work, shape=shape, rows=choice.rows, world=1)
+        took.append(try_out(small, choice, device, seconds=0 if device.type == "cpu" else 30))
+    further = (took[-1] - took[0]) / max(1, counts[-1] - counts[0])
+    return math.ceil(work.rows / choice.rows) * (took[-1] + (layers - most) * further)
+
+
+def try_out(work, choice, device, seconds=60, rows=None, steps=5, watch=None):
+    """Train on random weights for so long, and `steps` at least. → median seconds a step but the first two
+
+    `rows`: every step's, else made up, others for each step. `watch`, a step.Live: counts storages in one step more, which is not timed.
     """
     ranks = step.Ranks(device)
     given = {"adapter": None, "nf4": False, "pure": False} | work.ways
@@ -645,53 +663,36 @@ def try_out(work, choice, device, seconds=60, rows=None, steps=4):
     if device.type == "cuda" and work.compiled:
         model.compile_blocks()
     optimizer = step.make_optimizer(model, 1e-4, 0.0, given["pure"])
-    rows = rows or [made_up(work, seed) for seed in range(work.rows)]
+    seeds = itertools.count()
 
     def take():
+        some = rows or [made_up(work, next(seeds)) for _ in range(work.rows)]
         step.synchronise(device)
         before = time.perf_counter()
-        step.train_step(model, optimizer, step.micro_batches(rows, choice.rows, ranks, work.length), ranks)
+        step.train_step(model, optimizer, step.micro_batches(some, choice.rows, ranks, work.length), ranks)
         step.synchronise(device)
         return time.perf_counter() - before
 
-    began, took = time.perf_counter(), [take()]  # which also compiles
-    if device.type == "cuda":
-        most = torch.cuda.max_memory_allocated(device)
-    else:
-        with step.Live() as live:
-            live.known_before(model, optimizer)
+    began, took = time.perf_counter(), [take(), take()]  # which also compile
+    if watch is not None:
+        with watch:
+            watch.known_before(model, optimizer)
             take()
-        most = live.peak
     while len(took) < steps or time.perf_counter() - began < seconds:
         took.append(take())
-    return statistics.median(took[1:]), most
+    return statistics.median(took[2:])
 
 
 def made_up(work, seed):
-    """A Row of random tokens, in documents of one length."""
-    n, each = work.length, max(1, min(round(work.document), work.length))
-    ids = np.random.default_rng(seed).integers(0, work.shape.vocab_size, n)
+    """A Row of random tokens, in documents of random lengths."""
+    n, drawn, lengths = work.length, np.random.default_rng(seed), []
+    ids = drawn.integers(0, work.shape.vocab_size, n)
     labels = np.where(np.arange(n) % 100 < 100 * work.labelled, ids, data.IGNORED)
-    lengths = np.array([each] * (n // each) + ([n % each] if n % each else []))
+    while (left := n - sum(lengths)) > 0:
+        lengths.append(min(left, 1 + round(drawn.exponential(work.document - 1))))
+    lengths = np.array(lengths)
     zeros = np.zeros(len(lengths), dtype=np.int64)
     return data.Row(ids, labels, labels != data.IGNORED, lengths, zeros, zeros)
-
-
-def corrected(work, choice, card):
-    """By what the prediction of a step's time must be multiplied here: the same step of a model of at most four of the blocks."""
-    device = checkpoint.pick_device()
-    if work.cpu and device.type != "cpu":
-        device = torch.device("cpu")
-    shape = dataclasses.replace(work.shape, num_hidden_layers=min(4, work.shape.num_hidden_layers))
-    small = dataclasses.replace(work, shape=shape, rows=choice.rows, world=1, filled=1.0)
-    hoped, needs = small.seconds(card, choice.rows, choice.way), sum(small.memory(choice.rows, choice.way).values())
-    took, most = try_out(small, choice, device)
-    print(
-        f"measured on {device.type}, {shape.num_hidden_layers} blocks, {choice.rows} rows: {took:.3f} s a step, {hoped:.3f} predicted; "
-        f"{most / GIB:.2f} GiB, {needs / GIB:.2f} predicted",
-        file=sys.stderr,
-    )
-    return took / hoped
 
 
 def chat_needs(shape, size):

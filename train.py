@@ -10,6 +10,7 @@ What the best evaluation saw is what `ckpt/` ends as; whatever came after it was
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -234,6 +235,18 @@ class Steps:
                 return step.probe(self.model, job.rows, self.size, ranks, length, job.plan.batch > self.size * ranks.world)
             except step.NoRoom:
                 self.fewer()
+        if ranks.device.type == "cpu" and ranks.world == 1:
+            for rows in itertools.islice(batches(job.rows, job.plan, job.options.seed), 2):  # the first makes most kernels
+                rows, began = rows[: self.size], time.perf_counter()
+                step.probe(self.model, rows, self.size, ranks, length, False)
+            job.prediction["tok_per_s"] = speed = sum(len(row.ids) for row in rows) / (time.perf_counter() - began)
+            left = job.plan.steps - (job.note["step"] if job.note else 0)
+            hours = left * sum(len(row.ids) for row in job.rows) / job.plan.epoch / speed / 3600
+            trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+            job.prediction["gib"] = gib = step.peak_gib(ranks.device) + (12 * trained / 2**30 if job.options.keep else 0)  # a save's copies
+            job.say(
+                f"timed: {speed:,.0f} tok/s, {config.counted(left, 'steps')} in about {planning.clock(hours)}; {gib:.2f} GiB, saves included"
+            )
 
     def take(self, number, rows):
         """Step `number`. → its line of metrics.jsonl; NotFinite"""
@@ -505,11 +518,15 @@ def fit(job):
                 choice = pool.submit(planning.choose, work, card, free, sizes, kinds).result()
         size, way = choice.rows, RECOMPUTE.index(choice.way)
         needs = work.takes(choice.needs)
-        prediction = {"gib": needs / 2**30, "tok_per_s": plan.batch * options.seq_len * work.filled / choice.seconds}
-        job.say(
+        prediction = {"gib": needs / 2**30}
+        text = (
             f"{config.counted(size, 'rows at a time')}, recompute {choice.way}: {needs / 2**30:.2f} GiB predicted, "
-            f"{'of' if choice.fits else 'MORE than'} {free / 2**30:.1f} to use; {prediction['tok_per_s']:,.0f} tok/s"
+            f"{'of' if choice.fits else 'MORE than'} {free / 2**30:.1f} to use"
         )
+        if not work.cpu:  # a CPU is timed, by Steps.probe
+            prediction["tok_per_s"] = plan.batch * options.seq_len * work.filled / choice.seconds
+            text += f"; {prediction['tok_per_s']:,.0f} tok/s"
+        job.say(text)
     options = dataclasses.replace(options, micro_batch=ranks.share(size))
     return dataclasses.replace(job, options=options, ways={**ways, "recompute": RECOMPUTE[ranks.share(way)]}, prediction=prediction)
 
@@ -791,12 +808,24 @@ class Record:
         text += f", {before.bits:.3f} → {best.bits:.3f} bits per character"
         if "measured_gib" in self.prediction:
             said = "\npredicted {gib:.2f} GiB and {tok_per_s:,.0f} tok/s, measured {measured_gib:.2f} and {measured_tok_per_s:,.0f}"
-            text += said.format(**self.prediction)
+            text += said.format(**self.prediction) + unlike(self.prediction)
         if last is not best:
             text += "; later steps overfit and were discarded"
         if best.loss >= before.loss:
             text += "\nNothing was gained on held-out text: the base knew as much. More data, or a smaller --lr, may help."
         return f"{text}\nTalk to it: python chat.py {self.out}"
+
+
+def unlike(prediction):
+    """Why a run may have differed from its prediction, where it did by much; else nothing."""
+    faster = prediction["measured_tok_per_s"] / prediction["tok_per_s"]
+    larger = prediction["measured_gib"] / prediction["gib"]
+    text = ""
+    if not 1 / 1.15 < faster < 1.15:
+        text += f"\nSpeed differs by {faster - 1:+.0%}: what else ran on this machine, or its heat, changed meanwhile."
+    if not 1 / 1.1 < larger < 1.1:
+        text += f"\nMemory differs by {larger - 1:+.0%}: longer rows came, or what the C library didn't give back."
+    return text
 
 
 def draw(folder):
