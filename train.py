@@ -243,10 +243,12 @@ class Steps:
             left = job.plan.steps - (job.note["step"] if job.note else 0)
             hours = left * sum(len(row.ids) for row in job.rows) / job.plan.epoch / speed / 3600
             trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-            job.prediction["gib"] = gib = step.peak_gib(ranks.device) + (12 * trained / 2**30 if job.options.keep else 0)  # a save's copies
-            job.say(
-                f"timed: {speed:,.0f} tok/s, {config.counted(left, 'steps')} in about {planning.clock(hours)}; {gib:.2f} GiB, saves included"
-            )
+            gib = step.peak_gib(ranks.device)
+            if job.options.keep:
+                gib += 12 * trained / 2**30  # a save's copies, written while training goes on
+            job.prediction["gib"] = gib
+            long = f"{config.counted(left, 'steps')} in about {planning.clock(hours)}"
+            job.say(f"timed: {speed:,.0f} tok/s, {long}; {gib:.2f} GiB, saves included")
 
     def take(self, number, rows):
         """Step `number`. → its line of metrics.jsonl; NotFinite"""
