@@ -11,11 +11,20 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data  # noqa: E402
+import generate  # noqa: E402
+import plan  # noqa: E402
+import tokenizer as tokenizers  # noqa: E402
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 OUT = ROOT / "build" / "demo"
 QUESTIONS = ("Where are you?", "How are you?", "What are you doing at the weekend?")
-FRIEND = "Runa Vell"
+ME, FRIEND = "Odile Tarn", "Runa Vell"
+LONGEST = 40
 SMOLLM2 = "--lr 1e-3 --batch 2 --max-steps 44 --samples 1 --device cpu"  # some five minutes on two cores
 TINY = "--lr 5e-3 --batch 4 --epochs 6 --device cpu"
 
@@ -34,12 +43,12 @@ def main():
     flags = ("--model", base, "--data", OUT / "data", "--out", ckpt, *recipe.split())
     step("2. The base learns to talk like Odile", "train.py", "--lora", *flags)
     print("\n\033[1m3. Base and clone answer the same questions\033[0m\n")
-    for question in QUESTIONS:
+    answers = {"the base": ask(base, ckpt), "the clone": ask(ckpt, ckpt)}
+    for number, question in enumerate(QUESTIONS):
         print(f"{FRIEND}: {question}")
-        for name, folder in (("the base", base), ("the clone", ckpt)):
-            answer = ask(folder, question)
-            for message in answer[:3] + ["…"] * (len(answer) > 3):  # the base doesn't know when to stop
-                print(f"    {name:>9}: {message}")
+        for name, found in answers.items():
+            for line in found[number]:
+                print(f"    {name:>9}: {line}")
     result = json.loads((ckpt / "run.json").read_text(encoding="utf-8"))["result"]
     print(f"""
 Held-out loss: {result["loss_before"]:.2f} before, {result["loss"]:.2f} after; {time.time() - began:.0f} seconds in all.
@@ -65,10 +74,18 @@ def short(word):
     return str(word.relative_to(ROOT)) if isinstance(word, Path) else word
 
 
-def ask(folder, question):
-    command = [sys.executable, "chat.py", folder, "-p", question, "--as", FRIEND, "--seed", "1", "--device", "cpu", "--me", "Odile Tarn"]
-    done = subprocess.run([*map(str, command)], cwd=ROOT, check=True, capture_output=True, text=True, encoding="utf-8")
-    return done.stdout.splitlines()
+def ask(folder, ckpt):
+    """Answer each question as chat.py does, in one process and at most LONGEST tokens: the base doesn't know when to stop. → lines"""
+    tokenizer = tokenizers.load(ckpt)
+    model = plan.load_for_chat(folder, None, 512, torch.device("cpu"), tokenizer)
+    decoder, answers = generate.Decoder(model, tokenizer, 512), []
+    for question in QUESTIONS:
+        turns = [data.Turn(FRIEND, False, "", [question])]
+        answer = generate.Answer(decoder, turns, ME, LONGEST, seed=1)
+        for _ in answer:
+            pass
+        answers.append("\n".join(answer.messages).splitlines() + ["…"] * (not answer.ended))
+    return answers
 
 
 if __name__ == "__main__":
