@@ -3,7 +3,7 @@ VENV = .venv/bin
 
 .PHONY: demo test soak lint peers clean
 
-demo: .venv/run  ## an export becomes someone you can talk to, in five minutes on two CPU cores
+demo: .venv/run  ## an export becomes someone you can talk to, in four minutes on two CPU cores
 	$(VENV)/pip install --quiet --disable-pip-version-check "$$(sed -n 's/ *#.*//; /^gguf/p' requirements-extra.txt)"
 	$(VENV)/python examples/demo.py
 

@@ -826,7 +826,8 @@ def unlike(prediction):
     if not 1 / 1.15 < faster < 1.15:
         text += f"\nSpeed differs by {faster - 1:+.0%}: what else ran on this machine, or its heat, changed meanwhile."
     if not 1 / 1.1 < larger < 1.1:
-        text += f"\nMemory differs by {larger - 1:+.0%}: longer rows came, or what the C library didn't give back."
+        why = "longer rows came, or the C library kept more" if larger > 1 else "a checkpoint's copies were counted and not needed"
+        text += f"\nMemory differs by {larger - 1:+.0%}: {why}."
     return text
 
 

@@ -24,8 +24,8 @@ ROOT = HERE.parent
 OUT = ROOT / "build" / "demo"
 QUESTIONS = ("Where are you?", "How are you?", "What are you doing at the weekend?")
 ME, FRIEND = "Odile Tarn", "Runa Vell"
-LONGEST = 40
-SMOLLM2 = "--lr 1e-3 --batch 2 --max-steps 44 --samples 1 --device cpu"  # some five minutes on two cores
+LONGEST, SHOWN = 40, 4
+SMOLLM2 = "--lora-rank 128 --lora-alpha 64 --lr 4e-3 --batch 2 --max-steps 40 --samples 1 --device cpu"  # four minutes on two cores
 TINY = "--lr 5e-3 --batch 4 --epochs 6 --device cpu"
 
 
@@ -84,7 +84,8 @@ def ask(folder, ckpt):
         answer = generate.Answer(decoder, turns, ME, LONGEST, seed=1)
         for _ in answer:
             pass
-        answers.append("\n".join(answer.messages).splitlines() + ["…"] * (not answer.ended))
+        lines = "\n".join(answer.messages).splitlines()
+        answers.append(lines[:SHOWN] + ["…"] * (len(lines) > SHOWN or not answer.ended))
     return answers
 
 
