@@ -230,25 +230,31 @@ class Steps:
         if job.options.resume:  # an earlier start may have found out
             known = config.read_json(Path(job.options.out) / "micro-batch.json", {}).get("micro_batch", self.size)
             self.size = min(self.size, ranks.share(known))
-        while ranks.device.type == "cuda":
+        while ranks.device.type == "cuda" or ranks.device.type == "cpu" and ranks.world == 1:
             try:
+                if ranks.device.type == "cpu":
+                    return self.time_micro_batch()
                 return step.probe(self.model, job.rows, self.size, ranks, length, job.plan.batch > self.size * ranks.world)
             except step.NoRoom:
                 self.fewer()
-        if ranks.device.type == "cpu" and ranks.world == 1:
-            for rows in itertools.islice(batches(job.rows, job.plan, job.options.seed), 2):  # the first makes most kernels
-                rows, began = rows[: self.size], time.perf_counter()
-                step.probe(self.model, rows, self.size, ranks, length, False)
-            job.prediction["tok_per_s"] = speed = sum(len(row.ids) for row in rows) / (time.perf_counter() - began)
-            left = job.plan.steps - (job.note["step"] if job.note else 0)
-            hours = left * sum(len(row.ids) for row in job.rows) / job.plan.epoch / speed / 3600
+
+    def time_micro_batch(self):
+        """Predict the run from two micro-batches, of which the second is timed: the first one makes most kernels. NoRoom"""
+        job, plan = self.job, self.job.plan
+        for rows in itertools.islice(batches(job.rows, plan, job.options.seed), 2):
+            rows, began = rows[: self.size], time.perf_counter()
+            step.probe(self.model, rows, self.size, job.ranks, job.options.seq_len, False)
+            seconds = time.perf_counter() - began
+        speed = sum(len(row.ids) for row in rows) / seconds
+        left = plan.steps - (job.note["step"] if job.note else 0)
+        hours = left * sum(len(row.ids) for row in job.rows) / plan.epoch / speed / 3600
+        gib = step.peak_gib(job.ranks.device)
+        if job.options.keep:
             trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-            gib = step.peak_gib(ranks.device)
-            if job.options.keep:
-                gib += 12 * trained / 2**30  # a save's copies, written while training goes on
-            job.prediction["gib"] = gib
-            long = f"{config.counted(left, 'steps')} in about {planning.clock(hours)}"
-            job.say(f"timed: {speed:,.0f} tok/s, {long}; {gib:.2f} GiB, saves included")
+            gib += 12 * trained / 2**30  # a save's copies, written while training goes on
+        job.prediction.update(tok_per_s=speed, gib=gib)
+        long = f"{config.counted(left, 'steps')} in about {planning.clock(hours)}"
+        job.say(f"timed: {speed:,.0f} tok/s, {long}; {gib:.2f} GiB, saves included")
 
     def take(self, number, rows):
         """Step `number`. → its line of metrics.jsonl; NotFinite"""

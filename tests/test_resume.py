@@ -450,7 +450,11 @@ def poisoned(model, batches, *given):
     calls.extend([1] * (type(batches[0].tokens) is torch.Tensor))  # not a prediction's
     return add(model, batches, *given) * (float("nan") if len(calls) in {4, 6} else 1.0)
 
-step.gradients = poisoned
+def timed(*given, probe=step.probe):
+    probe(*given)
+    calls.clear()  # a step's are counted
+
+step.gradients, step.probe = poisoned, timed
 config.run(train.main)
 """
 
