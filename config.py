@@ -29,7 +29,8 @@ IN_DISGUISE = {  # the first bytes of what often lies where another file belongs
 
 
 PRIMITIVES = "64"  # shapes whose kernels a CPU keeps; of a thousand, the default, they are gigabytes
-M_MMAP_THRESHOLD, MAPPED = -3, 1 << 20  # glibc's name for it; bytes from which on a tensor's memory goes back when it is freed
+M_MMAP_THRESHOLD = -3  # mallopt's option, from glibc's malloc.h
+MAPPED = 1 << 20  # bytes: memory of this size and more goes back to the system when it is freed
 
 
 class UserError(Exception):

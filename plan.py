@@ -57,6 +57,7 @@ class Card:
 
 
 UNKNOWN = "unknown"  # the basis of a card of which memory alone is known
+TIMED_HERE = "timed here"  # ... of a speed that was measured on this machine
 NO_BF16 = "no bf16"  # NVIDIA before Ampere
 # Memory: as torch's own out-of-memory messages give it. Bandwidth and peak: NVIDIA's data sheets and architecture papers, without
 # sparsity; GeForce cards at the rate for fp32 sums. Links: what collectives reach, assumed. Efficiencies: docs/PLAN.md derives them.
@@ -86,7 +87,8 @@ CARDS = {
 }
 KNOWN = f"{', '.join(CARDS)}, cpu; or its memory alone: --gpu 16gb"
 # A CPU's rates only rank what fits: what a step takes is timed (`time_step`).
-CPU = Card("CPU", 0, 10, 0, 0.9, "timed here", 1, attention=0.2, unpacking=15, updating=2.7)
+CPU = Card("CPU", 0, 10, 0, 0.9, TIMED_HERE, 1, attention=0.2, unpacking=15, updating=2.7)
+SAVED = 1.5  # a checkpoint copies two moments and what is trained: bytes, for each of the optimizer's, while training goes on
 CPU_RESERVE = 0.65 * GIB  # a CPU process beside live tensors: Python, its libraries, the kernels of some shapes
 
 
@@ -177,8 +179,7 @@ class Work:
 
     def takes(self, needs):
         """Bytes of what is free that a run takes whose step holds {kind: bytes}; of a GPU, RESERVE was left out of that before."""
-        copies = 1.5 * needs.get("optimizer", 0)  # a save's, of two moments and what is trained: written while training goes on
-        return sum(needs.values()) + (CPU_RESERVE + copies if self.cpu else 0)
+        return sum(needs.values()) + (CPU_RESERVE + SAVED * needs.get("optimizer", 0) if self.cpu else 0)
 
     def seconds(self, card, rows, way):
         """A step's: matmuls, attention and memory traffic one after the other, or communication where that takes longer."""
@@ -377,9 +378,9 @@ def main():
     choice = choose(work, card, card.gib * GIB - (0 if cpu else step.RESERVE), *([[1, 2][: work.rows], RECOMPUTE] if cpu else []))
     factor = 1.0
     if cpu or options.measure:
-        factor = time_step(work, choice, torch.device("cpu") if cpu else None) / dataclasses.replace(work, world=1).seconds(
-            card, choice.rows, choice.way
-        )
+        alone = dataclasses.replace(work, world=1, filled=1.0)
+        seconds = time_step(work, choice, torch.device("cpu") if cpu else None)
+        factor = seconds / alone.seconds(card, choice.rows, choice.way)
     found = figures(options, card, shape, some, work, choice, batch, steps, factor)
     print(json.dumps(found) if options.json else told(options, card, shape, some, choice, found))
 
@@ -563,7 +564,7 @@ def figures(options, card, shape, some, work, choice, batch, steps, factor):
         "batch": batch,
         "steps": steps,
         "tok_per_s": round(batch * options.seq_len * FILLED / seconds, 1) if timed else None,
-        "efficiency": None if not timed else card.basis if factor == 1 else "timed here",
+        "efficiency": None if not timed else card.basis if factor == 1 else TIMED_HERE,
         "hours": round(hours, 3) if timed else None,
         "setup_hours": round(setup, 3),
         "cost": round(sum(total) / 2, 2) if priced else None,
@@ -600,7 +601,7 @@ def told(options, card, shape, some, choice, found):
     speed = "unknown: only this card's memory is known; one without bf16 needs more"
     if timed:
         share = f", {card.efficiency:.0%} of {card.peak:,.3g} TFLOP/s in matmuls"
-        speed = f"{found['tok_per_s']:,.0f} tok/s{'' if card.basis == UNKNOWN else share} ({known})"
+        speed = f"{found['tok_per_s']:,.0f} tok/s{'' if card.basis == UNKNOWN or known == TIMED_HERE else share} ({known})"
         time_ = f"{clock(found['hours'])} of training{'; ' if found['setup_hours'] else ''}"
     else:
         money = "unknown, as the time is"
@@ -640,7 +641,7 @@ def time_step(work, choice, device=None):
     """
     device = device or checkpoint.pick_device()
     layers = work.shape.num_hidden_layers
-    block = (work.shape.num_parameters - 2 * work.shape.vocab_size * work.shape.hidden_size) // layers
+    block = sum(wide * out for wide, out, _ in work.shape.linears.values())
     most = min(layers, max(2, TIMED // block))
     counts = [most] if most == layers else [most // 2, most]
     took = []

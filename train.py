@@ -250,8 +250,8 @@ class Steps:
         hours = left * sum(len(row.ids) for row in job.rows) / plan.epoch / speed / 3600
         gib = step.peak_gib(job.ranks.device)
         if job.options.keep:
-            trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-            gib += 12 * trained / 2**30  # a save's copies, written while training goes on
+            states = self.optimizer.state.values()
+            gib += planning.SAVED * sum(tensor.nbytes for state in states for tensor in state.values()) / 2**30
         job.prediction.update(tok_per_s=speed, gib=gib)
         long = f"{config.counted(left, 'steps')} in about {planning.clock(hours)}"
         job.say(f"timed: {speed:,.0f} tok/s, {long}; {gib:.2f} GiB, saves included")
@@ -814,26 +814,27 @@ class Record:
             draw(self.out)
         text = f"best at epoch {best.epoch:.1f}: {before.loss:.2f} → {best.loss:.2f} nats a target"
         text += f", {before.bits:.3f} → {best.bits:.3f} bits per character"
-        if "measured_gib" in self.prediction:
-            said = "\npredicted {gib:.2f} GiB and {tok_per_s:,.0f} tok/s, measured {measured_gib:.2f} and {measured_tok_per_s:,.0f}"
-            text += said.format(**self.prediction) + unlike(self.prediction)
         if last is not best:
             text += "; later steps overfit and were discarded"
+        if "measured_gib" in self.prediction:
+            text += compare_prediction(self.prediction)
         if best.loss >= before.loss:
             text += "\nNothing was gained on held-out text: the base knew as much. More data, or a smaller --lr, may help."
         return f"{text}\nTalk to it: python chat.py {self.out}"
 
 
-def unlike(prediction):
-    """Why a run may have differed from its prediction, where it did by much; else nothing."""
+def compare_prediction(prediction):
+    """What was predicted and measured, and why they may differ where they do by much. → lines"""
+    text = "\npredicted {gib:.2f} GiB and {tok_per_s:,.0f} tok/s, measured {measured_gib:.2f} and {measured_tok_per_s:,.0f}"
+    text = text.format(**prediction)
     faster = prediction["measured_tok_per_s"] / prediction["tok_per_s"]
     larger = prediction["measured_gib"] / prediction["gib"]
-    text = ""
     if not 1 / 1.15 < faster < 1.15:
-        text += f"\nSpeed differs by {faster - 1:+.0%}: what else ran on this machine, or its heat, changed meanwhile."
+        text += f"\nSpeed differs by {faster - 1:+.0%}: perhaps other programs ran, or the machine slowed down."
     if not 1 / 1.1 < larger < 1.1:
-        why = "longer rows came, or the C library kept more" if larger > 1 else "a checkpoint's copies were counted and not needed"
-        text += f"\nMemory differs by {larger - 1:+.0%}: {why}."
+        less = "room for saving a checkpoint was counted and not needed"
+        reason = "libraries kept more than is counted for them" if larger > 1 else less
+        text += f"\nMemory differs by {larger - 1:+.0%}: perhaps {reason}."
     return text
 
 

@@ -4,7 +4,7 @@
     python -m bench.plan --base build/smollm2 --data data    a real base, on rows of one's own
 
 Nothing is fitted to these models: memory is live tensors and plan.CPU_RESERVE, time is timed (`plan.time_step`, as plan.py does, on
-random weights of a few blocks). A process of its own predicts, another one takes 12 steps, each of other rows; medians but the first.
+random weights). A process of its own predicts, another one takes 12 steps, each of other rows; medians but the first.
 The last line is JSON. It refuses to time on a busy machine.
 """
 
@@ -26,7 +26,7 @@ import data
 import plan
 import step
 import tokenizer as tokenizers
-from bench.step import ROOT, idle
+from bench.step import ROOT, idle, write_example_data
 from model import ModelConfig
 
 WAYS = {"lora": {"adapter": {"rank": 32, "alpha": 16}}, "full": {}}
@@ -54,23 +54,19 @@ def main():
         return
     runs = [(options.base, kind, 2, 1024) for kind in ("lora", "full")] if options.base else RUNS
     with tempfile.TemporaryDirectory() as folder:
-        rows = options.data
-        if not rows:
-            rows = f"{folder}/data"
-            export = [sys.executable, ROOT / "data.py", ROOT / "examples" / "telegram" / "result.json", "--out", rows]
-            subprocess.run(export, check=True, stdout=subprocess.DEVNULL)
-        compare(runs, rows)
+        compare(runs, options.data or write_example_data(f"{folder}/data"))
 
 
 def compare(runs, folder):
     errors = {"gib": [], "seconds": []}
     for base, kind, rows, length in runs:
         given = {"base": base, "kind": kind, "rows": rows, "length": length, "folder": folder}
-        said, was = (run(what=what, **given) for what in ("predict", "measure"))
+        predicted = run(what="predict", **given)
+        measured = run(what="measure", **given)
         line = [f"{Path(base).name}, {kind}, {rows} x {length}"]
         for name, pairs in errors.items():
-            pairs.append(said[name] / was[name] - 1)
-            line.append(f"{said[name]:.2f} / {was[name]:.2f} | {pairs[-1]:+.1%}")
+            pairs.append(predicted[name] / measured[name] - 1)
+            line.append(f"{predicted[name]:.2f} / {measured[name]:.2f} | {pairs[-1]:+.1%}")
         print("| " + " | ".join(line) + " |", flush=True)
     sums = {name: {"mean": statistics.mean(map(abs, pairs)), "worst": max(pairs, key=abs)} for name, pairs in errors.items()}
     print(json.dumps({name: {key: round(value, 4) for key, value in pair.items()} for name, pair in sums.items()}))
@@ -84,25 +80,28 @@ def run(**job):
 
 def work(what, base, kind, rows, length, folder):
     """One process. → {"gib": peak memory of the process, "seconds": a step's}"""
-    words = tokenizers.load(base if base not in SHAPES else ROOT / "examples" / "base")
-    shape = SHAPES[base] if base in SHAPES else checkpoint.fitted(Path(base), words)
-    some = data.rows(Path(folder) / "train.jsonl", words, length)
-    some = [row for row in some if len(row.ids) == length]
+    small = base in SHAPES
+    tokenizer = tokenizers.load(ROOT / "examples" / "base" if small else base)
+    model_config = SHAPES[base] if small else checkpoint.fitted(Path(base), tokenizer)
+    packed = data.rows(Path(folder) / "train.jsonl", tokenizer, length)
+    packed = [row for row in packed if len(row.ids) == length]
     if what == "measure":
-        return measure(shape, kind, rows, some, base if base not in SHAPES else None)
-    tokens, labelled, _ = step.sizes(some)
-    documents = sum(len(row.doc_lengths) for row in some)
+        return measure(model_config, kind, rows, packed, None if small else base)
+    tokens, labelled, _ = step.sizes(packed)
+    documents = sum(len(row.doc_lengths) for row in packed)
     given = {"dtype": checkpoint.compute_dtype(torch.device("cpu")), **WAYS[kind]}
-    job = plan.Work(shape, given, ROWS, length, 1, labelled / tokens, tokens / documents, False, True, filled=1.0)
+    shares = {"labelled": labelled / tokens, "document": tokens / documents, "filled": 1.0}
+    job = plan.Work(model_config, given, ROWS, length, compiled=False, cpu=True, **shares)
     needs = job.memory(rows, "none")
     choice = plan.Choice(rows, "none", needs, 0, True)
-    return {"gib": (sum(needs.values()) + plan.CPU_RESERVE) / plan.GIB, "seconds": plan.time_step(job, choice, torch.device("cpu"))}
+    gib = (sum(needs.values()) + plan.CPU_RESERVE) / plan.GIB
+    return {"gib": gib, "seconds": plan.time_step(job, choice, torch.device("cpu"))}
 
 
-def measure(shape, kind, size, rows, folder):
+def measure(model_config, kind, size, rows, folder):
     ranks = step.Ranks(torch.device("cpu"))
     dtype = checkpoint.compute_dtype(ranks.device)
-    model = step.build(shape, ranks, folder, **{"adapter": None, "dtype": dtype, **WAYS[kind]})
+    model = step.build(model_config, ranks, folder, **{"adapter": None, "dtype": dtype, **WAYS[kind]})
     optimizer = step.make_optimizer(model, 1e-4, 0.0, kind == "pure")
     drawn, took = random.Random(0), []
     for _ in range(12):

@@ -280,9 +280,15 @@ def prepare(scratch, sizes, rows, device="cpu", base=None, folder=None):
     if folder:
         shutil.copytree(folder, scratch / "data")
     else:
-        export = [sys.executable, ROOT / "data.py", ROOT / "examples" / "telegram" / "result.json", "--out", scratch / "data"]
-        subprocess.run(export, check=True, stdout=subprocess.DEVNULL)
+        write_example_data(scratch / "data")
     (scratch / "rows").write_text(str(rows))
+
+
+def write_example_data(folder):
+    """Make `folder` of the example export. → the folder"""
+    export = [sys.executable, ROOT / "data.py", ROOT / "examples" / "telegram" / "result.json", "--out", folder]
+    subprocess.run(export, check=True, stdout=subprocess.DEVNULL)
+    return folder
 
 
 def random_base(scratch, sizes, device):

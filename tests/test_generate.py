@@ -230,12 +230,12 @@ def test_the_next_turn_reads_only_what_is_new(adapted, words):
         turns += [Turn("Ann", True, "", answer.messages), Turn("Bob", False, "", [f"and {number}"])]
         begin = generate.fit(turns, "Ann", words, 240, decoder.wrote)
         assert begin[: len(answer.prompt) + len(answer.ids)] == answer.prompt + answer.ids
-        told = []
-        handle = decoder.model.register_forward_pre_hook(lambda model, given, told=told: told.append(given[0].shape[1]))
+        lengths = []
+        handle = decoder.model.register_forward_pre_hook(lambda model, given, lengths=lengths: lengths.append(given[0].shape[1]))
         decoder.forward(begin)
         handle.remove()
         new = len(begin) - len(answer.prompt) - len(answer.ids) + 1
-        assert sum(told) <= new + -new % generate.ROUND
+        assert sum(lengths) <= new + -new % generate.ROUND
 
 
 def test_a_prompt_with_known_ids_is_the_same_text(words):

@@ -72,9 +72,12 @@ def test_each_kind_of_memory_is_what_it_is_called():
     assert plan.memory(MIDDLE, 1, 64, nf4=True, **LORA)["weights"] < 0.65 * plan.memory(MIDDLE, 1, 64, **LORA)["weights"]
 
 
+@pytest.mark.parametrize("vocabulary", [MIDDLE.vocab_size, 1 << 17])  # embeddings don't count
 @pytest.mark.parametrize("layers, timed", [(3, [3]), (32, [4, 8])])
-def test_a_step_of_many_blocks_is_timed_on_fewer(layers, timed, monkeypatch):
-    some = plan.Work(dataclasses.replace(MIDDLE, num_hidden_layers=layers), KINDS["lora"], 8, 256, cpu=True)
+def test_a_step_of_many_blocks_is_timed_on_fewer(layers, timed, vocabulary, monkeypatch):
+    sizes = {"num_hidden_layers": layers, "vocab_size": vocabulary, "tie_word_embeddings": True}
+    model_config = dataclasses.replace(MIDDLE, **sizes)
+    some = plan.Work(model_config, KINDS["lora"], 8, 256, cpu=True)
     seen = []
 
     def try_out(work, *_, **__):
@@ -82,7 +85,8 @@ def test_a_step_of_many_blocks_is_timed_on_fewer(layers, timed, monkeypatch):
         return 1.0 + 0.5 * seen[-1]
 
     monkeypatch.setattr(plan, "try_out", try_out)
-    monkeypatch.setattr(plan, "TIMED", 8 * (MIDDLE.num_parameters - 2 * MIDDLE.vocab_size * MIDDLE.hidden_size) // MIDDLE.num_hidden_layers)
+    block = sum(wide * out for wide, out, _ in model_config.linears.values())
+    monkeypatch.setattr(plan, "TIMED", 8 * block)
     took = plan.time_step(some, plan.Choice(2, "none", {}, 1.0, True), torch.device("cpu"))
     assert seen == timed and took == pytest.approx(4 * (1 + 0.5 * layers))
 
@@ -245,7 +249,7 @@ def test_a_trial_of_a_small_model_takes_what_it_was_said_to_take():
     choice = plan.Choice(2, "none", some.memory(2, "none"), 1.0, True)
     live = step.Live()
     assert plan.try_out(some, choice, torch.device("cpu"), seconds=0, watch=live) > 0
-    # so small a model differs most: what a CPU does in pieces, or fills up to few shapes, is told whole
+    # the prediction takes whole what a CPU does in pieces, which a small model shows most
     assert live.peak == pytest.approx(choice.bytes, rel=0.05)
 
 
