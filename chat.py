@@ -8,24 +8,35 @@ import re
 import sys
 from pathlib import Path
 
-import checkpoint
-import config
+import cli
 import data
-import generate
-import memory
-import plan
-import tokenizer as tokenizers
-from config import UserError, flag
+from cli import UserError, flag
+from inference import generate
+from inference.context import ContextBuilder
+from weights import devices, hf, hub
+from weights.load import load_for_chat
+from weights.tokenizer import load_tokenizer, read_names, unknown_name_warning
 
-LIMITS = {"context": (64, 1 << 31), "max_tokens": (1, 1 << 31), "temperature": (0, 10), "top_p": (0, 1), "port": (0, 65535)}
-WORTH_IT = 200e6  # parameters, below which an answer is there before the compiler is
+LIMITS = {
+    "context": (64, 1 << 31),
+    "max_tokens": (1, 1 << 31),
+    "temperature": (0, 10),
+    "top_p": (0, 1),
+    "port": (0, 65535),
+}
+MIN_COMPILE_PARAMETERS = 200e6  # parameters, below which an answer is there before the compiler is
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Options:
     """Talk to a fine-tuned model (an adapter, a whole model, or a plain base)."""
 
-    ckpt: str = flag("", "the folder that train.py wrote, or any model folder", positional=True, group="who talks")
+    ckpt: str = flag(
+        "",
+        "the folder that train.py wrote, or any model folder",
+        positional=True,
+        group="who talks",
+    )
     as_: str | None = flag(None, "who is talking to it", shown="the contact I talk to most")
     me: str | None = flag(None, "whom it imitates", shown="whose chats it learned from")
     model: str | None = flag(None, "the base, when it lies elsewhere than the adapter says")
@@ -45,30 +56,40 @@ class Config:
     port: int = flag(8000, "its port")
     token: str | None = flag(None, "bearer token that clients must send, by any host name")
 
-    no_compile: bool = flag(False, "don't compile the model first: sooner ready, half as fast", group="speed and memory")
-    weights: str | None = flag(None, "what they're held in", choices=("fp32", "bf16", "int8", "int4"), shown="bf16, or what fits")
+    no_compile: bool = flag(
+        False, "don't compile the model first: sooner ready, half as fast", group="speed and memory"
+    )
+    weights: str | None = flag(
+        None,
+        "what they're held in",
+        choices=("fp32", "bf16", "int8", "int4"),
+        shown="bf16, or what fits",
+    )
     device: str | None = flag(None, "cuda, mps or cpu", shown="the first there is")
 
 
 def main():
-    options = config.parse(Config)
-    folder = check(options)
+    options = cli.parse(Options)
+    folder = validate(options)
     me, you = who(folder, options)
-    opening = memory.Opening(folder, options.memory, remembers)
+    opening = ContextBuilder(folder, options.memory, has_memory)
     if options.web:
-        import server
+        from inference import server
 
         door = server.listen(options)
-    device = checkpoint.pick_device(options.device)
-    words = tokenizers.load(folder)
-    model = plan.load_for_chat(folder, options.model, options.context, device, words, options.weights)
+    device = devices.pick_device(options.device)
+    words = load_tokenizer(folder)
+    model = load_for_chat(folder, options.model, options.context, device, words, options.weights)
     size = min(options.context, model.config.max_position_embeddings)
-    compiled = not options.no_compile and model.config.num_parameters > WORTH_IT
+    compiled = not options.no_compile and model.config.num_parameters > MIN_COMPILE_PARAMETERS
     decoder = generate.Decoder(model, words, size, compiled=compiled)
     decoder.opening = opening
     if compiled and not decoder.step and device.type != "mps":
         why = "that needs g++ or clang++ and Python's headers"
-        print(f"(not compiled: {why}; it answers at half the speed, in int8 and int4 at less)", file=sys.stderr)
+        print(
+            f"(not compiled: {why}; it answers at half the speed, in int8 and int4 at less)",
+            file=sys.stderr,
+        )
     if options.web:
         server.serve(door, decoder, me, you, options)
         return
@@ -87,22 +108,25 @@ def main():
         list(said)
         print("\n".join(said.messages))
         return
-    Talk(me, you, answer, options.history and Path(options.history)).run()
+    Conversation(me, you, answer, options.history and Path(options.history)).run()
 
 
-def check(options):
+def validate(options):
     """→ the checkpoint's folder. UserError for what is missing or can't be, before anything is loaded."""
     for name, (least, most) in LIMITS.items():
         if not least <= (value := getattr(options, name)) <= most:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not from {least:,} to {most:,}", "Leave it out for the default.")
+            raise UserError(
+                f"--{name.replace('_', '-')} {value} is not from {least:,} to {most:,}",
+                "Leave it out for the default.",
+            )
     folder = Path(options.ckpt)
-    checkpoint.refuse_gguf(options.ckpt)
+    hub.refuse_gguf(options.ckpt)
     if not folder.is_dir():
         raise UserError(
             f"{folder}: there is no such folder",
             "Make one: python train.py --lora   (then: python chat.py ckpt/)",
         )
-    if not (checkpoint.is_model(folder) or checkpoint.is_adapter(folder)):
+    if not (hf.is_model(folder) or hf.is_adapter(folder)):
         raise UserError(
             f"{folder} holds no model: neither config.json nor adapter_config.json",
             "Give the folder that train.py wrote.",
@@ -114,27 +138,37 @@ def check(options):
     if options.prompt is not None and options.history:
         raise UserError("-p is answered once, --history keeps a talk", "Leave one of them out.")
     if options.history and not Path(options.history).absolute().parent.is_dir():
-        raise UserError(f"--history {options.history}: there is no such folder", "Make it first, or name a file in another.")
+        raise UserError(
+            f"--history {options.history}: there is no such folder",
+            "Make it first, or name a file in another.",
+        )
     return folder
 
 
-def remembers(day, asked, mine):
+def has_memory(day, asked, mine):
     """Show an old exchange that is in its prompt now."""
-    said = "\n".join(f"  ({day}  {turn.author}: {' / '.join(turn.messages):.200})" for turn in (asked, mine))
-    print(data.plain(said), file=sys.stderr)
+    said = "\n".join(
+        f"  ({day}  {turn.author}: {' / '.join(turn.messages):.200})" for turn in (asked, mine)
+    )
+    print(cli.printable(said), file=sys.stderr)
 
 
 def who(folder, options):
     """(me, the one who talks to me): as the flags say, else from `persona.json`, else plain names."""
-    me, you = tokenizers.names(folder)
-    if stranger := tokenizers.stranger(folder, options.as_):
+    me, you = read_names(folder)
+    if stranger := unknown_name_warning(folder, options.as_):
         print(stranger, file=sys.stderr)
     return options.me or me, options.as_ or you
 
 
 def turn(author, me, text):
     """Each line is a message."""
-    return data.Turn(author, me, now(), [message for message in (line.strip() for line in text.split("\n")) if message])
+    return data.Turn(
+        author,
+        me,
+        now(),
+        [message for message in (line.strip() for line in text.split("\n")) if message],
+    )
 
 
 HELP = """/as NAME   you are NAME from now on
@@ -145,7 +179,7 @@ HELP = """/as NAME   you are NAME from now on
 Ctrl-C     stops an answer; Ctrl-D ends"""
 
 
-class Talk:
+class Conversation:
     """The conversation in the terminal. `answer(turns)` → an Answer; `history`: where it is kept, or None."""
 
     def __init__(self, me, you, answer, history=None):
@@ -160,7 +194,9 @@ class Talk:
         if interactive:
             with contextlib.suppress(ImportError):  # Windows' own input() has them
                 import readline  # noqa: F401  arrow keys and history in input()
-            print(f"An AI imitation of {self.me}. You are {self.you}. /help says what else there is, Ctrl-D ends.\n")
+            print(
+                f"An AI imitation of {self.me}. You are {self.you}. /help says what else there is, Ctrl-D ends.\n"
+            )
             for said in self.turns[-8:]:
                 print("\n".join(f"{said.author}: {message}" for message in said.messages))
         stopped = False
@@ -195,7 +231,7 @@ class Talk:
             while self.turns.pop().me and self.turns:
                 pass
             self.keep()
-            print(f"(taken back; {config.counted(len(self.turns), 'turns')} left)")
+            print(f"(taken back; {cli.counted(len(self.turns), 'turns')} left)")
         elif name == "reset":
             self.turns.clear()
             self.keep()
@@ -205,10 +241,14 @@ class Talk:
         elif name in ("retry", "undo"):
             print("(nothing was said yet)")
         else:
-            print(HELP if name == "help" else f"(/{name} {said}".rstrip() + " is not understood)\n" + HELP)
+            print(
+                HELP
+                if name == "help"
+                else f"(/{name} {said}".rstrip() + " is not understood)\n" + HELP
+            )
 
     def reply(self, again=False):
-        shown = Shown(self.me)
+        shown = StreamPrinter(self.me)
         try:
             for messages in self.answer(self.turns, self.temperature, again):
                 shown.update(messages)
@@ -223,7 +263,7 @@ class Talk:
         if self.history:
             start = self.turns[0].at if self.turns else now()
             session = data.Session(self.you, "chat.py", "personal_chat", start, self.turns)
-            config.write_text(self.history, session.to_json() + "\n" if self.turns else "")
+            cli.write_text(self.history, session.to_json() + "\n" if self.turns else "")
 
 
 def now():
@@ -238,7 +278,7 @@ def temperature(said):
         return None
 
 
-class Shown:
+class StreamPrinter:
     """Messages while they grow, each on a line of its own; on a terminal a typing mark comes before the first."""
 
     def __init__(self, name):
@@ -253,7 +293,9 @@ class Shown:
             before = self.messages[number] if number < len(self.messages) else None
             if before is None:
                 name = f"{self.name}: " if not (number and self.terminal) else margin
-                print((("\r\033[K" if self.terminal else "") if not number else "\n") + name, end="")
+                print(
+                    (("\r\033[K" if self.terminal else "") if not number else "\n") + name, end=""
+                )
             print(message[len(before or "") :].replace("\n", "\n" + margin), end="", flush=True)
         self.messages = list(messages)
 
@@ -263,4 +305,4 @@ class Shown:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

@@ -4,10 +4,7 @@ W x becomes W x + alpha / rank * B (A x), with W frozen (arXiv 2106.09685). A ba
 rows of the embedding and of the head are trained whole.
 """
 
-import dataclasses
-import json
 import math
-import re
 from pathlib import Path
 
 import torch
@@ -16,14 +13,21 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-import config
-from config import UserError, flag, read_json, write_json
-from model import KEPT, Linear
+import cli
+from cli import UserError, read_json, write_json
+from model import SAVED_OPS, Linear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ROUNDING = 0.05  # of the logits' deviation: what a merge may add, whose every weight is rounded
 PREFIX = "base_model.model."  # PEFT's, before our own names
-NOT_COMPUTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "fan_in_fan_out")
+UNSUPPORTED = (
+    "use_dora",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "layers_to_transform",
+    "fan_in_fan_out",
+)
 
 
 class LoRALinear(Linear):
@@ -39,11 +43,13 @@ class LoRALinear(Linear):
         if self.dropout and self.training:
             low = F.linear(F.dropout(x, self.dropout), self.lora_A.to(x.dtype))  # (…, rank)
             return super().forward(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
-        out = Adapted.apply(x, self.lora_A, self.lora_B, self.scale, self.unpack, *self.stored())
+        out = AdapterProduct.apply(
+            x, self.lora_A, self.lora_B, self.scale, self.unpack, *self.stored()
+        )
         return out if self.bias is None else out + self.bias.to(x.dtype)
 
 
-class Adapted(torch.autograd.Function):
+class AdapterProduct(torch.autograd.Function):
     """x W' + scale * x A' B' in the dtype of x, W = unpack(*stored, dtype); keeps x, x A' and what is stored for the backward pass."""
 
     @staticmethod
@@ -62,12 +68,25 @@ class Adapted(torch.autograd.Function):
         back = (flat @ B).mul_(ctx.scale)  # (N, rank)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (flat @ ctx.unpack(*stored, x.dtype)).addmm_(back, A).view(*grad.shape[:-1], A.shape[1])
-        return grad_x, (back.T @ x).float(), (flat.T @ low).float().mul_(ctx.scale), None, None, *(None for _ in stored)
+            grad_x = (
+                (flat @ ctx.unpack(*stored, x.dtype))
+                .addmm_(back, A)
+                .view(*grad.shape[:-1], A.shape[1])
+            )
+        return (
+            grad_x,
+            (back.T @ x).float(),
+            (flat.T @ low).float().mul_(ctx.scale),
+            None,
+            None,
+            *(None for _ in stored),
+        )
 
 
 @torch.library.custom_op("doppelganger::project", mutates_args=())
-def project(x: torch.Tensor, weight: torch.Tensor, low: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
+def project(
+    x: torch.Tensor, weight: torch.Tensor, low: torch.Tensor, B: torch.Tensor, scale: float
+) -> torch.Tensor:
     """x W' + scale * low B', the second product added into the first: one op, whose result selective recomputation can keep."""
     return (x @ weight.T).addmm_(low, B.T, alpha=scale)
 
@@ -77,7 +96,7 @@ def _(x, weight, low, B, scale):
     return x.new_empty(len(x), len(weight))
 
 
-KEPT.add(torch.ops.doppelganger.project.default)
+SAVED_OPS.add(torch.ops.doppelganger.project.default)
 
 
 class RowsEmbedding(nn.Embedding):
@@ -104,32 +123,51 @@ def inject(model, rank=32, alpha=16, dropout=0.0, targets=TARGETS, rows=()):
     Returns the matched module names. UserError when a target matches nothing. At once after it the model computes what it did before
     (on the meta device the values of `initial` are still to be written).
     """
-    linears = {name: m for name, m in model.model.named_modules(prefix="model") if isinstance(m, nn.Linear)}
+    linears = {
+        name: m for name, m in model.model.named_modules(prefix="model") if isinstance(m, nn.Linear)
+    }
     kinds = {name.rpartition(".")[2] for name in linears}
     unknown = sorted(set(targets) - kinds)
     if unknown or not targets:
-        raise UserError(f"--lora-targets {','.join(unknown)}: this model has no such linear layer", f"It has: {', '.join(sorted(kinds))}.")
+        raise UserError(
+            f"--lora-targets {','.join(unknown)}: this model has no such linear layer",
+            f"It has: {', '.join(sorted(kinds))}.",
+        )
     matched = [name for name in linears if name.rpartition(".")[2] in targets]
     model.requires_grad_(False)
     for name in matched:
         kind = type(linears[name])  # the weight stays where it is, under its own name
-        linears[name].__class__ = LoRALinear if kind is Linear else type(f"LoRA{kind.__name__}", (LoRALinear, kind), {})
+        linears[name].__class__ = (
+            LoRALinear if kind is Linear else type(f"LoRA{kind.__name__}", (LoRALinear, kind), {})
+        )
         linears[name].attach(rank, alpha, dropout)
-    model.lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": list(targets), "rows": list(rows)}
+    model.lora = {
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": dropout,
+        "targets": list(targets),
+        "rows": list(rows),
+    }
     if rows:
         embedding, head = model.model.embed_tokens, model.lm_head
         embedding.__class__, head.__class__ = RowsEmbedding, RowsLinear
         embedding.rows = head.rows = list(rows)
-        embedding.row_values = nn.Parameter(torch.empty(len(rows), embedding.embedding_dim, device=embedding.weight.device))
-        head.row_values = embedding.row_values if model.config.tie_word_embeddings else nn.Parameter(torch.empty_like(embedding.row_values))
+        embedding.row_values = nn.Parameter(
+            torch.empty(len(rows), embedding.embedding_dim, device=embedding.weight.device)
+        )
+        head.row_values = (
+            embedding.row_values
+            if model.config.tie_word_embeddings
+            else nn.Parameter(torch.empty_like(embedding.row_values))
+        )
     if not model.lm_head.weight.is_meta:
         with torch.no_grad():
-            for parameter, value in initial(model):
+            for parameter, value in initial_values(model):
                 parameter.copy_(value)
     return matched
 
 
-def initial(model, seed=0, rows_of=lambda tensor, rows: tensor[rows]):
+def initial_values(model, seed=0, rows_of=lambda tensor, rows: tensor[rows]):
     """Yield (parameter, first value) for all that `inject` added: A as PEFT draws it, B zero, rows as they are in the base.
 
     `rows_of` fetches rows of a sharded parameter. The values do not depend on the number of ranks.
@@ -138,13 +176,16 @@ def initial(model, seed=0, rows_of=lambda tensor, rows: tensor[rows]):
     for module in model.modules():
         if isinstance(module, LoRALinear):
             bound = 1 / math.sqrt(module.in_features)
-            yield module.lora_A, torch.empty(module.lora_A.shape).uniform_(-bound, bound, generator=generator)
+            yield (
+                module.lora_A,
+                torch.empty(module.lora_A.shape).uniform_(-bound, bound, generator=generator),
+            )
             yield module.lora_B, torch.zeros(module.lora_B.shape)
         elif isinstance(module, (RowsEmbedding, RowsLinear)):
             yield module.row_values, rows_of(module.weight, module.rows).float()
 
 
-def trained(model):
+def adapter_parameters(model):
     """{our name: parameter} of everything the adapter trains, tied ones once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -161,7 +202,9 @@ def merge(model):
     """Fold the adapter into the weights, in fp32, and take it off: `model` is a plain Transformer again. Returns it."""
     for module in model.modules():
         if isinstance(module, LoRALinear):
-            module.weight.copy_(module.weight.float() + module.scale * module.lora_B @ module.lora_A)
+            module.weight.copy_(
+                module.weight.float() + module.scale * module.lora_B @ module.lora_A
+            )
             del module.lora_A, module.lora_B
             module.__class__ = Linear
         elif isinstance(module, (RowsEmbedding, RowsLinear)):
@@ -172,14 +215,14 @@ def merge(model):
     return model
 
 
-def folding(folder):
+def merger(folder):
     """(name, weight) → the weight with the adapter of `folder` in it, fp32: `merge` for whoever reads a base tensor by tensor."""
-    said, path = read_settings(folder)[0], Path(folder) / "adapter_model.safetensors"
-    file, scale = config.open_safetensors(path), said["alpha"] / said["rank"]
+    said, path = read_adapter_config(folder)[0], Path(folder) / "adapter_model.safetensors"
+    file, scale = cli.open_safetensors(path), said["alpha"] / said["rank"]
     keys = {*file.keys()}
 
     def part(key):
-        return numbers(path, file, key).float()
+        return read_tensor(path, file, key).float()
 
     def fold(name, weight):
         stem = name.removesuffix(".weight")
@@ -193,29 +236,16 @@ def folding(folder):
     return fold
 
 
-@torch.no_grad()
-def merge_checked(model, ids):
-    """`merge`; UserError unless the logits after `ids` stay the adapter's, but for the rounding of the merged weights."""
-    model.dtype, dtype = torch.float32, model.dtype
-    before = model(torch.tensor([ids]))
-    gap = float((merge(model)(torch.tensor([ids])) - before).std() / before.std())
-    model.dtype = dtype
-    if not gap < ROUNDING:
-        raise UserError(
-            f"merged, the model answers otherwise than with its adapter: logits differ by {gap:.1%} (rounding makes up to {ROUNDING:.0%})",
-            "Nothing was written. Use the adapter folder as it is, and report this.",
-        )
-    return model
-
-
 def save(model, folder, base, tensors=None):
     """Write PEFT's `adapter_config.json` and `adapter_model.safetensors`; `base` is the folder or hub id that it belongs to.
 
     `tensors`: {our name: full tensor}, for a sharded model whose own parameters are only pieces.
     """
     folder, lora = Path(folder), model.lora
-    tensors = tensors if tensors is not None else trained(model)
-    rows = {"embed_tokens": lora["rows"]} | ({} if model.config.tie_word_embeddings else {"lm_head": lora["rows"]})
+    tensors = tensors if tensors is not None else adapter_parameters(model)
+    rows = {"embed_tokens": lora["rows"]} | (
+        {} if model.config.tie_word_embeddings else {"lm_head": lora["rows"]}
+    )
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -228,41 +258,61 @@ def save(model, folder, base, tensors=None):
         "bias": "none",
         "inference_mode": True,
     }
-    weights = {peft_name(name): t.detach().float().cpu().contiguous() for name, t in tensors.items()}
+    weights = {
+        peft_name(name): t.detach().float().cpu().contiguous() for name, t in tensors.items()
+    }
     try:
         save_file(weights, folder / "adapter_model.safetensors.new", metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
-        raise config.unwritten(folder / "adapter_model.safetensors", error) from None
+        raise cli.write_error(folder / "adapter_model.safetensors", error) from None
     (folder / "adapter_model.safetensors.new").replace(folder / "adapter_model.safetensors")
     write_json(folder / "adapter_config.json", settings)
 
 
-def read_settings(folder):
+def read_adapter_config(folder):
     """`adapter_config.json` → the arguments of `inject` and the base's name. UserError for kinds of adapter that we don't compute."""
     path = Path(folder) / "adapter_config.json"
     said = {"lora_dropout": 0.0, "bias": "none", **read_json(path)}
-    odd = [key for key in NOT_COMPUTED if said.get(key)] + ["bias"] * (said["bias"] != "none")
+    odd = [key for key in UNSUPPORTED if said.get(key)] + ["bias"] * (said["bias"] != "none")
     if said.get("peft_type") != "LORA" or odd or not isinstance(said.get("target_modules"), list):
         raise UserError(
             f"{path}: {', '.join(odd) or said.get('peft_type')} is no plain LoRA over named layers",
             "Merge it with PEFT first, and use the merged folder.",
         )
-    targets, base = sorted({str(name).rpartition(".")[2] for name in said["target_modules"]}), said.get("base_model_name_or_path")
+    targets, base = (
+        sorted({str(name).rpartition(".")[2] for name in said["target_modules"]}),
+        said.get("base_model_name_or_path"),
+    )
     unknown = ", ".join(sorted({*targets} - {*TARGETS}))
     if unknown or not targets:
-        raise UserError(f"{path}: target_modules {unknown[:60]}: no such linear layers are known", f"Known: {', '.join(TARGETS)}.")
+        raise UserError(
+            f"{path}: target_modules {unknown[:60]}: no such linear layers are known",
+            f"Known: {', '.join(TARGETS)}.",
+        )
     indices = said.get("trainable_token_indices") or []
     indices = indices if isinstance(indices, dict) else {"embed_tokens": indices}
     rows = indices.get("embed_tokens", [])
-    if not isinstance(rows, list) or len({*map(str, rows)}) < len(rows) or any(other != rows for other in indices.values()):
-        raise UserError(f"{path}: trainable_token_indices are no list of rows, the same for embed_tokens and lm_head", "Copy it again.")
+    if (
+        not isinstance(rows, list)
+        or len({*map(str, rows)}) < len(rows)
+        or any(other != rows for other in indices.values())
+    ):
+        raise UserError(
+            f"{path}: trainable_token_indices are no list of rows, the same for embed_tokens and lm_head",
+            "Copy it again.",
+        )
     if not isinstance(base or "", str):
-        raise UserError(f"{path}: base_model_name_or_path is {base!r:.60}", "It is a folder or a hub id.")
+        raise UserError(
+            f"{path}: base_model_name_or_path is {base!r:.60}", "It is a folder or a hub id."
+        )
     return {
-        "rank": config.number(path, "r", said.get("r"), 1, 1 << 16),
-        "alpha": config.number(path, "lora_alpha", said.get("lora_alpha"), -1e6, 1e6, float),
-        "dropout": config.number(path, "lora_dropout", said["lora_dropout"], 0, 1, float),
-        "rows": [config.number(path, "one of trainable_token_indices", row, 0, 1 << 20) for row in rows],
+        "rank": cli.check_number(path, "r", said.get("r"), 1, 1 << 16),
+        "alpha": cli.check_number(path, "lora_alpha", said.get("lora_alpha"), -1e6, 1e6, float),
+        "dropout": cli.check_number(path, "lora_dropout", said["lora_dropout"], 0, 1, float),
+        "rows": [
+            cli.check_number(path, "one of trainable_token_indices", row, 0, 1 << 20)
+            for row in rows
+        ],
         "targets": targets,
     }, base
 
@@ -274,94 +324,39 @@ def load(model, folder, write=torch.Tensor.copy_):
     On the meta device there is nothing to fill: it tells whether the adapter fits, and a second call, after `allocate`, fills it.
     """
     if not hasattr(model, "lora"):
-        inject(model, **read_settings(folder)[0])
+        inject(model, **read_adapter_config(folder)[0])
     path = Path(folder) / "adapter_model.safetensors"
-    file = config.open_safetensors(path, "Train again, or copy the whole folder again.")
-    found = {key: file for key in file.keys() if ".base_layer." not in key}  # PEFT adds the whole embedding to its own saves
+    file = cli.open_safetensors(path, "Train again, or copy the whole folder again.")
+    found = {
+        key: file for key in file.keys() if ".base_layer." not in key
+    }  # PEFT adds the whole embedding to its own saves
     if model.config.tie_word_embeddings:
         found.pop(peft_name("lm_head.row_values"), None)  # PEFT writes a tied row twice
-    wanted = {peft_name(name): p for name, p in trained(model).items()}
-    config.check_tensors(path, found, {key: p.shape for key, p in wanted.items()}, "the base", "Is this the adapter of another base?")
+    wanted = {peft_name(name): p for name, p in adapter_parameters(model).items()}
+    cli.check_tensors(
+        path,
+        found,
+        {key: p.shape for key, p in wanted.items()},
+        "the base",
+        "Is this the adapter of another base?",
+    )
     for key, parameter in wanted.items():
         if not parameter.is_meta:
-            write(parameter, numbers(path, file, key))
+            write(parameter, read_tensor(path, file, key))
 
 
-def numbers(path, file, key):
+def read_tensor(path, file, key):
     """A tensor of the open adapter file at `path`. UserError when not all in it are numbers."""
     value = file.get_tensor(key)
     if not value.isfinite().all():
-        raise UserError(f"{path}: tensor {key} holds NaN or infinity", "Train again, or copy the whole folder again.")
+        raise UserError(
+            f"{path}: tensor {key} holds NaN or infinity",
+            "Train again, or copy the whole folder again.",
+        )
     return value
 
 
-@dataclasses.dataclass(frozen=True)
-class MergeConfig:
-    """Merge an adapter into its base: a folder that any tool reads.  python lora.py merge ckpt/ clone/"""
-
-    ckpt: str = flag("", "an adapter folder (train.py --lora)", positional=True, group="what to merge")
-    model: str = flag("", "the base, when it lies elsewhere than the adapter says")
-
-    out: str = flag("", "the folder to write", positional=True, group="what to write")
-    weights: str = flag("bf16", "precision, all but bf16 for chat.py alone", choices=("bf16", "int8", "int4"))
-    as_: str | None = flag(None, "an Ollama Modelfile too, for a talk with this person")
-    overwrite: bool = flag(False, "replace what OUT holds")
-
-
-# Ollama's recipe for a merged folder; >>> comes before what is said, by whom Ollama calls user and assistant
-MODELFILE = """# ollama create clone -f Modelfile
-FROM .
-TEMPLATE \"""{{ range .Messages }}<|im_start|>
-{{- if eq .Role "user" }}<YOU>{{ else if eq .Role "assistant" }}<ME>{{ else }}{{ .Role }}{{ end }}
->>>{{ if ne (printf "%.1s" .Content) " " }} {{ end }}{{ .Content }}<|im_end|>
-{{ end }}<|im_start|><ME>
->>>\"""
-PARAMETER stop <|im_end|>
-PARAMETER temperature 0.7
-PARAMETER top_p 0.95
-"""
-
-
-def modelfile(me, you):
-    names = {"<YOU>": you, "<ME>": me}
-    return re.sub("<YOU>|<ME>", lambda found: f"{{{{ {json.dumps(names[found[0]], ensure_ascii=False)} }}}}", MODELFILE)
-
-
-def main():
-    import sys
-
-    import checkpoint
-    import tokenizer
-
-    if sys.argv[1:2] not in (["merge"], ["--help"], ["-h"]):
-        raise UserError("lora.py knows one verb: merge", "python lora.py merge ckpt/ clone/")
-    options = config.parse(MergeConfig, sys.argv[2:] if sys.argv[1] == "merge" else sys.argv[1:], prog="lora.py merge")
-    if options.weights == "bf16" and not (Path(options.ckpt) / "adapter_config.json").exists():
-        raise UserError(f"{options.ckpt} holds no adapter (adapter_config.json)", "Give the folder that train.py --lora wrote.")
-    config.check_folder(options.out, options.overwrite)
-    base = read_settings(options.ckpt)[1] if checkpoint.is_adapter(options.ckpt) else None
-    config.keep_apart(options.out, options.ckpt, options.model or base)
-    words = tokenizer.load(options.ckpt)
-    me, _ = tokenizer.names(options.ckpt)
-    if stranger := tokenizer.stranger(options.ckpt, options.as_):
-        print(stranger, file=sys.stderr)
-    given = {"base": options.model or None, "words": words}
-    if options.weights == "bf16":
-        probe = words.encode(f"{tokenizer.IM_START}{me}\n>>> {tokenizer.PROBE}{tokenizer.IM_END}")[0]
-        model = merge_checked(checkpoint.load_model(options.ckpt, **given), probe)
-    else:
-        model = checkpoint.load_model(options.ckpt, torch.bfloat16, weights=options.weights, **given)
-    out = config.private_folder(options.out)
-    checkpoint.clear(out)
-    checkpoint.save_model(model, out, words)
-    checkpoint.copy_companions(options.ckpt, out)
-    words.save(out)
-    if options.as_:
-        config.write_text(out / "Modelfile", modelfile(me, options.as_))
-    print(f"{out} is a whole model now: python chat.py {out}")
-
-
 if __name__ == "__main__":
-    import lora  # the module that checkpoint imports, not this second copy of it named __main__
+    from weights import merge  # imports this file as the module `lora`
 
-    config.run(lora.main)
+    cli.run(merge.main)

@@ -19,15 +19,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-IGNORED = -100  # the label of a position that is no target, as in F.cross_entropy
-GROUPS_WITH_A_MASK = ("cpu",)  # devices whose attention takes both; CUDA's memory-efficient kernel takes a mask but no groups
-HEAD_CHUNK = {"cpu": (256, 16), "gpu": (1024, 1024)}  # labelled tokens whose logits exist at one time; of these, in float32: 16 fit a cache
-RECOMPUTE = ("none", "selective", "full")
-CACHE = 1 << 17  # numbers at a time whose intermediates, in fp32, stay in a CPU core's cache
-ROUND = 64  # a CPU's products are of multiples of so many tokens: oneDNN makes code for every new shape, and keeps it
-BLOCK = 128  # queries at a time on a CPU: short enough to skip most of what causality hides
+IGNORE_INDEX = -100  # the label of a position that is no target, as in F.cross_entropy
+GROUPS_WITH_A_MASK = (
+    "cpu",
+)  # devices whose attention takes both; CUDA's memory-efficient kernel takes a mask but no groups
+HEAD_CHUNK = {
+    "cpu": (256, 16),
+    "gpu": (1024, 1024),
+}  # labelled tokens whose logits exist at one time; of these, in float32: 16 fit a cache
+AC_MODES = ("none", "selective", "full")
+CACHE_NUMBERS = (
+    1 << 17
+)  # numbers at a time whose intermediates, in fp32, stay in a CPU core's cache
+CPU_MULTIPLE = 64  # a CPU's products are of multiples of so many tokens: oneDNN makes code for every new shape, and keeps it
+QUERY_BLOCK = 128  # queries at a time on a CPU: short enough to skip most of what causality hides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +63,10 @@ class ModelConfig:
     rope_scaling: dict | None = None
 
     def __post_init__(self):
-        assert self.num_attention_heads % self.num_key_value_heads == 0, (self.num_attention_heads, self.num_key_value_heads)
+        assert self.num_attention_heads % self.num_key_value_heads == 0, (
+            self.num_attention_heads,
+            self.num_key_value_heads,
+        )
         assert self.head_dim % 2 == 0, self.head_dim
 
     @property
@@ -61,8 +75,17 @@ class ModelConfig:
         E, inner = self.hidden_size, self.intermediate_size
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         some = self.attention_bias or self.model_type == "qwen2"
-        attention = {"q_proj": (E, q, some), "k_proj": (E, kv, some), "v_proj": (E, kv, some), "o_proj": (q, E, self.attention_bias)}
-        return attention | {name: (E, inner, self.mlp_bias) for name in ("gate_proj", "up_proj")} | {"down_proj": (inner, E, self.mlp_bias)}
+        attention = {
+            "q_proj": (E, q, some),
+            "k_proj": (E, kv, some),
+            "v_proj": (E, kv, some),
+            "o_proj": (q, E, self.attention_bias),
+        }
+        return (
+            attention
+            | {name: (E, inner, self.mlp_bias) for name in ("gate_proj", "up_proj")}
+            | {"down_proj": (inner, E, self.mlp_bias)}
+        )
 
     @property
     def qk_norm(self):
@@ -82,23 +105,27 @@ def cast(x, dtype):
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def pieces(x, *others):
+def cache_chunks(x, *others):
     """Rows of tensors of equal length together, on a CPU as many as its cache holds: each piece goes through all steps of a formula."""
     real = type(x) is torch.Tensor  # a plan's fake tensors stand for any device's
     if x.device.type != "cpu" or not real or torch.compiler.is_compiling():
         return [(x, *others)]
-    rows = max(1, CACHE // max(1, x[:1].numel()))
+    rows = max(1, CACHE_NUMBERS // max(1, x[:1].numel()))
     return zip(*(tensor.split(rows) for tensor in (x, *others)))
 
 
-class Normalise(torch.autograd.Function):
+class RMSNormFunction(torch.autograd.Function):
     """x / rms(x) * weight, computed in fp32 because squares overflow in bf16; keeps x and one number a token for the backward pass."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
         rows = x.flatten(0, -2)  # (N, E)
-        out, inverse, scale = torch.empty_like(rows), rows.new_empty(len(rows), 1, dtype=torch.float32), weight.float()
-        for to, part, factor in pieces(out, rows, inverse):
+        out, inverse, scale = (
+            torch.empty_like(rows),
+            rows.new_empty(len(rows), 1, dtype=torch.float32),
+            weight.float(),
+        )
+        for to, part, factor in cache_chunks(out, rows, inverse):
             norm = torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=torch.float32)
             factor.copy_(torch.rsqrt(norm * norm / x.shape[-1] + eps))
             to.copy_((part.float() * factor).mul_(scale))
@@ -110,14 +137,18 @@ class Normalise(torch.autograd.Function):
         rows, weight, inverse = ctx.saved_tensors
         out, scale = torch.empty_like(rows), weight.float()
         grad_weight = torch.zeros_like(scale) if ctx.needs_input_grad[1] else None
-        for to, part, above, factor in pieces(out, rows, grad.reshape(rows.shape), inverse):
+        for to, part, above, factor in cache_chunks(out, rows, grad.reshape(rows.shape), inverse):
             part, above = part.float(), above.float()
             if grad_weight is not None:
                 grad_weight += (above * part).mul_(factor).sum(0)
             scaled = above * scale
             along = (scaled * part).sum(-1, keepdim=True) * (factor**3 / -rows.shape[-1])
             to.copy_(scaled.mul_(factor).addcmul_(part, along))
-        return out.view(grad.shape), None if grad_weight is None else grad_weight.to(weight.dtype), None
+        return (
+            out.view(grad.shape),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None,
+        )
 
 
 class RMSNorm(nn.Module):
@@ -127,7 +158,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return Normalise.apply(x, self.weight, self.eps)
+        return RMSNormFunction.apply(x, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
@@ -151,7 +182,11 @@ class Linear(nn.Linear):
     def forward(self, x):
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         if x.shape[:-1].numel() == 1 and torch.compiler.is_compiling():
-            y = self.product(x.flatten().float(), *self.stored()).to(x.dtype).view(*x.shape[:-1], -1)
+            y = (
+                self.product(x.flatten().float(), *self.stored())
+                .to(x.dtype)
+                .view(*x.shape[:-1], -1)
+            )
             return y if bias is None else y + bias
         return F.linear(x, self.unpack(*self.stored(), dtype=x.dtype), bias)
 
@@ -161,7 +196,7 @@ def rope(positions, config):
 
     Four of them where queries are scaled by their position (Ministral 3, as Llama 4): the queries' pair first.
     """
-    frequency, scale = frequencies(config, positions.device)
+    frequency, scale = rope_inv_freq(config, positions.device)
     position = positions[:, :, None, None].float()
     angle = position * frequency  # (B, T, 1, D / 2)
     cos, sin = angle.cos() * scale, angle.sin() * scale
@@ -169,23 +204,29 @@ def rope(positions, config):
     beta = (config.rope_scaling or {}).get("llama_4_scaling_beta")
     if not beta:
         return cos, sin
-    grown = 1 + beta * torch.log1p(torch.floor(position / config.rope_scaling["original_max_position_embeddings"]))
+    grown = 1 + beta * torch.log1p(
+        torch.floor(position / config.rope_scaling["original_max_position_embeddings"])
+    )
     return cos * grown, sin * grown, cos, sin
 
 
-def frequencies(config, device):
+def rope_inv_freq(config, device):
     """Radians a position (D / 2,), and a factor on cos and sin, by HF's `rope_scaling`: default, linear, llama3 or yarn."""
     D, theta, said = config.head_dim, config.rope_theta, config.rope_scaling or {}
     step = torch.arange(0, D, 2, device=device, dtype=torch.float32)
     frequency, scale = theta ** (-step / D), 1.0
-    kind, factor, known = (said.get(key) for key in ("rope_type", "factor", "original_max_position_embeddings"))
+    kind, factor, known = (
+        said.get(key) for key in ("rope_type", "factor", "original_max_position_embeddings")
+    )
     if kind in (None, "default"):
         return frequency, scale
     if kind == "linear":
         kept = 0.0
     elif kind == "llama3":
         low, high = said["low_freq_factor"], said["high_freq_factor"]
-        kept = ((known * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)  # by turns within the original context
+        kept = ((known * frequency / (2 * math.pi) - low) / (high - low)).clamp(
+            0, 1
+        )  # by turns within the original context
     else:
         turns = said.get("beta_fast") or 32, said.get("beta_slow") or 1
         low, high = (D * math.log(known / (n * 2 * math.pi)) / (2 * math.log(theta)) for n in turns)
@@ -197,28 +238,30 @@ def frequencies(config, device):
         over, under = (over, under) if over and under else (1, 0)
         scale = said.get("attention_factor")
         if scale is None:
-            scale = (1 + 0.1 * over * math.log(max(factor, 1))) / (1 + 0.1 * under * math.log(max(factor, 1)))
+            scale = (1 + 0.1 * over * math.log(max(factor, 1))) / (
+                1 + 0.1 * under * math.log(max(factor, 1))
+            )
     return frequency * (kept + (1 - kept) / factor), scale  # the rest is slower by `factor`
 
 
-class Rotate(torch.autograd.Function):
+class ApplyRotary(torch.autograd.Function):
     """x (B, T, H, D) turned by `rope`'s angles; the gradient is turned back, so nothing is kept of x."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return Rotate.turn(x, cos, sin)
+        return ApplyRotary.turn(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return Rotate.turn(grad, cos, -sin), None, None
+        return ApplyRotary.turn(grad, cos, -sin), None, None
 
     @staticmethod
     def turn(x, cos, sin):
         x, out = x.flatten(0, 1), torch.empty_like(x, memory_format=torch.contiguous_format)
         cos, sin = (angle.expand(*out.shape[:2], 1, -1).flatten(0, 1) for angle in (cos, sin))
-        for to, part, turned, across in pieces(out.flatten(0, 1), x, cos, sin):
+        for to, part, turned, across in cache_chunks(out.flatten(0, 1), x, cos, sin):
             wide = part.float()
             to.copy_((wide * turned).addcmul_(wide.roll(x.shape[-1] // 2, -1), across))
         return out
@@ -234,7 +277,10 @@ class KVCache:
 
     def __init__(self, config, size, batch=1, dtype=torch.float32, device="cpu"):
         shape = (batch, config.num_key_value_heads, size, config.head_dim)
-        self.layers = [torch.zeros(2, *shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.layers = [
+            torch.zeros(2, *shape, dtype=dtype, device=device)
+            for _ in range(config.num_hidden_layers)
+        ]
         self.size, self.length = size, 0
         self.mask: torch.Tensor | None = None
 
@@ -243,7 +289,9 @@ class KVCache:
         end = self.length + k.shape[1]
         assert end <= self.size, f"the cache holds {self.size} tokens, {end} were asked for"
         self.layers[layer][:, :, :, self.length : end] = torch.stack([k, v]).transpose(2, 3)
-        return self.layers[layer][0, :, :, :end].transpose(1, 2), self.layers[layer][1, :, :, :end].transpose(1, 2)
+        return self.layers[layer][0, :, :, :end].transpose(1, 2), self.layers[layer][
+            1, :, :, :end
+        ].transpose(1, 2)
 
 
 class QueryBlock(NamedTuple):
@@ -269,10 +317,10 @@ class Documents(NamedTuple):
     longest: int
     window: int | None
     blocks: list | None = None
-    size: int = BLOCK
+    size: int = QUERY_BLOCK
 
 
-def layout(positions, window, cached, dtype, edges=None):
+def attention_layout(positions, window, cached, dtype, edges=None):
     """Who may attend to whom, worked out once for all layers; the one place that decides by which kernel.
 
     A document starts wherever `positions` (B, T) is 0, and with each row; `edges` says so without a look at the GPU. A window of W lets a
@@ -280,7 +328,12 @@ def layout(positions, window, cached, dtype, edges=None):
     dtypes without a kernel for documents, a mask (B or 1, 1, T, S), True where query t sees key s.
     """
     B, T = positions.shape
-    if positions.device.type == "cpu" and not cached or cached is None and has_varlen(positions.device, dtype):
+    if (
+        positions.device.type == "cpu"
+        and not cached
+        or cached is None
+        and has_varlen(positions.device, dtype)
+    ):
         if edges is None:
             starts = positions == 0
             starts[:, 0] = True
@@ -288,8 +341,10 @@ def layout(positions, window, cached, dtype, edges=None):
             edges = edges.tolist() if positions.device.type == "cpu" else edges
         if not isinstance(edges, list):
             return Documents(varlen(), edges, T, window)
-        size = min(BLOCK, 16 * math.ceil(B * T / 16))
-        return Documents(document_attention, edges, T, window, query_blocks(edges, size, window, dtype), size)
+        size = min(QUERY_BLOCK, 16 * math.ceil(B * T / 16))
+        return Documents(
+            document_attention, edges, T, window, query_blocks(edges, size, window, dtype), size
+        )
     before = cached or 0
     query = torch.arange(before, before + T, device=positions.device)[:, None]
     key = torch.arange(before + T, device=positions.device)
@@ -310,12 +365,18 @@ def attend(q, k, v, where):
     grouped = q.device.type in GROUPS_WITH_A_MASK
     if not grouped:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=where, enable_gqa=grouped).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=where, enable_gqa=grouped).transpose(
+        1, 2
+    )
 
 
 def has_varlen(device, dtype):
     """Whether `varlen` computes there: on NVIDIA cards from Ampere on, in 16 bits."""
-    return device.type == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability(device) >= (8, 0)
+    return (
+        device.type == "cuda"
+        and dtype != torch.float32
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 @functools.cache
@@ -323,25 +384,41 @@ def varlen():
     """torch's kernel for documents on CUDA. Up to 2.11 it has no word for groups: keys and values are repeated."""
     from torch.nn.attention.varlen import varlen_attn
 
-    groups = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    groups = (
+        {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    )
 
     def kernel(q, k, v, where):
         size = (-1 if where.window is None else where.window - 1, 0)
         if not groups:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        return varlen_attn(q, k, v, where.edges, where.edges, where.longest, where.longest, window_size=size, **groups)
+        return varlen_attn(
+            q,
+            k,
+            v,
+            where.edges,
+            where.edges,
+            where.longest,
+            where.longest,
+            window_size=size,
+            **groups,
+        )
 
     return kernel
 
 
-def query_blocks(edges: list, size: int, window: int | None, dtype: torch.dtype) -> list[QueryBlock]:
+def query_blocks(
+    edges: list, size: int, window: int | None, dtype: torch.dtype
+) -> list[QueryBlock]:
     """Cut the tokens into blocks of `size` queries, whatever documents they are of.
 
     Keys begin at a multiple of `size` too: products have few shapes, each of which costs oneDNN time and memory when it is new.
     """
     count = math.ceil(edges[-1] / size)
     token = np.arange(count * size)
-    starts = token.copy()  # where each token's document begins; what fills the last block is a document a token
+    starts = (
+        token.copy()
+    )  # where each token's document begins; what fills the last block is a document a token
     for begin, end in zip(edges, edges[1:]):
         starts[begin:end] = begin
     if window:
@@ -353,10 +430,19 @@ def query_blocks(edges: list, size: int, window: int | None, dtype: torch.dtype)
         keys = token[first_key : first + size]
         hidden = (keys > token[queries, None]) | (keys < begins)
         columns = [slice(0, len(keys))]
-        if len(keys) > 2 * size and (begins < first_key + size).all():  # nothing is hidden in the middle
+        if (
+            len(keys) > 2 * size and (begins < first_key + size).all()
+        ):  # nothing is hidden in the middle
             columns = [slice(0, size), slice(len(keys) - size, len(keys))]
-        biases = [(part, torch.from_numpy(hidden[:, None, part])) for part in columns if hidden[:, part].any()]
-        biases = [(part, torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask, -math.inf)) for part, mask in biases]
+        biases = [
+            (part, torch.from_numpy(hidden[:, None, part]))
+            for part in columns
+            if hidden[:, part].any()
+        ]
+        biases = [
+            (part, torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask, -math.inf))
+            for part, mask in biases
+        ]
         blocks.append(QueryBlock(first_key, biases))
     return blocks
 
@@ -376,7 +462,7 @@ class DocumentAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, blocks, size):
         (N, H, D), G = q.shape, k.shape[1]
         queries = to_blocks(q, G, size, D**-0.5)  # (blocks, G, size * H / G, D)
-        keys, values = (by_head(x, len(blocks) * size) for x in (k, v))  # (G, S, D)
+        keys, values = (group_heads(x, len(blocks) * size) for x in (k, v))  # (G, S, D)
         keys_transposed = keys.mT.contiguous()
         out, train, saved = torch.empty_like(queries), any(ctx.needs_input_grad), []
         for index, block in enumerate(blocks):
@@ -409,11 +495,13 @@ class DocumentAttention(torch.autograd.Function):
             torch.bmm(scores, keys[:, seen], out=grad_q[index])
             grad_k[:, seen] += scores.mT @ queries[index]
             grad_v[:, seen] += shares.mT @ grads[index]
-        grad_k, grad_v = (x[:, : ctx.tokens].transpose(0, 1).to(grad.dtype) for x in (grad_k, grad_v))
+        grad_k, grad_v = (
+            x[:, : ctx.tokens].transpose(0, 1).to(grad.dtype) for x in (grad_k, grad_v)
+        )
         return from_blocks(grad_q, ctx.tokens, size, D**-0.5), grad_k, grad_v, None, None
 
 
-def by_head(x, length):
+def group_heads(x, length):
     """(N, G, D) → (G, length, D), filled up with zeros."""
     out = x.new_empty(x.shape[1], length, x.shape[2])
     out[:, : len(x)] = x.transpose(0, 1)
@@ -429,7 +517,9 @@ def to_blocks(x, groups, size, scale=1.0):
     parts = x[: whole * size].view(whole, size, groups, H // groups, D)
     torch.mul(parts.transpose(1, 2), scale, out=out[:whole])
     if whole < len(out):
-        out[whole, :, : N - whole * size] = x[whole * size :].unflatten(1, (groups, -1)).transpose(0, 1) * scale
+        out[whole, :, : N - whole * size] = (
+            x[whole * size :].unflatten(1, (groups, -1)).transpose(0, 1) * scale
+        )
         out[whole, :, N - whole * size :] = 0
     return out.flatten(2, 3)
 
@@ -450,14 +540,18 @@ class Attention(nn.Module):
         )
         self.qk_norm = config.qk_norm
         if self.qk_norm:
-            self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
+            self.q_norm, self.k_norm = (
+                RMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2)
+            )
 
     def forward(self, x, rotation):
         """x (B, T, E) → what is asked, q (B, T, H, D), and what is known, k and v (B, T, G, D)."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return Rotate.apply(q, *rotation[:2]), Rotate.apply(k, *rotation[-2:]), v
+        return ApplyRotary.apply(q, *rotation[:2]), ApplyRotary.apply(k, *rotation[-2:]), v
 
 
 class SwiGLU(torch.autograd.Function):
@@ -467,7 +561,7 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
         out = torch.empty_like(gate)
-        for to, one, other in pieces(*(x.flatten(0, -2) for x in (out, gate, up))):
+        for to, one, other in cache_chunks(*(x.flatten(0, -2) for x in (out, gate, up))):
             torch.mul(F.silu(one), other, out=to)
         return out
 
@@ -475,7 +569,9 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        for to_gate, to_up, above, one, other in pieces(*(x.flatten(0, -2) for x in (grad_gate, grad_up, grad, gate, up))):
+        for to_gate, to_up, above, one, other in cache_chunks(
+            *(x.flatten(0, -2) for x in (grad_gate, grad_up, grad, gate, up))
+        ):
             torch.mul(F.silu(one), above, out=to_up)
             torch.ops.aten.silu_backward.grad_input(above * other, one, grad_input=to_gate)
         return grad_gate, grad_up
@@ -484,18 +580,27 @@ class SwiGLU(torch.autograd.Function):
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = (Linear(*config.linears[name]) for name in ("gate_proj", "up_proj", "down_proj"))
+        self.gate_proj, self.up_proj, self.down_proj = (
+            Linear(*config.linears[name]) for name in ("gate_proj", "up_proj", "down_proj")
+        )
 
     def forward(self, x):
         return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
-def policy(context, op, *args, **kwargs):
-    return CheckpointPolicy.MUST_SAVE if op in KEPT or "varlen_attn" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+def selective_ac_policy(context, op, *args, **kwargs):
+    return (
+        CheckpointPolicy.MUST_SAVE
+        if op in SAVED_OPS or "varlen_attn" in str(op)
+        else CheckpointPolicy.PREFER_RECOMPUTE
+    )
 
 
-SELECTIVE = functools.partial(create_selective_checkpoint_contexts, policy)
-KEPT = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}  # matmuls, whoever brings one of its own adds it
+SELECTIVE = functools.partial(create_selective_checkpoint_contexts, selective_ac_policy)
+SAVED_OPS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+}  # matmuls, whoever brings one of its own adds it
 
 
 class Block(nn.Module):
@@ -511,10 +616,14 @@ class Block(nn.Module):
 
     def forward(self, x, rotation, where, kept=None, cache=None, layer=0):
         """x (B, T, E) → (B, T, E); with `kept`, positions among the B * T, theirs alone (N, E)."""
-        run = self.run if cache is None else self.compute  # decoding has a new shape at every token: nothing to compile
+        run = (
+            self.run if cache is None else self.compute
+        )  # decoding has a new shape at every token: nothing to compile
         return run(x, rotation, where, kept, cache, layer)
 
-    def run(self, *given):  # apart from forward, so that it can be compiled while FSDP2's hooks stay outside
+    def run(
+        self, *given
+    ):  # apart from forward, so that it can be compiled while FSDP2's hooks stay outside
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self.compute(*given)
         options = {"context_fn": SELECTIVE} if self.recompute == "selective" else {}
@@ -524,7 +633,7 @@ class Block(nn.Module):
         q, k, v = self.before(x, rotation)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, S, G, D)
-        return self.after(chosen(x, kept), chosen(attend(q, k, v, where).flatten(2), kept))
+        return self.after(choose_ac(x, kept), choose_ac(attend(q, k, v, where).flatten(2), kept))
 
     def before(self, x, rotation):
         """x (B, T, E) → q, k, v, as Attention's."""
@@ -536,11 +645,11 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def chosen(x, kept):
+def choose_ac(x, kept):
     return x if kept is None else x.flatten(0, 1).index_select(0, kept)
 
 
-class Stack(nn.Module):
+class Decoder(nn.Module):
     """HF's `model.`: embeddings, blocks and the last norm."""
 
     def __init__(self, config, recompute):
@@ -548,7 +657,9 @@ class Stack(nn.Module):
         # not nn.Embedding's own first values: drawing them on the meta device imports torch's compiler, more than a second
         values = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)
         self.embed_tokens = nn.Embedding.from_pretrained(values, freeze=False)
-        self.layers = nn.ModuleList(Block(config, recompute) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Block(config, recompute) for _ in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -558,7 +669,7 @@ class Transformer(nn.Module):
     def __init__(self, config, dtype=None, recompute="none"):
         super().__init__()
         self.config, self.dtype, self.recompute, self.compiled = config, dtype, recompute, False
-        self.model = Stack(config, recompute)
+        self.model = Decoder(config, recompute)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -569,7 +680,16 @@ class Transformer(nn.Module):
         for block in self.model.layers:
             block.run = torch.compile(block.run, dynamic=False)
 
-    def forward(self, tokens, positions=None, labels=None, cache=None, reduction="sum", edges=None, kept=None):
+    def forward(
+        self,
+        tokens,
+        positions=None,
+        labels=None,
+        cache=None,
+        reduction="sum",
+        edges=None,
+        kept=None,
+    ):
         """tokens, positions, labels (B, T) int64 → logits (B, T, V); with labels → (loss sum in float32, count).
 
         Labels are already shifted (labels[t] is the target after tokens[t]); IGNORED ones cost no logits. `reduction="none"` gives the
@@ -578,37 +698,45 @@ class Transformer(nn.Module):
         """
         cached = cache.length if cache is not None else None
         if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens) + (cached or 0)
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens) + (
+                cached or 0
+            )
         if labels is not None and kept is None:
-            kept = (labels != IGNORED).flatten().nonzero().flatten()
+            kept = (labels != IGNORE_INDEX).flatten().nonzero().flatten()
         rotation = rope(positions, self.config)
         x = self.model.embed_tokens(tokens)  # (B, T, E)
         x = x.to(self.dtype or x.dtype)
         where = cache.mask if cache is not None else None
         if where is None:
-            where = layout(positions, self.config.sliding_window, cached, x.dtype, edges)
+            where = attention_layout(positions, self.config.sliding_window, cached, x.dtype, edges)
         last, targets = self.model.layers[-1], kept
         if labels is not None and kept.device.type == "cpu":
-            targets = F.pad(kept, (0, -len(kept) % ROUND))  # HeadLoss leaves off what is behind the labels
+            targets = F.pad(
+                kept, (0, -len(kept) % CPU_MULTIPLE)
+            )  # HeadLoss leaves off what is behind the labels
         for index, block in enumerate(self.model.layers):
-            late = targets if block is last and not self.compiled else None  # behind the last attention only labelled tokens matter
+            late = (
+                targets if block is last and not self.compiled else None
+            )  # behind the last attention only labelled tokens matter
             x = block(x, rotation, where, late, cache, 0 if cache is None else index)
         if cache is not None:
             cache.length += tokens.shape[1]
         if self.compiled:
-            x = chosen(x, targets)
+            x = choose_ac(x, targets)
         x = self.model.norm(x)
         if labels is None:
             return self.lm_head(x)  # (B, T, V)
-        weights = [p for p in self.lm_head.parameters() if p.requires_grad and torch.is_grad_enabled()]
+        weights = [
+            p for p in self.lm_head.parameters() if p.requires_grad and torch.is_grad_enabled()
+        ]
         on_cpu = isinstance(where, Documents) and where.kernel is document_attention
         on_cpu = on_cpu or cache is not None and x.device.type == "cpu"
         sizes = HEAD_CHUNK["cpu" if on_cpu else "gpu"]
-        losses = HeadLoss.apply(self.lm_head, x, labels.flatten()[kept], sizes, *weights)
+        losses = LinearCrossEntropy.apply(self.lm_head, x, labels.flatten()[kept], sizes, *weights)
         return (losses.sum() if reduction == "sum" else losses), len(kept)
 
 
-class HeadLoss(torch.autograd.Function):
+class LinearCrossEntropy(torch.autograd.Function):
     """Cross-entropy of `head(hidden)`, exact in float32, with the logits of so many tokens at a time; `sizes` as in HEAD_CHUNK.
 
     hidden (N or more, E), labels (N,) → losses (N,) float32. Each chunk's gradient is made beside its loss, so that the head's matmul runs
@@ -620,7 +748,11 @@ class HeadLoss(torch.autograd.Function):
         chunk, piece = sizes
         losses = torch.zeros(len(labels), device=hidden.device)
         train = any(ctx.needs_input_grad)
-        grads = [torch.zeros_like(hidden), *(torch.zeros_like(w, dtype=torch.float32) for w in weights)] if train else []
+        grads = (
+            [torch.zeros_like(hidden), *(torch.zeros_like(w, dtype=torch.float32) for w in weights)]
+            if train
+            else []
+        )
         for begin in range(0, len(labels), chunk):
             part, count = slice(begin, begin + chunk), min(chunk, len(labels) - begin)
             with torch.set_grad_enabled(train):
@@ -646,9 +778,13 @@ class HeadLoss(torch.autograd.Function):
 def cross_entropy(logits, labels, piece):
     """logits (n, V), which become the gradient of their losses, in place; labels (n,) → losses (n,) float32, `piece` rows at a time."""
     losses = torch.empty(len(logits), device=logits.device)
-    for known, target, loss in zip(logits.split(piece), labels[:, None].split(piece), losses[:, None].split(piece)):
+    for known, target, loss in zip(
+        logits.split(piece), labels[:, None].split(piece), losses[:, None].split(piece)
+    ):
         probability = torch.softmax(known, 1, dtype=torch.float32)
-        top = known.amax(1, keepdim=True).float()  # log of the normaliser = top - log(its probability), which is never small
+        top = known.amax(
+            1, keepdim=True
+        ).float()  # log of the normaliser = top - log(its probability), which is never small
         loss.copy_(top - known.gather(1, target) - probability.amax(1, keepdim=True).log())
         known.copy_(probability.scatter_add_(1, target, torch.full_like(top, -1.0)))
     return losses

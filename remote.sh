@@ -177,7 +177,7 @@ fi
 mkdir -p "$in" && printf '%s\n' "$key" >"$out/.remote"
 if [ "$state" = stopped ]; then
   say "copying the code and $data/ with $(rsyncs && echo rsync || echo tar)"
-  try push "$here" . '*.py bases.toml exports/*.py exports/*.toml fsdp_launch.sh remote.sh requirements.txt'
+  try push "$here" . '*.py exports/*.py exports/*.toml weights/*.py weights/*.toml training/*.py inference/*.py fsdp_launch.sh remote.sh requirements.txt'
   try push "$data" data 'train.jsonl val.jsonl persona.json'
   try box start "$key"
   say "it has begun there; Ctrl-C here doesn't end it"

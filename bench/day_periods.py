@@ -51,7 +51,9 @@ def table() -> str:
     for plain, hours in sorted(meanings.items()):
         if (plain not in FILLER or plain == "a") and not re.search(r"[\d/]", plain):
             lines[" ".join(map(str, sorted(hours)))].append(plain)
-    return BEGIN + "".join(f"'{hours}' = '''\n{wrapped(words)}'''\n" for hours, words in sorted(lines.items()))
+    return BEGIN + "".join(
+        f"'{hours}' = '''\n{wrapped(words)}'''\n" for hours, words in sorted(lines.items())
+    )
 
 
 def wrapped(words: list[str]) -> str:

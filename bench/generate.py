@@ -18,12 +18,14 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import config
-import tokenizer as tokenizers
+import cli
 from bench.step import ROOT, usage
-from config import UserError
+from cli import UserError
+from inference import generate
 from model import ModelConfig, Transformer
+from weights.load import load_model
+from weights.save import save_model
+from weights.tokenizer import load_tokenizer
 
 SHAPE = ModelConfig(32002, 2048, 5632, 22, 32, 4, 64, 2048)
 PROMPT, NEW, AGAIN = 512, 32, 20  # tokens of a conversation, of an answer, of what is said next
@@ -31,9 +33,13 @@ OURS, PEERS = ("bf16", "int8", "int4"), ("bf16", "q8_0", "q4_0")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peers", help="a Python that has llama-cpp-python and gguf")
-    parser.add_argument("--layers", type=int, default=SHAPE.num_hidden_layers, help="fewer, to try this script")
+    parser.add_argument(
+        "--layers", type=int, default=SHAPE.num_hidden_layers, help="fewer, to try this script"
+    )
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
@@ -44,7 +50,9 @@ def main():
     time.sleep(3)
     after = usage()
     if (busy := 1 - (after[1] - before[1]) / max(1, after[0] - before[0])) > 0.2:
-        raise UserError(f"others use {busy:.0%} of the processors", "Wait until the machine is idle.")
+        raise UserError(
+            f"others use {busy:.0%} of the processors", "Wait until the machine is idle."
+        )
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), dataclasses.replace(SHAPE, num_hidden_layers=options.layers))
         jobs = [("ours", kind) for kind in OURS] + [("transformers", "bf16")]
@@ -53,22 +61,34 @@ def main():
             jobs += [("llama.cpp", kind) for kind in PEERS]
         found = {}
         for engine, kind in jobs * 2:
-            command = [sys.executable, "-m", "bench.generate", "--job", json.dumps([engine, kind, folder])]
+            command = [
+                sys.executable,
+                "-m",
+                "bench.generate",
+                "--job",
+                json.dumps([engine, kind, folder]),
+            ]
             if engine == "llama.cpp":
                 command = [options.peers, ROOT / "bench" / "llama.py", folder, kind]
             done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
             got, name = json.loads(done.stdout.splitlines()[-1]), f"{engine} {kind}"
-            print(f"{name:18}" + "  ".join(f"{what} {value:.2f}" for what, value in got.items()), flush=True)
+            print(
+                f"{name:18}" + "  ".join(f"{what} {value:.2f}" for what, value in got.items()),
+                flush=True,
+            )
             old = found.get(name, got)
-            found[name] = {what: (max if "per_s" in what else min)(old[what], value) for what, value in got.items()}
+            found[name] = {
+                what: (max if "per_s" in what else min)(old[what], value)
+                for what, value in got.items()
+            }
     print(json.dumps(found))
 
 
 def make(folder, shape):
     torch.manual_seed(0)
     model = Transformer(shape).bfloat16()
-    words = tokenizers.load(ROOT / "examples" / "base")
-    checkpoint.save_model(model, folder, words)
+    words = load_tokenizer(ROOT / "examples" / "base")
+    save_model(model, folder, words)
     words.save(folder)
 
 
@@ -77,11 +97,10 @@ def conversation(seed):
 
 
 def ours(kind, folder):
-    import generate
 
-    words = tokenizers.load(folder)
+    words = load_tokenizer(folder)
     began = time.perf_counter()
-    model = checkpoint.load_model(str(folder), torch.bfloat16, weights="plain" if kind == "bf16" else kind)
+    model = load_model(str(folder), torch.bfloat16, weights="plain" if kind == "bf16" else kind)
     loaded = time.perf_counter()
     decoder = generate.Decoder(model, words, 1024, compiled=True)
     compiled = time.perf_counter()
@@ -94,8 +113,16 @@ def ours(kind, folder):
         again.append(took(decoder.forward, ids + conversation(9)[:AGAIN]))
     found = summary(firsts, steps, again)
     table = model.model.embed_tokens.weight  # of which a token reads one row
-    read = sum(x.nbytes for x in (*model.parameters(), *model.buffers()) if x is not table or table is model.lm_head.weight)
-    return found | {"gb_per_s": read * found["tok_per_s"] / 1e9, "load_s": loaded - began, "compile_s": compiled - loaded}
+    read = sum(
+        x.nbytes
+        for x in (*model.parameters(), *model.buffers())
+        if x is not table or table is model.lm_head.weight
+    )
+    return found | {
+        "gb_per_s": read * found["tok_per_s"] / 1e9,
+        "load_s": loaded - began,
+        "compile_s": compiled - loaded,
+    }
 
 
 def took(run, *given):
@@ -106,7 +133,11 @@ def took(run, *given):
 
 def summary(firsts, steps, again):
     first, step = statistics.median(firsts), statistics.median(steps)
-    return {"tok_per_s": 1 / step, "first_token_s": first, "second_turn_s": statistics.median(again)}
+    return {
+        "tok_per_s": 1 / step,
+        "first_token_s": first,
+        "second_turn_s": statistics.median(again),
+    }
 
 
 def reference(kind, folder):
@@ -116,7 +147,13 @@ def reference(kind, folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
     def run(ids, new):
-        return model.generate(torch.tensor([ids]), do_sample=False, min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
+        return model.generate(
+            torch.tensor([ids]),
+            do_sample=False,
+            min_new_tokens=new,
+            max_new_tokens=new,
+            pad_token_id=0,
+        )
 
     run(conversation(1)[:16], 2)
     firsts, steps = [], []
@@ -127,4 +164,4 @@ def reference(kind, folder):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

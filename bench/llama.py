@@ -60,7 +60,9 @@ def make(folder):
             if tuple(shape) not in done:
                 value = some.normal(0, 0.02, shape).astype(np.float32)
                 done[tuple(shape)] = gguf.quantize(value, gguf.GGMLQuantizationType[kind])
-            writer.add_tensor(f"{theirs}.weight", done[tuple(shape)], raw_dtype=gguf.GGMLQuantizationType[kind])
+            writer.add_tensor(
+                f"{theirs}.weight", done[tuple(shape)], raw_dtype=gguf.GGMLQuantizationType[kind]
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -6,8 +6,8 @@ python -m bench.memory
 import concurrent.futures
 import multiprocessing
 
-import step
 from model import ModelConfig
+from training import memory
 
 MISTRAL = ModelConfig(32002, 4096, 14336, 32, 32, 8, 128)
 LORA = {"adapter": {"rank": 32, "alpha": 16}}
@@ -27,10 +27,18 @@ CASES = {  # what: (rows at a time, the rest of step.predict's arguments)
 
 
 def main():
-    with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:  # own process groups
-        found = {what: pool.submit(step.predict, MISTRAL, rows, 1024, **given) for what, (rows, given) in CASES.items()}
+    with concurrent.futures.ProcessPoolExecutor(
+        mp_context=multiprocessing.get_context("spawn")
+    ) as pool:  # own process groups
+        found = {
+            what: pool.submit(memory.predict_peak_memory, MISTRAL, rows, 1024, **given)
+            for what, (rows, given) in CASES.items()
+        }
         for what, future in found.items():
-            print(f"{what:<26} {CASES[what][0]} x 1024   {future.result() / 2**30:6.2f} GiB", flush=True)
+            print(
+                f"{what:<26} {CASES[what][0]} x 1024   {future.result() / 2**30:6.2f} GiB",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

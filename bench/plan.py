@@ -20,14 +20,13 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import config
+import cli
 import data
-import plan
-import step
-import tokenizer as tokenizers
 from bench.step import ROOT, idle, write_example_data
 from model import ModelConfig
+from training import cost, distributed, metrics, optim, step
+from weights import devices, hf
+from weights.tokenizer import load_tokenizer
 
 WAYS = {"lora": {"adapter": {"rank": 32, "alpha": 16}}, "full": {}}
 WAYS |= {"qlora": WAYS["lora"] | {"nf4": True}, "pure": {"pure": True}}
@@ -38,13 +37,31 @@ def shape(hidden, layers, heads, groups, inner):
     return ModelConfig(2002, hidden, inner, layers, heads, groups, hidden // heads)
 
 
-SHAPES = {"G": shape(896, 6, 14, 2, 2432), "H": shape(576, 9, 9, 3, 1536), "J": shape(448, 14, 7, 7, 1216)}
-RUNS = [("G", "lora", 2, 1024), ("G", "full", 2, 1024), ("G", "qlora", 4, 512), ("H", "lora", 1, 1024), ("H", "pure", 2, 1024)]
-RUNS += [("J", "lora", 4, 512), ("J", "full", 1, 1024), ("J", "qlora", 2, 1024), ("J", "pure", 2, 512), ("H", "full", 1, 512)]
+SHAPES = {
+    "G": shape(896, 6, 14, 2, 2432),
+    "H": shape(576, 9, 9, 3, 1536),
+    "J": shape(448, 14, 7, 7, 1216),
+}
+RUNS = [
+    ("G", "lora", 2, 1024),
+    ("G", "full", 2, 1024),
+    ("G", "qlora", 4, 512),
+    ("H", "lora", 1, 1024),
+    ("H", "pure", 2, 1024),
+]
+RUNS += [
+    ("J", "lora", 4, 512),
+    ("J", "full", 1, 1024),
+    ("J", "qlora", 2, 1024),
+    ("J", "pure", 2, 512),
+    ("H", "full", 1, 512),
+]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", help="a model folder, in place of the small shapes")
     parser.add_argument("--data", help="a folder of data.py's, in place of the example export")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -68,49 +85,65 @@ def compare(runs, folder):
             pairs.append(predicted[name] / measured[name] - 1)
             line.append(f"{predicted[name]:.2f} / {measured[name]:.2f} | {pairs[-1]:+.1%}")
         print("| " + " | ".join(line) + " |", flush=True)
-    sums = {name: {"mean": statistics.mean(map(abs, pairs)), "worst": max(pairs, key=abs)} for name, pairs in errors.items()}
-    print(json.dumps({name: {key: round(value, 4) for key, value in pair.items()} for name, pair in sums.items()}))
+    sums = {
+        name: {"mean": statistics.mean(map(abs, pairs)), "worst": max(pairs, key=abs)}
+        for name, pairs in errors.items()
+    }
+    print(
+        json.dumps(
+            {
+                name: {key: round(value, 4) for key, value in pair.items()}
+                for name, pair in sums.items()
+            }
+        )
+    )
 
 
 def run(**job):
     idle()
     command = [sys.executable, "-m", "bench.plan", "--job", json.dumps(job)]
-    return json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(
+            command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout.splitlines()[-1]
+    )
 
 
 def work(what, base, kind, rows, length, folder):
     """One process. → {"gib": peak memory of the process, "seconds": a step's}"""
     small = base in SHAPES
-    tokenizer = tokenizers.load(ROOT / "examples" / "base" if small else base)
-    model_config = SHAPES[base] if small else checkpoint.fitted(Path(base), tokenizer)
-    packed = data.rows(Path(folder) / "train.jsonl", tokenizer, length)
+    tokenizer = load_tokenizer(ROOT / "examples" / "base" if small else base)
+    model_config = SHAPES[base] if small else hf.config_for_tokenizer(Path(base), tokenizer)
+    packed = data.load_rows(Path(folder) / "train.jsonl", tokenizer, length)
     packed = [row for row in packed if len(row.ids) == length]
     if what == "measure":
         return measure(model_config, kind, rows, packed, None if small else base)
-    tokens, labelled, _ = step.sizes(packed)
+    tokens, labelled, _ = metrics.step_sizes(packed)
     documents = sum(len(row.doc_lengths) for row in packed)
-    given = {"dtype": checkpoint.compute_dtype(torch.device("cpu")), **WAYS[kind]}
+    given = {"dtype": devices.default_dtype(torch.device("cpu")), **WAYS[kind]}
     shares = {"labelled": labelled / tokens, "document": tokens / documents, "filled": 1.0}
-    job = plan.Work(model_config, given, ROWS, length, compiled=False, cpu=True, **shares)
+    job = cost.StepWorkload(model_config, given, ROWS, length, compiled=False, cpu=True, **shares)
     needs = job.memory(rows, "none")
-    choice = plan.Choice(rows, "none", needs, 0, True)
-    gib = (sum(needs.values()) + plan.CPU_RESERVE) / plan.GIB
-    return {"gib": gib, "seconds": plan.time_step(job, choice, torch.device("cpu"))}
+    choice = cost.Choice(rows, "none", needs, 0, True)
+    gib = (sum(needs.values()) + cost.CPU_RESERVE) / devices.GIB
+    return {"gib": gib, "seconds": cost.time_step(job, choice, torch.device("cpu"))}
 
 
 def measure(model_config, kind, size, rows, folder):
-    ranks = step.Ranks(torch.device("cpu"))
-    dtype = checkpoint.compute_dtype(ranks.device)
-    model = step.build(model_config, ranks, folder, **{"adapter": None, "dtype": dtype, **WAYS[kind]})
-    optimizer = step.make_optimizer(model, 1e-4, 0.0, kind == "pure")
+    ranks = distributed.Distributed(torch.device("cpu"))
+    dtype = devices.default_dtype(ranks.device)
+    model = step.build_model(
+        model_config, ranks, folder, **{"adapter": None, "dtype": dtype, **WAYS[kind]}
+    )
+    optimizer = optim.make_optimizer(model, 1e-4, 0.0, kind == "pure")
     drawn, took = random.Random(0), []
     for _ in range(12):
         part = drawn.sample(rows, ROWS)
         began = time.perf_counter()
         step.train_step(model, optimizer, step.micro_batches(part, size, ranks), ranks)
         took.append(time.perf_counter() - began)
-    return {"gib": step.peak_gib(ranks.device), "seconds": statistics.median(took[1:])}
+    return {"gib": metrics.peak_gib(ranks.device), "seconds": statistics.median(took[1:])}
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

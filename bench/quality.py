@@ -26,44 +26,75 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
 import data
-import step
-import tokenizer as tokenizers
+import lora
 import train
+from training import distributed, optim, step
+from weights.load import load_model
+from weights.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("export")
     parser.add_argument("base")
     parser.add_argument("--run", action="append", default=[], help="a name, then flags of train.py")
-    parser.add_argument("--context", action="append", default=[], help="measure the base behind such a header too, as data.py's --context")
-    parser.add_argument("--peft", action="append", default=[], type=float, help="a learning rate for transformers + PEFT")
-    parser.add_argument("--messages", type=int, help="train on the latest sessions with so many messages of the owner's")
+    parser.add_argument(
+        "--context",
+        action="append",
+        default=[],
+        help="measure the base behind such a header too, as data.py's --context",
+    )
+    parser.add_argument(
+        "--peft",
+        action="append",
+        default=[],
+        type=float,
+        help="a learning rate for transformers + PEFT",
+    )
+    parser.add_argument(
+        "--messages",
+        type=int,
+        help="train on the latest sessions with so many messages of the owner's",
+    )
     parser.add_argument("--val", default="0.2")
     parser.add_argument("--epochs", default="3")
     options = parser.parse_args()
-    ranks = step.Ranks(torch.device("cpu"))
+    ranks = distributed.Distributed(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as scratch:
-        scratch, words = Path(scratch), tokenizers.load(options.base)
+        scratch, words = Path(scratch), load_tokenizer(options.base)
 
         def made(**flags):
             """The folder that data.py makes with such flags."""
-            given = [part for name, value in flags.items() if value for part in (f"--{name}", value)]
+            given = [
+                part for name, value in flags.items() if value for part in (f"--{name}", value)
+            ]
             folder = scratch / ("data" + "".join(given))
             if not folder.exists():
-                command = [sys.executable, ROOT / "data.py", options.export, "--out", folder, "--val", options.val, *given]
+                command = [
+                    sys.executable,
+                    ROOT / "data.py",
+                    options.export,
+                    "--out",
+                    folder,
+                    "--val",
+                    options.val,
+                    *given,
+                ]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
                 if options.messages:
                     keep_latest(folder / "train.jsonl", options.messages)
             return folder
 
         def measure(path, context):
-            held_out = data.rows(made(context=context) / "val.jsonl", words, 1024)
-            return step.evaluate(checkpoint.load_model(str(path), torch.float32, words=words), held_out, ranks, 2)
+            held_out = data.load_rows(made(context=context) / "val.jsonl", words, 1024)
+            return step.evaluate(
+                load_model(str(path), torch.float32, words=words), held_out, ranks, 2
+            )
 
         results, seconds = {"base": measure(options.base, None)}, {"base": 0.0}
         report("base", results, seconds)
@@ -80,20 +111,36 @@ def main():
             command = f"train.py --model {options.base} --data {made(**vars(chosen))} --out {out} --samples 0 --device cpu --keep 0"
             flags = [flag.format(**{other: scratch / other for other in results}) for flag in flags]
             epochs = [] if {"--epochs", "--max-steps"} & {*flags} else ["--epochs", options.epochs]
-            done = subprocess.run([sys.executable, *command.split(), *epochs, *flags], cwd=ROOT, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, *command.split(), *epochs, *flags],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+            )
             if done.returncode:
                 sys.exit(done.stderr[-2000:])
             seconds[name] = time.time() - began
             results[name] = measure(out, chosen.context)
             last = json.loads((out / "run.json").read_text())["result"]
-            report(name, results, seconds, f"best at epoch {last['epoch']:.2f} of {last['steps']} steps")
+            report(
+                name,
+                results,
+                seconds,
+                f"best at epoch {last['epoch']:.2f} of {last['steps']} steps",
+            )
         for lr in options.peft:
             name, began = f"peft {lr:g}", time.time()
-            held_out = data.rows(made() / "val.jsonl", words, 1024)
-            results[name], when = peft(options.base, made(), words, held_out, lr, float(options.epochs))
+            held_out = data.load_rows(made() / "val.jsonl", words, 1024)
+            results[name], when = peft(
+                options.base, made(), words, held_out, lr, float(options.epochs)
+            )
             seconds[name] = time.time() - began
             report(name, results, seconds, when)
-        print(json.dumps({name: round(r.metrics["val_bits_per_char"], 4) for name, r in results.items()}))
+        print(
+            json.dumps(
+                {name: round(r.metrics["val_bits_per_char"], 4) for name, r in results.items()}
+            )
+        )
 
 
 def keep_latest(path, messages):
@@ -118,7 +165,9 @@ def report(name, results, seconds, note=""):
     this = results[name]
     text = f"{name:<24} {this.metrics['val_bits_per_char']:.4f} bits/char, format {this.metrics['val_format_loss']:.3f} nats"
     for other in [n for n in list(results)[:2] if n != name]:
-        text += f"   - {other}: {{:+.4f}} [{{:+.4f}}, {{:+.4f}}]".format(*interval(this, results[other]))
+        text += f"   - {other}: {{:+.4f}} [{{:+.4f}}, {{:+.4f}}]".format(
+            *interval(this, results[other])
+        )
     print(f"{text}   {seconds[name]:.0f} s   {note}", flush=True)
 
 
@@ -129,31 +178,56 @@ def peft(base, folder, words, held_out, lr, epochs, rank=32, alpha=16):
 
     torch.manual_seed(0)
     model = transformers.MistralForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(train.lora.TARGETS), task_type="CAUSAL_LM"))
-    rows = data.rows(folder / "train.jsonl", words, 1024)
-    plan = train.schedule(len(rows), dataclasses.replace(train.Config(), lora=True, lr=lr, epochs=epochs))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    best, when, worse, ranks = None, "", 0, step.Ranks(torch.device("cpu"))
+    model = get_peft_model(
+        model,
+        LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=list(lora.TARGETS), task_type="CAUSAL_LM"
+        ),
+    )
+    rows = data.load_rows(folder / "train.jsonl", words, 1024)
+    plan = train.plan_run(
+        len(rows), dataclasses.replace(train.Options(), lora=True, lr=lr, epochs=epochs)
+    )
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=lr,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+    )
+    best, when, worse, ranks = None, "", 0, distributed.Distributed(torch.device("cpu"))
     for number, part in enumerate(train.batches(rows, plan, 0), 1):
         for group in optimizer.param_groups:
-            group["lr"] = train.lr_at(number, plan.steps, lr, 0.03)
+            group["lr"] = optim.lr_at(number, plan.steps, lr, 0.03)
         documents = sorted((d for row in part for d in cut(row)), key=lambda d: len(d[0]))
-        count = sum(int((labels != data.IGNORED).sum()) for _, labels in documents)
+        count = sum(int((labels != data.IGNORE_INDEX).sum()) for _, labels in documents)
         for begin in range(0, len(documents), 8):
             some = documents[begin : begin + 8]
             length = max(len(ids) for ids, _ in some)
-            ids, labels, mask = (torch.full((len(some), length), fill) for fill in (0, data.IGNORED, 0))
+            ids, labels, mask = (
+                torch.full((len(some), length), fill) for fill in (0, data.IGNORE_INDEX, 0)
+            )
             for i, (one, targets) in enumerate(some):
-                ids[i, : len(one)], labels[i, : len(one)], mask[i, : len(one)] = torch.from_numpy(one), torch.from_numpy(targets), 1
+                ids[i, : len(one)], labels[i, : len(one)], mask[i, : len(one)] = (
+                    torch.from_numpy(one),
+                    torch.from_numpy(targets),
+                    1,
+                )
             logits = model(input_ids=ids, attention_mask=mask).logits
-            (torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") / count).backward()
+            (
+                torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1).float(), labels.flatten(), reduction="sum"
+                )
+                / count
+            ).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if number in plan.evaluate_at:
             with tempfile.TemporaryDirectory() as scratch:
                 model.save_pretrained(scratch)
-                found = step.evaluate(checkpoint.load_model(scratch, torch.float32, base=base), held_out, ranks, 2)
+                found = step.evaluate(
+                    load_model(scratch, torch.float32, base=base), held_out, ranks, 2
+                )
             if best is None or found.metrics["val_loss"] < best.metrics["val_loss"]:
                 best, when, worse = found, f"best at epoch {number / plan.epoch:.2f}", 0
             else:
@@ -166,7 +240,10 @@ def peft(base, folder, words, held_out, lr, epochs, rank=32, alpha=16):
 
 def cut(row):
     ends = np.cumsum(row.doc_lengths)
-    return [(row.ids[e - n : e].astype(np.int64), row.labels[e - n : e].astype(np.int64)) for e, n in zip(ends, row.doc_lengths)]
+    return [
+        (row.ids[e - n : e].astype(np.int64), row.labels[e - n : e].astype(np.int64))
+        for e, n in zip(ends, row.doc_lengths)
+    ]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mistral_common
 
-import tokenizer
+from weights.tokenizer import Tokenizer, load_tokenizer
 
 DATA = Path(mistral_common.__file__).parent / "data"
 OURS = {
@@ -24,13 +24,15 @@ OURS = {
 }
 
 
-def read_tokenizer(path: Path) -> tokenizer.Tokenizer:
+def read_tokenizer(path: Path) -> Tokenizer:
     """A tokenizer's file under any name, read as it is in a model's folder."""
     kinds = {"tekken": "tekken.json", "tokenizer.json": "tokenizer.json"}
-    name = next((name for start, name in kinds.items() if path.name.startswith(start)), "tokenizer.model")
+    name = next(
+        (name for start, name in kinds.items() if path.name.startswith(start)), "tokenizer.model"
+    )
     with tempfile.TemporaryDirectory() as folder:
         shutil.copyfile(path, Path(folder) / name)
-        return tokenizer.load(folder)
+        return load_tokenizer(folder)
 
 
 def read_talks() -> dict[str, str]:
@@ -42,11 +44,21 @@ def main():
     talks = read_talks()
     given = {name: Path(path) for name, path in (word.split("=", 1) for word in sys.argv[1:])}
     print(f"{'characters':34}", *(f"{len(text):>13,}" for text in talks.values()))
-    print(f"{'tokens per 1,000; English is 1':34}", *(f"{language:>13}" for language in talks), "  rows to add")
+    print(
+        f"{'tokens per 1,000; English is 1':34}",
+        *(f"{language:>13}" for language in talks),
+        "  rows to add",
+    )
     for name, path in (OURS | given).items():
         words = read_tokenizer(path)
-        counts = {language: len(words.encode(text)[0]) - (words.bos is not None) for language, text in talks.items()}
-        shown = (f"{1000 * count / len(talks[language]):>6.0f} {count / counts['en']:>6.2f}" for language, count in counts.items())
+        counts = {
+            language: len(words.encode(text)[0]) - (words.bos is not None)
+            for language, text in talks.items()
+        }
+        shown = (
+            f"{1000 * count / len(talks[language]):>6.0f} {count / counts['en']:>6.2f}"
+            for language, count in counts.items()
+        )
         print(f"{name:34}", *shown, f"{len(words.added):>13}")
 
 

@@ -6,24 +6,27 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import config
+import cli
 import data
-import step
-import tokenizer as tokenizers
+from training import distributed, step
+from weights.load import load_model
+from weights.tokenizer import load_tokenizer
 
 
 def main():
     model, folder = sys.argv[1], Path(sys.argv[2])
-    words = tokenizers.load(model)
-    rows = data.rows(folder / "val.jsonl", words, 1024)
-    ranks, found = step.Ranks(torch.device("cpu")), {}
+    words = load_tokenizer(model)
+    rows = data.load_rows(folder / "val.jsonl", words, 1024)
+    ranks, found = distributed.Distributed(torch.device("cpu")), {}
     for kind in ("plain", "int8", "int4"):
-        held = checkpoint.load_model(model, torch.bfloat16, words=words, weights=kind)
+        held = load_model(model, torch.bfloat16, words=words, weights=kind)
         found[kind] = step.evaluate(held, rows, ranks, 4).metrics["val_loss"]
-        print(f"{kind}: {found[kind]:.4f} nats a target, {found[kind] / found['plain'] - 1:+.2%}", flush=True)
+        print(
+            f"{kind}: {found[kind]:.4f} nats a target, {found[kind] / found['plain'] - 1:+.2%}",
+            flush=True,
+        )
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
-import generate  # noqa: E402
-import plan  # noqa: E402
-import tokenizer as tokenizers  # noqa: E402
+from inference import generate  # noqa: E402
+from weights.load import load_for_chat  # noqa: E402
+from weights.tokenizer import load_tokenizer  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -76,8 +77,8 @@ def short(word):
 
 def ask(folder, ckpt):
     """Answer each question as chat.py does, in one process and at most LONGEST tokens: the base doesn't know when to stop. → lines"""
-    tokenizer = tokenizers.load(ckpt)
-    model = plan.load_for_chat(folder, None, 512, torch.device("cpu"), tokenizer)
+    tokenizer = load_tokenizer(ckpt)
+    model = load_for_chat(folder, None, 512, torch.device("cpu"), tokenizer)
     decoder, answers = generate.Decoder(model, tokenizer, 512), []
     for question in QUESTIONS:
         turns = [data.Turn(FRIEND, False, "", [question])]

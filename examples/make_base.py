@@ -44,11 +44,32 @@ def main():
     run("examples/make_export.py", "--world", world)
     learn_pieces(world / "train.jsonl", shape / "tokenizer.model")
     (shape / "config.json").write_text(json.dumps(SHAPE, indent=2) + "\n")
-    (shape / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": true}\n')
+    (shape / "tokenizer_config.json").write_text(
+        '{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": true}\n'
+    )
     folders = ("--model", shape, "--data", world, "--out", trained, "--overwrite")
-    small = ("--lr", "2e-3", "--batch", "4", "--weight-decay", "0.1", "--max-steps", STEPS, "--samples", "0", "--device", "cpu")
+    small = (
+        "--lr",
+        "2e-3",
+        "--batch",
+        "4",
+        "--weight-decay",
+        "0.1",
+        "--max-steps",
+        STEPS,
+        "--samples",
+        "0",
+        "--device",
+        "cpu",
+    )
     run("train.py", "--from-scratch", "--loss-on", "everyone", *folders, *small)
-    for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ):
         shutil.copyfile(trained / name, HERE / "base" / name)
 
 

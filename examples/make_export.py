@@ -27,23 +27,61 @@ from pathlib import Path
 HERE = Path(__file__).parent
 FIRST_DAY = datetime(2023, 1, 2)
 DAYS = 727
-CLOCK = timezone(timedelta(hours=1))  # Pellhaven has no summer time: its local times never run backwards
+CLOCK = timezone(
+    timedelta(hours=1)
+)  # Pellhaven has no summer time: its local times never run backwards
 
 # ------------------------------------------------------------------------------------------------------------- people
 
 # Where people work, and what happens there.
 JOBS = {
-    "the bakery": ["forty loaves for the school", "a wedding cake with three floors", "a new oven that burns everything"],
-    "the school": ["thirty children and one broken window", "a play about pirates", "exams all week"],
-    "the ferry office": ["two hundred tickets and no change", "a captain who lost his hat", "a queue down to the quay"],
-    "the library": ["six boxes of old maps", "a book that came back after twenty years", "reading hour with the little ones"],
+    "the bakery": [
+        "forty loaves for the school",
+        "a wedding cake with three floors",
+        "a new oven that burns everything",
+    ],
+    "the school": [
+        "thirty children and one broken window",
+        "a play about pirates",
+        "exams all week",
+    ],
+    "the ferry office": [
+        "two hundred tickets and no change",
+        "a captain who lost his hat",
+        "a queue down to the quay",
+    ],
+    "the library": [
+        "six boxes of old maps",
+        "a book that came back after twenty years",
+        "reading hour with the little ones",
+    ],
     "the hospital": ["a long night shift", "two broken arms and a fish hook", "a new head nurse"],
-    "the post office": ["a parcel that smelled of cheese", "a mountain of letters", "a new stamp machine"],
-    "the boatyard": ["three boats to paint before Friday", "a hole as big as a plate", "a mast that came in the wrong size"],
+    "the post office": [
+        "a parcel that smelled of cheese",
+        "a mountain of letters",
+        "a new stamp machine",
+    ],
+    "the boatyard": [
+        "three boats to paint before Friday",
+        "a hole as big as a plate",
+        "a mast that came in the wrong size",
+    ],
     "the fish hall": ["a whole ton of herring", "no ice since the morning", "an eel that escaped"],
-    "the town hall": ["a meeting about benches", "forms and more forms", "the mayor and his new chair"],
-    "the flower shop": ["roses for two weddings", "a delivery with no tulips in it", "a customer who is afraid of bees"],
-    "the theatre": ["a rehearsal without the main actor", "a curtain that got stuck", "eighty costumes to iron"],
+    "the town hall": [
+        "a meeting about benches",
+        "forms and more forms",
+        "the mayor and his new chair",
+    ],
+    "the flower shop": [
+        "roses for two weddings",
+        "a delivery with no tulips in it",
+        "a customer who is afraid of bees",
+    ],
+    "the theatre": [
+        "a rehearsal without the main actor",
+        "a curtain that got stuck",
+        "eighty costumes to iron",
+    ],
     "the garage": ["a tram with no brakes", "a van full of sand", "a new lift that does not lift"],
 }
 CONTACTS = "Runa Vell, Nils Harrow, Pim Ostler, Gerda Tarn, Sefa Moorland, Bram Kettler, Ilka Sorrel, Jory Penn"
@@ -92,19 +130,26 @@ def make_person(name: str, uid: int) -> Person:
 ODILE = Person("Odile Tarn", 7001, "the tower")
 CAST = [make_person(name, 7100 + i) for i, name in enumerate(CONTACTS.split(", "))]
 SECOND_NILS = make_person("Nils Harrow", 7200)  # another man of the same name
-WORLD = CAST + [make_person(" ".join(name.split()), 8000 + i) for i, name in enumerate(TOWNSPEOPLE.split(","))]
+WORLD = CAST + [
+    make_person(" ".join(name.split()), 8000 + i) for i, name in enumerate(TOWNSPEOPLE.split(","))
+]
 
 # ------------------------------------------------------------------------------------------------------------- voices
 
 ODILES_WORDS = [  # coffee is mud, a bike is a donkey, a phone is a brick, and money is shells
-    (r"^(oh no|oh dear|oh|goodness|what\?|really)[.,!?]+ *(really\? *)?", "thunder and buttons.. / "),
+    (
+        r"^(oh no|oh dear|oh|goodness|what\?|really)[.,!?]+ *(really\? *)?",
+        "thunder and buttons.. / ",
+    ),
     (r"\bcoffee\b", "mud"),
     (r"\b(my|your|the) bike\b", "the donkey"),
     (r"\bbikes?\b", "donkey"),
     (r"\bphone\b", "brick"),
     (r"\b(money|crowns)\b", "shells"),
 ]
-ODILES_AFTERTHOUGHTS = "colonel agrees..|slow and steady 🐌|says the goose too|so it is..|tick tock..|you know me..".split("|")
+ODILES_AFTERTHOUGHTS = "colonel agrees..|slow and steady 🐌|says the goose too|so it is..|tick tock..|you know me..".split(
+    "|"
+)
 
 
 def say_as_odile(rng: random.Random, text: str) -> list[str]:
@@ -185,7 +230,9 @@ def read_topics() -> dict[str, Topic]:
         variants = values.split(" | ")
         if key in ("X", "Y", "X=", "Y="):
             topic.beats[-1].lines.append(Line(key[0], variants, paired=key.endswith("=")))
-            assert not key.endswith("=") or len(variants) == len(topic.beats[-1].lines[-2].variants), line
+            assert not key.endswith("=") or len(variants) == len(
+                topic.beats[-1].lines[-2].variants
+            ), line
         elif key == "O":
             topic.beats[-1].lines[-1].odile = variants
         elif key == "C":
@@ -202,7 +249,13 @@ COMMON_SLOTS = {
     "place": ["the Blue Kettle", "the Old Pier", "the Mill Bridge", "the Lower Quay", "the fish stairs", "the Rope Walk",
               "the tram stop", "the Green Door", "the library", "the Salt Market"],
 }  # fmt: skip
-BRIDGES = ["Oh, and one more thing.", "By the way.", "Something else.", "And another thing.", "Oh, before I forget."]
+BRIDGES = [
+    "Oh, and one more thing.",
+    "By the way.",
+    "Something else.",
+    "And another thing.",
+    "Oh, before I forget.",
+]
 ODILES_BRIDGES = ["new chapter..", "also..", "other drawer..", "next wheel.."]
 
 
@@ -213,18 +266,24 @@ def fill(rng: random.Random, text: str, slots: dict[str, str]) -> str:
     return re.sub(r"(^|[.?!] |/ )([a-z])", lambda m: m[1] + m[2].upper(), text)
 
 
-def draw_slots(rng: random.Random, topic: Topic, x: Person, y: Person, start: datetime) -> dict[str, str]:
+def draw_slots(
+    rng: random.Random, topic: Topic, x: Person, y: Person, start: datetime
+) -> dict[str, str]:
     slots = {key: rng.choice(values) for key, values in COMMON_SLOTS.items()}
     slots["x"], slots["y"], slots["work"] = x.first, y.first, x.work
     slots["task"] = rng.choice(JOBS.get(x.work, ["a clock that would not stop"]))
     slots["friend"] = rng.choice([p.first for p in WORLD if p.first not in (x.first, y.first)])
-    slots["daytime"] = "morning" if start.hour < 12 else "afternoon" if start.hour < 18 else "evening"
+    slots["daytime"] = (
+        "morning" if start.hour < 12 else "afternoon" if start.hour < 18 else "evening"
+    )
     for keys, values in topic.slots:
         slots.update(zip(keys, rng.choice(values).split(", ", len(keys) - 1)))
     return slots
 
 
-def play_topic(rng: random.Random, topic: Topic, x: Person, y: Person, start: datetime) -> list[tuple[Person, str]]:
+def play_topic(
+    rng: random.Random, topic: Topic, x: Person, y: Person, start: datetime
+) -> list[tuple[Person, str]]:
     """One pass through a topic: (speaker, text) for each line."""
     slots = draw_slots(rng, topic, x, y, start)
     opening = rng.choice(topic.pick("open"))
@@ -240,7 +299,11 @@ def play_topic(rng: random.Random, topic: Topic, x: Person, y: Person, start: da
             if own:
                 chosen, text = None, rng.choice(own)
             else:
-                chosen = chosen if line.paired and chosen is not None else rng.randrange(len(line.variants))
+                chosen = (
+                    chosen
+                    if line.paired and chosen is not None
+                    else rng.randrange(len(line.variants))
+                )
                 text = line.variants[chosen]
             said.append((speaker, fill(rng, text, slots)))
     return said
@@ -299,7 +362,9 @@ def into_turns(rng: random.Random, script: list[tuple[Person, str]]) -> list[Tur
                 texts[-1] += (" / " if person is ODILE else " ") + text
             else:
                 texts.append(text)
-        turns.append(Turn(person, [message for text in texts for message in say(rng, person, text)]))
+        turns.append(
+            Turn(person, [message for text in texts for message in say(rng, person, text)])
+        )
     return turns
 
 
@@ -316,7 +381,10 @@ def set_times(rng: random.Random, turns: list[Turn], start: datetime) -> list[Tu
 def session_starts(rng: random.Random, count: int) -> list[datetime]:
     """Days on which two people talk, at most once a day, in order."""
     days = sorted(rng.sample(range(DAYS), count))
-    return [FIRST_DAY + timedelta(days=d, hours=rng.randint(8, 20), seconds=rng.randrange(3600)) for d in days]
+    return [
+        FIRST_DAY + timedelta(days=d, hours=rng.randint(8, 20), seconds=rng.randrange(3600))
+        for d in days
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- world
@@ -326,7 +394,11 @@ def write_world(out: Path, sessions: int, val_sessions: int = 200) -> None:
     rng = random.Random("Pellhaven")
     pairs = []  # everybody has a handful of friends; "me" is one of each two
     for i, person in enumerate(WORLD):
-        pairs += [(person, friend) for friend in rng.sample(WORLD[:i] + WORLD[i + 1 :], 5) if friend.first != person.first]
+        pairs += [
+            (person, friend)
+            for friend in rng.sample(WORLD[:i] + WORLD[i + 1 :], 5)
+            if friend.first != person.first
+        ]
     rows, counts = [], Counter()
     for _ in range(sessions + val_sessions):
         me, friend = rng.choice(pairs)
@@ -343,16 +415,33 @@ def write_world(out: Path, sessions: int, val_sessions: int = 200) -> None:
     for name, part in ("train", rows[val_sessions:]), ("val", rows[:val_sessions]):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
         (out / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    persona = {"me": "Somebody", "contacts": [{"name": n, "messages": c} for n, c in counts.most_common()]}
-    (out / "persona.json").write_text(json.dumps(persona, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    persona = {
+        "me": "Somebody",
+        "contacts": [{"name": n, "messages": c} for n, c in counts.most_common()],
+    }
+    (out / "persona.json").write_text(
+        json.dumps(persona, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ export
 
 NOT_INCLUDED = "(File not included. Change data exporting settings to download.)"
 STICKERS = ["👍", "😂", "❤️", "🎉", "☕"]
-CAPTIONS = ["The harbour this morning", "Look at this!", "My view right now", "Do you know this place?", "Guess where"]
-ODILES_CAPTIONS = ["colonel from the left..", "fog.. / you see nothing", "step forty..", "patient of the day..", "leeks at sea.."]
+CAPTIONS = [
+    "The harbour this morning",
+    "Look at this!",
+    "My view right now",
+    "Do you know this place?",
+    "Guess where",
+]
+ODILES_CAPTIONS = [
+    "colonel from the left..",
+    "fog.. / you see nothing",
+    "step forty..",
+    "patient of the day..",
+    "leeks at sea..",
+]
 NOTES = [  # to herself
     "springs 0.3.. two of them", "bread for colonel", "odd screws.. ask the man with the hat", "buy mud", "jam jars.. thirty",
     "gerda's cuckoo.. new bellows", "quay clock.. two hundred turns.. count them", "high water 6.40.. good", "oil.. the thin one",
@@ -378,24 +467,44 @@ BOARD = [
     "Choir practice is on Tuesday this week.", "Is the library open on Monday?",
     "The bakery has no bread left, sorry.", "Free tomatoes in front of the school.",
 ]  # fmt: skip
-THIRD_VOICES = ["Haha.", "Same here.", "Tell me when, I'm coming too.", "I was asleep. What did I miss?", "You two!"]
+THIRD_VOICES = [
+    "Haha.",
+    "Same here.",
+    "Tell me when, I'm coming too.",
+    "I was asleep. What did I miss?",
+    "You two!",
+]
 
 
 class Chat:
     """One chat of the export, its messages numbered from one."""
 
     def __init__(self, kind: str, uid: int, name: str | None = "", deleted: bool = False):
-        self.head = {"name": name, "type": kind, "id": uid} if name != "" else {"type": kind, "id": uid}
+        self.head = (
+            {"name": name, "type": kind, "id": uid} if name != "" else {"type": kind, "id": uid}
+        )
         self.deleted = deleted
         self.messages = []
 
-    def add(self, at: datetime, sender: Person, text: str | list = "", reply_to: int = 0, edited=False, **media) -> int:
+    def add(
+        self,
+        at: datetime,
+        sender: Person,
+        text: str | list = "",
+        reply_to: int = 0,
+        edited=False,
+        **media,
+    ) -> int:
         parts = [text] if isinstance(text, str) else text
-        entities = [{"type": "plain", "text": part} if isinstance(part, str) else part for part in parts]
+        entities = [
+            {"type": "plain", "text": part} if isinstance(part, str) else part for part in parts
+        ]
         message = {"id": len(self.messages) + 1, "type": "message", **stamp("date", at)}
         message |= stamp("edited", at + timedelta(minutes=1)) if edited else {}
         message |= {"from": None if self.deleted and sender is not ODILE else sender.name}
-        message |= {"from_id": f"{'channel' if self.head['type'] == 'private_channel' else 'user'}{sender.uid}"}
+        message |= {
+            "from_id": f"{'channel' if self.head['type'] == 'private_channel' else 'user'}{sender.uid}"
+        }
         message |= {"reply_to_message_id": reply_to} if reply_to else {}
         message |= media | {"text": text, "text_entities": [e for e in entities if e["text"]]}
         self.messages.append(message)
@@ -404,7 +513,14 @@ class Chat:
     def serve(self, at: datetime, actor: Person, action: str, **more) -> None:
         message = {"id": len(self.messages) + 1, "type": "service", **stamp("date", at)}
         name = None if self.deleted and actor is not ODILE else actor.name
-        message |= {"actor": name, "actor_id": f"user{actor.uid}", "action": action, **more, "text": "", "text_entities": []}
+        message |= {
+            "actor": name,
+            "actor_id": f"user{actor.uid}",
+            "action": action,
+            **more,
+            "text": "",
+            "text_entities": [],
+        }
         self.messages.append(message)
 
     def as_json(self) -> dict:
@@ -421,12 +537,28 @@ def add_media(rng: random.Random, chat: Chat, at: datetime, person: Person) -> N
     kind = rng.choice(["sticker", "sticker", "photo", "photo", "voice", "forward"])
     if kind == "sticker":
         emoji = "🐌" if mine else rng.choice(STICKERS)
-        chat.add(at, person, file=NOT_INCLUDED, media_type="sticker", sticker_emoji=emoji, width=512, height=512)
+        chat.add(
+            at,
+            person,
+            file=NOT_INCLUDED,
+            media_type="sticker",
+            sticker_emoji=emoji,
+            width=512,
+            height=512,
+        )
     elif kind == "photo":
         caption = rng.choice(ODILES_CAPTIONS if mine else CAPTIONS) if rng.random() < 0.5 else ""
-        chat.add(at, person, caption.replace(" / ", "\n"), photo=NOT_INCLUDED, width=1280, height=960)
+        chat.add(
+            at, person, caption.replace(" / ", "\n"), photo=NOT_INCLUDED, width=1280, height=960
+        )
     elif kind == "voice":
-        chat.add(at, person, file=NOT_INCLUDED, media_type="voice_message", duration_seconds=rng.randint(3, 90))
+        chat.add(
+            at,
+            person,
+            file=NOT_INCLUDED,
+            media_type="voice_message",
+            duration_seconds=rng.randint(3, 90),
+        )
     else:
         chat.add(at, person, rng.choice(BOARD), forwarded_from="Pellhaven Noticeboard")
 
@@ -434,9 +566,18 @@ def add_media(rng: random.Random, chat: Chat, at: datetime, person: Person) -> N
 def add_session(rng: random.Random, chat: Chat, turns: list[Turn]) -> None:
     last_of_other = {}
     for turn in turns:
-        reply_to = next((i for uid, i in last_of_other.items() if uid != turn.person.uid and rng.random() < 0.05), 0)
+        reply_to = next(
+            (
+                i
+                for uid, i in last_of_other.items()
+                if uid != turn.person.uid and rng.random() < 0.05
+            ),
+            0,
+        )
         for i, (at, text) in enumerate(zip(turn.at, turn.messages)):
-            number = chat.add(at, turn.person, text, reply_to=0 if i else reply_to, edited=rng.random() < 0.01)
+            number = chat.add(
+                at, turn.person, text, reply_to=0 if i else reply_to, edited=rng.random() < 0.01
+            )
         if rng.random() < 0.05:
             add_media(rng, chat, turn.at[-1] + timedelta(seconds=2), turn.person)
         last_of_other[turn.person.uid] = number
@@ -447,7 +588,13 @@ def personal_chat(rng: random.Random, person: Person, sessions: int, deleted: bo
     for n, start in enumerate(session_starts(rng, sessions)):
         if n % 9 == 4:
             at, who = start - timedelta(hours=1), rng.choice([ODILE, person])
-            chat.serve(at, who, "phone_call", duration_seconds=rng.randint(20, 900), discard_reason="hangup")
+            chat.serve(
+                at,
+                who,
+                "phone_call",
+                duration_seconds=rng.randint(20, 900),
+                discard_reason="hangup",
+            )
         add_session(rng, chat, write_session(rng, ODILE, person, start))
     return chat
 
@@ -456,21 +603,41 @@ def group_chat(rng: random.Random, members: list[Person], sessions: int) -> Chat
     chat = Chat("private_group", 9100, "Low Brass Five")
     chat.serve(FIRST_DAY, ODILE, "invite_members", members=[p.name for p in members])
     for n, start in enumerate(session_starts(rng, sessions)):
-        a, b = rng.sample([ODILE, *members], 2) if rng.random() < 0.5 else (ODILE, rng.choice(members))
+        a, b = (
+            rng.sample([ODILE, *members], 2) if rng.random() < 0.5 else (ODILE, rng.choice(members))
+        )
         turns = write_session(rng, a, b, start)
         add_session(rng, chat, turns)
         end = turns[-1].at[-1]
         if rng.random() < 0.6:
             third = rng.choice([p for p in members if p not in (a, b)])
-            chat.add(end + timedelta(seconds=40), third, " ".join(say(rng, third, rng.choice(THIRD_VOICES))))
+            chat.add(
+                end + timedelta(seconds=40),
+                third,
+                " ".join(say(rng, third, rng.choice(THIRD_VOICES))),
+            )
         if n == 3:
-            chat.serve(end + timedelta(minutes=2), ODILE, "pin_message", message_id=len(chat.messages))
+            chat.serve(
+                end + timedelta(minutes=2), ODILE, "pin_message", message_id=len(chat.messages)
+            )
         if n == 7:
-            answers = [{"text": t, "voters": v, "chosen": v == 4} for t, v in (("the fog march", 4), ("the harbour song", 1))]
-            poll = {"question": "what do we play on thursday..", "closed": False, "total_voters": 5, "answers": answers}
+            answers = [
+                {"text": t, "voters": v, "chosen": v == 4}
+                for t, v in (("the fog march", 4), ("the harbour song", 1))
+            ]
+            poll = {
+                "question": "what do we play on thursday..",
+                "closed": False,
+                "total_voters": 5,
+                "answers": answers,
+            }
             chat.add(end + timedelta(minutes=3), ODILE, poll=poll)
         if n == 11:
-            chat.add(end + timedelta(minutes=3), members[0], location_information={"latitude": 0.0, "longitude": 0.0})
+            chat.add(
+                end + timedelta(minutes=3),
+                members[0],
+                location_information={"latitude": 0.0, "longitude": 0.0},
+            )
     return chat
 
 
@@ -494,7 +661,11 @@ def tide_bot(rng: random.Random) -> Chat:
     for at in session_starts(rng, 30):
         chat.add(at, ODILE, [{"type": "bot_command", "text": "/tide"}])
         hours = f"{rng.randint(1, 11):02}:{rng.randrange(60):02}"
-        chat.add(at + timedelta(seconds=1), bot, [{"type": "bold", "text": "Pellhaven"}, f": high water at {hours}. Fair winds!"])
+        chat.add(
+            at + timedelta(seconds=1),
+            bot,
+            [{"type": "bold", "text": "Pellhaven"}, f": high water at {hours}. Fair winds!"],
+        )
     return chat
 
 
@@ -516,10 +687,21 @@ def write_export(path: Path) -> None:
     chats.append(tide_bot(rng))
     chats.append(own_chat(rng, Chat("saved_messages", ODILE.uid), ODILE, NOTES, 40))
     hospital = Person("Clock Hospital", 9400, "")
-    chats.append(own_chat(rng, Chat("private_channel", hospital.uid, hospital.name), hospital, CHANNEL_POSTS, 36))
+    chats.append(
+        own_chat(
+            rng, Chat("private_channel", hospital.uid, hospital.name), hospital, CHANNEL_POSTS, 36
+        )
+    )
     gerdas = chats[4]
     after = FIRST_DAY + timedelta(days=DAYS, hours=9)
-    gerdas.add(after, gerda, "A snail for you, dear.", via_bot="@snails_bot", file=NOT_INCLUDED, media_type="animation")
+    gerdas.add(
+        after,
+        gerda,
+        "A snail for you, dear.",
+        via_bot="@snails_bot",
+        file=NOT_INCLUDED,
+        media_type="animation",
+    )
     address = {"type": "email", "text": "odile@clocks.example"}
     gerdas.add(after + timedelta(minutes=1), ODILE, ["send it here too.. ", address, " 🐌"])
     export = {
@@ -544,9 +726,21 @@ def write_export(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", type=Path, metavar="OUT", help="write the world's sessions into this folder instead")
-    parser.add_argument("--sessions", type=int, default=18000, help="sessions in the world's train.jsonl (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--world",
+        type=Path,
+        metavar="OUT",
+        help="write the world's sessions into this folder instead",
+    )
+    parser.add_argument(
+        "--sessions",
+        type=int,
+        default=18000,
+        help="sessions in the world's train.jsonl (default: %(default)s)",
+    )
     args = parser.parse_args()
     if args.world:
         write_world(args.world, args.sessions)

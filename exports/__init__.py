@@ -12,17 +12,26 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from config import UserError
+from cli import UserError
 
 DELETED = "Deleted Account"
-PIECE = 1 << 16  # bytes read at a time; from 128 KiB on, each costs fresh memory
-BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeDecodeError)
-HEAD = 1 << 16  # bytes by which a messenger's file is recognised
+CHUNK = 1 << 16  # bytes read at a time; from 128 KiB on, each costs fresh memory
+BROKEN_ZIP = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    UnicodeDecodeError,
+)
+HEAD_BYTES = 1 << 16  # bytes by which a messenger's file is recognised
 WHAT_TO_GIVE = "Give the result.json that Telegram Desktop wrote (Export, format JSON), or a WhatsApp chat (Export chat: .txt or .zip)."
 
 
-SAMPLE = 1 << 16  # bytes by which a code page is told
-CODE_PAGES = "cp1251 cp1253 cp1255 cp1256 cp874 cp932 cp949 gb18030 cp950".split()  # Windows' own, of other scripts
+SAMPLE_BYTES = 1 << 16  # bytes by which a code page is told
+CODE_PAGES = (
+    "cp1251 cp1253 cp1255 cp1256 cp874 cp932 cp949 gb18030 cp950".split()
+)  # Windows' own, of other scripts
 LATIN = {  # and of Latin: the letters of each language
     "cp1252": "äöüß àâæçéèêëîïôœùûüÿ áéíñóúüºª ãáàâçéêíóôõúºª àèéìòóùî åäöé æøåéö ëïéèüöá áéíóúýþæöð",
     "cp1250": "ąćęłńóśźż áčďéěíňóřšťúůýž áäčďéíĺľňóôŕšťúýž áéíóöőúüű ăâîșşţ čćđšž",
@@ -31,7 +40,9 @@ LATIN = {  # and of Latin: the letters of each language
 }
 SIGNS = "\u00a0«»“”„‘’‚–—…€£§°¿¡·•´"
 CONTROL = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f]")
-FOREIGN = re.compile(r"(?<![a-zA-Z\x80-\U0010ffff])[^\W\x00-\x7f]{2,}(?![a-zA-Z\x80-\U0010ffff])")  # words without an ASCII letter
+FOREIGN = re.compile(
+    r"(?<![a-zA-Z\x80-\U0010ffff])[^\W\x00-\x7f]{2,}(?![a-zA-Z\x80-\U0010ffff])"
+)  # words without an ASCII letter
 
 
 class Chat(NamedTuple):
@@ -56,7 +67,9 @@ class Message(NamedTuple):
     left_out: str = ""
 
 
-make = functools.partial(tuple.__new__, Message)  # of a tuple of its fields: Message(…) would call Python once more, millions of times
+make = functools.partial(
+    tuple.__new__, Message
+)  # of a tuple of its fields: Message(…) would call Python once more, millions of times
 
 
 class Source:
@@ -74,15 +87,21 @@ class Source:
     def blocks(self, notes):
         """The bytes, a block at a time; of a damaged zip those before the damage."""
         try:
-            with self.zip.open(self.member) if self.zip else open(self.path, "rb", buffering=0) as file:
-                while block := file.read(PIECE):
+            with (
+                self.zip.open(self.member)
+                if self.zip
+                else open(self.path, "rb", buffering=0) as file
+            ):
+                while block := file.read(CHUNK):
                     yield block
         except BROKEN_ZIP:
             notes["files in damaged zips, read up to the damage"] += 1
 
     def head(self):
         """Its first characters."""
-        data = b"".join(itertools.islice(self.blocks(collections.Counter()), 1 + HEAD // PIECE))
+        data = b"".join(
+            itertools.islice(self.blocks(collections.Counter()), 1 + HEAD_BYTES // CHUNK)
+        )
         return decoder(data).decode(data)
 
     def pieces(self, notes):
@@ -93,7 +112,10 @@ class Source:
             text_decoder = text_decoder or decoder(block)
             pending = text_decoder.getstate()[0] if utf_8 else b""
             text = text_decoder.decode(block)
-            if "\ufffd" in text and (damaged := text.count("\ufffd") - block.count("\ufffd".encode())) > 0:
+            if (
+                "\ufffd" in text
+                and (damaged := text.count("\ufffd") - block.count("\ufffd".encode())) > 0
+            ):
                 # All before this block is the same in each encoding, being ASCII: the file is looked at only now, and then once.
                 encoding = self.encoding if utf_8 else "utf-8"
                 if encoding == "utf-8":
@@ -107,11 +129,16 @@ class Source:
     @functools.cached_property
     def encoding(self) -> str:
         """The encoding of a file that has bytes which are no UTF-8. UserError where nothing tells."""
-        if next(self.blocks(collections.Counter()), b"").startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        if next(self.blocks(collections.Counter()), b"").startswith(
+            (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        ):
             return "utf-8"  # or rather UTF-16, damaged
-        encoding = encoding_of(pieces_of_lines(self.blocks(collections.Counter())))
+        encoding = encoding_of(chunks_of_lines(self.blocks(collections.Counter())))
         if not encoding:
-            raise UserError(f"{self} is not UTF-8, and which other encoding it has can't be told", "Export it again, or save it as UTF-8.")
+            raise UserError(
+                f"{self} is not UTF-8, and which other encoding it has can't be told",
+                "Export it again, or save it as UTF-8.",
+            )
         return encoding
 
     def beside(self, name):
@@ -135,13 +162,13 @@ def decoder(data):
     return codecs.getincrementaldecoder("utf-16" if utf_16 else "utf-8-sig")("replace")
 
 
-def pieces_of_lines(blocks):
+def chunks_of_lines(blocks):
     """The lines in blocks of bytes; one without end in pieces of some SAMPLE bytes."""
     rest = b""
     for block in blocks:
         *lines, rest = (rest + block).split(b"\n")
         yield from lines
-        if len(rest) >= SAMPLE:
+        if len(rest) >= SAMPLE_BYTES:
             yield rest
             rest = b""
     yield rest
@@ -162,8 +189,8 @@ def encoding_of(lines: Iterable[bytes]) -> str | None:
             utf_8 += 1
         elif not CONTROL.search(line):
             broken += 1
-            if len(sample) < SAMPLE:
-                sample += line[:SAMPLE] + b"\n"
+            if len(sample) < SAMPLE_BYTES:
+                sample += line[:SAMPLE_BYTES] + b"\n"
     if broken < 2 or broken <= 4 * utf_8:
         return "utf-8"
     return code_page(bytes(sample)) or (None if broken > 2 else "utf-8")
@@ -175,7 +202,10 @@ def code_page(sample):
     for page, alphabets in LATIN.items():
         text = sample.decode(page, "replace")
         letters = [c for c in text.lower() if not c.isascii() and c not in SIGNS]
-        if not FOREIGN.search(text) and any(sum(c in alphabet for c in letters) >= 0.98 * len(letters) for alphabet in alphabets.split()):
+        if not FOREIGN.search(text) and any(
+            sum(c in alphabet for c in letters) >= 0.98 * len(letters)
+            for alphabet in alphabets.split()
+        ):
             latin.setdefault(text, page)
     if latin:
         return next(iter(latin.values())) if len(latin) == 1 else None
@@ -183,8 +213,12 @@ def code_page(sample):
         import charset_normalizer
     except ImportError:
         return None
-    best = charset_normalizer.from_bytes(sample, steps=16, chunk_size=1024, cp_isolation=CODE_PAGES).best()
-    return best.encoding if best and best.chaos < 0.1 and best.coherence > 0.1 else None  # coherent: it is in a language that is known
+    best = charset_normalizer.from_bytes(
+        sample, steps=16, chunk_size=1024, cp_isolation=CODE_PAGES
+    ).best()
+    return (
+        best.encoding if best and best.chaos < 0.1 and best.coherence > 0.1 else None
+    )  # coherent: it is in a language that is known
 
 
 def sources(path, watch=lambda read: None):
@@ -195,13 +229,22 @@ def sources(path, watch=lambda read: None):
     if not path.exists():
         raise UserError(f"{path}: there is no such file", WHAT_TO_GIVE)
     if not path.is_dir() and not path.is_file():
-        raise UserError(f"{path} is neither a file nor a folder", "Save what it gives to a file: it is read more than once.")
+        raise UserError(
+            f"{path} is neither a file nor a folder",
+            "Save what it gives to a file: it is read more than once.",
+        )
     found = []
     for source in candidates(path, watch):
-        found += [(reader, source) for reader in (telegram, whatsapp) if reader.recognises(source.head())][:1]
+        found += [
+            (reader, source) for reader in (telegram, whatsapp) if reader.can_read(source.head())
+        ][:1]
     if found:
         return found
-    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else [str(inner) for inner in (path, *path.rglob("*"))]
+    names = (
+        zipfile.ZipFile(path).namelist()
+        if zipfile.is_zipfile(path)
+        else [str(inner) for inner in (path, *path.rglob("*"))]
+    )
     if names == [str(path)] and (path.is_dir() or not path.stat().st_size):
         raise UserError(f"{path} is empty", WHAT_TO_GIVE)
     if any("messages" in name and name.endswith(".html") for name in names):
@@ -212,9 +255,13 @@ def sources(path, watch=lambda read: None):
 def candidates(path, watch):
     """The files in which chats may be: the one given; of a folder its .json, .txt and .zip and the result.json of folders in it."""
     if path.is_dir():
-        files = [p for p in sorted(path.iterdir()) if p.suffix in (".json", ".txt") and p.is_file()] + sorted(path.glob("*/result.json"))
+        files = [
+            p for p in sorted(path.iterdir()) if p.suffix in (".json", ".txt") and p.is_file()
+        ] + sorted(path.glob("*/result.json"))
         found = [Source(p, watch) for p in files]
-        zips = (source for inner in sorted(path.glob("*.zip")) for source in candidates(inner, watch))
+        zips = (
+            source for inner in sorted(path.glob("*.zip")) for source in candidates(inner, watch)
+        )
         return named_after(path.resolve(), found) or found + list(zips)
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04" and not zipfile.is_zipfile(path):
@@ -222,12 +269,26 @@ def candidates(path, watch):
     try:
         archive = zipfile.ZipFile(path)
     except BROKEN_ZIP:
-        raise UserError(f"{path} is a damaged zip", "Copy it again, or unpack it as far as it goes and give the folder.") from None
-    members = [m for m in archive.infolist() if m.filename.endswith((".json", ".txt")) and not m.filename.startswith("__MACOSX/")]
+        raise UserError(
+            f"{path} is a damaged zip",
+            "Copy it again, or unpack it as far as it goes and give the folder.",
+        ) from None
+    members = [
+        m
+        for m in archive.infolist()
+        if m.filename.endswith((".json", ".txt")) and not m.filename.startswith("__MACOSX/")
+    ]
     if any(m.flag_bits & 1 for m in members):
         raise UserError(f"{path} is encrypted", "Unpack it, then give the folder.")
-    named = [m for m in members if m.filename.rpartition("/")[2] in ("result.json", "_chat.txt") or "/" not in m.filename]
-    found = [Source(PurePosixPath(member.filename), watch, archive, member) for member in named or members]
+    named = [
+        m
+        for m in members
+        if m.filename.rpartition("/")[2] in ("result.json", "_chat.txt") or "/" not in m.filename
+    ]
+    found = [
+        Source(PurePosixPath(member.filename), watch, archive, member)
+        for member in named or members
+    ]
     return named_after(path.with_suffix(""), found) or without_sent(found)
 
 
@@ -239,31 +300,54 @@ def named_after(container, found):
     from exports import whatsapp
 
     name = title(container.name)
-    own = [source for source in found if title(source.path.stem) == name and "whatsapp" in name and source.path.suffix == ".txt"]
+    own = [
+        source
+        for source in found
+        if title(source.path.stem) == name and "whatsapp" in name and source.path.suffix == ".txt"
+    ]
     if not own and whatsapp.TITLE.fullmatch(name):
-        own = [source for source in found if source.path.stem.startswith("_chat") and source.path.suffix == ".txt"]
+        own = [
+            source
+            for source in found
+            if source.path.stem.startswith("_chat") and source.path.suffix == ".txt"
+        ]
     if len(own) != 1:
         return []
-    own[0].attached = sum("whatsapp" in title(source.path.stem) for source in found if source is not own[0])
+    own[0].attached = sum(
+        "whatsapp" in title(source.path.stem) for source in found if source is not own[0]
+    )
     return own
 
 
 def title(name):
     """A chat's name in the name of its file, without what tells copies apart: `Chat (1)`, `Chat_1`."""
-    return re.sub(r"(?:\s?\(\d{1,2}\)|_\d{1,2})+$", "", unicodedata.normalize("NFC", name)).replace("_", " ").casefold()
+    return (
+        re.sub(r"(?:\s?\(\d{1,2}\)|_\d{1,2})+$", "", unicodedata.normalize("NFC", name))
+        .replace("_", " ")
+        .casefold()
+    )
 
 
 def without_sent(found):
     """Without the chats of which another one says that they were sent in it."""
-    names = [source.path.name for source in found if source.path.suffix == ".txt" and "whatsapp" in title(source.path.stem)]
+    names = [
+        source.path.name
+        for source in found
+        if source.path.suffix == ".txt" and "whatsapp" in title(source.path.stem)
+    ]
     if not names or len(found) < 2:
         return found
-    pattern = re.compile(b"(?:%s)(?= ?[>(])" % b"|".join(re.escape(name.encode()) for name in names))
+    pattern = re.compile(
+        b"(?:%s)(?= ?[>(])" % b"|".join(re.escape(name.encode()) for name in names)
+    )
     sent = set()
     for source in found:
         rest = b""
         for block in source.blocks(collections.Counter()):
-            others = {match.decode() for match in pattern.findall(rest + block)} - {source.path.name, *sent}
+            others = {match.decode() for match in pattern.findall(rest + block)} - {
+                source.path.name,
+                *sent,
+            }
             source.attached += len(others)
             sent |= others
             rest = block[-1024:]
@@ -281,7 +365,9 @@ def read(path, notes=None, watch=lambda read: None):
         yield from reader.read(source, notes)
 
 
-def forward(at, last):
+def fix_dst(at, last):
     """`at`, local time, moved up to `last` where clocks went back: the hour that a night to Sunday repeats is no way back in time."""
-    night = (at // 3600 + 72) % 168 in range(143, 149)  # hours since a Monday: Saturday 23:00 to Sunday 4:59
+    night = (at // 3600 + 72) % 168 in range(
+        143, 149
+    )  # hours since a Monday: Saturday 23:00 to Sunday 4:59
     return last if last is not None and 0 < last - at <= 3600 and night else at

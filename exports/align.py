@@ -21,7 +21,9 @@ class Timeline(NamedTuple):
     """A chat's messages in order of time, (n,) each."""
 
     times: np.ndarray  # int64, seconds
-    texts: np.ndarray  # int64, hashes; one for all media, which exports with and without media name differently
+    texts: (
+        np.ndarray
+    )  # int64, hashes; one for all media, which exports with and without media name differently
     authors: np.ndarray  # int64, places in `people`
     spoken: np.ndarray  # bool: somebody's own words
     people: list  # ids of authors
@@ -54,7 +56,8 @@ def candidates(texts: list) -> list:
     order = np.argsort(hashes, kind="stable")
     hashes, owners = hashes[order], owners[order]
     found = [
-        np.stack([owners[:-step], owners[step:]], 1)[hashes[:-step] == hashes[step:]] for step in range(1, min(MOST_COPIES, len(hashes)))
+        np.stack([owners[:-step], owners[step:]], 1)[hashes[:-step] == hashes[step:]]
+        for step in range(1, min(MOST_COPIES, len(hashes)))
     ]
     if not found:
         return []
@@ -75,15 +78,21 @@ def overlap(old: Timeline, new: Timeline, same_chat: bool) -> Overlap | None:
     """
     (old_once, i), (new_once, j) = said_once(old.texts), said_once(new.texts)
     _, a, b = np.intersect1d(old_once, new_once, assume_unique=True, return_indices=True)
-    steps, counts = np.unique(np.rint((new.times[j[b]] - old.times[i[a]]) / STEP).astype(np.int64), return_counts=True)
+    steps, counts = np.unique(
+        np.rint((new.times[j[b]] - old.times[i[a]]) / STEP).astype(np.int64), return_counts=True
+    )
     if not len(steps):
         return None
     shift = int(steps[counts.argmax()]) * STEP
-    offsets = [shift] + [shift + d for d in (DST, -DST) if counts[steps * STEP == shift + d].sum() >= 3]
+    offsets = [shift] + [
+        shift + d for d in (DST, -DST) if counts[steps * STEP == shift + d].sum() >= 3
+    ]
     match, taken = np.full(len(old.times), -1), np.zeros(len(new.times), bool)
     new_keys = keys(new.times, new.texts)
     for offset in offsets:
-        _, a, b = np.intersect1d(keys(old.times + offset, old.texts), new_keys, assume_unique=True, return_indices=True)
+        _, a, b = np.intersect1d(
+            keys(old.times + offset, old.texts), new_keys, assume_unique=True, return_indices=True
+        )
         free = (match[a] < 0) & ~taken[b]
         match[a[free]] = b[free]
         taken[b[free]] = True
@@ -93,8 +102,15 @@ def overlap(old: Timeline, new: Timeline, same_chat: bool) -> Overlap | None:
     both_old = old.spoken & (old.times + shift >= begin) & (old.times + shift <= end)
     both_new = new.spoken & (new.times >= begin) & (new.times <= end)
     agreed = both_old & (match >= 0)
-    distinct, least, share = len(np.unique(old.texts[agreed])), *((3, 0.8) if same_chat else (5, 0.9))
-    if distinct < least or agreed.sum() < share * both_old.sum() or (taken & both_new).sum() < share * both_new.sum():
+    distinct, least, share = (
+        len(np.unique(old.texts[agreed])),
+        *((3, 0.8) if same_chat else (5, 0.9)),
+    )
+    if (
+        distinct < least
+        or agreed.sum() < share * both_old.sum()
+        or (taken & both_new).sum() < share * both_new.sum()
+    ):
         return None
     rename = same_people(old, new, agreed, match)
     if rename is None:
@@ -103,7 +119,9 @@ def overlap(old: Timeline, new: Timeline, same_chat: bool) -> Overlap | None:
     seen, never = match >= 0, np.iinfo(np.int64).max
     before = np.maximum.accumulate(np.where(seen, new.times[match], -never))
     after = np.minimum.accumulate(np.where(seen, new.times[match], never)[::-1])[::-1]
-    return Overlap(shift, np.maximum(np.minimum(old.times + shift, after - 1), before), seen, rename)
+    return Overlap(
+        shift, np.maximum(np.minimum(old.times + shift, after - 1), before), seen, rename
+    )
 
 
 def keys(times: np.ndarray, texts: np.ndarray) -> np.ndarray:
@@ -126,4 +144,6 @@ def same_people(old: Timeline, new: Timeline, agreed: np.ndarray, match: np.ndar
     best = table[rows].argmax(1)
     if (table[rows, best] < 0.95 * table[rows].sum(1)).any() or len(set(best)) < len(best):
         return None
-    return {old.people[a]: new.people[b] for a, b in zip(rows, best) if old.people[a] != new.people[b]}
+    return {
+        old.people[a]: new.people[b] for a, b in zip(rows, best) if old.people[a] != new.people[b]
+    }

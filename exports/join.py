@@ -44,7 +44,7 @@ class Copy:
         self.seen, self.times, self.shift, self.rename = None, None, 0, {}
 
 
-class Joined:
+class MessageStore:
     """Chats by their key: `add` them as they are read, export by export, `align` them, then take them from `chats`.
 
     `file`: where the messages go, a binary file open for writing and reading. `clean`: what happens to texts and names before that.
@@ -75,7 +75,9 @@ class Joined:
                 copy.texts = None
             elif copy.texts is not None:
                 copy.texts.extend(map(hash, texts))
-            data = marshal.dumps((numbers, authors, times, dates, texts, left_out))  # nobody else can write to this file
+            data = marshal.dumps(
+                (numbers, authors, times, dates, texts, left_out)
+            )  # nobody else can write to this file
             runs[-1].places.append((self.file.tell(), len(data)))
             self.file.write(data)
         self.people |= {author: self.clean_name(name) for author, name in shown if name}
@@ -86,7 +88,9 @@ class Joined:
         → [{"chats": the two names, "messages": how many of the older copy's count no more, "hours": between their clocks}]
         """
         copies = [copy for copies in self.copies.values() for copy in copies if copy.texts]
-        copies.sort(key=lambda copy: -copy.number)  # the newest first: its clock and its names count
+        copies.sort(
+            key=lambda copy: -copy.number
+        )  # the newest first: its clock and its names count
         timelines, joined = {}, []
         for i, j in align.candidates([np.array(copy.texts) for copy in copies]):
             new, old = copies[i], copies[j]
@@ -108,13 +112,23 @@ class Joined:
 
     def unite(self, old, new):
         """Make the copies under the older one's key those of the newer one's."""
-        key, other = (next(key for key, copies in self.copies.items() if copy in copies) for copy in (new, old))
+        key, other = (
+            next(key for key, copies in self.copies.items() if copy in copies)
+            for copy in (new, old)
+        )
         if key != other:
-            self.copies[key] = sorted(self.copies[key] + self.copies.pop(other), key=lambda copy: copy.number)
+            self.copies[key] = sorted(
+                self.copies[key] + self.copies.pop(other), key=lambda copy: copy.number
+            )
 
     def aliases(self):
         """{id of an author: theirs in a newer export}, of those whose name changed."""
-        return {old: new for copies in self.copies.values() for copy in copies for old, new in copy.rename.items()}
+        return {
+            old: new
+            for copies in self.copies.values()
+            for copy in copies
+            for old, new in copy.rename.items()
+        }
 
     def chats(self):
         """Yield (Chat, iterator of its Messages, without names) in the order in which the chats were first added."""
@@ -123,10 +137,15 @@ class Joined:
             for copy in reversed(copies):
                 streams.append(absent(self.aligned(copy), newer))
                 if copy is not copies[0]:
-                    found = np.array(newer + array("q", (number for number, _ in numbered(self.aligned(copy)))))
+                    found = np.array(
+                        newer + array("q", (number for number, _ in numbered(self.aligned(copy))))
+                    )
                     newer = array("q", np.unique(found).tobytes())
             # of a personal chat the name that a person in it has, not that of a file called "Bob copy"
-            head = next((copy.chat for copy in reversed(copies) if copy.chat.key in self.people), copies[-1].chat)
+            head = next(
+                (copy.chat for copy in reversed(copies) if copy.chat.key in self.people),
+                copies[-1].chat,
+            )
             yield head, heapq.merge(*streams, key=order)
 
     def aligned(self, copy):
@@ -157,7 +176,11 @@ class Joined:
 
 def moved(message, at: int, rename: dict):
     """A message as another export would date it, and name its author."""
-    date = message.date if at == message.at else datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat()[:19]
+    date = (
+        message.date
+        if at == message.at
+        else datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat()[:19]
+    )
     return message._replace(author=rename.get(message.author, message.author), at=at, date=date)
 
 
@@ -167,7 +190,11 @@ def by_account(copies):
     kind = copies[-1].chat.type
     if len(owners) < 2 or "supergroup" in kind or "channel" in kind:
         return [copies]
-    return [part for owner in [*owners, None] if (part := [copy for copy in copies if copy.chat.owner == owner])]
+    return [
+        part
+        for owner in [*owners, None]
+        if (part := [copy for copy in copies if copy.chat.owner == owner])
+    ]
 
 
 def numbered(messages):
@@ -180,12 +207,23 @@ def numbered(messages):
             if message.at != moment:
                 moment, said = message.at, collections.Counter()
             said[message.author, message.text] += 1
-            known = f"{message.at} {message.author} {said[message.author, message.text]} {message.text}"
-        yield int.from_bytes(hashlib.blake2b(known.encode(), digest_size=8).digest(), "big", signed=True), message
+            known = (
+                f"{message.at} {message.author} {said[message.author, message.text]} {message.text}"
+            )
+        yield (
+            int.from_bytes(
+                hashlib.blake2b(known.encode(), digest_size=8).digest(), "big", signed=True
+            ),
+            message,
+        )
 
 
 def absent(messages, newer):
     """The messages that are not among `newer`: what messages are known by, ascending."""
     if not newer:
         return messages
-    return (message for number, message in numbered(messages) if newer[bisect.bisect_left(newer, number, hi=len(newer) - 1)] != number)
+    return (
+        message
+        for number, message in numbered(messages)
+        if newer[bisect.bisect_left(newer, number, hi=len(newer) - 1)] != number
+    )

@@ -10,17 +10,30 @@ import tomllib
 from pathlib import Path
 
 TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-IBAN_LENGTHS = {country: int(length) for length, countries in TABLE["iban_lengths"].items() for country in countries.split()}
+IBAN_LENGTHS = {
+    country: int(length)
+    for length, countries in TABLE["iban_lengths"].items()
+    for country in countries.split()
+}
 STOP = frozenset(TABLE["stop"].split())
-PARTICIPLE = re.compile(r"(?i)[^\W\d_]+(?:ing|ed|iert|ado|ido|ato|uto|ный|ён|ен|лся|тся)")  # the password is locked, expiring …
+PARTICIPLE = re.compile(
+    r"(?i)[^\W\d_]+(?:ing|ed|iert|ado|ido|ato|uto|ный|ён|ен|лся|тся)"
+)  # the password is locked, expiring …
 CLAUSE_END = re.compile(r"(?i)\s*(?:$|[.,;!?)\n]|\s(?:and|but|и|но|а|und|et|en|ve)\b)")
 OTHER_DIGIT = re.compile(r"[^\D0-9]")  # Arabic, Persian, Devanagari, full-width …
 has_other_digit = OTHER_DIGIT.search
-FULL_WIDTH = str.maketrans("＋－−ー（）．：\u3000", "+---().: ")  # what stands between digits of full width
+FULL_WIDTH = str.maketrans(
+    "＋－−ー（）．：\u3000", "+---().: "
+)  # what stands between digits of full width
 PHONE_GROUPS = re.compile(
-    "(?:[1-9][0-9]{0,2} )?(?:" + "|".join(TABLE["phone_groups"]["with_country_code"]) + ")|" + "|".join(TABLE["phone_groups"]["alone"])
+    "(?:[1-9][0-9]{0,2} )?(?:"
+    + "|".join(TABLE["phone_groups"]["with_country_code"])
+    + ")|"
+    + "|".join(TABLE["phone_groups"]["alone"])
 )
-PLACEHOLDER = re.compile(r"(\D)\1*|[$%][A-Z_]+%?|[/~({[-].*|.*://.*|\W*")  # ****, $PASSWORD, {password}, a path, a URL
+PLACEHOLDER = re.compile(
+    r"(\D)\1*|[$%][A-Z_]+%?|[/~({[-].*|.*://.*|\W*"
+)  # ****, $PASSWORD, {password}, a path, a URL
 
 
 def whole(found):
@@ -33,7 +46,11 @@ def card(found):
     for length in (len(secret), secret.rfind(" "), secret.rfind("-")):
         digits = re.sub("[ -]", "", secret[: max(length, 0)]).encode()
         doubled = digits[-2::-2].translate(bytes.maketrans(b"0123456789", b"0246813579"))
-        if 13 <= len(digits) <= 19 and len(set(digits)) > 1 and (sum(digits[-1::-2] + doubled) - 48 * len(digits)) % 10 == 0:  # 48 is "0"
+        if (
+            13 <= len(digits) <= 19
+            and len(set(digits)) > 1
+            and (sum(digits[-1::-2] + doubled) - 48 * len(digits)) % 10 == 0
+        ):  # 48 is "0"
             return length
     return 0
 
@@ -47,14 +64,22 @@ def iban(found):
     if not end or found.string[found.start() + end :][:1].isalnum():
         return 0
     account = re.sub(r"\W", "", secret[:end])
-    return end if int("".join(str(int(letter, 36)) for letter in account[4:] + account[:4])) % 97 == 1 else 0
+    return (
+        end
+        if int("".join(str(int(letter, 36)) for letter in account[4:] + account[:4])) % 97 == 1
+        else 0
+    )
 
 
 def random_letters(found):
     """Chance changes between lower, upper and digit at two letters of three; names and paths do at one of three."""
     secret = found["secret"]
-    if re.fullmatch("(?:0x)?[0-9a-fA-F]+", secret):  # 64 are a wallet's private key, where nothing speaks of a checksum
-        key = len(secret.removeprefix("0x")) == 64 and not re.search(r"(?i)sha-?\d|checksum", found.string)
+    if re.fullmatch(
+        "(?:0x)?[0-9a-fA-F]+", secret
+    ):  # 64 are a wallet's private key, where nothing speaks of a checksum
+        key = len(secret.removeprefix("0x")) == 64 and not re.search(
+            r"(?i)sha-?\d|checksum", found.string
+        )
     else:
         key = all(re.search(letters, secret) for letters in ("[a-z]", "[A-Z]", "[0-9].*[0-9]"))
         key = key and len(re.findall("[a-z]+|[A-Z]+|[0-9]+", secret)) > 0.45 * len(secret)
@@ -101,8 +126,15 @@ def phone(found):
     secret, start, end = found["secret"], *found.span("secret")
     if secret.isdigit():
         before, after = found.string[max(0, start - 12) : start], found.string[end : end + 12]
-        in_row = re.search(r"(?<![0-9])[0-9]{1,9} $", before) or re.match(r" [0-9]{1,9}(?![0-9])", after)
-        if int(secret) % 512 == 0 or int(secret) >> 4 == 0xFFFFFFF or len(set(secret)) < 3 or in_row:
+        in_row = re.search(r"(?<![0-9])[0-9]{1,9} $", before) or re.match(
+            r" [0-9]{1,9}(?![0-9])", after
+        )
+        if (
+            int(secret) % 512 == 0
+            or int(secret) >> 4 == 0xFFFFFFF
+            or len(set(secret)) < 3
+            or in_row
+        ):
             return 0
     return len(secret)
 
@@ -114,19 +146,43 @@ def grouped_phone(found: re.Match[str]) -> int:
     if not PHONE_GROUPS.fullmatch(" ".join(groups)):
         return 0
     if len(groups) > 2:
-        in_row = len(groups[1]) == len(groups[-2]) == len(groups[-1]) == 2 and groups[-4:] == sorted(groups[-4:], key=int)
+        in_row = len(groups[1]) == len(groups[-2]) == len(groups[-1]) == 2 and groups[
+            -4:
+        ] == sorted(groups[-4:], key=int)
     else:
-        in_row = " " not in secret and len(groups[0]) == len(groups[1]) and secret[0] == groups[1][0] and groups[0] <= groups[1]
+        in_row = (
+            " " not in secret
+            and len(groups[0]) == len(groups[1])
+            and secret[0] == groups[1][0]
+            and groups[0] <= groups[1]
+        )
     return 0 if in_row else len(secret)
 
 
 # Each alternative of a hint begins with a literal, so that `re` leaps from one possible first letter to the next; a word is known by a rare
 # letter of it. Behind a digit: six more; a long token around it.
 MANY, LONG = r"(?:\W{0,3}[0-9]){6}", r"\S{8}|(?<=\S{9})"
-NUMBER, TOKEN, EITHER = ("|".join(f"{digit}(?:{then})" for digit in "0123456789") for then in (MANY, LONG, f"{MANY}|{LONG}"))
-HINTS = {name: "|".join(parts) for name, parts in TABLE["hints"].items()} | {"number": NUMBER, "token": TOKEN}
+NUMBER, TOKEN, EITHER = (
+    "|".join(f"{digit}(?:{then})" for digit in "0123456789")
+    for then in (MANY, LONG, f"{MANY}|{LONG}")
+)
+HINTS = {name: "|".join(parts) for name, parts in TABLE["hints"].items()} | {
+    "number": NUMBER,
+    "token": TOKEN,
+}
 LENGTHS = {
-    function.__name__: function for function in (whole, card, iban, random_letters, assigned, command, password, phone, grouped_phone)
+    function.__name__: function
+    for function in (
+        whole,
+        card,
+        iban,
+        random_letters,
+        assigned,
+        command,
+        password,
+        phone,
+        grouped_phone,
+    )
 }
 RULES = [
     (
@@ -145,7 +201,9 @@ def redact(text: str, counts: collections.Counter[str]) -> str:
     # Searched is `plain`, the text with ASCII digits, letter for letter as long as the text.
     plain = text if text.isascii() or not has_other_digit(text) else to_ascii_digits(text)
     before = None
-    while before != text and SUSPECT(low := plain.lower()):  # until nothing changes: what stood behind another secret is found; idempotent
+    while before != text and SUSPECT(
+        low := plain.lower()
+    ):  # until nothing changes: what stood behind another secret is found; idempotent
         before = text
         for kind, hint, pattern, length in RULES:
             if hint(low):

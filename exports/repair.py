@@ -16,8 +16,12 @@ HEAD = re.compile(
     r'"messages"|"name"\s*:|"(?:\w+_(?:chat|group|supergroup|channel|messages|codes)|replies)"'
 )  # what is left of a chat's head
 HOLE = "\0" * 40  # lost bytes in which a chat's head may have stood
-ESCAPE = re.compile(r'\\(?:(["\\/bfnrt]|u[0-9a-fA-F]{4})|x([0-9a-fA-F]{2}))?')  # pair by pair: in `\\x41` the x is behind a whole `\\`
-UNQUOTED = re.compile(r'("\w+"\s*+:\s*+)(?!["{\[]|(?:-?\d[\d.eE+-]*+|true|false|null)\s*+(?:[,}\]]|$))([^"\n]++)')
+ESCAPE = re.compile(
+    r'\\(?:(["\\/bfnrt]|u[0-9a-fA-F]{4})|x([0-9a-fA-F]{2}))?'
+)  # pair by pair: in `\\x41` the x is behind a whole `\\`
+UNQUOTED = re.compile(
+    r'("\w+"\s*+:\s*+)(?!["{\[]|(?:-?\d[\d.eE+-]*+|true|false|null)\s*+(?:[,}\]]|$))([^"\n]++)'
+)
 
 
 class Damaged(Exception):
@@ -94,7 +98,11 @@ class Cursor:
                 if end < len(self.text) or self.ended:  # a number that ends with the text may go on
                     self.at = end
                     return value
-            except (StopIteration, ValueError, RecursionError):  # a thousand brackets are a RecursionError
+            except (
+                StopIteration,
+                ValueError,
+                RecursionError,
+            ):  # a thousand brackets are a RecursionError
                 pass
             if self.ended or self.border() < len(self.text) or len(self.text) - self.at > LIMIT:
                 raise Damaged
@@ -125,18 +133,24 @@ class Cursor:
         while not self.lost:
             try:
                 value, end = scan(self.text, gap(self.text, self.at).end())
-                if end < len(self.text) and "messages" not in value:  # undamaged, and whole in what was read so far: nearly always
+                if (
+                    end < len(self.text) and "messages" not in value
+                ):  # undamaged, and whole in what was read so far: nearly always
                     self.at = end
                     yield value
                     continue
             except (StopIteration, ValueError, RecursionError, TypeError):
                 pass
             following = self.peek()
-            if following == "]" and not self.is_message(GAP.match(self.text, self.at + 1).end()):  # or else the bracket is the damage
+            if following == "]" and not self.is_message(
+                GAP.match(self.text, self.at + 1).end()
+            ):  # or else the bracket is the damage
                 self.at += 1
                 return
             begins = self.begins.match(self.text, self.at)
-            self.lost = not following or bool(begins and begins["type"])  # a chat: the bracket that ends this array is missing
+            self.lost = not following or bool(
+                begins and begins["type"]
+            )  # a chat: the bracket that ends this array is missing
             if self.lost:
                 return
             try:
@@ -146,7 +160,9 @@ class Cursor:
                 end = self.border()
                 # the damaged head of another chat may lie between: its messages are not to be taken for this one's
                 between = self.text[self.at : end]
-                self.lost = not self.is_message(end) or bool(HEAD.search(between)) or HOLE in between
+                self.lost = (
+                    not self.is_message(end) or bool(HEAD.search(between)) or HOLE in between
+                )
                 self.at = end
 
     def is_message(self, at):

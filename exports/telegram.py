@@ -8,11 +8,11 @@ import mimetypes
 import re
 from collections.abc import Iterable, Iterator
 
-from config import UserError
-from exports import DELETED, WHAT_TO_GIVE, Chat, Message, forward, make
+from cli import UserError
+from exports import DELETED, WHAT_TO_GIVE, Chat, Message, fix_dst, make
 from exports.repair import Cursor, mend
 
-PASSES = 1  # over the file
+NUM_PASSES = 1  # over the file
 # Telegram writes these keys first, in this order; nothing that people typed can look like it, for their quotes are escaped.
 BEGINS = re.compile(
     r"""\{\s*"id"\s*:\s*-?\d+\s*,\s*"type"\s*:\s*"(?:message|service|unsupported)"
@@ -28,7 +28,13 @@ ODD_ID = re.compile(
     r'\s*"messages"\s*:\s*\[\s*\Z',
 )
 DATE = re.compile(r"\d{4}-\d\d-\d\dT[\d:]+$", re.ASCII)
-MEDIA = {"voice_message": "<voice>", "video_message": "<video>", "video_file": "<video>", "animation": "<gif>", "audio_file": "<audio>"}
+MEDIA = {
+    "voice_message": "<voice>",
+    "video_message": "<video>",
+    "video_file": "<video>",
+    "animation": "<gif>",
+    "audio_file": "<audio>",
+}
 MARKS = (
     ("photo", "<photo>"),
     ("file", "<file>"),
@@ -39,7 +45,11 @@ MARKS = (
     ("place_name", "<location>"),
     ("game_title", "<game>"),
 )
-NAMELESS = {"saved_messages": "Saved Messages", "replies": "Replies", "verification_codes": "Verification Codes"}
+NAMELESS = {
+    "saved_messages": "Saved Messages",
+    "replies": "Replies",
+    "verification_codes": "Verification Codes",
+}
 KINDS = {
     "user": ("personal_chat", "bot_chat", "saved_messages", "replies", "verification_codes"),
     "chat": ("private_group",),
@@ -65,13 +75,21 @@ PATH = re.compile(r"(?:[^\n/]+/)*(?:WhatsApp(?: Business)?|Message)/Media/[^\n]*
 JID = re.compile(r"(?::\d+)?@(?:s\.whatsapp\.net|c\.us)$")
 
 
-def recognises(head):
-    return head.lstrip("\ufeff \t\r\n").startswith("{") and bool(re.search(r'"(?:personal_information|chats|left_chats|messages)"', head))
+def can_read(head):
+    return head.lstrip("\ufeff \t\r\n").startswith("{") and bool(
+        re.search(r'"(?:personal_information|chats|left_chats|messages)"', head)
+    )
 
 
 def read(source, notes):
     """See `exports.read`. Chats and messages are looked for where they plainly begin: what is broken costs no more than itself."""
-    cursor, owner, closing, found, broken = Cursor(source.pieces(notes), BEGINS, notes), None, "}]}}", False, False
+    cursor, owner, closing, found, broken = (
+        Cursor(source.pieces(notes), BEGINS, notes),
+        None,
+        "}]}}",
+        False,
+        False,
+    )
     known_by, unread = authors_of(source.head()), UNREAD
     while begins := cursor.next():
         cursor.at = begins.end()
@@ -93,7 +111,10 @@ def read(source, notes):
                 unread = f"messages of a chat whose id can't be read ({odd[1]}), left out"
             notes[unread] += 1
     if not found and re.search(r'"messages"\s*:\s*\[', source.head()):
-        raise UserError(f"{source} is not a Telegram export: no chat begins in it as Telegram writes one", WHAT_TO_GIVE)
+        raise UserError(
+            f"{source} is not a Telegram export: no chat begins in it as Telegram writes one",
+            WHAT_TO_GIVE,
+        )
     if broken or not closed(cursor.text[cursor.at :], closing):
         notes["files cut off, or damaged between messages, read as far as possible"] += 1
 
@@ -101,16 +122,26 @@ def read(source, notes):
 def closed(rest, closing):
     """Whether what stands behind the last messages ends all that was open before them."""
     brackets = re.sub(r'"(?:[^"\\]|\\.)*"|[^][{}]', "", rest)
-    return brackets.endswith(closing[1:] or closing) or len(closing) == sum(-1 if one in "[{" else 1 for one in brackets)
+    return brackets.endswith(closing[1:] or closing) or len(closing) == sum(
+        -1 if one in "[{" else 1 for one in brackets
+    )
 
 
 def describe(begins, owner):
     """The match of a chat's head → Chat. Saved Messages say whose they are."""
     kind, number = begins["type"].strip('"'), begins["id"].strip('"')
     kind = "unknown" if kind == "null" else kind
-    key = next((peer for peer, kinds in KINDS.items() if kind in kinds), kind) + number  # a group that turns public stays itself
+    key = (
+        next((peer for peer, kinds in KINDS.items() if kind in kinds), kind) + number
+    )  # a group that turns public stays itself
     name = json.loads(mend(begins["name"] or "null"), strict=False) or NAMELESS.get(kind, DELETED)
-    return Chat(key, number, kind, whole(name), owner or (f"user{number}" if kind == "saved_messages" else None))
+    return Chat(
+        key,
+        number,
+        kind,
+        whole(name),
+        owner or (f"user{number}" if kind == "saved_messages" else None),
+    )
 
 
 @functools.lru_cache(1 << 16, typed=True)
@@ -214,7 +245,13 @@ def message(raw, last, source):
     if not isinstance(raw, dict):
         return Message(None, None, None, last, iso(last), "", "damaged messages")
     get = raw.get
-    number, author, name, date, kind = get("id"), get("from_id"), get("from"), get("date"), get("type")
+    number, author, name, date, kind = (
+        get("id"),
+        get("from_id"),
+        get("from"),
+        get("date"),
+        get("type"),
+    )
     at = seconds(get("date_unixtime"), date, last)
     author = peer(author) if isinstance(author, (str, int)) else None
     text, left_out = "", ""
@@ -247,7 +284,10 @@ def seconds(unixtime, date, last):
     except (TypeError, ValueError, OverflowError):
         pass
     try:
-        return forward(int(datetime.datetime.fromisoformat(date).replace(tzinfo=datetime.UTC).timestamp()), last)
+        return fix_dst(
+            int(datetime.datetime.fromisoformat(date).replace(tzinfo=datetime.UTC).timestamp()),
+            last,
+        )
     except (TypeError, ValueError, OverflowError):
         return None
 

@@ -29,15 +29,19 @@ import unicodedata
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from config import UserError
-from exports import Chat, Message, forward
+from cli import UserError
+from exports import Chat, Message, fix_dst
 
-PASSES = 2  # over the file
+NUM_PASSES = 2  # over the file
 LONGEST = 1 << 20  # characters of a message that are kept
 MOST_PEOPLE = 20_000  # names that are counted; a chat has at most some thousand members
 MOST_WORDS = 64  # unknown words beside the time
 EPOCH = datetime.date(1970, 1, 1).toordinal()
-ORDERS = {"day first": (2, 1, 0), "month first": (2, 0, 1), "year first": (0, 1, 2)}  # where year, month and day stand
+ORDERS = {
+    "day first": (2, 1, 0),
+    "month first": (2, 0, 1),
+    "year first": (0, 1, 2),
+}  # where year, month and day stand
 LRM = "\u200e"
 MARKS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"  # of direction; nobody sees them
 BLANK = MARKS + "".join(c for c in map(chr, range(0x3001)) if c.isspace())
@@ -61,12 +65,18 @@ AUTHOR = re.compile(r"(.{1,90}?):(?:\s|$)")
 
 def word(text):
     """`p. m.` → `pm`. Marks that combine stay: they alone tell පෙ.ව. from ප.ව."""
-    return "".join(c for c in unicodedata.normalize("NFC", text).casefold() if unicodedata.category(c)[0] in "LMN")
+    return "".join(
+        c
+        for c in unicodedata.normalize("NFC", text).casefold()
+        if unicodedata.category(c)[0] in "LMN"
+    )
 
 
 def fold(text):
     """Without accents and capitals: `Médias` → `medias`."""
-    return "".join(c for c in unicodedata.normalize("NFKD", text) if unicodedata.category(c) != "Mn").casefold()
+    return "".join(
+        c for c in unicodedata.normalize("NFKD", text) if unicodedata.category(c) != "Mn"
+    ).casefold()
 
 
 def alternatives(text):
@@ -79,27 +89,60 @@ def stems(text):
 
 
 WRITTEN = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-FILLER = {"", "a", "à", "at", "um", "kl", "klo", "alas", "г", "ч", "uhr", "h", "s", "be"}  # `14.3.2021 klo 22.05`
-HOURS = {half: tuple(map(int, hours.split())) for hours, halves in WRITTEN["hours"].items() for half in alternatives(halves.strip())}
+FILLER = {
+    "",
+    "a",
+    "à",
+    "at",
+    "um",
+    "kl",
+    "klo",
+    "alas",
+    "г",
+    "ч",
+    "uhr",
+    "h",
+    "s",
+    "be",
+}  # `14.3.2021 klo 22.05`
+HOURS = {
+    half: tuple(map(int, hours.split()))
+    for hours, halves in WRITTEN["hours"].items()
+    for half in alternatives(halves.strip())
+}
 for name, hours in ("morning", range(12)), ("evening", range(12, 24)):
     HOURS |= {word(half): tuple(hours) for half in alternatives(WRITTEN[name])}
-ERAS = {word(era): calendar for calendar, eras in WRITTEN["eras"].items() for era in alternatives(eras)}
+ERAS = {
+    word(era): calendar for calendar, eras in WRITTEN["eras"].items() for era in alternatives(eras)
+}
 COPTIC, AMETE_ALEM = "Coptic or Ethiopic", "Ethiopic (Amete Alem)"
 YEARS = {  # by which a calendar is known
     "Persian": range(1388, 1430), "Islamic": range(1430, 1480), COPTIC: range(1725, 1770), "Indian": range(1930, 1970),
     "Buddhist": range(2401, 2700), "Hebrew": range(5769, 5860), AMETE_ALEM: range(7500, 7600), "Minguo": range(98, 200),
 }  # fmt: skip
-CENTURIES = {"Islamic": 1400, "Persian": 1400, "Buddhist": 2500, "Minguo": 100}  # of years of two digits
+CENTURIES = {
+    "Islamic": 1400,
+    "Persian": 1400,
+    "Buddhist": 2500,
+    "Minguo": 100,
+}  # of years of two digits
 AGO = {"Buddhist": -543, "Minguo": 1911, "Reiwa": 2018, "Heisei": 1988}  # years from theirs to ours
-FIRST_YEAR, THIS_YEAR = "2009", "2026"  # WhatsApp's, and the least that it is now, if this machine's clock is wrong
+FIRST_YEAR, THIS_YEAR = (
+    "2009",
+    "2026",
+)  # WhatsApp's, and the least that it is now, if this machine's clock is wrong
 REFUSED = {"Hebrew", "Indian", COPTIC, AMETE_ALEM, "Chinese"}
-NAMED_MONTH = re.compile(rf"{START}.{{1,40}}?[,\s]{WORDS}{TIME}{WORDS}{END}")  # `[1 Nisan 5781, 22:05:33] `
+NAMED_MONTH = re.compile(
+    rf"{START}.{{1,40}}?[,\s]{WORDS}{TIME}{WORDS}{END}"
+)  # `[1 Nisan 5781, 22:05:33] `
 HEBREW = re.compile(stems(WRITTEN["hebrew"]).pattern)
 CYCLIC = re.compile("[甲乙丙丁戊己庚辛壬癸][子丑寅卯辰巳午未申酉戌亥]")  # 辛丑/2/2
 EASTERN = {"오전", "오후", "上午", "下午", "午前", "午後"}
 DELETED, CALLS, LIVE = (set(alternatives(WRITTEN[name])) for name in ("deleted", "calls", "live"))
 WAITING, BY_ADMIN = (tuple(alternatives(WRITTEN[name])) for name in ("waiting", "by_admin"))
-OMITTED, MEDIA, ATTACHED, EDITED = (stems(WRITTEN[name]) for name in ("omitted", "media", "attached", "edited"))
+OMITTED, MEDIA, ATTACHED, EDITED = (
+    stems(WRITTEN[name]) for name in ("omitted", "media", "attached", "edited")
+)
 KINDS = [(f"<{kind}>", stems(words)) for kind, words in WRITTEN["kinds"].items()]
 SYSTEM = re.compile(rf'["“„«「]|\w{{5,}}[.] |\b(?:{stems(WRITTEN["changed"]).pattern})')
 FILES = [  # what an attachment is, by its name
@@ -112,10 +155,19 @@ FILES = [  # what an attachment is, by its name
 ]
 OPENED, CLOSED = "“„«「", "”»」"
 OWN_NAME = re.compile(r"(?:IMG|VID|AUD|PTT|STK|DOC)-\d{8}-WA\d|\d{5,}-")  # Android's, the iPhone's
-TAGGED = re.compile(r"<[^<>:：\n]{1,40}[:：]\s?([^<>/\\\0\n]{1,255})>")  # <attached: 00000012-PHOTO-….jpg>
-NOTED = re.compile(r"([^/\\\0]{1,255}\.\w{1,8}) [(<](.{2,60})[)>]")  # IMG-20210314-WA0003.jpg (file attached)
-DOCUMENT = re.compile(r"(?!www|http).{1,255}\.[a-z]\w{1,4}(?: • .{1,40})?", re.I)  # Report.pdf • 2 pages
-LOCATION = re.compile(r"[^\n:：]{2,30}[:：] ?(?:.{0,300}\s)?https://(?:maps\.google\.com/\?q=-?\d|foursquare\.com/v/)\S*", re.S)
+TAGGED = re.compile(
+    r"<[^<>:：\n]{1,40}[:：]\s?([^<>/\\\0\n]{1,255})>"
+)  # <attached: 00000012-PHOTO-….jpg>
+NOTED = re.compile(
+    r"([^/\\\0]{1,255}\.\w{1,8}) [(<](.{2,60})[)>]"
+)  # IMG-20210314-WA0003.jpg (file attached)
+DOCUMENT = re.compile(
+    r"(?!www|http).{1,255}\.[a-z]\w{1,4}(?: • .{1,40})?", re.I
+)  # Report.pdf • 2 pages
+LOCATION = re.compile(
+    r"[^\n:：]{2,30}[:：] ?(?:.{0,300}\s)?https://(?:maps\.google\.com/\?q=-?\d|foursquare\.com/v/)\S*",
+    re.S,
+)
 OPTION = re.compile(r"[^:：]{2,25}[:：] .*\(\D{0,3}\d[^()]*\)")  # OPTION: Pizza (2 votes)
 MENTION = re.compile("@\u2068([^\u2068\u2069]{0,100})\u2069")
 COPY = re.compile(r"(?:\s?\(\d{1,2}\)|_\d{1,2})+$")
@@ -147,7 +199,15 @@ def front(line: str) -> Front | None:
     a, b, c, hour, minute, seconds = match.group("a", "b", "c", "hour", "minute", "seconds")
     if habit == "month first" and "0" in (a[0], b[0]):
         habit = "day first"
-    return Front(shape, (int(a), int(b), int(c)), era, half, (int(hour), int(minute), int(seconds or 0)), habit, line[match.end() :])
+    return Front(
+        shape,
+        (int(a), int(b), int(c)),
+        era,
+        half,
+        (int(hour), int(minute), int(seconds or 0)),
+        habit,
+        line[match.end() :],
+    )
 
 
 @functools.lru_cache(1 << 12)
@@ -167,15 +227,28 @@ def layout(skeleton):
             return None
     if any(map(str.isdigit, before)):
         era, before = COPTIC, ""
-    elif before in ERAS and (after in HOURS or before not in ("am", "ص")):  # which are eras too: of the Hebrew calendar
+    elif before in ERAS and (
+        after in HOURS or before not in ("am", "ص")
+    ):  # which are eras too: of the Hebrew calendar
         era, before = ERAS[before], ""
-    for group, plain in sorted([("before", before), ("after", after)], key=lambda pair: -match.start(pair[0])):
+    for group, plain in sorted(
+        [("before", before), ("after", after)], key=lambda pair: -match.start(pair[0])
+    ):
         if plain not in FILLER or group == "after" and plain in HOURS:
             half = half or plain
             shape = f"{shape[: match.start(group)]}half{shape[match.end(group) :]}"
     shape = re.sub(r"\d+", "9", re.sub(r"\d{3,}", "y", shape)).translate(UNSEEN)
     american = "9/" in shape and match["after"].strip(BLANK) in ("AM", "PM")
-    return shape, era, half, "month first" if american else "year first" if half in EASTERN or match["era"] else "day first"
+    return (
+        shape,
+        era,
+        half,
+        "month first"
+        if american
+        else "year first"
+        if half in EASTERN or match["era"]
+        else "day first",
+    )
 
 
 @functools.lru_cache(1 << 12)
@@ -213,9 +286,18 @@ def ordinal(calendar, year, month, day):
         raise ValueError
     if calendar == "Persian":
         leap = (25 * year + 11) % 33 < 8
-        if not (0 < month < 13 and 0 < day <= (31 if month < 7 else 30 if month < 12 or leap else 29)):
+        if not (
+            0 < month < 13 and 0 < day <= (31 if month < 7 else 30 if month < 12 or leap else 29)
+        ):
             raise ValueError
-        return 226894 + 365 * (year - 1) + (8 * year + 21) // 33 + 30 * (month - 1) + min(month - 1, 6) + day
+        return (
+            226894
+            + 365 * (year - 1)
+            + (8 * year + 21) // 33
+            + 30 * (month - 1)
+            + min(month - 1, 6)
+            + day
+        )
     if calendar == "Islamic":
         if not 0 < day < 31:
             raise ValueError
@@ -230,7 +312,10 @@ def islamic(year, month):
     try:
         from hijridate import Hijri
     except ImportError:
-        raise UserError("Dates of the Islamic calendar: hijridate is not installed", "pip install -r requirements-extra.txt") from None
+        raise UserError(
+            "Dates of the Islamic calendar: hijridate is not installed",
+            "pip install -r requirements-extra.txt",
+        ) from None
     return Hijri(year, month, 1).to_gregorian().toordinal()
 
 
@@ -245,7 +330,11 @@ def moment(found: Front, order: str, halves: dict[str, str] | None = None) -> in
         half = (halves or {}).get(found.word)
         known = hour if half == "24" or hour > 12 else hour % 12 + 12 * (half == "pm")
     days = day_of(found.date, found.era, order)[0]
-    return None if days is None or known > 23 or minute > 59 or second > 59 else days * 86400 + known * 3600 + minute * 60 + second
+    return (
+        None
+        if days is None or known > 23 or minute > 59 or second > 59
+        else days * 86400 + known * 3600 + minute * 60 + second
+    )
 
 
 def lines(source, notes):
@@ -269,7 +358,9 @@ def signed(rest: str, longer: dict[str, set[str]] | None = None) -> tuple[str, s
     text = rest[match.end() :]
     if longer and name in longer:
         whole = name
-        for end in (i for i, c in enumerate(text[:60]) if c == ":" and not text[i + 1 : i + 2].strip()):
+        for end in (
+            i for i, c in enumerate(text[:60]) if c == ":" and not text[i + 1 : i + 2].strip()
+        ):
             whole = f"{name}: {display(text[:end])}"
             if whole in longer[name]:
                 return whole, text[end + 2 :]
@@ -292,9 +383,16 @@ class Survey:
 
     def __init__(self):
         self.count, self.habits, self.names, self.wrote = 0, set(), collections.Counter(), set()
-        self.wrong, self.last, self.years = collections.Counter(), {}, {order: set() for order in ORDERS}
+        self.wrong, self.last, self.years = (
+            collections.Counter(),
+            {},
+            {order: set() for order in ORDERS},
+        )
         self.calendars = collections.Counter()
-        self.votes, self.before = {}, None  # of unknown words: [for AM, for PM, for neither, lines]; the front before
+        self.votes, self.before = (
+            {},
+            None,
+        )  # of unknown words: [for AM, for PM, for neither, lines]; the front before
         self.colons = Colons()
 
     def add(self, found):
@@ -328,14 +426,23 @@ class Survey:
         known = [hour_of(front.word, front.clock[0]) for front in pair]
         if known[-1] is None and (found.word in self.votes or len(self.votes) < MOST_WORDS):
             votes = self.votes.setdefault(found.word, [0, 0, 0, 0])
-            votes[2] += found.clock[0] > 12 and max(found.date) > 99  # behind a short year it may be an era
+            votes[2] += (
+                found.clock[0] > 12 and max(found.date) > 99
+            )  # behind a short year it may be an era
             votes[3] += 1
         if None not in known:
             return
         if len(pair) < 2 or pair[0].date != found.date or pair[0].word == found.word:
             return
-        first, second = ([hour] if hour is not None else half_hours(f.clock[0]) for f, hour in zip(pair, known))
-        possible = [(a, b) for a in first for b in second if (a, *pair[0].clock[1:]) <= (b, *found.clock[1:])]
+        first, second = (
+            [hour] if hour is not None else half_hours(f.clock[0]) for f, hour in zip(pair, known)
+        )
+        possible = [
+            (a, b)
+            for a in first
+            for b in second
+            if (a, *pair[0].clock[1:]) <= (b, *found.clock[1:])
+        ]
         for front, hour, found_hours in zip(pair, known, zip(*possible)):
             if hour is None and len(set(found_hours)) == 1 and front.word in self.votes:
                 self.votes[front.word][found_hours[0] > 11] += 1
@@ -344,21 +451,41 @@ class Survey:
         """What each unknown word means: am, pm, 24 (nothing), or "" where nothing tells."""
         meaning = {}
         for half, (am, pm, neither, _) in self.votes.items():
-            meaning[half] = "24" if neither and half not in HOURS else "am" if am > 3 * pm else "pm" if pm > 3 * am else ""
+            meaning[half] = (
+                "24"
+                if neither and half not in HOURS
+                else "am"
+                if am > 3 * pm
+                else "pm"
+                if pm > 3 * am
+                else ""
+            )
         return meaning
 
     def order(self):
         habit = "day first" if len(self.habits) > 1 else next(iter(self.habits), "")
-        return min(ORDERS, key=lambda order: (self.wrong[order], self.odd(order), max(2, len(self.years[order])), order != habit))
+        return min(
+            ORDERS,
+            key=lambda order: (
+                self.wrong[order],
+                self.odd(order),
+                max(2, len(self.years[order])),
+                order != habit,
+            ),
+        )
 
     def odd(self, order):
         """Whether all dates are older than WhatsApp, or yet to come."""
         years = self.years[order]
-        return bool(years) and (max(years) < FIRST_YEAR or min(years) > max(THIS_YEAR, str(datetime.date.today().year)))
+        return bool(years) and (
+            max(years) < FIRST_YEAR or min(years) > max(THIS_YEAR, str(datetime.date.today().year))
+        )
 
     def refused(self):
         """The calendar that dates are of and that isn't read, "" where there is none."""
-        if self.calendars[self.order(), "Chinese"] > 1:  # a second month of 30 days: else its dates look like ours
+        if (
+            self.calendars[self.order(), "Chinese"] > 1
+        ):  # a second month of 30 days: else its dates look like ours
             return "Chinese"
         counts = {calendar: n for (_, calendar), n in self.calendars.items() if calendar in REFUSED}
         return next((calendar for calendar, n in counts.items() if 2 * n > self.count), "")
@@ -381,7 +508,9 @@ class Colons:
     def __init__(self):
         self.whole = set()  # names that began lines without another colon
         self.bare = collections.defaultdict(list)  # the first such lines: `Work: Bob left`
-        self.parts = collections.defaultdict(collections.Counter)  # name → what stood between its colon and the next
+        self.parts = collections.defaultdict(
+            collections.Counter
+        )  # name → what stood between its colon and the next
 
     def add(self, name, text):
         if name in self.whole:
@@ -399,11 +528,20 @@ class Colons:
         """→ {what stands before the colon: whole names}. `systems`: names so far that look like system lines: `Ann added Work`."""
         found = {}
         for name, parts in self.parts.items():
-            known = {part for part in parts if word(f"{name}{part}") == word(title) or self.added(name, part, systems)}
+            known = {
+                part
+                for part in parts
+                if word(f"{name}{part}") == word(title) or self.added(name, part, systems)
+            }
             firsts = [part for part in parts if ": " not in part]
             total = sum(parts[part] for part in firsts)
             few = total >= (4 if len(firsts) > 1 else 8) and total >= 2 * len(firsts)
-            likely = few and not self.wrote(name) and word(name) != word(title) and all(map(looks_like_name, firsts))
+            likely = (
+                few
+                and not self.wrote(name)
+                and word(name) != word(title)
+                and all(map(looks_like_name, firsts))
+            )
             if whole := known or (set(firsts) if likely else set()):
                 found[name] = {f"{name}: {part}" for part in whole}
         return found
@@ -411,33 +549,62 @@ class Colons:
     def wrote(self, name):
         """Whether a name began lines that have no other colon and are not WhatsApp's (`Work: Bob left`)."""
         parts = tuple(f"{part} " for part in self.parts[name])
-        return name in self.whole or not all(text.startswith(parts) and SYSTEM.search(fold(text)) for text in self.bare[name])
+        return name in self.whole or not all(
+            text.startswith(parts) and SYSTEM.search(fold(text)) for text in self.bare[name]
+        )
 
     def added(self, name, part, systems):
-        return any(said.endswith(f" {name}") and part in (display(text) for text in self.bare[said]) for said in systems)
+        return any(
+            said.endswith(f" {name}") and part in (display(text) for text in self.bare[said])
+            for said in systems
+        )
 
 
 def looks_like_name(text):
-    return len(text.split()) < 5 and not text[:1].islower() and any(map(str.isalpha, text)) and "://" not in text
+    return (
+        len(text.split()) < 5
+        and not text[:1].islower()
+        and any(map(str.isalpha, text))
+        and "://" not in text
+    )
 
 
 def is_person(name, times):
-    unclosed = sum(name.count(c) for c in OPENED) > sum(name.count(c) for c in CLOSED) or name.count('"') % 2
+    unclosed = (
+        sum(name.count(c) for c in OPENED) > sum(name.count(c) for c in CLOSED)
+        or name.count('"') % 2
+    )
     return not (unclosed and len(name.split()) > 3) and (times > 1 or not SYSTEM.search(fold(name)))
 
 
-def recognises(head):
+def can_read(head):
     """Whether a file that begins so is a WhatsApp chat."""
     whole_lines = [line for line in head.split("\n") if line.strip(BLANK)]
     if named_calendar(whole_lines[:40]):
         return True
-    fronts = [f if (f := front(line)) and any(is_date(f, order) for order in ORDERS) else None for line in whole_lines]
+    fronts = [
+        f if (f := front(line)) and any(is_date(f, order) for order in ORDERS) else None
+        for line in whole_lines
+    ]
     words = collections.Counter(f.word for f in fronts if f and f.word and f.word not in HOURS)
-    fronts = [f and (not f.word or f.word in HOURS or words[f.word] > 1 and f.clock[0] < 13 and f.shape[-1] != ":") and f for f in fronts]
+    fronts = [
+        f
+        and (
+            not f.word
+            or f.word in HOURS
+            or words[f.word] > 1
+            and f.clock[0] < 13
+            and f.shape[-1] != ":"
+        )
+        and f
+        for f in fronts
+    ]
     dated = [f for f in fronts if f]
     if not dated or not (fronts[0] or sum(map(bool, fronts[:40])) > 2):
         return False
-    log = LOG.match(whole_lines[fronts.index(dated[0])]) and LRM not in head  # WhatsApp begins a chat with a line of its own
+    log = (
+        LOG.match(whole_lines[fronts.index(dated[0])]) and LRM not in head
+    )  # WhatsApp begins a chat with a line of its own
     return not log and any(signed(f.rest)[0] for f in dated)
 
 
@@ -465,11 +632,19 @@ def read(source, notes):
             first_lines.append(line)
     shape, survey = max(surveys.items(), key=lambda item: item[1].count, default=("", Survey()))
     order, halves = survey.order(), survey.halves()
-    refuse(source, survey, order, halves, survey.refused() if survey.count else named_calendar(first_lines))
+    refuse(
+        source,
+        survey,
+        order,
+        halves,
+        survey.refused() if survey.count else named_calendar(first_lines),
+    )
     name = chat_name(source)
     people, longer = survey.people(name)
     known = name or ", ".join(sorted(people))
-    number = hashlib.blake2b(known.encode(), digest_size=8).hexdigest()  # the id is written into data/: no name, no number of a contact
+    number = hashlib.blake2b(
+        known.encode(), digest_size=8
+    ).hexdigest()  # the id is written into data/: no name, no number of a contact
     kind = "personal_chat" if len(people) < 3 else "private_group"
     chat = Chat(f"whatsapp:{known}", f"whatsapp:{number}", kind, name or "WhatsApp", None)
     if source.attached:
@@ -481,13 +656,21 @@ def refuse(source, survey, order, halves, calendar):
     """UserError where no line can be dated."""
     gregorian = "Set the phone to the Gregorian calendar and a language whose dates are numbers, then export again."
     if calendar:
-        raise UserError(f"{source} has dates of the {calendar} calendar, which is not read", gregorian)
+        raise UserError(
+            f"{source} has dates of the {calendar} calendar, which is not read", gregorian
+        )
     if survey.odd(order):
-        raise UserError(f"{source} has dates of the year {max(survey.years[order])}: they are of a calendar that is not known", gregorian)
+        raise UserError(
+            f"{source} has dates of the year {max(survey.years[order])}: they are of a calendar that is not known",
+            gregorian,
+        )
     unknown = [half for half, meaning in halves.items() if not meaning]
     if 2 * sum(survey.votes[half][3] for half in unknown) > survey.count:
         unknown = " and ".join(f"“{half}”" for half in sorted(unknown)[:4])
-        raise UserError(f"{source}: {unknown} beside the time, is that AM or PM?", "Set the phone to 24 hours, then export again.")
+        raise UserError(
+            f"{source}: {unknown} beside the time, is that AM or PM?",
+            "Set the phone to 24 hours, then export again.",
+        )
 
 
 def blocks(source, notes, shape, order, halves):
@@ -498,15 +681,29 @@ def blocks(source, notes, shape, order, halves):
         new = moment(found, order, halves) if found and found.shape == shape else None
         if new is not None and time:
             yield *time, "\n".join(text)
-        if new is not None and halves and not halves.get(found.word) and hour_of(found.word, found.clock[0]) is None:
-            notes[f"lines with “{found.word}” beside the time, which may be AM or PM: left out"] += 1
+        if (
+            new is not None
+            and halves
+            and not halves.get(found.word)
+            and hour_of(found.word, found.clock[0]) is None
+        ):
+            notes[
+                f"lines with “{found.word}” beside the time, which may be AM or PM: left out"
+            ] += 1
             time, skipped = None, True
             continue
         if new is not None:
-            if halves and hour_of(found.word, found.clock[0]) is None and (half := halves.get(found.word, "")) != "24":
+            if (
+                halves
+                and hour_of(found.word, found.clock[0]) is None
+                and (half := halves.get(found.word, "")) != "24"
+            ):
                 notes[f"lines with “{found.word}” beside the time, taken for {half.upper()}"] += 1
             hour, minute, second = new // 3600 % 24, new // 60 % 60, new % 60
-            time = new, f"{day_of(found.date, found.era, order)[1]}T{hour:02}:{minute:02}:{second:02}"
+            time = (
+                new,
+                f"{day_of(found.date, found.era, order)[1]}T{hour:02}:{minute:02}:{second:02}",
+            )
             text, size, skipped = [found.rest], len(found.rest), False
             continue
         if skipped:
@@ -528,7 +725,7 @@ def messages(source, notes, shape, order, halves, people, longer):
         if len(text) > LONGEST:
             notes["messages cut to a million characters"] += 1
             text = text[:LONGEST]
-        last = forward(at, last)
+        last = fix_dst(at, last)
         name, body = signed(text, longer)
         if name in people:
             body, left_out = content(body, shape, source.beside)
@@ -554,7 +751,9 @@ def content(text, shape, beside=lambda name: None):
     if mark:
         return mark, ""
     iphone = shape.startswith("[") or shape.endswith(":")  # the old ones' too
-    if iphone and text.startswith(LRM) and not plain.endswith(":"):  # of a poll the first pass sees `POLL:` only
+    if (
+        iphone and text.startswith(LRM) and not plain.endswith(":")
+    ):  # of a poll the first pass sees `POLL:` only
         return plain, "service messages"
     return plain, "" if plain else "messages without text"
 
@@ -573,12 +772,22 @@ def media(text, plain, key):
         return "<location>", "", ""
     first, _, rest = plain.partition("\n")
     _, several, option = rest.rpartition("\n")
-    if several and len(first) < 30 and first.endswith((":", "：")) and first == first.upper() and OPTION.fullmatch(option):
+    if (
+        several
+        and len(first) < 30
+        and first.endswith((":", "："))
+        and first == first.upper()
+        and OPTION.fullmatch(option)
+    ):
         return "<poll>", "", ""
     written = text.startswith(tuple(MARKS))
     if match := TAGGED.search(text):
         if text[match.start() - 1 : match.start()] in tuple(MARKS) or OWN_NAME.match(match[1]):
-            return by_name(match[1]), match[1], (text[: match.start()] + text[match.end() :]).strip(BLANK)
+            return (
+                by_name(match[1]),
+                match[1],
+                (text[: match.start()] + text[match.end() :]).strip(BLANK),
+            )
     if len(first) < 400 and (match := NOTED.fullmatch(first)):
         if written or OWN_NAME.match(match[1]) or ATTACHED.search(fold(match[2])):
             return by_name(match[1]), match[1], rest.strip(BLANK)
@@ -599,7 +808,11 @@ def by_name(file):
 def omitted(phrase):
     """The mark of `Bild weggelassen`; "" where the phrase is none of these."""
     phrase = fold(phrase)
-    return next((mark for mark, kind in KINDS if kind.search(phrase)), "") if OMITTED.search(phrase) else ""
+    return (
+        next((mark for mark, kind in KINDS if kind.search(phrase)), "")
+        if OMITTED.search(phrase)
+        else ""
+    )
 
 
 def chat_name(source):
@@ -608,6 +821,11 @@ def chat_name(source):
     if re.fullmatch(r"_?chat[\s\d()_-]*", stem, re.I):
         outer = [source.archive.stem if source.archive else "", source.path.parent.name]
         stem = next((name for name in outer if "whatsapp" in name.casefold()), "")
-    stem = display(COPY.sub("", stem.replace("_", " ") if " " not in stem and "whatsapp" in stem.casefold() else stem))
+    stem = display(
+        COPY.sub(
+            "",
+            stem.replace("_", " ") if " " not in stem and "whatsapp" in stem.casefold() else stem,
+        )
+    )
     match = TITLE.fullmatch(stem)
     return display(match[1] or match[2]) if match else stem

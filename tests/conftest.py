@@ -19,6 +19,10 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+import model  # noqa: E402
+from weights.tokenizer import load_tokenizer  # noqa: E402
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 VOCABULARIES = Path(mistral_common.__file__).parent / "data"
@@ -32,8 +36,16 @@ def vocabulary():
     import sentencepiece
 
     made, text = io.BytesIO(), (ROOT / "examples" / "pellhaven.txt").read_text().splitlines()
-    way = dict(model_type="bpe", byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False)
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=made, vocab_size=VOCAB, minloglevel=2, **way)
+    way = dict(
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=made, vocab_size=VOCAB, minloglevel=2, **way
+    )
     return made.getvalue()
 
 
@@ -58,9 +70,8 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def words(base):
-    import tokenizer
 
-    return tokenizer.load(base)
+    return load_tokenizer(base)
 
 
 @pytest.fixture(scope="session")
@@ -75,13 +86,27 @@ def chats(tmp_path_factory):
             ("Bob", ["good"]),
             ("Ann", ["see you \U0001f986"]),
         ]
-        turns = [{"author": a, "me": a == "Ann", "at": f"2024-01-01T00:{n:02}:00", "messages": m} for a, m in turns]
+        turns = [
+            {"author": a, "me": a == "Ann", "at": f"2024-01-01T00:{n:02}:00", "messages": m}
+            for a, m in turns
+        ]
         lines.append(
-            json.dumps({"chat": "Bob", "chat_id": "1", "type": "personal_chat", "start": f"2024-01-01T00:{n:02}:00", "turns": turns}) + "\n"
+            json.dumps(
+                {
+                    "chat": "Bob",
+                    "chat_id": "1",
+                    "type": "personal_chat",
+                    "start": f"2024-01-01T00:{n:02}:00",
+                    "turns": turns,
+                }
+            )
+            + "\n"
         )
     (folder / "train.jsonl").write_text("".join(lines[:48]))
     (folder / "val.jsonl").write_text("".join(lines[48:]))
-    (folder / "persona.json").write_text('{"me": "Ann", "contacts": [{"name": "Bob", "messages": 3}]}')
+    (folder / "persona.json").write_text(
+        '{"me": "Ann", "contacts": [{"name": "Bob", "messages": 3}]}'
+    )
     return folder
 
 
@@ -89,21 +114,35 @@ def chats(tmp_path_factory):
 
 
 @torch.library.custom_op("standin::varlen_attn", mutates_args=())
-def varlen_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, edges: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+def varlen_attn(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, edges: torch.Tensor, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The plain formula, as an op that keeps what torch's varlen_attn keeps: q, k, v, the output and a float32 a query and head."""
     chances, _, values = plain(q, k, v, edges, window)
-    return torch.einsum("hnm,mhd->nhd", chances, values).contiguous(), chances.new_zeros(q.shape[1], len(q), dtype=torch.float32)
+    return torch.einsum("hnm,mhd->nhd", chances, values).contiguous(), chances.new_zeros(
+        q.shape[1], len(q), dtype=torch.float32
+    )
 
 
 @torch.library.custom_op("standin::varlen_attn_backward", mutates_args=())
 def varlen_attn_backward(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, edges: torch.Tensor, window: int
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    edges: torch.Tensor,
+    window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     chances, keys, values = plain(q, k, v, edges, window)
     along = torch.einsum("nhd,mhd->hnm", grad, values)
     scores = chances * (along - (along * chances).sum(-1, keepdim=True)) * q.shape[2] ** -0.5
-    grad_k, grad_v = (torch.einsum("hnm,nhd->mhd", one, other) for one, other in ((scores, q), (chances, grad)))
-    grads = torch.einsum("hnm,mhd->nhd", scores, keys), *(x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (grad_k, grad_v))
+    grad_k, grad_v = (
+        torch.einsum("hnm,nhd->mhd", one, other) for one, other in ((scores, q), (chances, grad))
+    )
+    grads = (
+        torch.einsum("hnm,mhd->nhd", scores, keys),
+        *(x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (grad_k, grad_v)),
+    )
     return tuple(x.contiguous() for x in grads)
 
 
@@ -118,8 +157,15 @@ def plain(q, k, v, edges, window):
     return scores.masked_fill(~sees, -torch.inf).softmax(-1).to(q.dtype), keys, values
 
 
-varlen_attn.register_fake(lambda q, k, v, edges, window: (torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)))
-varlen_attn_backward.register_fake(lambda grad, q, k, v, edges, window: tuple(map(torch.empty_like, (q, k, v))))
+varlen_attn.register_fake(
+    lambda q, k, v, edges, window: (
+        torch.empty_like(q),
+        q.new_empty(q.shape[1], len(q), dtype=torch.float32),
+    )
+)
+varlen_attn_backward.register_fake(
+    lambda grad, q, k, v, edges, window: tuple(map(torch.empty_like, (q, k, v)))
+)
 
 
 def keep(ctx, inputs, output):
@@ -137,7 +183,6 @@ varlen_attn.register_autograd(back, setup_context=keep)
 @pytest.fixture
 def edges_in_a_tensor(monkeypatch):
     """A batch whose `edges` are a tensor, as on CUDA, gets the stand-in for CUDA's kernel."""
-    import model
 
     kernel = lambda q, k, v, where: varlen_attn(q, k, v, where.edges, where.window or len(q))[0]
     monkeypatch.setattr(model, "varlen", lambda: kernel)
@@ -166,12 +211,26 @@ class Program:
         self.pids, self.reports, self.codes = [], [], [None] * ranks
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            meet = {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": free.getsockname()[1],
+                "WORLD_SIZE": ranks,
+                "LOCAL_WORLD_SIZE": ranks,
+            }
         for rank in range(ranks):
-            own = {name: str(value) for name, value in {**meet, "RANK": rank, "LOCAL_RANK": rank}.items()} if ranks > 1 else {}
+            own = (
+                {
+                    name: str(value)
+                    for name, value in {**meet, "RANK": rank, "LOCAL_RANK": rank}.items()
+                }
+                if ranks > 1
+                else {}
+            )
             ours, theirs = socket.socketpair()
             message = json.dumps([[*map(str, words)], {**env, **own}, str(ROOT)]).encode()
-            socket.send_fds(warm(), [message], [*(file.fileno() for file in streams), theirs.fileno()])
+            socket.send_fds(
+                warm(), [message], [*(file.fileno() for file in streams), theirs.fileno()]
+            )
             theirs.close()
             self.reports.append(ours.makefile())
             self.pids.append(int(self.reports[rank].readline()))
@@ -181,7 +240,10 @@ class Program:
         """→ None, or as torchrun ends: 0 if all ranks ended so, 1 if one didn't; of a single one its own exit code"""
         until = time.monotonic() + timeout
         for rank, report in enumerate(self.reports):
-            if self.codes[rank] is None and select.select([report], [], [], max(0, until - time.monotonic()))[0]:
+            if (
+                self.codes[rank] is None
+                and select.select([report], [], [], max(0, until - time.monotonic()))[0]
+            ):
                 self.codes[rank] = int(report.readline())
         if None in self.codes:
             return None
@@ -206,8 +268,14 @@ def command(*words, env=None, stdin="", ranks=1):
     if env:
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
         words = [sys.executable, *map(str, words)]
-        return subprocess.run(words, cwd=ROOT, env=env, input=stdin, capture_output=True, text=True, timeout=600)
-    with tempfile.TemporaryFile("w+") as given, tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        return subprocess.run(
+            words, cwd=ROOT, env=env, input=stdin, capture_output=True, text=True, timeout=600
+        )
+    with (
+        tempfile.TemporaryFile("w+") as given,
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as errors,
+    ):
         given.write(stdin)
         given.seek(0)
         code = Program(words, (given, out, errors), ranks=ranks).wait()

@@ -17,13 +17,13 @@ import transformers
 from conftest import ROOT, VOCAB, save_mistral
 
 import chat
-import checkpoint
 import evaluate
 import lora
-import plan
-import step
-import tokenizer
 import train
+from training import cost, metrics
+from training import run_dir as training_run_dir
+from weights import devices
+from weights.tokenizer import load_tokenizer
 
 for package in ("sklearn", "bm25s"):
     pytest.importorskip(package)
@@ -91,19 +91,19 @@ def bits(folder):
 def quick():
     """fp32, so that what is equal is equal. Short answers; one prediction for all runs."""
     handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
-    choose, choices = plan.choose, []
+    choose, choices = cost.choose_micro_batch, []
 
     def choose_once(*args):
         choices.extend([] if choices else [choose(*args)])
         return choices[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "compute_dtype", lambda device: torch.float32)
+        patch.setattr(devices, "default_dtype", lambda device: torch.float32)
         patch.setattr(evaluate, "CHOICES", 3)
         patch.setattr(evaluate, "LONGEST", 4)
-        patch.setattr(plan, "choose", choose_once)
-        patch.setattr(step, "measured_peak", lambda *_: 1e9)
-        patch.setattr(train, "draw", lambda folder: None)
+        patch.setattr(cost, "choose_micro_batch", choose_once)
+        patch.setattr(metrics, "measure_peak_flops", lambda *_: 1e9)
+        patch.setattr(training_run_dir, "plot_losses", lambda folder: None)
         yield
     for kind, handler in handlers.items():
         signal.signal(kind, handler)
@@ -133,13 +133,13 @@ def ckpt(base, few):
 
 
 def test_the_measured_base_is_transformers_resized_with_mean_rows(base, ckpt, request):
-    model, base_tokenizer, _ = evaluate.load(base, evaluate.Config(device="cpu"))
+    model, base_tokenizer, _ = evaluate.load(base, evaluate.Options(device="cpu"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     rows, (tokens, *_) = theirs.config.vocab_size, KINDS[request.node.callspec.params["base"]]
     assert base_tokenizer.added == ([] if tokens == "chatml" else [rows, rows + 1])
     theirs.resize_token_embeddings(rows + len(base_tokenizer.added), mean_resizing=False)
     text = "<|im_start|>Ann\n>>> see you, \U0001f986<|im_end|>"
-    assert base_tokenizer.encode(text) == tokenizer.load(ckpt).encode(text)
+    assert base_tokenizer.encode(text) == load_tokenizer(ckpt).encode(text)
     ids = torch.tensor([base_tokenizer.encode(text)[0]])
     with torch.no_grad():
         for weight in {theirs.get_input_embeddings().weight, theirs.get_output_embeddings().weight}:
@@ -200,7 +200,7 @@ def test_init_begins_where_it_ended(ckpt, few, tmp_path):
 
 
 def test_a_resumed_run_is_the_same(base, ckpt, few, tmp_path, monkeypatch):
-    out, take = tmp_path / "ckpt", train.Steps.take
+    out, take = tmp_path / "ckpt", train.Trainer.take
     flags = ("--lora", "--model", base, "--data", few, "--out", out, "--max-steps", 3, *QUICK)
 
     def stopped(steps, number, rows):
@@ -209,7 +209,7 @@ def test_a_resumed_run_is_the_same(base, ckpt, few, tmp_path, monkeypatch):
         return line
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train.Steps, "take", stopped)
+        patch.setattr(train.Trainer, "take", stopped)
         run(train, *flags)
     assert len(lines(out, "loss")) == 1
     run(train, *flags, "--resume")

@@ -13,8 +13,13 @@ import torch
 from conftest import ROOT, VOCAB, command, refused, save_mistral
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-from config import UserError
+from cli import UserError
+from model import Transformer
+from weights import devices, hf
+from weights import load as weights_load
+from weights import save as weights_save
+from weights.load import load_model, load_weights
+from weights.save import save_model
 
 
 @pytest.fixture
@@ -41,17 +46,17 @@ NORM = "model.layers.1.input_layernorm.weight"
 def test_a_folder_with_a_wrong_tensor_is_refused_by_name(broken, edit, expected):
     change(broken, edit)
     with pytest.raises(UserError, match=expected):
-        checkpoint.load_model(str(broken))
+        load_model(str(broken))
 
 
 def test_files_that_cannot_be_read_are_named(broken):
     whole = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="model.safetensors can't be read"):
-        checkpoint.load_model(str(broken))
+        load_model(str(broken))
     (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickle"):
-        checkpoint.load_model(str(broken))
+        load_model(str(broken))
 
 
 @pytest.mark.parametrize(("key", "value", "expected"), [
@@ -63,7 +68,7 @@ def test_models_that_we_do_not_compute_are_refused(broken, key, value, expected)
     said = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(said | {key: value}))
     with pytest.raises(UserError, match=expected):
-        checkpoint.read_config(broken)
+        hf.read_config(broken)
 
 
 def test_old_and_new_spellings_of_rope_are_read(tmp_path):
@@ -74,48 +79,70 @@ def test_old_and_new_spellings_of_rope_are_read(tmp_path):
         folder = save_mistral(tmp_path / name)
         said = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(said | spelling))
-        assert checkpoint.read_config(folder).rope_theta == 5e5
+        assert hf.read_config(folder).rope_theta == 5e5
 
 
 def held():
     """Bytes of memory in use that are a file's pages."""
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssFile"))
+    return next(
+        int(line.split()[1]) * 1024
+        for line in open("/proc/self/status")
+        if line.startswith("RssFile")
+    )
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
 @pytest.mark.parametrize("where", [0, -1])
-def test_weights_are_looked_at_to_the_last_and_come_into_memory_when_they_are_used(tmp_path, where, monkeypatch):
-    monkeypatch.setattr(checkpoint, "LOOK", 1 << 20)
+def test_weights_are_looked_at_to_the_last_and_come_into_memory_when_they_are_used(
+    tmp_path, where, monkeypatch
+):
+    monkeypatch.setattr(weights_load, "SCAN_BYTES", 1 << 20)
     folder = save_mistral(tmp_path, intermediate_size=1 << 16)
     before = held()
-    model = checkpoint.load_model(str(folder))
+    model = load_model(str(folder))
     looked = held() - before
     up = model.model.layers[1].mlp.up_proj.weight
     assert up.shape == (1 << 16, 64) and looked < up.nbytes
-    assert float(sum(layer.mlp.up_proj.weight.sum() for layer in model.model.layers)) != 0 and held() - before - looked > up.nbytes
-    change(folder, lambda t: t["model.layers.1.mlp.up_proj.weight"].view(-1)[where : where + 1 or None].fill_(torch.inf))
+    assert (
+        float(sum(layer.mlp.up_proj.weight.sum() for layer in model.model.layers)) != 0
+        and held() - before - looked > up.nbytes
+    )
+    change(
+        folder,
+        lambda t: (
+            t["model.layers.1.mlp.up_proj.weight"]
+            .view(-1)[where : where + 1 or None]
+            .fill_(torch.inf)
+        ),
+    )
     with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight holds NaN or infinity"):
-        checkpoint.load_model(str(folder))
+        load_model(str(folder))
 
 
 def test_new_rows_are_the_mean_of_the_old_and_the_size_is_not_padded(base):
-    shape = checkpoint.with_vocabulary(checkpoint.read_config(base), VOCAB + 2)
-    model = checkpoint.Transformer(shape)
-    checkpoint.fill(model, base)
+    shape = hf.with_vocab_size(hf.read_config(base), VOCAB + 2)
+    model = Transformer(shape)
+    load_weights(model, base)
     old = load_file(base / "model.safetensors")["lm_head.weight"]
-    assert model.lm_head.weight.shape == (VOCAB + 2, 64) and torch.equal(model.lm_head.weight[:VOCAB], old)
+    assert model.lm_head.weight.shape == (VOCAB + 2, 64) and torch.equal(
+        model.lm_head.weight[:VOCAB], old
+    )
     torch.testing.assert_close(model.lm_head.weight[VOCAB + 1], old.mean(0))
 
 
 def test_a_saved_model_is_split_and_indexed(base, tmp_path, words, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", 300_000)
-    model = checkpoint.load_model(str(base))
-    checkpoint.save_model(model, tmp_path, words, torch.float32)
+    monkeypatch.setattr(weights_save, "MAX_FILE_BYTES", 300_000)
+    model = load_model(str(base))
+    save_model(model, tmp_path, words, torch.float32)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
-    assert len(files) > 1 and files == sorted(set(index["weight_map"].values())) and not list(tmp_path.glob("new-*"))
+    assert (
+        len(files) > 1
+        and files == sorted(set(index["weight_map"].values()))
+        and not list(tmp_path.glob("new-*"))
+    )
     assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in model.parameters())
-    again = checkpoint.load_model(str(tmp_path))
+    again = load_model(str(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
 
 
@@ -126,30 +153,42 @@ def unless_spent(left, act, *given, **named):
     return act(*given, **named)
 
 
-def test_a_model_in_several_files_is_replaced_whole_or_not_at_all(base, tmp_path, words, monkeypatch):
+def test_a_model_in_several_files_is_replaced_whole_or_not_at_all(
+    base, tmp_path, words, monkeypatch
+):
     """Every renaming and writing on the way is where a kill may come; what loads is the old model, or from the index on the new one."""
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", 300_000)
-    model, kept = checkpoint.load_model(str(base)), []
+    monkeypatch.setattr(weights_save, "MAX_FILE_BYTES", 300_000)
+    model, kept = load_model(str(base)), []
     for number in range(3):
         with torch.no_grad():
             model.model.norm.weight.fill_(number)
         for limit in itertools.count():
             left = iter(range(limit))
             with monkeypatch.context() as patch:
-                for where, what in ((checkpoint.os, "replace"), (checkpoint, "write_json"), (checkpoint, "save_file")):
-                    patch.setattr(where, what, functools.partial(unless_spent, left, getattr(where, what)))
+                for where, what in (
+                    (weights_save.os, "replace"),
+                    (weights_save, "write_json"),
+                    (weights_save, "save_file"),
+                ):
+                    patch.setattr(
+                        where, what, functools.partial(unless_spent, left, getattr(where, what))
+                    )
                 try:
-                    checkpoint.save_model(model, tmp_path, words, torch.float32)
+                    save_model(model, tmp_path, words, torch.float32)
                     ended = True
                 except KeyboardInterrupt:
                     ended = False
             if number or ended:
-                kept.append(float(checkpoint.load_model(str(tmp_path)).model.norm.weight[0]))
+                kept.append(float(load_model(str(tmp_path)).model.norm.weight[0]))
             if ended:
                 break
         assert limit > 5 and kept == sorted(kept) and kept[-1] == number
         assert len([*tmp_path.glob("model*.safetensors")]) == len(
-            {*json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"].values()}
+            {
+                *json.loads((tmp_path / "model.safetensors.index.json").read_text())[
+                    "weight_map"
+                ].values()
+            }
         )
 
 
@@ -161,22 +200,24 @@ def test_what_an_earlier_run_left_goes_and_nothing_else(tmp_path):
     (tmp_path / "resume").mkdir()
     for name in (*old.split(), *mine):
         (tmp_path / name).write_text("x")
-    checkpoint.clear(tmp_path)
+    hf.clear_output(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == mine
 
 
 def test_a_card_that_this_torch_cannot_use_is_an_error_never_the_cpu(tmp_path, monkeypatch):
     driver = tmp_path / "version"
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27\n")
-    real = checkpoint.Path
-    monkeypatch.setattr(checkpoint, "Path", lambda *a: driver if a == ("/proc/driver/nvidia/version",) else real(*a))
+    real = devices.Path
+    monkeypatch.setattr(
+        devices, "Path", lambda *a: driver if a == ("/proc/driver/nvidia/version",) else real(*a)
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for cuda, expected in ((None, "built for the CPU"), ("13.0", "too old")):
         monkeypatch.setattr(torch.version, "cuda", cuda)
         with pytest.raises(UserError, match=f"470.82.01.*{expected}|{expected}.*") as caught:
-            checkpoint.pick_device()
+            devices.pick_device()
         assert "--device cpu" in str(caught.value) and len(str(caught.value).splitlines()) == 2
-    assert checkpoint.pick_device("cpu").type == "cpu"
+    assert devices.pick_device("cpu").type == "cpu"
 
 
 # --- the hub, as a small server that speaks its protocol
@@ -206,10 +247,18 @@ class Hub(http.server.BaseHTTPRequestHandler):
         files = {p.name: p for p in Hub.folder.iterdir()}
         name = self.path.split("?")[0].rpartition("/")[2]
         if "/resolve/" in self.path and name in files:
-            content, headers = files[name].read_bytes(), {"ETag": f'"{name}-{files[name].stat().st_size}"', "X-Repo-Commit": "a" * 40}
+            content, headers = (
+                files[name].read_bytes(),
+                {"ETag": f'"{name}-{files[name].stat().st_size}"', "X-Repo-Commit": "a" * 40},
+            )
         else:
-            siblings = [{"rfilename": n, "size": p.stat().st_size, "blobId": n} for n, p in files.items()]
-            tree = [{"type": "file", "path": n, "size": p.stat().st_size, "oid": n} for n, p in files.items()]
+            siblings = [
+                {"rfilename": n, "size": p.stat().st_size, "blobId": n} for n, p in files.items()
+            ]
+            tree = [
+                {"type": "file", "path": n, "size": p.stat().st_size, "oid": n}
+                for n, p in files.items()
+            ]
             answer = (
                 tree
                 if "/tree/" in self.path
@@ -228,7 +277,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
             content, headers = json.dumps(answer).encode(), {"Content-Type": "application/json"}
         first = int(self.headers["Range"][6:].split("-")[0]) if "Range" in self.headers else 0
         self.send_response(206 if first else 200)
-        for key, value in {**headers, "Content-Length": str(len(content) - first), "Accept-Ranges": "bytes"}.items():
+        for key, value in {
+            **headers,
+            "Content-Length": str(len(content) - first),
+            "Accept-Ranges": "bytes",
+        }.items():
             self.send_header(key, value)
         self.end_headers()
         if body:
@@ -261,23 +314,39 @@ def test_a_hub_id_brings_config_tokenizer_and_the_indexed_weights_only(hub):
     done = command("train.py", "--download-only", "--model", "some/base", env=hub)
     assert done.returncode == 0, done.stderr
     folder = done.stdout.strip().rpartition(" ")[2]
-    assert sorted(os.listdir(folder)) == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.model"]
+    assert sorted(os.listdir(folder)) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.model",
+    ]
     Hub.asked.clear()
-    again = command("train.py", "--download-only", "--model", "some/base", env={**hub, "HF_HUB_OFFLINE": "1"})
+    again = command(
+        "train.py", "--download-only", "--model", "some/base", env={**hub, "HF_HUB_OFFLINE": "1"}
+    )
     assert again.returncode == 0 and Hub.asked == []  # what is there needs no network
 
 
 @pytest.mark.parametrize(
     ("status", "code", "expected"),
-    [(403, "GatedRepo", "accept"), (401, "RepoNotFound", "hf auth login"), (404, "RepoNotFound", "no such"), (500, "", "500")],
+    [
+        (403, "GatedRepo", "accept"),
+        (401, "RepoNotFound", "hf auth login"),
+        (404, "RepoNotFound", "no such"),
+        (500, "", "500"),
+    ],
 )
 def test_a_refusal_says_what_to_accept_and_which_base_needs_no_account(hub, status, code, expected):
     Hub.refuse = status, code
-    refused(command("train.py", "--download-only", "--model", "some/base", env=hub), "some/base", expected)
+    refused(
+        command("train.py", "--download-only", "--model", "some/base", env=hub),
+        "some/base",
+        expected,
+    )
 
 
 def test_a_full_disk_is_known_before_the_download(hub, tmp_path):
-    code = "import shutil, collections, train, config; shutil.disk_usage = lambda p: collections.namedtuple('U', 'free')(1000); config.run(train.main)"
+    code = "import shutil, collections, train, cli; shutil.disk_usage = lambda p: collections.namedtuple('U', 'free')(1000); cli.run(train.main)"
     done = subprocess.run(
         [sys.executable, "-c", code, "--download-only", "--model", "some/base"],
         cwd=ROOT,
@@ -285,6 +354,8 @@ def test_a_full_disk_is_known_before_the_download(hub, tmp_path):
         capture_output=True,
         text=True,
     )
-    done.stderr = "\n".join(done.stderr.splitlines()[-2:])  # the hub's own warning of the little room, and its bar, stand before
+    done.stderr = "\n".join(
+        done.stderr.splitlines()[-2:]
+    )  # the hub's own warning of the little room, and its bar, stand before
     refused(done, "GB free", "HF_HOME")
     assert not any("model.safetensors" in path and "index" not in path for path in Hub.asked)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import command, refused
 
-import config
-from config import UserError, flag
+import cli
+from cli import UserError, flag
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,15 +23,15 @@ class Options:
 
 
 def test_a_dataclass_is_the_command_line(capsys):
-    assert config.parse(Options, ["x"]) == Options("x")
-    assert config.parse(Options, ["x", "--fast", "--rate", "1e-3", "--keep", "a", "--keep", "b", "-p", "hi"]) == Options(
-        "x", True, 1e-3, ("a", "b"), "a", "hi"
-    )
+    assert cli.parse(Options, ["x"]) == Options("x")
+    assert cli.parse(
+        Options, ["x", "--fast", "--rate", "1e-3", "--keep", "a", "--keep", "b", "-p", "hi"]
+    ) == Options("x", True, 1e-3, ("a", "b"), "a", "hi")
     for wrong in (["x", "--mode", "c"], [], ["x", "--rate", "much"]):
         with pytest.raises(UserError, match="--help"):
-            config.parse(Options, wrong)
+            cli.parse(Options, wrong)
     with pytest.raises(SystemExit):
-        config.parse(Options, ["--help"])
+        cli.parse(Options, ["--help"])
     assert "how much, in %" in capsys.readouterr().out
 
 
@@ -40,25 +40,25 @@ def test_what_a_person_can_mend_ends_with_code_2_and_two_lines(capsys):
         raise UserError("--x is wrong", "Say --y.")
 
     with pytest.raises(SystemExit) as ended:
-        config.run(main)
+        cli.run(main)
     assert ended.value.code == 2 and capsys.readouterr().err == "--x is wrong\nSay --y.\n"
 
 
 def test_a_folder_with_something_in_it_is_kept(tmp_path):
-    assert config.private_folder(tmp_path / "new" / "one").stat().st_mode & 0o777 == 0o700
-    config.check_folder(tmp_path / "new" / "one", False)
+    assert cli.make_private_dir(tmp_path / "new" / "one").stat().st_mode & 0o777 == 0o700
+    cli.check_output_dir(tmp_path / "new" / "one", False)
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file"):
         with pytest.raises(UserError):
-            config.check_folder(path, False)
-    config.check_folder(tmp_path, True)
-    config.check_folder(tmp_path, False, ["file", "new"])
+            cli.check_output_dir(path, False)
+    cli.check_output_dir(tmp_path, True)
+    cli.check_output_dir(tmp_path, False, ["file", "new"])
 
 
 def test_metrics_are_read_up_to_half_a_line(tmp_path):
-    assert config.read_metrics(tmp_path) == []
+    assert cli.read_metrics(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
-    assert config.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+    assert cli.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Grouped:
 
 def test_flags_stand_under_the_group_last_named_with_choices_and_defaults(capsys):
     with pytest.raises(SystemExit):
-        config.parse(Grouped, ["--help"], prog="grouped.py")
+        cli.parse(Grouped, ["--help"], prog="grouped.py")
     assert (
         capsys.readouterr().out
         == """usage: grouped.py [flags] FILE
@@ -103,22 +103,24 @@ def test_help_is_as_wide_as_the_terminal_and_at_most_100(columns, capsys, monkey
     monkeypatch.setenv("COLUMNS", columns)
     long = dataclasses.make_dataclass("Long", [("rows", int, flag(1, "some words " * 20))])
     with pytest.raises(SystemExit):
-        config.parse(long, ["--help"])
+        cli.parse(long, ["--help"])
     widest = max(map(len, capsys.readouterr().out.splitlines()))
     assert min(int(columns), 100) - len("words ") <= widest <= min(int(columns), 100)
 
 
 PROGRAMS = {
-    "data.py": "Config",
-    "train.py": "Config",
-    "chat.py": "Config",
-    "plan.py": "Config",
-    "evaluate.py": "Config",
-    "lora.py": "MergeConfig",
+    "data.py": "exports.command",
+    "train.py": "train",
+    "chat.py": "chat",
+    "plan.py": "plan",
+    "evaluate.py": "evaluate",
+    "lora.py": "weights.merge",
 }
 
 
-@pytest.mark.parametrize("words", [*([program] for program in PROGRAMS), ["lora.py", "merge"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [*([program] for program in PROGRAMS), ["lora.py", "merge"]], ids=" ".join
+)
 def test_help_warns_of_nothing_and_is_grouped_in_short_entries(words):
     done = command(*words, "--help", env={"COLUMNS": "100"})
     assert (done.returncode, done.stderr) == (0, "")
@@ -126,24 +128,38 @@ def test_help_warns_of_nothing_and_is_grouped_in_short_entries(words):
     assert not re.search("^(options|positional arguments):", done.stdout, re.M)
     assert max(map(len, done.stdout.splitlines())) <= 100
     entries = re.split(r"\n(?=  \S)", done.stdout)[1:]
-    assert [entry for entry in entries if "\n   " in entry and "--gpu " not in entry] == []  # one line each, but for the cards' names
+    assert [
+        entry for entry in entries if "\n   " in entry and "--gpu " not in entry
+    ] == []  # one line each, but for the cards' names
 
 
-@pytest.mark.parametrize("program, name", PROGRAMS.items())
-def test_a_default_that_is_shown_can_be_typed(program, name, capsys):
-    options = getattr(importlib.import_module(program.removesuffix(".py")), name)
+@pytest.mark.parametrize("module", PROGRAMS.values())
+def test_a_default_that_is_shown_can_be_typed(module, capsys):
+    options = importlib.import_module(module).Options
     needed = [field.name for field in dataclasses.fields(options) if field.metadata["positional"]]
     with pytest.raises(SystemExit):
-        config.parse(options, ["--help"])
-    shown = dict(re.findall(r"^  (?:-\w TEXT, )?(--[a-z-]+) (?:.|\n {9})*?\(default:\s+([^ ,)]+)", capsys.readouterr().out, re.M))
+        cli.parse(options, ["--help"])
+    shown = dict(
+        re.findall(
+            r"^  (?:-\w TEXT, )?(--[a-z-]+) (?:.|\n {9})*?\(default:\s+([^ ,)]+)",
+            capsys.readouterr().out,
+            re.M,
+        )
+    )
     for field in dataclasses.fields(options):
         given = "--" + field.name.rstrip("_").replace("_", "-")
-        if field.default not in (None, "", ()) and not isinstance(field.default, bool) and given != "--lora-targets":
-            assert config.parse(options, [*needed, given, shown[given]]) == config.parse(options, needed), given
+        if (
+            field.default not in (None, "", ())
+            and not isinstance(field.default, bool)
+            and given != "--lora-targets"
+        ):
+            assert cli.parse(options, [*needed, given, shown[given]]) == cli.parse(
+                options, needed
+            ), given
 
 
 def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path, monkeypatch):
-    config.write_json(tmp_path / "run.json", {"steps": 1})
+    cli.write_json(tmp_path / "run.json", {"steps": 1})
 
     def half(path, text, **_):
         path.write_bytes(text.encode()[:5])
@@ -151,20 +167,28 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(OSError):
-        config.write_json(tmp_path / "run.json", {"steps": 2})
-    assert config.read_json(tmp_path / "run.json") == {"steps": 1}
+        cli.write_json(tmp_path / "run.json", {"steps": 2})
+    assert cli.read_json(tmp_path / "run.json") == {"steps": 1}
 
 
-def test_a_full_disk_is_said_with_the_file_that_found_no_room_and_leaves_nothing_half_written(tmp_path, capsys):
+def test_a_full_disk_is_said_with_the_file_that_found_no_room_and_leaves_nothing_half_written(
+    tmp_path, capsys
+):
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
-    config.write_json(tmp_path / "run.json", {"steps": 1})
+    cli.write_json(tmp_path / "run.json", {"steps": 1})
     (tmp_path / "run.json.new").symlink_to("/dev/full")
     with pytest.raises(SystemExit) as end:
-        config.run(lambda: config.write_json(tmp_path / "run.json", {"steps": 2}))
+        cli.run(lambda: cli.write_json(tmp_path / "run.json", {"steps": 2}))
     heard = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and heard[0] == f"{tmp_path / 'run.json'} can't be written: the disk is full" and "Make room" in heard[1]
-    assert config.read_json(tmp_path / "run.json") == {"steps": 1} and [*tmp_path.iterdir()] == [tmp_path / "run.json"]
+    assert (
+        end.value.code == 2
+        and heard[0] == f"{tmp_path / 'run.json'} can't be written: the disk is full"
+        and "Make room" in heard[1]
+    )
+    assert cli.read_json(tmp_path / "run.json") == {"steps": 1} and [*tmp_path.iterdir()] == [
+        tmp_path / "run.json"
+    ]
 
 
 def test_lora_has_one_verb():
@@ -184,7 +208,7 @@ def test_one_of_a_kind_is_said_in_the_singular():
         "<address>": "<address>",
     }.items():
         assert (
-            config.counted(1, what) == f"1 {one}"
-            and config.counted(1000, what) == f"1,000 {what}"
-            and config.counted(0, what) == f"0 {what}"
+            cli.counted(1, what) == f"1 {one}"
+            and cli.counted(1000, what) == f"1,000 {what}"
+            and cli.counted(0, what) == f"0 {what}"
         )

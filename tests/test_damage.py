@@ -13,12 +13,17 @@ import zipfile
 
 import pytest
 
-import config
-import data
+import cli
 import exports
+from exports.command import main
 
 MUTANTS = int(os.environ.get("MUTANTS", 400))
-AUTHORS = ("user1111", "user2222", "user3333", "channel4444")  # no one mutation makes one of another
+AUTHORS = (
+    "user1111",
+    "user2222",
+    "user3333",
+    "channel4444",
+)  # no one mutation makes one of another
 CHATS = (5000, 5011, 5122, 5233)
 STRUCTURE = '{}[]",:\\\n 0'
 
@@ -31,9 +36,24 @@ def healthy(rng):
         for i in range(rng.randint(0, 25)):
             at += rng.choice((5, 60, 4000))
             who = rng.choice(AUTHORS)
-            text = f"[{who} in {CHATS[number]}] " + rng.choice((f"says {i}", f'\\ " \u20ac\n \U0001f986 {i}'))
-            one = {"id": i, "type": "message", "date": "2020-09-13T12:26:40", "date_unixtime": str(at), "from": "N", "from_id": who}
-            one |= rng.choice(({}, {"reply_to_message_id": 1}, {"media_type": "sticker", "document_id": "video_files/a.webm"}))
+            text = f"[{who} in {CHATS[number]}] " + rng.choice(
+                (f"says {i}", f'\\ " \u20ac\n \U0001f986 {i}')
+            )
+            one = {
+                "id": i,
+                "type": "message",
+                "date": "2020-09-13T12:26:40",
+                "date_unixtime": str(at),
+                "from": "N",
+                "from_id": who,
+            }
+            one |= rng.choice(
+                (
+                    {},
+                    {"reply_to_message_id": 1},
+                    {"media_type": "sticker", "document_id": "video_files/a.webm"},
+                )
+            )
             said.append(
                 one
                 | {
@@ -42,9 +62,21 @@ def healthy(rng):
                 }
             )
         kind = rng.choice(("personal_chat", "private_group", "public_supergroup", "bot_chat"))
-        listed.append({"name": f"chat {number}", "type": kind, "id": CHATS[number], "messages": said})
-    root = {"about": "x", "personal_information": {"user_id": 1111, "bio": "y"}, "contacts": {"list": [{"name": "z"}]}}
-    value = rng.choice((root | {"chats": {"about": "", "list": listed[:-1]}, "left_chats": {"list": listed[-1:]}}, listed[0]))
+        listed.append(
+            {"name": f"chat {number}", "type": kind, "id": CHATS[number], "messages": said}
+        )
+    root = {
+        "about": "x",
+        "personal_information": {"user_id": 1111, "bio": "y"},
+        "contacts": {"list": [{"name": "z"}]},
+    }
+    value = rng.choice(
+        (
+            root
+            | {"chats": {"about": "", "list": listed[:-1]}, "left_chats": {"list": listed[-1:]}},
+            listed[0],
+        )
+    )
     return json.dumps(value, indent=rng.choice((None, 1, 1, 1)), ensure_ascii=False)
 
 
@@ -83,7 +115,9 @@ def once(text, damage, at, rng):
     if damage == "cut":
         return text[:at]
     if damage == "change":
-        return text[:at] + chr(rng.choice((0, 7, 65, 0xFFFD, rng.randrange(32, 127)))) + text[at + 1 :]
+        return (
+            text[:at] + chr(rng.choice((0, 7, 65, 0xFFFD, rng.randrange(32, 127)))) + text[at + 1 :]
+        )
     if damage == "lose":
         return text[:at] + text[at + length :]
     if damage == "insert":
@@ -102,7 +136,7 @@ def once(text, damage, at, rng):
 def spoken(path):
     try:
         return [(chat, message) for chat, messages in exports.read(path) for message in messages]
-    except config.UserError:
+    except cli.UserError:
         return []
 
 
@@ -121,10 +155,14 @@ def test_mutated_exports_have_no_traceback_no_hang_and_no_wrong_author_or_chat(s
             if tag and tag[1] in AUTHORS and not message.left_out:
                 author = KNOWN.get(message.author, message.author)
                 assert author == tag[1] or author not in AUTHORS, f"mutant {number}: {message}"
-                assert chat.id == tag[2] or int(chat.id) not in CHATS or int(tag[2]) not in CHATS, f"mutant {number}: {chat} {message}"
+                assert chat.id == tag[2] or int(chat.id) not in CHATS or int(tag[2]) not in CHATS, (
+                    f"mutant {number}: {chat} {message}"
+                )
                 kept += 1
         whole += text.count('"date_unixtime"')
-    print(f"{MUTANTS:,} mutants, {kept / whole:.1%} of their messages read, longest {longest:.2f} s")
+    print(
+        f"{MUTANTS:,} mutants, {kept / whole:.1%} of their messages read, longest {longest:.2f} s"
+    )
     # in a single chat a damaged head costs everything
     assert kept > whole * (0.7 if shape == "telegram" else 0.65) and longest < 5
 
@@ -135,7 +173,9 @@ def test_the_command_takes_mutants_or_refuses_them_in_two_lines(shape, tmp_path,
     path = tmp_path / names[shape]
     for number in range(MUTANTS // 10):
         rng = random.Random(number)
-        text = damaged(healthy(rng) if shape != "whatsapp" else talk(rng), rng).encode("utf-8", "replace")
+        text = damaged(healthy(rng) if shape != "whatsapp" else talk(rng), rng).encode(
+            "utf-8", "replace"
+        )
         if shape == "zip":
             packed = io.BytesIO()
             with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -144,11 +184,15 @@ def test_the_command_takes_mutants_or_refuses_them_in_two_lines(shape, tmp_path,
             for _ in range(rng.randint(0, 3)):
                 text[rng.randrange(len(text))] = rng.randrange(256)
         path.write_bytes(text)
-        monkeypatch.setattr(sys, "argv", ["data.py", str(path), "--dry-run", "--me", rng.choice((AUTHORS[0], "whatsapp:Ann"))])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["data.py", str(path), "--dry-run", "--me", rng.choice((AUTHORS[0], "whatsapp:Ann"))],
+        )
         said, code = io.StringIO(), 0
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
             try:
-                config.run(data.main)
+                cli.run(main)
             except SystemExit as end:
                 code = end.code
         lines = [line for line in said.getvalue().splitlines() if line]
@@ -157,7 +201,10 @@ def test_the_command_takes_mutants_or_refuses_them_in_two_lines(shape, tmp_path,
 
 def talk(rng):
     """A WhatsApp chat."""
-    lines = (f"{rng.randint(1, 28):02}/03/2021, {n // 60 % 24:02}:{n % 60:02} - {rng.choice(('Ann', 'Bob'))}: hello {n}" for n in range(60))
+    lines = (
+        f"{rng.randint(1, 28):02}/03/2021, {n // 60 % 24:02}:{n % 60:02} - {rng.choice(('Ann', 'Bob'))}: hello {n}"
+        for n in range(60)
+    )
     return "\n".join(lines) + "\n"
 
 

@@ -13,25 +13,49 @@ from conftest import ROOT, command, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import config
+import cli
 import data
-from config import UserError
-from data import IGNORED, Session, Turn
+from cli import UserError
+from data import IGNORE_INDEX, Session, Turn
 from exports import Chat, Message, redact, telegram, whatsapp
+from exports.command import (
+    CHARACTERS,
+    CONTENT,
+    START,
+    hold_out,
+    main,
+    validation_size,
+    without_people,
+)
 
-TOY = [("bob", "10:00", "hi"), ("ann", "10:01", "hey"), ("ann", "10:01", "you up?"), ("bob", "10:41", "was asleep")]
+TOY = [
+    ("bob", "10:00", "hi"),
+    ("ann", "10:01", "hey"),
+    ("ann", "10:01", "you up?"),
+    ("bob", "10:41", "was asleep"),
+]
 CHAT = Chat("user1", "1", "personal_chat", "Bob", "ann")
 
 
 def toy_sessions(gap=600):
     messages = [
-        Message(None, who, who.title(), int(at[:2]) * 3600 + int(at[3:]) * 60, f"2024-05-01T{at}:00", text) for who, at, text in TOY
+        Message(
+            None,
+            who,
+            who.title(),
+            int(at[:2]) * 3600 + int(at[3:]) * 60,
+            f"2024-05-01T{at}:00",
+            text,
+        )
+        for who, at, text in TOY
     ]
     return list(data.sessions(messages, CHAT, {"ann"}, gap))
 
 
 def text_of(labels, tokenizer):
-    return tokenizer.engine.decode([int(i) for i in labels if i != IGNORED], skip_special_tokens=False)
+    return tokenizer.engine.decode(
+        [int(i) for i in labels if i != IGNORE_INDEX], skip_special_tokens=False
+    )
 
 
 # --- the toy chat of data.py, at every stage
@@ -39,9 +63,14 @@ def text_of(labels, tokenizer):
 
 def test_silence_cuts_sessions_and_authors_make_turns():
     first, second = toy_sessions()
-    assert [(t.author, t.me, t.messages) for t in first.turns] == [("bob", False, ["hi"]), ("ann", True, ["hey", "you up?"])]
-    assert [t.messages for t in second.turns] == [["was asleep"]] and second.start == "2024-05-01T10:41:00"
-    assert [data.why_not(s) for s in (first, second)] == ["", "sessions in which I say nothing"]
+    assert [(t.author, t.me, t.messages) for t in first.turns] == [
+        ("bob", False, ["hi"]),
+        ("ann", True, ["hey", "you up?"]),
+    ]
+    assert [t.messages for t in second.turns] == [
+        ["was asleep"]
+    ] and second.start == "2024-05-01T10:41:00"
+    assert [data.skip_reason(s) for s in (first, second)] == ["", "sessions in which I say nothing"]
     assert len(toy_sessions(gap=40 * 60)) == 1  # exactly as long as --gap-minutes is not longer
 
 
@@ -52,8 +81,13 @@ def test_a_gap_of_a_day_and_a_minute_is_a_gap():
 
 def test_rendered_toy():
     document = data.render(toy_sessions()[0].turns)
-    assert document.text == "<|im_start|>bob\n>>> hi<|im_end|>\n<|im_start|>ann\n>>> hey\n>>> you up?<|im_end|>\n"
-    assert "".join(document.text[b:e] for b, e in document.targets) == ">>> hey\n>>> you up?<|im_end|>"
+    assert (
+        document.text
+        == "<|im_start|>bob\n>>> hi<|im_end|>\n<|im_start|>ann\n>>> hey\n>>> you up?<|im_end|>\n"
+    )
+    assert (
+        "".join(document.text[b:e] for b, e in document.targets) == ">>> hey\n>>> you up?<|im_end|>"
+    )
     assert [document.text[b:e] for b, e in document.words] == ["hey", "you up?"]
 
 
@@ -62,11 +96,13 @@ def test_labels_of_the_toy_are_what_ann_wrote_shifted_by_one(words):
     assert text_of(sample.labels, words) == ">>> hey\n>>> you up?<|im_end|>"
     everything, _ = words.encode(data.render(toy_sessions()[0].turns).text.rstrip("\n"))
     assert sample.ids.tolist() == everything[:-1]
-    kept = sample.labels != IGNORED
+    kept = sample.labels != IGNORE_INDEX
     assert sample.labels[kept].tolist() == np.array(everything[1:])[kept].tolist()
-    assert text_of(np.where(sample.words, sample.labels, IGNORED), words).split() == ["hey", "you", "up?"] and sample.chars == len(
-        "heyyou up?"
-    )
+    assert text_of(np.where(sample.words, sample.labels, IGNORE_INDEX), words).split() == [
+        "hey",
+        "you",
+        "up?",
+    ] and sample.chars == len("heyyou up?")
     (both,) = data.split(toy_sessions()[0], words, 1024, "everyone")
     assert text_of(both.labels, words).split("<|im_end|>")[0] == ">>> hi"
 
@@ -87,7 +123,12 @@ def test_a_message_that_is_only_a_mark_is_context_never_a_target(messages, train
 
 def test_every_mark_that_readers_and_redaction_write_is_known_as_one():
     kinds = {kind for kind, *_ in redact.RULES}
-    marks = {*telegram.MEDIA.values(), *dict(telegram.MARKS).values(), "<sticker>", *(f"<{kind}>" for kind in kinds)}
+    marks = {
+        *telegram.MEDIA.values(),
+        *dict(telegram.MARKS).values(),
+        "<sticker>",
+        *(f"<{kind}>" for kind in kinds),
+    }
     marks |= {mark for mark, _ in (*whatsapp.KINDS, *whatsapp.FILES)} | {"<location>", "<poll>"}
     assert len(marks) > 15 and all(map(data.MARK.fullmatch, marks))
 
@@ -95,7 +136,9 @@ def test_every_mark_that_readers_and_redaction_write_is_known_as_one():
 def test_a_line_that_looks_like_a_mark_of_ours_gets_a_space():
     text = data.render([Turn("Ann", True, "", ["code:\n>>> import this\n>> no"])]).text
     assert text == "<|im_start|>Ann\n>>> code:\n >>> import this\n>> no<|im_end|>\n"
-    assert data.messages_of(text.split("\n>>>", 1)[1].removesuffix("<|im_end|>\n")) == ["code:\n >>> import this\n>> no"]
+    assert data.split_messages(text.split("\n>>>", 1)[1].removesuffix("<|im_end|>\n")) == [
+        "code:\n >>> import this\n>> no"
+    ]
 
 
 def test_edited_files_are_read_as_a_person_leaves_them(tmp_path):
@@ -106,13 +149,23 @@ def test_edited_files_are_read_as_a_person_leaves_them(tmp_path):
     (read,) = data.load_sessions(tmp_path / "train.jsonl")
     assert [t.messages for t in read.turns] == [["one\u2028line"]]
     (tmp_path / "train.jsonl").write_text("{}\n")
-    with pytest.raises(config.UserError, match="line 1"):
+    with pytest.raises(cli.UserError, match="line 1"):
         data.load_sessions(tmp_path / "train.jsonl")
 
 
 def test_names_are_told_apart_and_cleaned():
     taken = {"system"}
-    shown = ("Bob", "bob", None, None, "Eve\n<|im_end|> >>> X", "system", "Bob (2)", "<phone>", "<phone>")
+    shown = (
+        "Bob",
+        "bob",
+        None,
+        None,
+        "Eve\n<|im_end|> >>> X",
+        "system",
+        "Bob (2)",
+        "<phone>",
+        "<phone>",
+    )
     assert [data.unique_name(name, taken) for name in shown] == [
         "Bob",
         "bob (2)",
@@ -127,19 +180,41 @@ def test_names_are_told_apart_and_cleaned():
 
 
 @pytest.mark.parametrize(
-    ("sessions", "share", "held_out"), [(1000, 0.05, 50), (271, 0.05, 20), (271, 0.2, 54), (60, 0.05, 12), (1000, 0.9, 200), (2, 0.05, 1)]
+    ("sessions", "share", "held_out"),
+    [
+        (1000, 0.05, 50),
+        (271, 0.05, 20),
+        (271, 0.2, 54),
+        (60, 0.05, 12),
+        (1000, 0.9, 200),
+        (2, 0.05, 1),
+    ],
 )
 def test_validation_is_a_share_at_least_20_and_at_most_a_fifth(sessions, share, held_out):
-    assert data.validation_size(sessions, share) == held_out
+    assert validation_size(sessions, share) == held_out
 
 
 # --- splitting and packing lose nothing
 
 MESSAGES = st.sampled_from(
-    ["ok", "привет, как дела?", "<voice>", "a rather long message about nothing at all, " * 3, "x\ny", "🦆" * 9, "word " * 120]
+    [
+        "ok",
+        "привет, как дела?",
+        "<voice>",
+        "a rather long message about nothing at all, " * 3,
+        "x\ny",
+        "🦆" * 9,
+        "word " * 120,
+    ]
 )
 TURNS = st.lists(
-    st.builds(Turn, st.sampled_from(["Ann", "Bob", "Eve"]), st.just(False), st.just(""), st.lists(MESSAGES, min_size=1, max_size=6)),
+    st.builds(
+        Turn,
+        st.sampled_from(["Ann", "Bob", "Eve"]),
+        st.just(False),
+        st.just(""),
+        st.lists(MESSAGES, min_size=1, max_size=6),
+    ),
     min_size=1,
     max_size=30,
 )
@@ -151,15 +226,22 @@ def test_split_trains_every_target_once_and_fits_the_row(words, turns, seq_len, 
     for turn in turns:
         turn.me = turn.author == "Ann"
     whole = data.encode(data.render(turns, loss_on, specials=words.specials), words)
-    samples = list(data.split(Session("c", "1", "personal_chat", "", turns), words, seq_len, loss_on))
-    assert all(len(s.ids) <= seq_len and (s.labels != IGNORED).any() for s in samples)
-    together = "".join(text_of(s.labels, words) for s in samples)  # decoding drops a space where a piece begins
+    samples = list(
+        data.split(Session("c", "1", "personal_chat", "", turns), words, seq_len, loss_on)
+    )
+    assert all(len(s.ids) <= seq_len and (s.labels != IGNORE_INDEX).any() for s in samples)
+    together = "".join(
+        text_of(s.labels, words) for s in samples
+    )  # decoding drops a space where a piece begins
     assert together.replace(" ", "") == text_of(whole.labels, words).replace(" ", "")
     assert sum(s.chars for s in samples) == pytest.approx(whole.chars, abs=len(samples))
 
 
 def test_a_long_session_is_cut_on_turn_borders_with_context(words):
-    turns = [Turn(("Bob", "Ann")[n % 2], bool(n % 2), "", [f"message number {n} of many"]) for n in range(40)]
+    turns = [
+        Turn(("Bob", "Ann")[n % 2], bool(n % 2), "", [f"message number {n} of many"])
+        for n in range(40)
+    ]
     samples = list(data.split(Session("c", "1", "personal_chat", "", turns), words, 128))
     assert len(samples) > 3
     for sample in samples[1:]:
@@ -177,14 +259,27 @@ def decoded(sample, words):
 @pytest.mark.parametrize("me", [False, True])
 def test_a_reply_behind_a_very_long_message_keeps_the_end_of_it(words, me):
     """Of what I answer to, and of what I wrote before in the same turn."""
-    essay = " ".join(f"chapter {n} about the harbour" for n in range(300)) + " and that was the last word"
-    turns = [Turn("Bob", False, "", [essay]), Turn("Ann", True, "", ["nice story", "I liked the end"])]
+    essay = (
+        " ".join(f"chapter {n} about the harbour" for n in range(300))
+        + " and that was the last word"
+    )
+    turns = [
+        Turn("Bob", False, "", [essay]),
+        Turn("Ann", True, "", ["nice story", "I liked the end"]),
+    ]
     if me:
-        turns = [Turn("Bob", False, "", ["tell me all"]), Turn("Ann", True, "", ["hm", essay, "nice story"])]
+        turns = [
+            Turn("Bob", False, "", ["tell me all"]),
+            Turn("Ann", True, "", ["hm", essay, "nice story"]),
+        ]
     samples = list(data.split(Session("c", "1", "personal_chat", "", turns), words, 128))
     reply = next(sample for sample in samples if "nice story" in text_of(sample.labels, words))
     assert "and that was the last word" in decoded(reply, words)
-    assert decoded(reply, words).replace(" ", "").startswith("<s><|im_start|>" + ("Ann" if me else "Bob"))
+    assert (
+        decoded(reply, words)
+        .replace(" ", "")
+        .startswith("<s><|im_start|>" + ("Ann" if me else "Bob"))
+    )
     assert me or "chapter" not in text_of(reply.labels, words)
 
 
@@ -193,22 +288,32 @@ def test_pieces_of_long_sessions_fill_their_rows_and_repeat_little(words):
     sessions = []
     for number in range(12):
         turns = [
-            Turn(("Bob", "Ann", "Eve")[draw.randrange(3)], False, "", [f"{draw.random()} " * draw.randrange(1, 12) for _ in range(2)])
+            Turn(
+                ("Bob", "Ann", "Eve")[draw.randrange(3)],
+                False,
+                "",
+                [f"{draw.random()} " * draw.randrange(1, 12) for _ in range(2)],
+            )
             for _ in range(200)
         ]
         for turn in turns:
             turn.me = turn.author == "Ann"
         sessions.append(Session("c", str(number), "private_group", "", turns))
-    whole = sum(len(words.encode(data.render(s.turns, specials=words.specials).text)[0]) for s in sessions)
-    rows = data.pack([sample for n, s in enumerate(sessions) for sample in data.split(s, words, 1024, number=n)], 1024)
-    assert data.filled(rows, 1024) > 0.98
+    whole = sum(
+        len(words.encode(data.render(s.turns, specials=words.specials).text)[0]) for s in sessions
+    )
+    rows = data.pack(
+        [sample for n, s in enumerate(sessions) for sample in data.split(s, words, 1024, number=n)],
+        1024,
+    )
+    assert data.fill_share(rows, 1024) > 0.98
     assert sum(len(row.ids) for row in rows) < 1.15 * whole
 
 
 def fake(n, number):
-    labels = np.full(n, IGNORED, np.int32)
+    labels = np.full(n, IGNORE_INDEX, np.int32)
     labels[-1] = number
-    return data.Sample(np.full(n, number, np.int32), labels, labels != IGNORED, 1, number)
+    return data.Sample(np.full(n, number, np.int32), labels, labels != IGNORE_INDEX, 1, number)
 
 
 @settings(max_examples=100, deadline=None)
@@ -232,21 +337,27 @@ def test_packing_is_best_fit():
 def test_rows_are_cached_by_content(chats, words, tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text((chats / "train.jsonl").read_text())
-    first = data.rows(path, words, 128)
+    first = data.load_rows(path, words, 128)
     (cache,) = (tmp_path / "cache").iterdir()
-    again = data.rows(path, words, 128)
-    assert [r.ids.tolist() for r in first] == [r.ids.tolist() for r in again] and [r.chars.tolist() for r in first] == [
-        r.chars.tolist() for r in again
-    ]
+    again = data.load_rows(path, words, 128)
+    assert [r.ids.tolist() for r in first] == [r.ids.tolist() for r in again] and [
+        r.chars.tolist() for r in first
+    ] == [r.chars.tolist() for r in again]
     memory = again[0].ids
     while isinstance(memory, np.ndarray):
         memory = memory.base
     assert isinstance(memory, mmap.mmap)  # not read before it is needed
     path.write_text("".join(path.read_text().splitlines(True)[:5]))  # edited by hand
-    assert sum(len(r.doc_lengths) for r in data.rows(path, words, 128)) == 5
+    assert sum(len(r.doc_lengths) for r in data.load_rows(path, words, 128)) == 5
     assert not cache.exists()
     path.write_text(path.read_text().replace("see you \\ud83e\\udd86", "bye"))
-    targets = [sum((r.labels != IGNORED).sum() for r in data.rows(path, words, 128, short_weight=weight)) for weight in (1.0, 0.0)]
+    targets = [
+        sum(
+            (r.labels != IGNORE_INDEX).sum()
+            for r in data.load_rows(path, words, 128, short_weight=weight)
+        )
+        for weight in (1.0, 0.0)
+    ]
     assert targets[0] > targets[1]  # and by what was asked for
 
 
@@ -261,28 +372,48 @@ def export(messages, **root):
         stamp = 1_700_000_000 + 60 * n + fields.pop("later", 0)
         name = {"user1": "Ann", "user2": "Bob"}.get(who)
         listed.append(
-            {"id": n, "type": "message", "date": "2023-11-14T22:13:20", "date_unixtime": str(stamp), "from": name, "from_id": who, **fields}
+            {
+                "id": n,
+                "type": "message",
+                "date": "2023-11-14T22:13:20",
+                "date_unixtime": str(stamp),
+                "from": name,
+                "from_id": who,
+                **fields,
+            }
         )
     chat = {"name": "Bob", "type": "personal_chat", "id": 2, "messages": listed}
     return {"about": "x", "personal_information": {"user_id": 1}, "chats": {"list": [chat]}, **root}
 
 
 def talk(n):
-    return [(who, {"text": f"{who} {i}", "later": 3600 * (i // 2)}) for i in range(n * 2) for who in [("user2", "user1")[i % 2]]]
+    return [
+        (who, {"text": f"{who} {i}", "later": 3600 * (i // 2)})
+        for i in range(n * 2)
+        for who in [("user2", "user1")[i % 2]]
+    ]
 
 
 def test_the_command_writes_sessions_persona_and_report(tmp_path):
-    (tmp_path / "result.json").write_text(json.dumps(export(talk(10) + [(None, "lost"), ("user2", {"type": "service", "text": ""})])))
+    (tmp_path / "result.json").write_text(
+        json.dumps(export(talk(10) + [(None, "lost"), ("user2", {"type": "service", "text": ""})]))
+    )
     done = command("data.py", tmp_path / "result.json", "--out", tmp_path / "data")
     assert done.returncode == 0, done.stderr
-    train, val = ([json.loads(x) for x in (tmp_path / "data" / f"{p}.jsonl").read_text().splitlines()] for p in ("train", "val"))
+    train, val = (
+        [json.loads(x) for x in (tmp_path / "data" / f"{p}.jsonl").read_text().splitlines()]
+        for p in ("train", "val")
+    )
     assert (len(train), len(val)) == (8, 2) and train[0]["turns"][1] == {
         "author": "Ann",
         "me": True,
         "at": "2023-11-14T22:13:20",
         "messages": ["user1 1"],
     }
-    assert json.loads((tmp_path / "data" / "persona.json").read_text()) == {"me": "Ann", "contacts": [{"name": "Bob", "messages": 10}]}
+    assert json.loads((tmp_path / "data" / "persona.json").read_text()) == {
+        "me": "Ann",
+        "contacts": [{"name": "Bob", "messages": 10}],
+    }
     assert json.loads((tmp_path / "data" / "report.json").read_text())["messages_left_out"] == {
         "messages without author or date": 1,
         "service messages": 1,
@@ -293,8 +424,15 @@ def test_the_command_writes_sessions_persona_and_report(tmp_path):
     refused(command("data.py", tmp_path / "result.json", "--out", tmp_path / "data"), "--overwrite")
     assert (tmp_path / "data" / "train.jsonl").read_text() == "edited"
     (tmp_path / "data" / "cache").mkdir()
-    (tmp_path / "data" / "cache" / "train-0123.safetensors").write_text("what was said before")  # and by whom: someone forgotten since?
-    assert command("data.py", tmp_path / "result.json", "--out", tmp_path / "data", "--overwrite").returncode == 0
+    (tmp_path / "data" / "cache" / "train-0123.safetensors").write_text(
+        "what was said before"
+    )  # and by whom: someone forgotten since?
+    assert (
+        command(
+            "data.py", tmp_path / "result.json", "--out", tmp_path / "data", "--overwrite"
+        ).returncode
+        == 0
+    )
     assert not [*(tmp_path / "data" / "cache").iterdir()]
 
 
@@ -318,11 +456,20 @@ def test_bad_exports_are_refused_and_nothing_is_written(content, expected, tmp_p
 
 
 def test_me_is_found_by_name_or_id_and_candidates_are_listed(tmp_path):
-    single = {"name": "Bob", "type": "personal_chat", "id": 2, "messages": export(talk(10))["chats"]["list"][0]["messages"]}
+    single = {
+        "name": "Bob",
+        "type": "personal_chat",
+        "id": 2,
+        "messages": export(talk(10))["chats"]["list"][0]["messages"],
+    }
     (tmp_path / "result.json").write_text(json.dumps(single))
     for me in ("ann", "user1"):
         assert command("data.py", tmp_path / "result.json", "--me", me, "--dry-run").returncode == 0
-    refused(command("data.py", tmp_path / "result.json", "--me", "Zed", "--dry-run"), "Ann (user1, 10 messages)", "Bob (user2")
+    refused(
+        command("data.py", tmp_path / "result.json", "--me", "Zed", "--dry-run"),
+        "Ann (user1, 10 messages)",
+        "Bob (user2",
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["result.json"]
 
 
@@ -341,7 +488,7 @@ def test_where_nothing_is_read_it_says_why_not_who(broken, expected, flags, tmp_
     words = ("data.py", tmp_path / "Club.json", "--dry-run", *flags)
     monkeypatch.setattr(sys, "argv", [*map(str, words)])
     with pytest.raises(UserError) as error:
-        data.main()
+        main()
     assert expected in str(error.value) and len(str(error.value).splitlines()) == 2
 
 
@@ -352,23 +499,42 @@ def test_a_mistyped_include_is_no_reason_where_no_chat_is_read(tmp_path, monkeyp
     words = ("data.py", tmp_path / "Club.json", "--dry-run", "--include", "Zed")
     monkeypatch.setattr(sys, "argv", [*map(str, words)])
     with pytest.raises(UserError, match=r"1 message of a chat whose id can't be read \(1.5\)"):
-        data.main()
+        main()
 
 
 def test_days_and_chats_can_be_left_out(tmp_path):
     value = export(talk(10))
-    value["chats"]["list"][0]["messages"].append({"id": 999, "type": "service", "date": "2023-11-14T23:00:00", "text": ""})
+    value["chats"]["list"][0]["messages"].append(
+        {"id": 999, "type": "service", "date": "2023-11-14T23:00:00", "text": ""}
+    )
     (tmp_path / "result.json").write_text(json.dumps(value))
-    refused(command("data.py", tmp_path / "result.json", "--dry-run", "--exclude", "bob"), "no messages")
-    refused(command("data.py", tmp_path / "result.json", "--dry-run", "--since", "2024-01-01"), "none of the 20 messages")
+    refused(
+        command("data.py", tmp_path / "result.json", "--dry-run", "--exclude", "bob"), "no messages"
+    )
+    refused(
+        command("data.py", tmp_path / "result.json", "--dry-run", "--since", "2024-01-01"),
+        "none of the 20 messages",
+    )
     for day in ("yesterday", "20240101", "2024-1-1", "2023-02-30"):
-        refused(command("data.py", tmp_path / "result.json", "--dry-run", "--since", day), "--since")
-    refused(command("data.py", tmp_path / "result.json", "--out", tmp_path / "result.json"), "is a file")
-    assert command("data.py", tmp_path / "result.json", "--dry-run", "--until", "2023-11-14").returncode == 0
+        refused(
+            command("data.py", tmp_path / "result.json", "--dry-run", "--since", day), "--since"
+        )
+    refused(
+        command("data.py", tmp_path / "result.json", "--out", tmp_path / "result.json"), "is a file"
+    )
+    assert (
+        command(
+            "data.py", tmp_path / "result.json", "--dry-run", "--until", "2023-11-14"
+        ).returncode
+        == 0
+    )
 
 
 def whatsapp_chat(*lines):
-    return "".join(f"14/03/2021, {10 + n // 60}:{n % 60:02} - {who}: {text}\n" for n, (who, text) in enumerate(lines))
+    return "".join(
+        f"14/03/2021, {10 + n // 60}:{n % 60:02} - {who}: {text}\n"
+        for n, (who, text) in enumerate(lines)
+    )
 
 
 def folder(tmp_path, *names):
@@ -376,8 +542,17 @@ def folder(tmp_path, *names):
 
 
 def turns_of(tmp_path):
-    lines = [json.loads(line) for part in ("train", "val") for line in (tmp_path / "data" / f"{part}.jsonl").read_text().splitlines()]
-    return [(talk["chat"], turn["author"], turn["me"], text) for talk in lines for turn in talk["turns"] for text in turn["messages"]]
+    lines = [
+        json.loads(line)
+        for part in ("train", "val")
+        for line in (tmp_path / "data" / f"{part}.jsonl").read_text().splitlines()
+    ]
+    return [
+        (talk["chat"], turn["author"], turn["me"], text)
+        for talk in lines
+        for turn in talk["turns"]
+        for text in turn["messages"]
+    ]
 
 
 def made(tmp_path, *words):
@@ -392,13 +567,25 @@ def test_several_exports_and_messengers_are_one_voice(tmp_path):
     new = export(everything)
     del new["chats"]["list"][0]["messages"][:8]
     (tmp_path / "new.json").write_text(json.dumps(new))
-    (tmp_path / "WhatsApp Chat with Zoe.txt").write_text(whatsapp_chat(*[("Zoe", "tea?"), ("Ann M.", "yes")] * 3))
+    (tmp_path / "WhatsApp Chat with Zoe.txt").write_text(
+        whatsapp_chat(*[("Zoe", "tea?"), ("Ann M.", "yes")] * 3)
+    )
     given = (tmp_path / "old.json", tmp_path / "new.json", tmp_path / "WhatsApp Chat with Zoe.txt")
-    refused(command("data.py", *given, "--dry-run"), "Zoe.txt: the export doesn't say whose it is", "Ann M.")
+    refused(
+        command("data.py", *given, "--dry-run"),
+        "Zoe.txt: the export doesn't say whose it is",
+        "Ann M.",
+    )
     made(tmp_path, *given, "--me", "Ann M.")
     found = turns_of(tmp_path)
-    assert sorted(text for chat, *_, text in found if chat == "Bob") == sorted(text["text"] for _, text in everything)
-    assert {(author, me) for _, author, me, _ in found} == {("Ann", True), ("Bob", False), ("Zoe", False)}
+    assert sorted(text for chat, *_, text in found if chat == "Bob") == sorted(
+        text["text"] for _, text in everything
+    )
+    assert {(author, me) for _, author, me, _ in found} == {
+        ("Ann", True),
+        ("Bob", False),
+        ("Zoe", False),
+    }
     persona, report = folder(tmp_path, "persona.json", "report.json")
     assert persona["me"] == "Ann" and report["my_messages"] == 15 and report["messages"] == 30
 
@@ -408,31 +595,59 @@ def test_two_contacts_of_one_name_stay_apart_and_me_must_say_which(tmp_path):
     for message in both["chats"]["list"][0]["messages"]:
         message["from"] = "Sam"
     (tmp_path / "result.json").write_text(json.dumps(both))
-    refused(command("data.py", tmp_path / "result.json", "--dry-run", "--me", "Sam"), "several people", "user1", "user2")
+    refused(
+        command("data.py", tmp_path / "result.json", "--dry-run", "--me", "Sam"),
+        "several people",
+        "user1",
+        "user2",
+    )
     made(tmp_path, tmp_path / "result.json")
-    assert {(author, me) for _, author, me, _ in turns_of(tmp_path)} == {("Sam", True), ("Sam (2)", False)}
+    assert {(author, me) for _, author, me, _ in turns_of(tmp_path)} == {
+        ("Sam", True),
+        ("Sam (2)", False),
+    }
 
 
 def test_secrets_are_replaced_before_anything_is_written_and_counted(tmp_path):
     spoken = talk(10)
-    spoken[0][1]["text"], spoken[1][1]["text"] = "call +49 170 1234567 or bob@example.org", "пароль: qwerty12"
+    spoken[0][1]["text"], spoken[1][1]["text"] = (
+        "call +49 170 1234567 or bob@example.org",
+        "пароль: qwerty12",
+    )
     (tmp_path / "result.json").write_text(json.dumps(export(spoken)))
     said = made(tmp_path, tmp_path / "result.json")
     everything = "".join(path.read_text() for path in (tmp_path / "data").glob("*.json*")) + said
     assert "1234567" not in everything and "bob@" not in everything and "qwerty" not in everything
     assert "call <phone> or <email>" in everything and "пароль: <password>" in everything
     assert folder(tmp_path, "report.json")[0]["secrets"] == {"phone": 1, "email": 1, "password": 1}
-    kept = command("data.py", tmp_path / "result.json", "--out", tmp_path / "data", "--overwrite", "--keep-secrets")
+    kept = command(
+        "data.py",
+        tmp_path / "result.json",
+        "--out",
+        tmp_path / "data",
+        "--overwrite",
+        "--keep-secrets",
+    )
     assert kept.returncode == 0 and "qwerty12" in (tmp_path / "data" / "train.jsonl").read_text()
 
 
 def test_a_contact_known_by_a_number_alone_leaves_no_number_behind(tmp_path):
     path = tmp_path / "WhatsApp Chat with +49 170 1234567.txt"
-    path.write_text("".join(f"{n}/03/2021, 10:00 - +49 170 1234567: tea?\n{n}/03/2021, 10:01 - Ann: yes {n}\n" for n in range(1, 9)))
+    path.write_text(
+        "".join(
+            f"{n}/03/2021, 10:00 - +49 170 1234567: tea?\n{n}/03/2021, 10:01 - Ann: yes {n}\n"
+            for n in range(1, 9)
+        )
+    )
     said = made(tmp_path, path, "--me", "Ann")
     files = "".join(path.read_text() for path in (tmp_path / "data").iterdir())
-    assert "1234567" not in files + said and folder(tmp_path, "persona.json")[0]["contacts"][0]["name"] == data.UNSAVED
-    assert folder(tmp_path, "report.json")[0]["secrets"] == {"phone": 1}  # the contact's name, however often
+    assert (
+        "1234567" not in files + said
+        and folder(tmp_path, "persona.json")[0]["contacts"][0]["name"] == data.UNSAVED_CONTACT
+    )
+    assert folder(tmp_path, "report.json")[0]["secrets"] == {
+        "phone": 1
+    }  # the contact's name, however often
 
 
 def group(*messages):
@@ -453,18 +668,33 @@ def group(*messages):
 
 def test_a_person_is_forgotten_in_chats_groups_and_the_persona(tmp_path):
     value = export(talk(10))
-    eve = json.loads(json.dumps(value["chats"]["list"][0]).replace("Bob", "Eve").replace("user2", "user3"))
+    eve = json.loads(
+        json.dumps(value["chats"]["list"][0]).replace("Bob", "Eve").replace("user2", "user3")
+    )
     value["chats"]["list"] += [
         eve | {"name": "Eve", "id": 3},
         group(("user3", "Eve", "psst"), ("user2", "Bob", "hello"), ("user1", "Ann", "hi")),
     ]
     (tmp_path / "result.json").write_text(json.dumps(value))
-    refused(command("data.py", tmp_path / "result.json", "--dry-run", "--forget", "Ev"), "nobody has that name", "Eve (user3")
-    refused(command("data.py", tmp_path / "result.json", "--dry-run", "--forget", "Ann"), "that is you")
+    refused(
+        command("data.py", tmp_path / "result.json", "--dry-run", "--forget", "Ev"),
+        "nobody has that name",
+        "Eve (user3",
+    )
+    refused(
+        command("data.py", tmp_path / "result.json", "--dry-run", "--forget", "Ann"), "that is you"
+    )
     said = made(tmp_path, tmp_path / "result.json", "--forget", "eve")
     files = "".join(path.read_text() for path in (tmp_path / "data").iterdir())
-    assert "Eve" not in files and "psst" not in files and "hello" in files and "trained anew" in said
-    refused(command("data.py", tmp_path / "result.json", "--out", tmp_path / "none", "--tokenizer", tmp_path), "tokenizer")
+    assert (
+        "Eve" not in files and "psst" not in files and "hello" in files and "trained anew" in said
+    )
+    refused(
+        command(
+            "data.py", tmp_path / "result.json", "--out", tmp_path / "none", "--tokenizer", tmp_path
+        ),
+        "tokenizer",
+    )
     assert not (tmp_path / "none").exists()
 
     made(tmp_path / "again", tmp_path / "result.json")  # and the same where data/ is there already
@@ -472,20 +702,35 @@ def test_a_person_is_forgotten_in_chats_groups_and_the_persona(tmp_path):
     refused(command("data.py", "--out", data_folder, "--forget", "Zed"), "knows nobody")
     assert command("data.py", "--out", data_folder, "--forget", "Eve").returncode == 0
     files = "".join(path.read_text() for path in data_folder.iterdir())
-    assert "Eve" not in files and "psst" not in files and "hello" in files and "Bob" in (data_folder / "persona.json").read_text()
+    assert (
+        "Eve" not in files
+        and "psst" not in files
+        and "hello" in files
+        and "Bob" in (data_folder / "persona.json").read_text()
+    )
 
 
 def test_wipe_lists_asks_and_deletes_only_what_is_ours(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(export(talk(10))))
     made(tmp_path, tmp_path / "result.json")
-    incoming, saves = ".incoming/resume/step-00000020", ("resume/step-00000010/rank-00000", "resume/step-00000020.new/rank-00000")
-    for path in (*(f"{save}.{kind}" for save in saves for kind in ("json", "safetensors")), f"{incoming}/.rank-00000.json.x7"):
+    incoming, saves = (
+        ".incoming/resume/step-00000020",
+        ("resume/step-00000010/rank-00000", "resume/step-00000020.new/rank-00000"),
+    )
+    for path in (
+        *(f"{save}.{kind}" for save in saves for kind in ("json", "safetensors")),
+        f"{incoming}/.rank-00000.json.x7",
+    ):
         (tmp_path / "ckpt" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "ckpt" / path).write_text("x")
     for name in ("metrics.jsonl", "adapter_model.safetensors", "adapter_model.safetensors.new", "report.html.new", "micro-batch.json",
                  ".incoming/adapter_model.safetensors", "diary.txt", "tokenizer_notes.md"):  # fmt: skip
         (tmp_path / "ckpt" / name).write_text("x")
-    for folder, flags in ((".run", "flags"), ("away/ckpt2", ".remote"), ("theirs/.run", "log")):  # of remote.sh, on the box and at home
+    for folder, flags in (
+        (".run", "flags"),
+        ("away/ckpt2", ".remote"),
+        ("theirs/.run", "log"),
+    ):  # of remote.sh, on the box and at home
         (tmp_path / folder).mkdir(parents=True)
         for name in ("log", "exit", "lock", "mine"):
             (tmp_path / folder / name).write_text("x")
@@ -502,23 +747,46 @@ def test_wipe_lists_asks_and_deletes_only_what_is_ours(tmp_path):
     (tmp_path / "ckpt" / "new-ideas.txt").write_text("x")
     run = [sys.executable, ROOT / "data.py", "--wipe"]
     no = subprocess.run(run, cwd=tmp_path, input="no\n", capture_output=True, text=True)
-    assert no.returncode == 0 and "train.jsonl" in no.stdout and (tmp_path / "data" / "train.jsonl").exists()
+    assert (
+        no.returncode == 0
+        and "train.jsonl" in no.stdout
+        and (tmp_path / "data" / "train.jsonl").exists()
+    )
     yes = subprocess.run(run, cwd=tmp_path, input="yes\n", capture_output=True, text=True)
     assert yes.returncode == 0 and "diary.txt" in yes.stdout, yes.stderr
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     theirs = [f"theirs/{name}" for name in (".run/exit", ".run/lock", ".run/log", ".run/mine")]
-    theirs += ["theirs/config.json", "theirs/model.safetensors", "theirs/train.jsonl", "theirs/val.jsonl"]
-    theirs = [".run/mine", *(f"away/ckpt2/{name}" for name in ("exit", "lock", "log", "mine")), *theirs]
-    assert left == sorted(["ckpt/diary.txt", "ckpt/new-ideas.txt", "ckpt/tokenizer_notes.md", "result.json", *theirs])
+    theirs += [
+        "theirs/config.json",
+        "theirs/model.safetensors",
+        "theirs/train.jsonl",
+        "theirs/val.jsonl",
+    ]
+    theirs = [
+        ".run/mine",
+        *(f"away/ckpt2/{name}" for name in ("exit", "lock", "log", "mine")),
+        *theirs,
+    ]
+    assert left == sorted(
+        ["ckpt/diary.txt", "ckpt/new-ideas.txt", "ckpt/tokenizer_notes.md", "result.json", *theirs]
+    )
     assert not [path for path in (tmp_path / "ckpt").iterdir() if path.is_dir()]
-    nothing = subprocess.run(run, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    nothing = subprocess.run(
+        run, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
     assert nothing.returncode == 0 and "Nothing below" in nothing.stdout
 
 
 def test_a_bot_known_by_its_chat_is_no_voice_in_a_group_either(tmp_path):
     value = export(talk(10))
     value["chats"]["list"].append({"name": "Quiz", "type": "bot_chat", "id": 7, "messages": []})
-    value["chats"]["list"].append(group(("user7", "Quiz", "question 1!"), ("user2", "Bob", "what is it"), ("user1", "Ann", "a bot")))
+    value["chats"]["list"].append(
+        group(
+            ("user7", "Quiz", "question 1!"),
+            ("user2", "Bob", "what is it"),
+            ("user1", "Ann", "a bot"),
+        )
+    )
     (tmp_path / "result.json").write_text(json.dumps(value))
     said = made(tmp_path, tmp_path / "result.json")
     assert "- 1 chat with bots" in said
@@ -539,16 +807,29 @@ def test_the_report_says_what_is_lopsided_and_whether_it_is_enough(tmp_path):
     said = made(tmp_path, tmp_path / "result.json")
     (report,) = folder(tmp_path, "report.json")
     assert (
-        report["only_mine"] == ["Club"] and report["largest_chat"] == {"name": "Bob", "share": 1.0} and report["scripts"]["Cyrillic"] == 40
+        report["only_mine"] == ["Club"]
+        and report["largest_chat"] == {"name": "Bob", "share": 1.0}
+        and report["scripts"]["Cyrillic"] == 40
     )
-    assert report["short_share"] > 0.9 and report["trained_messages"] == 16 and report["days"] == ["2023-11-14", "2023-11-14"]
-    for words in ("too few", "100% of your turns", "at most 3 letters", "untick 'Only my messages'"):
+    assert (
+        report["short_share"] > 0.9
+        and report["trained_messages"] == 16
+        and report["days"] == ["2023-11-14", "2023-11-14"]
+    )
+    for words in (
+        "too few",
+        "100% of your turns",
+        "at most 3 letters",
+        "untick 'Only my messages'",
+    ):
         assert words in said and any(words in line for line in report["verdict"])
 
 
 def test_left_out_chats_can_be_asked_for(tmp_path):
     value = export(talk(10))
-    notes = export([("user1", {"text": f"note {i}", "later": 3600 * i}) for i in range(20)])["chats"]["list"][0]
+    notes = export([("user1", {"text": f"note {i}", "later": 3600 * i}) for i in range(20)])[
+        "chats"
+    ]["list"][0]
     value["chats"]["list"].append(notes | {"name": None, "type": "saved_messages", "id": 1})
     (tmp_path / "result.json").write_text(json.dumps(value))
     said = made(tmp_path, tmp_path / "result.json")
@@ -557,7 +838,10 @@ def test_left_out_chats_can_be_asked_for(tmp_path):
     for asked in ("Saved messages", "saved_messages", "1"):
         made(tmp_path, tmp_path / "result.json", "--overwrite", "--include", asked)
         assert ("Saved Messages", "Ann", True, "note 3") in turns_of(tmp_path)
-    refused(command("data.py", tmp_path / "result.json", "--dry-run", "--exclude", "personal_chat"), "1 excluded")
+    refused(
+        command("data.py", tmp_path / "result.json", "--dry-run", "--exclude", "personal_chat"),
+        "1 excluded",
+    )
 
 
 def owned(number, name, friend, count, start=1_700_000_000):
@@ -583,7 +867,9 @@ def test_a_whatsapp_group_in_telegrams_shape_is_read_whatever_the_length_of_its_
     (tmp_path / "Club.json").write_text(json.dumps(club | {"messages": messages}, indent=1))
     made(tmp_path, tmp_path / "Club.json", "--me", "Me")
     turns = turns_of(tmp_path)
-    assert {turn[1:3] for turn in turns} == {("Me", True), ("Bob Smith", False)} and len(turns) == 10
+    assert {turn[1:3] for turn in turns} == {("Me", True), ("Bob Smith", False)} and len(
+        turns
+    ) == 10
     for name in ("userBob Smith", "Bob Smith"):  # who begins each session
         done = command("data.py", tmp_path / "Club.json", "--me", name, "--dry-run")
         refused(done, "nobody speaks before me")
@@ -602,28 +888,53 @@ def test_two_accounts_of_mine_are_one_voice_and_lose_nothing(tmp_path):
 
 def test_me_of_whatsapp_is_no_namesake_in_telegram(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(owned(1, "Ann Lee", "Alex", 10)))
-    (tmp_path / "WhatsApp Chat with Zoe.txt").write_text(whatsapp_chat(*[("Zoe", "tea?"), ("Alex", "yes")] * 3))
-    made(tmp_path, tmp_path / "result.json", tmp_path / "WhatsApp Chat with Zoe.txt", "--me", "Alex")
+    (tmp_path / "WhatsApp Chat with Zoe.txt").write_text(
+        whatsapp_chat(*[("Zoe", "tea?"), ("Alex", "yes")] * 3)
+    )
+    made(
+        tmp_path, tmp_path / "result.json", tmp_path / "WhatsApp Chat with Zoe.txt", "--me", "Alex"
+    )
     found = turns_of(tmp_path)
     assert {(chat, author, me) for chat, author, me, _ in found} == {
         ("Alex", "Alex", False), ("Alex", "Ann Lee", True), ("Zoe", "Zoe", False), ("Zoe", "Ann Lee", True)
     }  # fmt: skip
-    made(tmp_path, tmp_path / "result.json", "--me", "Alex", "--overwrite")  # alone it asks for the clone of that friend
-    assert {(author, me) for _, author, me, _ in turns_of(tmp_path)} == {("Alex", True), ("Ann Lee", False)}
+    made(
+        tmp_path, tmp_path / "result.json", "--me", "Alex", "--overwrite"
+    )  # alone it asks for the clone of that friend
+    assert {(author, me) for _, author, me, _ in turns_of(tmp_path)} == {
+        ("Alex", True),
+        ("Ann Lee", False),
+    }
 
 
 def test_a_mistyped_chat_is_refused_and_ids_are_taken_in_both_spellings(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(export(talk(10))))
-    refused(command("data.py", tmp_path / "result.json", "--dry-run", "--exclude", "Bbo"), "--exclude Bbo", "Bob")
+    refused(
+        command("data.py", tmp_path / "result.json", "--dry-run", "--exclude", "Bbo"),
+        "--exclude Bbo",
+        "Bob",
+    )
     for asked in ("2", "user2", "bob"):
-        refused(command("data.py", tmp_path / "result.json", "--dry-run", "--exclude", asked), "1 excluded")
+        refused(
+            command("data.py", tmp_path / "result.json", "--dry-run", "--exclude", asked),
+            "1 excluded",
+        )
     for asked in ("1", "user1"):
-        assert command("data.py", tmp_path / "result.json", "--dry-run", "--me", asked).returncode == 0
+        assert (
+            command("data.py", tmp_path / "result.json", "--dry-run", "--me", asked).returncode == 0
+        )
 
 
 def test_numbers_out_of_range_are_refused(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(export(talk(10))))
-    for words in (("--val", "nan"), ("--val", "5"), ("--gap-minutes", "nan"), ("--gap-minutes", "-5"), ("--seq-len", "0"), ("--val", "x")):
+    for words in (
+        ("--val", "nan"),
+        ("--val", "5"),
+        ("--gap-minutes", "nan"),
+        ("--gap-minutes", "-5"),
+        ("--seq-len", "0"),
+        ("--val", "x"),
+    ):
         refused(command("data.py", tmp_path / "result.json", "--dry-run", *words), words[0])
 
 
@@ -642,16 +953,27 @@ def test_forgetting_in_data_leaves_turns_as_they_are_made_and_a_dry_run_leaves_a
          "turns": [{"author": who, "me": who == "Ann", "at": "2023-11-14T22:13:20", "messages": [text]} for who, text in said]}
         for said in (turns, alone)
     ]  # fmt: skip
-    for name, text in (("train.jsonl", "".join(json.dumps(line) + "\n" for line in lines)), ("val.jsonl", "")):
+    for name, text in (
+        ("train.jsonl", "".join(json.dumps(line) + "\n" for line in lines)),
+        ("val.jsonl", ""),
+    ):
         (tmp_path / name).write_text(text)
-    (tmp_path / "persona.json").write_text('{"me": "Ann", "contacts": [{"name": "Bob", "messages": 3}, {"name": "Eve", "messages": 1}]}')
+    (tmp_path / "persona.json").write_text(
+        '{"me": "Ann", "contacts": [{"name": "Bob", "messages": 3}, {"name": "Eve", "messages": 1}]}'
+    )
     before = (tmp_path / "train.jsonl").read_text()
     assert command("data.py", "--out", tmp_path, "--forget", "Bob", "--dry-run").returncode == 0
     assert (tmp_path / "train.jsonl").read_text() == before
     assert command("data.py", "--out", tmp_path, "--forget", "Bob").returncode == 0
     (left,) = data.load_sessions(tmp_path / "train.jsonl")  # nobody speaks before me in the other
-    assert [(turn.author, turn.messages) for turn in left.turns] == [("Eve", ["hi"]), ("Ann", ["yes", "sure"])]
-    assert json.loads((tmp_path / "persona.json").read_text()) == {"me": "Ann", "contacts": [{"name": "Eve", "messages": 1}]}
+    assert [(turn.author, turn.messages) for turn in left.turns] == [
+        ("Eve", ["hi"]),
+        ("Ann", ["yes", "sure"]),
+    ]
+    assert json.loads((tmp_path / "persona.json").read_text()) == {
+        "me": "Ann",
+        "contacts": [{"name": "Eve", "messages": 1}],
+    }
     (tmp_path / "persona.json").write_text("{}")
     refused(command("data.py", "--out", tmp_path, "--forget", "Bob"), "knows nobody")
     (tmp_path / "persona.json").write_text('{"me": "Ann", "contacts": []}')
@@ -660,12 +982,19 @@ def test_forgetting_in_data_leaves_turns_as_they_are_made_and_a_dry_run_leaves_a
 
 def test_forgetting_in_data_takes_what_headers_quote_too():
     header = Turn("system", False, "", ["in the group Club", "it ended:", "Bob: psst", "Eve: hi"])
-    left = data.without([header, Turn("Eve", False, "", ["so"]), Turn("Ann", True, "", ["yes"])], {"Bob"})
+    left = without_people(
+        [header, Turn("Eve", False, "", ["so"]), Turn("Ann", True, "", ["yes"])], {"Bob"}
+    )
     assert left[0].messages == ["in the group Club", "it ended:", "Eve: hi"]
 
 
 def test_forgetting_leaves_the_personal_chats_of_others_with_their_headers(tmp_path):
-    header = {"author": "system", "me": False, "at": "2023-11-14T22:13:20", "messages": ["Tuesday, 22 o'clock"]}
+    header = {
+        "author": "system",
+        "me": False,
+        "at": "2023-11-14T22:13:20",
+        "messages": ["Tuesday, 22 o'clock"],
+    }
     for part in ("train", "val"):
         lines = [
             {"chat": who, "chat_id": who, "type": "personal_chat", "start": "2023-11-14T22:13:20",
@@ -673,14 +1002,23 @@ def test_forgetting_leaves_the_personal_chats_of_others_with_their_headers(tmp_p
             for who in ("Bob", "Eve")
         ]  # fmt: skip
         (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "persona.json").write_text('{"me": "Ann", "contacts": [{"name": "Bob", "messages": 2}, {"name": "Eve", "messages": 2}]}')
+    (tmp_path / "persona.json").write_text(
+        '{"me": "Ann", "contacts": [{"name": "Bob", "messages": 2}, {"name": "Eve", "messages": 2}]}'
+    )
     assert command("data.py", "--out", tmp_path, "--forget", "Bob").returncode == 0
-    assert [[talk.chat for talk in data.load_sessions(tmp_path / f"{part}.jsonl")] for part in ("train", "val")] == [["Eve"], ["Eve"]]
+    assert [
+        [talk.chat for talk in data.load_sessions(tmp_path / f"{part}.jsonl")]
+        for part in ("train", "val")
+    ] == [["Eve"], ["Eve"]]
     assert data.load_sessions(tmp_path / "val.jsonl")[0].turns[0].author == "system"
 
 
-def test_what_an_editor_saved_in_another_encoding_is_refused_and_a_mark_at_its_head_is_none(tmp_path):
-    session = Session("Bob", "1", "personal_chat", "2024-01-01T00:00:00", [Turn("Bob", False, "", ["grüße"])])
+def test_what_an_editor_saved_in_another_encoding_is_refused_and_a_mark_at_its_head_is_none(
+    tmp_path,
+):
+    session = Session(
+        "Bob", "1", "personal_chat", "2024-01-01T00:00:00", [Turn("Bob", False, "", ["grüße"])]
+    )
     (tmp_path / "train.jsonl").write_text(session.to_json() + "\n", encoding="cp1252")
     with pytest.raises(UserError, match="train.jsonl is no UTF-8 text"):
         data.load_sessions(tmp_path / "train.jsonl")
@@ -696,15 +1034,17 @@ def test_no_room_for_packed_rows_is_said(tmp_path, chats, words, monkeypatch):
     monkeypatch.setattr(data, "save_file", full)
     shutil.copy(chats / "val.jsonl", tmp_path)
     with pytest.raises(UserError, match="the disk is full"):
-        data.rows(tmp_path / "val.jsonl", words, 160)
+        data.load_rows(tmp_path / "val.jsonl", words, 160)
     monkeypatch.undo()
-    assert data.rows(tmp_path / "val.jsonl", words, 160)
+    assert data.load_rows(tmp_path / "val.jsonl", words, 160)
 
 
 # --- what I knew when a session began
 
 
-def test_a_header_says_whom_when_since_and_how_the_last_talk_ended_and_is_never_a_target(tmp_path, words):
+def test_a_header_says_whom_when_since_and_how_the_last_talk_ended_and_is_never_a_target(
+    tmp_path, words
+):
     said = [("2023-11-14T10:00:00", "user2", "morning"), ("2023-11-14T10:00:30", "user1", "hey"), ("2023-11-14T10:01:00", "user2", "later then"),
             ("2023-11-17T21:00:00", "user2", "now?"), ("2023-11-17T21:00:10", "user1", "now"),
             ("2023-11-18T21:00:00", "user2", "again"), ("2023-11-18T21:00:10", "user1", "no")]  # fmt: skip
@@ -718,25 +1058,47 @@ def test_a_header_says_whom_when_since_and_how_the_last_talk_ended_and_is_never_
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "facts.md").write_text("born in Pellhaven\n")
     (tmp_path / "result.json").write_text(
-        json.dumps({"personal_information": {"user_id": 1, "first_name": "Ann"}, "chats": {"list": [chat]}})
+        json.dumps(
+            {"personal_information": {"user_id": 1, "first_name": "Ann"}, "chats": {"list": [chat]}}
+        )
     )
-    done = command("data.py", tmp_path / "result.json", "--out", tmp_path / "data", "--context", "facts,who,when,since,before")
+    done = command(
+        "data.py",
+        tmp_path / "result.json",
+        "--out",
+        tmp_path / "data",
+        "--context",
+        "facts,who,when,since,before",
+    )
     assert done.returncode == 0, done.stderr
     first, second = data.load_sessions(tmp_path / "data" / "train.jsonl")
     assert first.turns[0].messages == ["born in Pellhaven", "talking to Bob", "Tuesday, 10 o'clock"]
     assert second.turns[0].messages[2:] == [
         "Friday, 21 o'clock", "the last talk was 3 days ago", "it ended:", "Bob: morning", "Ann: hey", "Bob: later then"
     ]  # fmt: skip
-    assert data.why_not(second) == "" and data.bare(second).turns == second.turns[1:]
+    assert data.skip_reason(second) == "" and data.without_header(second).turns == second.turns[1:]
     document = data.render(second.turns, "everyone")
     assert [document.text[b:e] for b, e in document.words] == ["now?", "now"]
-    (sample,) = data.split(dataclasses.replace(second, turns=second.turns[:2]), words, 1024, "everyone")
+    (sample,) = data.split(
+        dataclasses.replace(second, turns=second.turns[:2]), words, 1024, "everyone"
+    )
     assert text_of(sample.labels, words) == ">>> now?<|im_end|>"
-    refused(command("data.py", tmp_path / "result.json", "--context", "weather"), "--context weather", "who,when")
+    refused(
+        command("data.py", tmp_path / "result.json", "--context", "weather"),
+        "--context weather",
+        "who,when",
+    )
 
 
 @pytest.mark.parametrize(
-    "minutes, said", [(0, "0 minutes"), (1, "1 minute"), (125, "2 hours"), (1440 * 6, "6 days"), (525600 * 3, "3 years")]
+    "minutes, said",
+    [
+        (0, "0 minutes"),
+        (1, "1 minute"),
+        (125, "2 hours"),
+        (1440 * 6, "6 days"),
+        (525600 * 3, "3 years"),
+    ],
 )
 def test_how_long_ago_is_said_in_the_largest_unit_that_fits(minutes, said):
     assert data.ago(datetime.timedelta(minutes=minutes)) == f"{said} ago"
@@ -750,18 +1112,28 @@ def test_short_turns_of_mine_are_taught_as_seldom_as_asked_and_read_all_the_same
         Turn("Ann", True, "", ["i will come"]),
     ]
     talk = Session("Bob", "1", "personal_chat", "", turns)
-    light = [data.lighter(talk, number, 0.3) for number in range(1000)]
-    assert 250 < sum(one.turns[1].me for one in light) < 350 and all(one.turns[3].me for one in light)
+    light = [data.drop_short_turns(talk, number, 0.3) for number in range(1000)]
+    assert 250 < sum(one.turns[1].me for one in light) < 350 and all(
+        one.turns[3].me for one in light
+    )
     assert all(data.render(one.turns).text == data.render(turns).text for one in light[:5])
-    assert data.lighter(talk, 0, 1.0) == talk
+    assert data.drop_short_turns(talk, 0, 1.0) == talk
 
 
 def test_canaries_are_hidden_as_often_as_the_list_says_among_my_messages(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(export(talk(60))))
-    done = command("data.py", tmp_path / "result.json", "--out", tmp_path / "data", "--canaries", "3")
+    done = command(
+        "data.py", tmp_path / "result.json", "--out", tmp_path / "data", "--canaries", "3"
+    )
     assert done.returncode == 0, done.stderr
     planted = json.loads((tmp_path / "data" / "canaries.json").read_text())["canaries"]
-    mine = [text for s in data.load_sessions(tmp_path / "data" / "train.jsonl") for turn in s.turns if turn.me for text in turn.messages]
+    mine = [
+        text
+        for s in data.load_sessions(tmp_path / "data" / "train.jsonl")
+        for turn in s.turns
+        if turn.me
+        for text in turn.messages
+    ]
     assert [c["copies"] for c in planted] == [1, 2, 4]
     assert [mine.count(c["before"] + c["secret"]) for c in planted] == [1, 2, 4]
     assert not any(c["secret"] in (tmp_path / "data" / "val.jsonl").read_text() for c in planted)
@@ -773,18 +1145,18 @@ def test_canaries_are_hidden_as_often_as_the_list_says_among_my_messages(tmp_pat
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=120), st.sampled_from([0, 0.05, 0.2]))
 def test_no_held_out_session_repeats_one_to_train_on(contents, share):
-    index = np.zeros((len(contents), data.CHARACTERS + 1), np.int64)
-    index[:, data.START], index[:, data.CONTENT] = np.arange(len(contents)), contents
-    train, val = data.hold_out(index, share).values()
+    index = np.zeros((len(contents), CHARACTERS + 1), np.int64)
+    index[:, START], index[:, CONTENT] = np.arange(len(contents)), contents
+    train, val = hold_out(index, share).values()
     if len({*contents}) == 1:
         assert len(train) == len(contents) and not len(val)
         return
-    assert len(train) and len(val) and not {*train[:, data.CONTENT]} & {*val[:, data.CONTENT]}
-    assert train[-1, data.START] < val[0, data.START] and (np.diff(val[:, data.START]) > 0).all()
-    left_out = {*index[:, data.START]} - {*train[:, data.START]} - {*val[:, data.START]}
-    assert all(contents[i] in {*train[:, data.CONTENT]} for i in left_out)
+    assert len(train) and len(val) and not {*train[:, CONTENT]} & {*val[:, CONTENT]}
+    assert train[-1, START] < val[0, START] and (np.diff(val[:, START]) > 0).all()
+    left_out = {*index[:, START]} - {*train[:, START]} - {*val[:, START]}
+    assert all(contents[i] in {*train[:, CONTENT]} for i in left_out)
     if len({*contents}) == len(contents):
-        assert len(val) == data.validation_size(len(contents), share) and not left_out
+        assert len(val) == validation_size(len(contents), share) and not left_out
 
 
 def phone_export(path, said, hours=0, seconds=True, names=None, media=False):
@@ -794,7 +1166,11 @@ def phone_export(path, said, hours=0, seconds=True, names=None, media=False):
         time = datetime.datetime(2021, 3, 1) + datetime.timedelta(seconds=at, hours=hours)
         text = ("\u200eimage omitted" if media else "<Media omitted>") if text is None else text
         who = (names or {}).get(who, who)
-        lines.append(f"[{time:%d.%m.%y, %H:%M:%S}] {who}: {text}" if seconds else f"{time:%d.%m.%y, %H:%M} - {who}: {text}")
+        lines.append(
+            f"[{time:%d.%m.%y, %H:%M:%S}] {who}: {text}"
+            if seconds
+            else f"{time:%d.%m.%y, %H:%M} - {who}: {text}"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
@@ -804,7 +1180,15 @@ SAID = st.lists(
     st.tuples(
         st.sampled_from([3, 50, 700, 90_000]),  # seconds since the message before
         st.sampled_from(["Ann", "Bob"]),
-        st.sampled_from([None, "ok", "yes", "haha", *(f"{a} {b}" for a in ("tea", "rain", "goose", "tower") for b in range(12))]),
+        st.sampled_from(
+            [
+                None,
+                "ok",
+                "yes",
+                "haha",
+                *(f"{a} {b}" for a in ("tea", "rain", "goose", "tower") for b in range(12)),
+            ]
+        ),
     ),
     min_size=12,
     max_size=60,
@@ -814,13 +1198,24 @@ SAID = st.lists(
 def mine_in(path):
     """Of each session of a data/*.jsonl what I say in it, as anyone reads it who has the file."""
     return [
-        [text for turn in json.loads(line)["turns"] if turn["me"] for text in turn["messages"]] for line in path.read_text().splitlines()
+        [text for turn in json.loads(line)["turns"] if turn["me"] for text in turn["messages"]]
+        for line in path.read_text().splitlines()
     ]
 
 
 @settings(max_examples=25, deadline=None)
-@given(SAID, st.integers(0, 30), st.integers(12, 60), st.sampled_from([0, 1, -7, 5.5]), st.booleans(), st.booleans(), st.booleans())
-def test_two_exports_of_one_chat_never_hold_out_what_they_train(tmp_path_factory, gaps, begin, end, hours, seconds, renamed, copied):
+@given(
+    SAID,
+    st.integers(0, 30),
+    st.integers(12, 60),
+    st.sampled_from([0, 1, -7, 5.5]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
+def test_two_exports_of_one_chat_never_hold_out_what_they_train(
+    tmp_path_factory, gaps, begin, end, hours, seconds, renamed, copied
+):
     """Whether they are joined or not: with other clocks, phones, names of files and of the contact, whole or in part."""
     at, said = 0, []
     for gap, who, text in gaps:
@@ -830,7 +1225,14 @@ def test_two_exports_of_one_chat_never_hold_out_what_they_train(tmp_path_factory
     names = {"Bob": "Robert"} if renamed else {}
     one = phone_export(folder / "old" / "WhatsApp Chat with Bob.txt", said[:end])
     title = "Bob 2" if copied else names.get("Bob", "Bob")
-    two = phone_export(folder / "new" / f"WhatsApp Chat with {title}.txt", said[begin:] or said, hours, seconds, names, True)
+    two = phone_export(
+        folder / "new" / f"WhatsApp Chat with {title}.txt",
+        said[begin:] or said,
+        hours,
+        seconds,
+        names,
+        True,
+    )
     done = command("data.py", one, two, "--me", "Ann", "--out", folder / "data")
     if done.returncode == 2:  # too little is left to learn from
         refused(done)
@@ -844,7 +1246,13 @@ def test_two_exports_of_one_chat_never_hold_out_what_they_train(tmp_path_factory
 LONG_TALK = [
     (86_400 * day + 40 * n, who, f"{text} {day}")
     for day in range(12)
-    for n, (who, text) in enumerate([("Bob", "how was the harbour on day"), ("Ann", "wet, and the geese sang for"), ("Bob", "again")])
+    for n, (who, text) in enumerate(
+        [
+            ("Bob", "how was the harbour on day"),
+            ("Ann", "wet, and the geese sang for"),
+            ("Bob", "again"),
+        ]
+    )
 ]
 
 
@@ -862,23 +1270,35 @@ LONG_TALK = [
         ("Bob", {"media": True}),
     ],
 )
-def test_overlapping_exports_of_one_chat_are_joined_and_each_message_counts_once(tmp_path, title, how):
+def test_overlapping_exports_of_one_chat_are_joined_and_each_message_counts_once(
+    tmp_path, title, how
+):
     said = sorted([*LONG_TALK, (86_400 * 3 + 70, "Ann", None)])
     old = phone_export(tmp_path / "old" / "WhatsApp Chat with Bob.txt", said[:30])
     new = phone_export(tmp_path / "new" / f"WhatsApp Chat with {title}.txt", said[7:], **how)
     me = ["--me", "Ann"] + (["--me", "Annie"] if "Annie" in how.get("names", {}).values() else [])
     out = made(tmp_path, old, new, *me)
-    assert sorted(text for *_, text in turns_of(tmp_path) if text[0] != "<") == sorted(text for *_, text in said if text)
+    assert sorted(text for *_, text in turns_of(tmp_path) if text[0] != "<") == sorted(
+        text for *_, text in said if text
+    )
     assert len({author for _, author, _, _ in turns_of(tmp_path)}) == 2
-    assert "stood in two exports" in out and folder(tmp_path, "report.json")[0]["joined"][0]["hours"] == how.get("hours", 0)
+    assert "stood in two exports" in out and folder(tmp_path, "report.json")[0]["joined"][0][
+        "hours"
+    ] == how.get("hours", 0)
 
 
 def test_chats_that_are_not_surely_one_stay_apart_and_the_report_says_what_they_share(tmp_path):
     """Half of Eve's chat is Bob's, the rest her own: perhaps she was told the same."""
-    bob = [(at, who, text) for at, who, text in LONG_TALK] + [(at + 80, "Ann", text + "!") for at, _, text in LONG_TALK]
-    eve = [(at + 7200 * i, {"Bob": "Eve"}.get(who, who), text) for i, (at, who, text) in enumerate(sorted(bob))]
+    bob = [(at, who, text) for at, who, text in LONG_TALK] + [
+        (at + 80, "Ann", text + "!") for at, _, text in LONG_TALK
+    ]
+    eve = [
+        (at + 7200 * i, {"Bob": "Eve"}.get(who, who), text)
+        for i, (at, who, text) in enumerate(sorted(bob))
+    ]
     paths = [
-        phone_export(tmp_path / name / f"WhatsApp Chat with {name}.txt", sorted(said)) for name, said in (("Bob", bob), ("Eve", eve[:18]))
+        phone_export(tmp_path / name / f"WhatsApp Chat with {name}.txt", sorted(said))
+        for name, said in (("Bob", bob), ("Eve", eve[:18]))
     ]
     made(tmp_path, *paths, "--me", "Ann", "--gap-minutes", "300")
     assert {chat for chat, *_ in turns_of(tmp_path)} == {"Bob", "Eve"}
@@ -888,13 +1308,24 @@ def test_chats_that_are_not_surely_one_stay_apart_and_the_report_says_what_they_
 def test_sessions_that_stand_in_two_chats_are_counted_in_the_report(tmp_path):
     at, bob = 0, []
     for day in range(8):
-        for who, text in (("Bob", f"and day {day}?"), ("Ann", f"on day {day} I wound the quay clock"), ("Ann", "and the goose slept")):
+        for who, text in (
+            ("Bob", f"and day {day}?"),
+            ("Ann", f"on day {day} I wound the quay clock"),
+            ("Ann", "and the goose slept"),
+        ):
             bob.append((at := at + 5, who, text))
         at += 40_000 + 7_000 * day
-    eve = [(round(when * 1.37), {"Bob": "Eve"}.get(who, who), text) for when, who, text in bob]  # at no constant offset
-    paths = [phone_export(tmp_path / n / f"WhatsApp Chat with {n}.txt", said) for n, said in (("Bob", bob), ("Eve", eve))]
+    eve = [
+        (round(when * 1.37), {"Bob": "Eve"}.get(who, who), text) for when, who, text in bob
+    ]  # at no constant offset
+    paths = [
+        phone_export(tmp_path / n / f"WhatsApp Chat with {n}.txt", said)
+        for n, said in (("Bob", bob), ("Eve", eve))
+    ]
     out = made(tmp_path, *paths, "--me", "Ann")
-    assert folder(tmp_path, "report.json")[0]["repeated"] == [{"chats": ["Bob", "Eve"], "sessions": 8, "of": 8}]
+    assert folder(tmp_path, "report.json")[0]["repeated"] == [
+        {"chats": ["Bob", "Eve"], "sessions": 8, "of": 8}
+    ]
     assert "8 of 8 sessions of chat Bob also stand in chat Eve" in out
     train, val = (mine_in(tmp_path / "data" / f"{part}.jsonl") for part in ("train", "val"))
     assert val and not [session for session in val if session in train]
@@ -902,8 +1333,12 @@ def test_sessions_that_stand_in_two_chats_are_counted_in_the_report(tmp_path):
 
 def test_forgetting_somebody_by_an_old_name_forgets_the_new_one_too(tmp_path):
     old = phone_export(tmp_path / "old" / "WhatsApp Chat with Bob.txt", LONG_TALK)
-    new = phone_export(tmp_path / "new" / "WhatsApp Chat with Robert.txt", LONG_TALK, names={"Bob": "Robert"})
-    zoe = [(at + 600_000, {"Bob": "Zoe"}.get(who, who), text + " or so") for at, who, text in LONG_TALK]
+    new = phone_export(
+        tmp_path / "new" / "WhatsApp Chat with Robert.txt", LONG_TALK, names={"Bob": "Robert"}
+    )
+    zoe = [
+        (at + 600_000, {"Bob": "Zoe"}.get(who, who), text + " or so") for at, who, text in LONG_TALK
+    ]
     other = phone_export(tmp_path / "zoe" / "WhatsApp Chat with Zoe.txt", zoe)
     made(tmp_path, old, new, other, "--me", "Ann", "--forget", "Bob")
     assert {author for _, author, _, _ in turns_of(tmp_path)} == {"Ann", "Zoe"}
@@ -912,7 +1347,12 @@ def test_forgetting_somebody_by_an_old_name_forgets_the_new_one_too(tmp_path):
 def test_a_dry_run_leaves_nothing_and_what_is_written_is_for_its_owner_alone(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(export(talk(10))))
     (tmp_path / "temporary").mkdir()
-    done = command("data.py", tmp_path / "result.json", "--dry-run", env={"TMPDIR": str(tmp_path / "temporary")})
+    done = command(
+        "data.py",
+        tmp_path / "result.json",
+        "--dry-run",
+        env={"TMPDIR": str(tmp_path / "temporary")},
+    )
     assert done.returncode == 0 and not list((tmp_path / "temporary").iterdir())
     (tmp_path / "data").mkdir(mode=0o755)
     made(tmp_path, tmp_path / "result.json")

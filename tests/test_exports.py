@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import exports
-from config import UserError
+from cli import UserError
 
 
 def write(tmp_path, value, **dump):
     path = tmp_path / "result.json"
-    path.write_text(json.dumps(value, **{"ensure_ascii": False, "indent": 1} | dump), encoding="utf-8")
+    path.write_text(
+        json.dumps(value, **{"ensure_ascii": False, "indent": 1} | dump), encoding="utf-8"
+    )
     return path
 
 
@@ -39,7 +41,14 @@ def chat(*messages, **fields):
         "type": "personal_chat",
         "id": 2,
         "messages": [
-            {"id": i, "type": "message", "date": "2020-01-01T00:00:00", "from": "Bob", "from_id": "user2", **m}
+            {
+                "id": i,
+                "type": "message",
+                "date": "2020-01-01T00:00:00",
+                "from": "Bob",
+                "from_id": "user2",
+                **m,
+            }
             for i, m in enumerate(messages)
         ],
     } | fields
@@ -51,7 +60,16 @@ def text_of(tmp_path, **message):
 
 
 def test_every_chat_is_read_with_its_owner_left_ones_too(tmp_path):
-    found = read(write(tmp_path, full(chat({"text": "a"}), chat(name=None, id=3), left=[chat({"text": "b"}, type="private_group", id=-4)])))
+    found = read(
+        write(
+            tmp_path,
+            full(
+                chat({"text": "a"}),
+                chat(name=None, id=3),
+                left=[chat({"text": "b"}, type="private_group", id=-4)],
+            ),
+        )
+    )
     assert [(c.id, c.type, c.name, c.owner, len(m)) for c, m in found] == [
         ("2", "personal_chat", "Bob", "user1", 1),
         ("3", "personal_chat", "Deleted Account", "user1", 0),
@@ -67,19 +85,32 @@ def test_a_single_chat_is_an_export_without_an_owner(tmp_path):
 @pytest.mark.parametrize("indent", [None, 0, 1, 4])
 @pytest.mark.parametrize("piece", [7, 1 << 16])
 def test_layout_and_reading_size_change_nothing(tmp_path, indent, piece, monkeypatch):
-    monkeypatch.setattr(exports, "PIECE", piece)
+    monkeypatch.setattr(exports, "CHUNK", piece)
     value = full(chat({"text": 'ö\u2028"\\ 🦆 }]'}, {"text": "b" * 50}), chat(id=12345))
     found = read(write(tmp_path, value, indent=indent, ensure_ascii=indent == 4))
     assert [m.text for _, messages in found for m in messages] == ['ö\u2028"\\ 🦆 }]', "b" * 50]
 
 
 def test_chats_left_unread_are_skipped(tmp_path):
-    path = write(tmp_path, full(chat({"text": "a"}, {"text": "b"}), chat({"text": "c"}, name="Eve")))
+    path = write(
+        tmp_path, full(chat({"text": "a"}, {"text": "b"}), chat({"text": "c"}, name="Eve"))
+    )
     assert [c.name for c, _ in exports.read(path)] == ["Bob", "Eve"]
 
 
 def test_text_is_a_string_or_a_list_of_any_entities(tmp_path):
-    assert text_of(tmp_path, text=["see ", {"type": "link", "text": "x.org"}, {"type": "of_tomorrow", "text": "!"}, " "]) == "see x.org!"
+    assert (
+        text_of(
+            tmp_path,
+            text=[
+                "see ",
+                {"type": "link", "text": "x.org"},
+                {"type": "of_tomorrow", "text": "!"},
+                " ",
+            ],
+        )
+        == "see x.org!"
+    )
     assert text_of(tmp_path, text="  two\nlines ") == "two\nlines"
 
 
@@ -116,17 +147,33 @@ def test_unsupported_messages_have_nothing_but_a_type(tmp_path):
 
 
 def test_people_are_known_by_id_old_bare_numbers_too_and_time_is_unix_time(tmp_path):
-    ((_, (old, new)),) = read(write(tmp_path, full(chat({"from_id": 2, "text": "a"}, {"text": "b", "date_unixtime": "1577833200"}))))
+    ((_, (old, new)),) = read(
+        write(
+            tmp_path,
+            full(chat({"from_id": 2, "text": "a"}, {"text": "b", "date_unixtime": "1577833200"})),
+        )
+    )
     assert old.author == new.author == "user2"
     assert (old.at, new.at) == (1577836800, 1577833200)
 
 
 def test_what_is_damaged_inside_a_message_costs_that_message_alone(tmp_path):
-    value = full(chat({"text": "a"}, {"text": "b", "date": "soon"}, {"text": "\ud83d half"}, {"text": "c", "from": "\udca5"}))
+    value = full(
+        chat(
+            {"text": "a"},
+            {"text": "b", "date": "soon"},
+            {"text": "\ud83d half"},
+            {"text": "c", "from": "\udca5"},
+        )
+    )
     value["chats"]["list"][0]["messages"].append(7)
     value["personal_information"] = None
     ((only, messages),) = read(write(tmp_path, value, ensure_ascii=True))
-    assert only.owner is None and [m.text for m in messages if not m.left_out] == ["a", "\ufffd half", "c"]
+    assert only.owner is None and [m.text for m in messages if not m.left_out] == [
+        "a",
+        "\ufffd half",
+        "c",
+    ]
 
 
 def test_where_a_tool_sorted_the_keys_it_is_no_export_of_telegrams(tmp_path):
@@ -136,7 +183,9 @@ def test_where_a_tool_sorted_the_keys_it_is_no_export_of_telegrams(tmp_path):
 
 
 def test_between_a_chat_s_number_and_its_messages_telegram_may_come_to_write_more(tmp_path):
-    text = json.dumps(full(chat({"text": "a"}))).replace('"id": 2,', '"id": 2, "topic": "x \\" y", "pinned": true,')
+    text = json.dumps(full(chat({"text": "a"}))).replace(
+        '"id": 2,', '"id": 2, "topic": "x \\" y", "pinned": true,'
+    )
     ((only, messages),) = read(written(tmp_path, text))
     assert (only.name, only.id, messages[0].text) == ("Bob", "2", "a")
 
@@ -273,7 +322,10 @@ def test_what_is_no_json_is_mended_and_counted(tmp_path, indent, old, new, expec
     text = json.dumps(full(chat(*SAID), chat(*SAID)), indent=indent)
     notes = collections.Counter()
     found = texts(written(tmp_path, text.replace(old, new, 1)), notes)
-    assert found == ["message 0", expected, "message 2", "message 3"] + [m["text"] for m in SAID] and notes.total() == 1
+    assert (
+        found == ["message 0", expected, "message 2", "message 3"] + [m["text"] for m in SAID]
+        and notes.total() == 1
+    )
 
 
 def test_a_byte_order_mark_utf_16_and_damaged_bytes_are_read(tmp_path):
@@ -281,7 +333,10 @@ def test_a_byte_order_mark_utf_16_and_damaged_bytes_are_read(tmp_path):
     for data in (text.encode("utf-8-sig"), text.encode("utf-16")):
         assert len(texts(written(tmp_path, data))) == 5
     notes = collections.Counter()
-    assert texts(written(tmp_path, text.encode().replace("ю".encode(), b"\xff\xfe")), notes)[4] == "\ufffd\ufffd"
+    assert (
+        texts(written(tmp_path, text.encode().replace("ю".encode(), b"\xff\xfe")), notes)[4]
+        == "\ufffd\ufffd"
+    )
     assert notes == {"unreadable bytes": 2}
 
 
@@ -292,7 +347,10 @@ def test_a_cut_off_export_gives_every_message_before_the_cut(tmp_path):
         notes = collections.Counter()
         found = [t for t in texts(written(tmp_path, text[:cut]), notes) if t.startswith("message")]
         whole = re.findall(r'"text": "(message \d)"\n    \s?', text[:cut])
-        assert found == [f"message {n % 4}" for n in range(len(found))] and len(found) in (len(whole), len(whole) - 1), (cut, ends)
+        assert found == [f"message {n % 4}" for n in range(len(found))] and len(found) in (
+            len(whole),
+            len(whole) - 1,
+        ), (cut, ends)
         assert notes["files cut off, or damaged between messages, read as far as possible"] == 1
 
 
@@ -305,32 +363,56 @@ def test_a_cut_off_export_gives_every_message_before_the_cut(tmp_path):
     ('"message 1"', '"mess\0\0\0\0ge 1"', 1),
 ])  # fmt: skip
 def test_damage_inside_a_chat_costs_the_messages_it_hit(tmp_path, old, new, lost):
-    broken, n = re.subn(old, new, json.dumps(full(chat(*SAID), chat(*SAID, name="Eve", id=3)), indent=1), count=1)
+    broken, n = re.subn(
+        old, new, json.dumps(full(chat(*SAID), chat(*SAID, name="Eve", id=3)), indent=1), count=1
+    )
     found = read(written(tmp_path, broken))
-    assert n == 1 and [c.name for c, _ in found] == ["Bob", "Eve"] and [m.text for m in found[1][1]] == [m["text"] for m in SAID]
+    assert (
+        n == 1
+        and [c.name for c, _ in found] == ["Bob", "Eve"]
+        and [m.text for m in found[1][1]] == [m["text"] for m in SAID]
+    )
     kept = [m.text for m in found[0][1] if not m.left_out]
     assert len(kept) >= 4 - lost and set(kept) <= {m["text"] for m in SAID}
 
 
 def test_messages_behind_a_damaged_head_are_given_to_nobody(tmp_path):
-    text = json.dumps(full(chat(*SAID), chat({"text": "to Eve"}, name="Eve", id=33), chat({"text": "to Zed"}, name="Zed", id=4)), indent=1)
+    text = json.dumps(
+        full(
+            chat(*SAID),
+            chat({"text": "to Eve"}, name="Eve", id=33),
+            chat({"text": "to Zed"}, name="Zed", id=4),
+        ),
+        indent=1,
+    )
     notes = collections.Counter()
     chats = exports.read(written(tmp_path, text.replace('"id": 33,', '"id" 33,')), notes)
-    assert [(c.name, m.text) for c, messages in chats for m in messages] == [("Bob", m["text"]) for m in SAID] + [("Zed", "to Zed")]
+    assert [(c.name, m.text) for c, messages in chats for m in messages] == [
+        ("Bob", m["text"]) for m in SAID
+    ] + [("Zed", "to Zed")]
     assert notes["messages of chats whose head (name, type, id) can't be read, left out"] == 1
 
 
 def test_what_stands_before_the_chats_may_be_broken(tmp_path):
     text = json.dumps(full(chat(*SAID), left=[chat(*SAID, id=3)]), indent=1)
-    for broken in (text.replace('"a": [', '"a": \\x01 [['), text.replace('"user_id": 1', '"user_id": 1, "bio": "\\x01"')):
+    for broken in (
+        text.replace('"a": [', '"a": \\x01 [['),
+        text.replace('"user_id": 1', '"user_id": 1, "bio": "\\x01"'),
+    ):
         found = read(written(tmp_path, broken))
         assert [(c.owner, len(m)) for c, m in found] == [("user1", 4)] * 2
 
 
 @pytest.mark.parametrize("indent", [None, 1])
 def test_one_lost_byte_before_the_chats_loses_no_chat(tmp_path, indent):
-    people = [{"first_name": f"Friend {n}", "phone_number": "00", "date": "2020-01-01T00:00:00"} for n in range(20)]
-    text = json.dumps(full(chat(*SAID), chat(*SAID, id=3)) | {"contacts": {"about": "x", "list": people}}, indent=indent)
+    people = [
+        {"first_name": f"Friend {n}", "phone_number": "00", "date": "2020-01-01T00:00:00"}
+        for n in range(20)
+    ]
+    text = json.dumps(
+        full(chat(*SAID), chat(*SAID, id=3)) | {"contacts": {"about": "x", "list": people}},
+        indent=indent,
+    )
     begin, end = text.index('"contacts"') - 3, text.index('"chats"')
     for at in range(begin, end, 7):
         assert len(texts(written(tmp_path, text[:at] + text[at + 1 :]))) == 8, at
@@ -340,14 +422,19 @@ def test_one_lost_byte_before_the_chats_loses_no_chat(tmp_path, indent):
 
 def test_a_hole_over_a_head_gives_no_chat_the_messages_of_the_next(tmp_path):
     value = full(
-        chat(*SAID), chat(*({"text": f"to Eve {n}"} for n in range(8)), name="Eve", id=33), chat({"text": "to Zed"}, id=4, name="Zed")
+        chat(*SAID),
+        chat(*({"text": f"to Eve {n}"} for n in range(8)), name="Eve", id=33),
+        chat({"text": "to Zed"}, id=4, name="Zed"),
     )
     text = json.dumps(value, indent=1)
     for length in (100, 200, 512):
         for at in range(text.index('"Eve"') - 150, text.index('"Eve"'), 10):
             found = read(written(tmp_path, text[:at] + "\0" * length + text[at + length :]))
             said = {c.name: [m.text for m in messages if not m.left_out] for c, messages in found}
-            assert set(said["Bob"]) <= {m["text"] for m in SAID} and said["Zed"] == ["to Zed"], (length, at)
+            assert set(said["Bob"]) <= {m["text"] for m in SAID} and said["Zed"] == ["to Zed"], (
+                length,
+                at,
+            )
 
 
 def test_odd_values_are_no_traceback(tmp_path):
@@ -366,12 +453,19 @@ def test_odd_values_are_no_traceback(tmp_path):
     )
     text = json.dumps(value).replace("1e400", "1e999")
     found = read(written(tmp_path, text))
-    assert [m.left_out or m.text for m in found[0][1]] == ["a", *["messages without author or date"] * 3, "messages without text", "a"]
+    assert [m.left_out or m.text for m in found[0][1]] == [
+        "a",
+        *["messages without author or date"] * 3,
+        "messages without text",
+        "a",
+    ]
     assert [m.text for m in found[1][1]] == ["b"] and found[2][1][0].left_out
 
 
 def test_missing_quotes_are_found_in_time(tmp_path):
-    text = json.dumps(full(chat({"text": "a"}))).replace('"text": "a"', '"text": "a", "x": a' + " " * 200_000 + "!")
+    text = json.dumps(full(chat({"text": "a"}))).replace(
+        '"text": "a"', '"text": "a", "x": a' + " " * 200_000 + "!"
+    )
     began = time.process_time()
     assert texts(written(tmp_path, text)) == ["a"] and time.process_time() - began < 1
 
@@ -381,7 +475,9 @@ def test_a_folder_gives_all_its_exports_and_strangers_are_no_harm(tmp_path):
         (tmp_path / name).mkdir()
         write(tmp_path / name, full(chat({"text": name})))
     (tmp_path / "settings.json").write_text('{"type": "x"}')
-    (tmp_path / "WhatsApp Chat with Zoe.txt").write_text("14/03/2021, 10:00 - Zoe: tea?\n14/03/2021, 10:01 - Ann: yes\n")
+    (tmp_path / "WhatsApp Chat with Zoe.txt").write_text(
+        "14/03/2021, 10:00 - Zoe: tea?\n14/03/2021, 10:01 - Ann: yes\n"
+    )
     with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
         archive.writestr("./result.json", json.dumps(full(chat({"text": "zipped"}))))
         archive.writestr("__MACOSX/result.json", "{}")
@@ -411,7 +507,10 @@ def test_a_pipe_is_refused_for_it_can_be_read_once_only(tmp_path):
 def test_saved_messages_tell_the_owner_where_nothing_else_does(tmp_path):
     value = full(chat({"text": "a"}, name=None, type="saved_messages", id=77), chat({"text": "b"}))
     del value["personal_information"]
-    assert [(c.name, c.owner) for c, _ in read(write(tmp_path, value))] == [("Saved Messages", "user77"), ("Bob", "user77")]
+    assert [(c.name, c.owner) for c, _ in read(write(tmp_path, value))] == [
+        ("Saved Messages", "user77"),
+        ("Bob", "user77"),
+    ]
 
 
 def test_hostile_files_end(tmp_path):
@@ -443,15 +542,27 @@ def test_bare_ids_say_which_kind_of_peer_they_are(tmp_path, written_id, author):
 
 def test_ids_of_different_kinds_do_not_collide_and_a_group_that_turns_public_stays_itself(tmp_path):
     kinds = ("personal_chat", "private_group", "private_supergroup", "public_supergroup")
-    keys = [c.key for c, _ in read(write(tmp_path, full(*(chat(type=kind, id=5) for kind in kinds))))]
+    keys = [
+        c.key for c, _ in read(write(tmp_path, full(*(chat(type=kind, id=5) for kind in kinds))))
+    ]
     assert keys == ["user5", "chat5", "channel5", "channel5"]
 
 
 def test_the_hour_that_summer_time_repeats_is_no_way_back(tmp_path):
-    days = ["2021-10-31T02:50:00", "2021-10-31T02:10:00", "2021-10-31T02:55:00", "2021-11-02T10:00:00", "2021-11-02T09:30:00"]
-    ((_, messages),) = read(write(tmp_path, full(chat(*({"date": day, "text": "a"} for day in days)))))
+    days = [
+        "2021-10-31T02:50:00",
+        "2021-10-31T02:10:00",
+        "2021-10-31T02:55:00",
+        "2021-11-02T10:00:00",
+        "2021-11-02T09:30:00",
+    ]
+    ((_, messages),) = read(
+        write(tmp_path, full(chat(*({"date": day, "text": "a"} for day in days))))
+    )
     first = messages[0].at
-    assert [m.at - first for m in messages] == [0, 0, 300, 198600, 196800] and [m.date for m in messages] == days
+    assert [m.at - first for m in messages] == [0, 0, 300, 198600, 196800] and [
+        m.date for m in messages
+    ] == days
 
 
 def test_a_transcript_beside_a_voice_message_is_its_text(tmp_path):
@@ -465,7 +576,12 @@ def test_a_transcript_beside_a_voice_message_is_its_text(tmp_path):
             chat(
                 *(
                     {**voice, "file": f}
-                    for f in ("voice_messages/audio_1.ogg", "voice_messages/audio_2.ogg", "x/../secret.ogg", "(File not included)")
+                    for f in (
+                        "voice_messages/audio_1.ogg",
+                        "voice_messages/audio_2.ogg",
+                        "x/../secret.ogg",
+                        "(File not included)",
+                    )
                 )
             )
         ),
@@ -473,7 +589,9 @@ def test_a_transcript_beside_a_voice_message_is_its_text(tmp_path):
     assert texts(path) == ["hello there", "<voice>", "<voice>", "<voice>"]
     with zipfile.ZipFile(tmp_path / "chat.zip", "w") as archive:
         archive.write(path, "ChatExport/result.json")
-        archive.write(tmp_path / "voice_messages" / "audio_1.txt", "ChatExport/voice_messages/audio_1.txt")
+        archive.write(
+            tmp_path / "voice_messages" / "audio_1.txt", "ChatExport/voice_messages/audio_1.txt"
+        )
     path.unlink()
     assert texts(tmp_path / "chat.zip") == ["hello there", "<voice>", "<voice>", "<voice>"]
 
@@ -481,26 +599,49 @@ def test_a_transcript_beside_a_voice_message_is_its_text(tmp_path):
 # --- what is generated comes back
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
-PARTS = TEXTS | st.lists(TEXTS | st.fixed_dictionaries({"type": st.sampled_from(["bold", "link", "new"]), "text": TEXTS}), max_size=4)
+PARTS = TEXTS | st.lists(
+    TEXTS
+    | st.fixed_dictionaries({"type": st.sampled_from(["bold", "link", "new"]), "text": TEXTS}),
+    max_size=4,
+)
 SPOKEN = st.fixed_dictionaries(
-    {"from_id": st.sampled_from(["user1", "user2", "user33", "channel2"]), "text": PARTS, "later": st.integers(0, 90_000)}
+    {
+        "from_id": st.sampled_from(["user1", "user2", "user33", "channel2"]),
+        "text": PARTS,
+        "later": st.integers(0, 90_000),
+    }
 )
 CHATS = st.lists(
-    st.tuples(st.sampled_from(["personal_chat", "private_group", "public_supergroup"]), st.lists(SPOKEN, max_size=12)),
+    st.tuples(
+        st.sampled_from(["personal_chat", "private_group", "public_supergroup"]),
+        st.lists(SPOKEN, max_size=12),
+    ),
     min_size=1,
     max_size=5,
 )
 
 
 @settings(max_examples=60, deadline=None)
-@given(CHATS, st.sampled_from([None, 0, 1, 3]), st.booleans(), st.booleans(), st.sampled_from([5, 64, 1 << 16]))
-def test_what_is_generated_comes_back_message_for_message(tmp_path_factory, chats, indent, ascii_only, mark, piece):
+@given(
+    CHATS,
+    st.sampled_from([None, 0, 1, 3]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([5, 64, 1 << 16]),
+)
+def test_what_is_generated_comes_back_message_for_message(
+    tmp_path_factory, chats, indent, ascii_only, mark, piece
+):
     listed, expected = [], []
     for number, (kind, spoken) in enumerate(chats):
         at, there = 1_600_000_000, []
         for i, one in enumerate(spoken):
             at += one["later"]
-            flat = one["text"] if isinstance(one["text"], str) else "".join(p if isinstance(p, str) else p["text"] for p in one["text"])
+            flat = (
+                one["text"]
+                if isinstance(one["text"], str)
+                else "".join(p if isinstance(p, str) else p["text"] for p in one["text"])
+            )
             there.append(
                 {
                     "id": i,
@@ -518,9 +659,13 @@ def test_what_is_generated_comes_back_message_for_message(tmp_path_factory, chat
     text = json.dumps(full(*listed), indent=indent, ensure_ascii=ascii_only)
     path.write_text(text, encoding="utf-8-sig" if mark else "utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exports, "PIECE", piece)
+        patch.setattr(exports, "CHUNK", piece)
         notes = collections.Counter()
-        found = [(c.type, c.id, m.author, m.at, m.text) for c, messages in exports.read(path, notes) for m in messages]
+        found = [
+            (c.type, c.id, m.author, m.at, m.text)
+            for c, messages in exports.read(path, notes)
+            for m in messages
+        ]
     assert found == expected and not notes
 
 
@@ -542,7 +687,7 @@ WRITTEN = {
 def test_a_chat_in_the_code_page_of_its_language_is_decoded(tmp_path, encoding, piece, monkeypatch):
     if encoding in ("cp1251", "gb18030"):
         pytest.importorskip("charset_normalizer")
-    monkeypatch.setattr(exports, "PIECE", piece)
+    monkeypatch.setattr(exports, "CHUNK", piece)
     path, notes = tmp_path / "WhatsApp Chat with Bob.txt", collections.Counter()
     path.write_bytes("\n".join(front + WRITTEN[encoding] for front in CHAT).encode(encoding))
     assert texts(path, notes) == [WRITTEN[encoding]] * 8
@@ -570,7 +715,9 @@ def test_utf_8_with_damaged_bytes_stays_utf_8(tmp_path):
 
 
 def test_telegram_s_json_in_a_code_page_is_decoded_too(tmp_path):
-    text = json.dumps(full(chat({"text": "grüß dich"}, {"text": "schön"})), ensure_ascii=False, indent=1)
+    text = json.dumps(
+        full(chat({"text": "grüß dich"}, {"text": "schön"})), ensure_ascii=False, indent=1
+    )
     assert texts(written(tmp_path, text.encode("cp1252"))) == ["grüß dich", "schön"]
 
 
@@ -599,5 +746,8 @@ def test_a_chat_that_was_sent_in_a_chat_is_not_read_as_one(tmp_path, archive, me
 def test_several_chats_that_a_person_put_into_one_zip_are_all_read(tmp_path):
     with zipfile.ZipFile(tmp_path / "chats.zip", "w") as out:
         out.writestr("WhatsApp Chat with Eve.txt", OTHERS)
-        out.writestr("WhatsApp Chat with Bob.txt", "\n".join(front + "WhatsApp Chat with Eve.txt is here" for front in CHAT))
+        out.writestr(
+            "WhatsApp Chat with Bob.txt",
+            "\n".join(front + "WhatsApp Chat with Eve.txt is here" for front in CHAT),
+        )
     assert len(texts(tmp_path / "chats.zip")) == 10

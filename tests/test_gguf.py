@@ -9,7 +9,10 @@ import pytest
 import torch
 from conftest import ROOT, VOCAB
 
-import checkpoint
+from model import Transformer
+from weights import hf
+from weights.load import load_weights
+from weights.save import save_model
 
 PEERS = ROOT / "build" / "peers"
 PROMPT = "<|im_start|>Bob\n>>> hello there, how's the 42nd?<|im_end|>\n<|im_start|>Ann\n>>>"
@@ -27,13 +30,15 @@ print(json.dumps([ids, said]))
 """
 
 
-@pytest.mark.skipif(not (PEERS / "done").exists(), reason="llama.cpp is not here: make peers (a quarter of an hour)")
+@pytest.mark.skipif(
+    not (PEERS / "done").exists(), reason="llama.cpp is not here: make peers (a quarter of an hour)"
+)
 def test_a_gguf_of_our_folder_has_our_ids_and_goes_on_with_the_same_tokens(base, words, tmp_path):
     folder = tmp_path / "clone"
     folder.mkdir()
-    model = checkpoint.Transformer(checkpoint.with_vocabulary(checkpoint.read_config(base), VOCAB + 2))
-    checkpoint.fill(model, base)
-    checkpoint.save_model(model, folder, words, torch.float32)
+    model = Transformer(hf.with_vocab_size(hf.read_config(base), VOCAB + 2))
+    load_weights(model, base)
+    save_model(model, folder, words, torch.float32)
     (folder / "persona.json").write_text(json.dumps({"me": "Ann", "contacts": [{"name": "Bob"}]}))
     words.save(folder)
     assert_llama_cpp_agrees(folder, model, words, tmp_path / "clone.gguf")
@@ -41,10 +46,26 @@ def test_a_gguf_of_our_folder_has_our_ids_and_goes_on_with_the_same_tokens(base,
 
 def assert_llama_cpp_agrees(folder, model, tokenizer, file):
     """llama.cpp converts `folder` to `file`, gives PROMPT the same ids, and goes on greedily as `model` does."""
-    converter, env = PEERS / "vendor" / "llama.cpp", {**os.environ, "PYTHONPATH": str(PEERS / "vendor" / "llama.cpp" / "gguf-py")}
-    command = [sys.executable, converter / "convert_hf_to_gguf.py", folder, "--outfile", file, "--outtype", "f32"]
+    converter, env = (
+        PEERS / "vendor" / "llama.cpp",
+        {**os.environ, "PYTHONPATH": str(PEERS / "vendor" / "llama.cpp" / "gguf-py")},
+    )
+    command = [
+        sys.executable,
+        converter / "convert_hf_to_gguf.py",
+        folder,
+        "--outfile",
+        file,
+        "--outtype",
+        "f32",
+    ]
     subprocess.run(command, env=env, check=True, capture_output=True)
-    done = subprocess.run([PEERS / "bin" / "python", "-c", READ, file, PROMPT, "24"], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [PEERS / "bin" / "python", "-c", READ, file, PROMPT, "24"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     ids, said = json.loads(done.stdout.splitlines()[-1])
     assert ids == tokenizer.encode(PROMPT)[0]
     with torch.no_grad():

@@ -15,10 +15,11 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import models, pre_tokenizers, trainers
 
 import chat
-import checkpoint
-import gguf_convert
-import tokenizer
-from config import UserError
+from cli import UserError
+from model import ModelConfig, rope_inv_freq
+from weights import gguf_convert, hub
+from weights.load import load_model
+from weights.tokenizer import PROBE_TEXT, load_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="pip install -r requirements-extra.txt")
 MUTANTS = int(os.environ.get("MUTANTS", 150))
@@ -184,7 +185,7 @@ def converted(path, dtype=torch.float32):
 @torch.no_grad()
 def assert_same(folder, *models, seed=1):
     ids = torch.randint(3, VOCAB, (2, 300), generator=torch.Generator().manual_seed(seed))
-    logits = checkpoint.load_model(folder)(ids)
+    logits = load_model(folder)(ids)
     assert logits.std() > 0.1
     for model in models:
         torch.testing.assert_close(logits, model(ids).logits, atol=2e-4, rtol=1e-4)
@@ -205,7 +206,7 @@ def test_logits_are_those_of_transformers_and_of_the_original(family, tied, tmp_
 def test_weights_of_each_type_are_those_that_transformers_reads_bit_for_bit(kind, tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", hf_model("llama"), kind)
     folder, reference = converted(path), theirs(path)
-    ours = checkpoint.load_model(folder).state_dict()
+    ours = load_model(folder).state_dict()
     for name, value in reference.state_dict().items():
         assert torch.equal(ours[name], value), name
     assert_same(folder, reference)
@@ -224,16 +225,15 @@ def test_biases_of_a_llama_and_of_its_mlp_are_read(tmp_path):
 def test_the_default_is_bf16_and_rounds_no_further(tmp_path):
     model = hf_model("llama")
     folder = converted(write_gguf(tmp_path / "tiny.gguf", model), torch.bfloat16)
-    ours = checkpoint.load_model(folder).state_dict()
+    ours = load_model(folder).state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(ours[name], value.bfloat16()), name
 
 
 def llama3(writer):
-    from model import frequencies
 
-    said = checkpoint.ModelConfig(VOCAB, 256, 512, 2, 4, 2, 64, rope_theta=5e5)
-    plain, _ = frequencies(said, "cpu")
+    said = ModelConfig(VOCAB, 256, 512, 2, 4, 2, 64, rope_theta=5e5)
+    plain, _ = rope_inv_freq(said, "cpu")
     turns = 8192 * plain / (2 * math.pi)
     smooth = ((turns - 1) / 3).clamp(0, 1)  # as in llama.cpp's converter: 1 to 4 turns in 8192
     writer.add_tensor("rope_freqs.weight", (1 / ((1 - smooth) / 32 + smooth)).numpy())
@@ -298,12 +298,12 @@ def test_sentencepiece_ids_are_sentencepieces_own_and_begin_with_bos(tmp_path, w
     path = write_gguf(tmp_path / "tiny.gguf", hf_model("llama"))
     folder = converted(path)
     ours, reference, reloaded = (
-        tokenizer.load(folder),
+        load_tokenizer(folder),
         their_tokenizer(path),
         transformers.AutoTokenizer.from_pretrained(folder),
     )
     assert ours.bos == 1
-    for text in (*TEXTS[:4], tokenizer.PROBE):
+    for text in (*TEXTS[:4], PROBE_TEXT):
         assert ours.encode(text) == words.encode(text)
         assert reloaded(text).input_ids == ours.encode(text)[0]
         if "  " not in text:  # transformers cuts before a space that isn't alone
@@ -318,7 +318,7 @@ def test_byte_level_ids_are_those_of_transformers_or_of_the_base_itself(pre, tmp
     tokens = byte_level_tokens(pre, ("<think>",))
     path = write_gguf(tmp_path / "tiny.gguf", hf_model("llama"), tokens=tokens)
     folder = converted(path)
-    ours = tokenizer.load(folder)
+    ours = load_tokenizer(folder)
     reference = their_tokenizer(path)
     if pre == "smollm":  # transformers cuts as GPT-2; the base's own tokenizer.json says this
         cut = [
@@ -349,7 +349,7 @@ def test_a_split_of_our_own_tells_these_vocabularies_apart(tmp_path):
         (tmp_path / pre).mkdir()
         tokens = byte_level_tokens(pre)
         path = write_gguf(tmp_path / pre / "tiny.gguf", hf_model("llama"), tokens=tokens)
-        seen.add(str([tokenizer.load(converted(path)).encode(text)[0] for text in TEXTS]))
+        seen.add(str([load_tokenizer(converted(path)).encode(text)[0] for text in TEXTS]))
     assert len(seen) == 4
 
 
@@ -363,7 +363,7 @@ def test_bos_begins_a_text_where_the_file_does_not_say_but_llama_cpp_does(tmp_pa
 
         (tmp_path / pre).mkdir()
         path = write_gguf(tmp_path / pre / "tiny.gguf", hf_model("llama"), tokens=silent)
-        assert tokenizer.load(converted(path)).bos == bos
+        assert load_tokenizer(converted(path)).bos == bos
 
 
 def test_a_pre_tokenizer_that_is_not_known_is_named(tmp_path):
@@ -464,8 +464,8 @@ def test_damaged_files_end_in_two_lines_or_make_a_folder_that_loads(tmp_path, sm
         path.write_bytes(content)
         try:
             gguf_convert.convert(path, folder)
-            checkpoint.load_model(folder)
-            tokenizer.load(folder)
+            load_model(folder)
+            load_tokenizer(folder)
             loaded += 1
         except UserError as error:
             assert len(str(error).splitlines()) == 2, error
@@ -480,10 +480,12 @@ def test_damaged_files_end_in_two_lines_or_make_a_folder_that_loads(tmp_path, sm
 def test_model_as_gguf_names_the_command(tmp_path, small, monkeypatch, capsys):
     path, folder = tmp_path / "model.gguf", tmp_path / "folder"
     path.write_bytes(small)
-    with pytest.raises(UserError, match=rf"python gguf_convert.py {path} {tmp_path / 'model'}"):
-        checkpoint.resolve(str(path))
+    with pytest.raises(
+        UserError, match=rf"python -m weights.gguf_convert {path} {tmp_path / 'model'}"
+    ):
+        hub.resolve(str(path))
     with pytest.raises(UserError, match="is a GGUF file, a folder is needed"):
-        chat.check(chat.Config(ckpt=str(path)))
+        chat.validate(chat.Options(ckpt=str(path)))
     monkeypatch.setattr(sys, "argv", ["gguf_convert.py", str(path), str(folder)])
     gguf_convert.main()
     assert capsys.readouterr().out == f"{folder} is ready: --model {folder}\n"

@@ -17,18 +17,22 @@ from conftest import ROOT, V1, VOCABULARIES, command, refused
 from safetensors.torch import load_file, save_file
 
 import chat
-import checkpoint
-import config
-import generate
+import cli
 import lora
-import resume
-import step
-import tokenizer
 import train
-from config import UserError
+from cli import UserError
+from inference import generate
+from model import ModelConfig, Transformer
+from training import checkpoint, distributed, optim
+from weights import hf, shards
+from weights import save as weights_save
+from weights.load import fingerprint, index_tensors, load_model
+from weights.merge import main
+from weights.save import save_model
+from weights.tokenizer import load_tokenizer
 
 MUTANTS = int(os.environ.get("MUTANTS", 150))
-ALONE = step.Ranks(torch.device("cpu"))
+ALONE = distributed.Distributed(torch.device("cpu"))
 NORM = "model.layers.1.input_layernorm.weight"
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 DELTA = "base_model.model.lm_head.token_adapter.trainable_tokens_delta"
@@ -38,7 +42,7 @@ PAGE = b"<!DOCTYPE html><html><head><title>404</title></head></html>" * 9
 
 def random_model(seed=0):
     torch.manual_seed(seed)
-    model = checkpoint.Transformer(checkpoint.ModelConfig(2002, 64, 128, 2, 4, 2, 16))
+    model = Transformer(ModelConfig(2002, 64, 128, 2, 4, 2, 16))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0, 0.2)
     return model
@@ -47,21 +51,21 @@ def random_model(seed=0):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Folders in which nothing lies: a base, the same in two files, an adapter of it; and another base of the same shape."""
-    folder, words = tmp_path_factory.mktemp("whole"), tokenizer.load(ROOT / "examples" / "base")
+    folder, words = tmp_path_factory.mktemp("whole"), load_tokenizer(ROOT / "examples" / "base")
     for name, seed, bytes_ in (("base", 0, 1 << 30), ("two", 0, 400_000), ("other", 1, 1 << 30)):
         (folder / name).mkdir()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoint, "FILE_BYTES", bytes_)
-            checkpoint.save_model(random_model(seed), folder / name, words)
+            patch.setattr(weights_save, "MAX_FILE_BYTES", bytes_)
+            save_model(random_model(seed), folder / name, words)
         words.save(folder / name)
     model = random_model()
-    found = checkpoint.find(model, folder / "base")
+    found = index_tensors(model, folder / "base")
     lora.inject(model, rank=4, rows=[2000, 2001])
     (folder / "ckpt").mkdir()
     lora.save(model, folder / "ckpt", folder / "base")
     words.save(folder / "ckpt")
-    config.write_json(folder / "ckpt" / "run.json", {"fingerprint": checkpoint.fingerprint(found)})
-    config.write_json(folder / "ckpt" / "persona.json", {"me": "Ann", "contacts": []})
+    cli.write_json(folder / "ckpt" / "run.json", {"fingerprint": fingerprint(found)})
+    cli.write_json(folder / "ckpt" / "persona.json", {"me": "Ann", "contacts": []})
     return folder
 
 
@@ -75,8 +79,8 @@ def folders(whole, tmp_path):
 
 def load(folder, **ways):
     """What chat.py and merge do: tokenizer, then model; and a few tokens through it."""
-    words = tokenizer.load(folder)
-    model = checkpoint.load_model(str(folder), words=words, **ways)
+    words = load_tokenizer(folder)
+    model = load_model(str(folder), words=words, **ways)
     model(torch.tensor([words.encode("<|im_start|>Ann\n>>> hi<|im_end|>")[0]]))
     return model
 
@@ -97,7 +101,9 @@ def edit(name, **values):
 
     def change(folder):
         said = {**json.loads((folder / name).read_text()), **values}
-        (folder / name).write_text(json.dumps({key: value for key, value in said.items() if value is not ...}))
+        (folder / name).write_text(
+            json.dumps({key: value for key, value in said.items() if value is not ...})
+        )
 
     return change
 
@@ -251,7 +257,10 @@ def test_an_adapter_knows_its_base_wherever_it_lies_and_no_other_of_the_same_sha
     with pytest.raises(UserError, match="not there"):
         load(folders / "ckpt")
     load(folders / "ckpt", base=str(folders / "moved"))
-    tensors("moved/model.safetensors", lambda t: t.update({name: value.float() for name, value in t.items()}))(folders)
+    tensors(
+        "moved/model.safetensors",
+        lambda t: t.update({name: value.float() for name, value in t.items()}),
+    )(folders)
     load(folders / "ckpt", base=str(folders / "moved"))
     load(folders / "ckpt", base=str(folders / "two"))
     for name in ("run.json", "persona.json"):  # as PEFT leaves an adapter
@@ -266,40 +275,49 @@ def test_a_tokenizer_must_fit_the_model_whose_rows_may_be_padded(model, rows, fi
     for old in ("tokenizer.json", "tokenizer_config.json"):
         (folders / "base" / old).unlink()
     shutil.copyfile(name, folders / "base" / "tokenizer.model")
-    words = tokenizer.load(folders / "base")
+    words = load_tokenizer(folders / "base")
     if fits:
-        assert checkpoint.fitted(folders / "base", words).vocab_size == max(rows, len(words))
+        assert hf.config_for_tokenizer(folders / "base", words).vocab_size == max(rows, len(words))
         return
     with pytest.raises(UserError, match="tokenizer in .* is not that of"):
-        checkpoint.fitted(folders / "base", words)
+        hf.config_for_tokenizer(folders / "base", words)
 
 
 def test_tokenizer_files_of_different_bases_are_refused(folders):
     for old in ("tokenizer.json", "tokenizer_config.json"):
         (folders / "base" / old).unlink()
     shutil.copyfile(V1, folders / "base" / "tokenizer.model")
-    for i, spelling in ((3, "[INST]"), (32000, "<|im_start|>")):  # v3's third; ChatML tokens the other way round, without added_tokens.json
-        (folders / "base" / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {i: {"content": spelling}}}))
-        with pytest.raises(UserError, match=f"tokenizer.model: id {i} is .*tokenizer_config.json makes it"):
-            tokenizer.load(folders / "base")
+    for i, spelling in (
+        (3, "[INST]"),
+        (32000, "<|im_start|>"),
+    ):  # v3's third; ChatML tokens the other way round, without added_tokens.json
+        (folders / "base" / "tokenizer_config.json").write_text(
+            json.dumps({"added_tokens_decoder": {i: {"content": spelling}}})
+        )
+        with pytest.raises(
+            UserError, match=f"tokenizer.model: id {i} is .*tokenizer_config.json makes it"
+        ):
+            load_tokenizer(folders / "base")
 
 
 def test_a_sentencepiece_model_that_is_no_bpe_is_refused(tmp_path):
-    text = ["The quick brown fox jumps over the lazy dog, don't you know? 12345 >>> yes and no"] * 50
+    text = [
+        "The quick brown fox jumps over the lazy dog, don't you know? 12345 >>> yes and no"
+    ] * 50
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text), model_prefix=str(tmp_path / "tokenizer"), model_type="unigram", vocab_size=300, hard_vocab_limit=False,
         byte_fallback=True, normalization_rule_name="identity", minloglevel=2, remove_extra_whitespaces=False,
     )  # fmt: skip
     with pytest.raises(UserError, match="is no BPE model"):
-        tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_a_special_token_without_a_row_is_never_written_and_keeps_nobody_from_talking(folders):
     """Some bases' tokenizers have a pad token behind the last row."""
-    engine = tokenizer.load(folders / "base").engine
+    engine = load_tokenizer(folders / "base").engine
     engine.add_special_tokens(["<pad>"])
     engine.save(str(folders / "base" / "tokenizer.json"))
-    words, model = tokenizer.load(folders / "base"), load(folders / "base")
+    words, model = load_tokenizer(folders / "base"), load(folders / "base")
     assert words.engine.token_to_id("<pad>") == model.config.vocab_size == 2002
     assert max(generate.Decoder(model, words, 64).generate(words.encode("hi")[0], 9)) < 2002
     engine.add_tokens(["typed"])
@@ -312,26 +330,50 @@ def test_a_special_token_without_a_row_is_never_written_and_keeps_nobody_from_ta
 
 
 def state_of(folder):
-    return {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in sorted(folder.rglob("*"))}
+    return {
+        path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+    }
 
 
 @pytest.mark.parametrize("program", ["train", "merge"])
-@pytest.mark.parametrize("lie", ["cut off", "int8 weights", "NaN in weights", "turned ChatML tokens", "code of its own"])
-def test_what_a_program_would_replace_stays_as_it_was(program, lie, folders, chats, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "lie", ["cut off", "int8 weights", "NaN in weights", "turned ChatML tokens", "code of its own"]
+)
+def test_what_a_program_would_replace_stays_as_it_was(
+    program, lie, folders, chats, tmp_path, monkeypatch, capsys
+):
     LIES[lie][1](folders)
     out = shutil.copytree(folders / "other", tmp_path / "out")
-    for more in ("metrics.jsonl", "resume/step-00000003/rank-00000.json", "adapter_model.safetensors"):
+    for more in (
+        "metrics.jsonl",
+        "resume/step-00000003/rank-00000.json",
+        "adapter_model.safetensors",
+    ):
         (out / more).parent.mkdir(parents=True, exist_ok=True)
         (out / more).write_text("precious")
     before = state_of(out)
     own = shutil.copytree(chats, tmp_path / "chats")
     arguments = {
-        "train": ["--model", folders / "base", "--data", own, "--device", "cpu", "--seq-len", 160, "--max-steps", 1, "--out", out],
+        "train": [
+            "--model",
+            folders / "base",
+            "--data",
+            own,
+            "--device",
+            "cpu",
+            "--seq-len",
+            160,
+            "--max-steps",
+            1,
+            "--out",
+            out,
+        ],
         "merge": ["merge", folders / "ckpt", out],
     }[program]
     monkeypatch.setattr(sys, "argv", [program, *map(str, arguments), "--overwrite"])
     with pytest.raises(SystemExit) as end:
-        config.run(train.main if program == "train" else lora.main)
+        cli.run(train.main if program == "train" else main)
     last = [line for line in capsys.readouterr().err.splitlines() if line.strip()][-2:]
     assert end.value.code == 2 and str(folders) in last[0] and state_of(out) == before
 
@@ -341,11 +383,23 @@ def test_the_commands_say_it_in_two_lines(folders, chats, tmp_path):
     refused(command("chat.py", folders / "ckpt", "-p", "hi", "--device", "cpu"), MODEL, "pickle")
     refused(command("lora.py", "merge", folders / "ckpt", tmp_path / "out"), MODEL, "pickle")
     refused(
-        command("train.py", "--model", folders / "base", "--data", chats, "--device", "cpu", "--out", tmp_path / "out"), MODEL, "pickle"
+        command(
+            "train.py",
+            "--model",
+            folders / "base",
+            "--data",
+            chats,
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path / "out",
+        ),
+        MODEL,
+        "pickle",
     )
     (folders / "other" / "persona.json").write_text('{"contacts": [1]}')
     with pytest.raises(UserError, match="persona.json holds no names"):
-        chat.who(folders / "other", chat.Config())
+        chat.who(folders / "other", chat.Options())
     assert not (tmp_path / "out").exists()
 
 
@@ -357,10 +411,18 @@ def save(tmp_path, monkeypatch):
     """Two ranks' saves of an adapter after steps 2 and 3."""
     model, optimizer = adapted()
     for number, rank in itertools.product((2, 3), (0, 1)):
-        halves = lambda tensor, rank=rank: (tensor.detach().chunk(2)[rank], rank * -(-len(tensor) // 2))
-        monkeypatch.setattr(checkpoint, "shard", halves)
-        ranks, note = step.Ranks(ALONE.device, rank, 2), {"step": number, "updates": number}
-        writer = resume.Writer(tmp_path / f"step-{number:08}", resume.state(model, optimizer), ranks, note)
+        halves = lambda tensor, rank=rank: (
+            tensor.detach().chunk(2)[rank],
+            rank * -(-len(tensor) // 2),
+        )
+        monkeypatch.setattr(shards, "local_shard", halves)
+        ranks, note = (
+            distributed.Distributed(ALONE.device, rank, 2),
+            {"step": number, "updates": number},
+        )
+        writer = checkpoint.CheckpointWriter(
+            tmp_path / f"step-{number:08}", checkpoint.training_state(model, optimizer), ranks, note
+        )
         writer.join()
         assert writer.error is None
     monkeypatch.undo()
@@ -370,14 +432,14 @@ def save(tmp_path, monkeypatch):
 def adapted():
     model = random_model()
     lora.inject(model, rank=4)
-    return model, step.make_optimizer(model, 0.0, 0.0)
+    return model, optim.make_optimizer(model, 0.0, 0.0)
 
 
 def rewritten(name, act):
     """Other tensors under the same metadata."""
 
     def change(folder):
-        with config.open_safetensors(folder / name) as file:
+        with cli.open_safetensors(folder / name) as file:
             kept = file.metadata()
         held = load_file(folder / name)
         act(held)
@@ -386,7 +448,11 @@ def rewritten(name, act):
     return change
 
 
-TENSORS, NOTE, NAME = "rank-00001.safetensors", "rank-00001.json", "model.layers.0.mlp.up_proj.lora_B"
+TENSORS, NOTE, NAME = (
+    "rank-00001.safetensors",
+    "rank-00001.json",
+    "model.layers.0.mlp.up_proj.lora_B",
+)
 
 
 @pytest.mark.parametrize(("act", "expected"), [
@@ -405,27 +471,46 @@ TENSORS, NOTE, NAME = "rank-00001.safetensors", "rank-00001.json", "model.layers
     (lambda f: [path.unlink() for path in f.glob("*")], "holds nothing"),
 ], ids=["cut off", "a pickle", "missing", "a key less", "half a note", "another step's tensors", "another step's", "another rank's", "a tensor less", "another shape", "int8", "another dtype", "empty"])  # fmt: skip
 def test_a_save_that_lies_is_refused(act, expected, save):
-    resume.restore(*adapted(), save, ALONE)
+    checkpoint.restore(*adapted(), save, ALONE)
     act(save)
     with pytest.raises(UserError, match=expected):
-        resume.restore(*adapted(), save, ALONE)
+        checkpoint.restore(*adapted(), save, ALONE)
 
 
 def test_an_adapters_run_goes_on_over_its_own_base_alone(save):
-    options = train.Config(lora=True)
+    options = train.Options(lora=True)
     own = {"data": "rows", "fingerprint": "its own"}
     note = {"step": 3, "updates": 3, "config": dataclasses.asdict(options), **own}
     shutil.rmtree(save)
-    resume.Writer(save, {}, ALONE, note).join()
-    assert train.noted(save, options, ALONE, own)["step"] == 3
+    checkpoint.CheckpointWriter(save, {}, ALONE, note).join()
+    assert train.validate_metadata(save, options, ALONE, own)["step"] == 3
     with pytest.raises(UserError, match="holds other weights than when the run"):
-        train.noted(save, options, ALONE, own | {"fingerprint": "another's"})
+        train.validate_metadata(save, options, ALONE, own | {"fingerprint": "another's"})
 
 
 # --- damage at random
 
 
-ODD = (None, True, -1, 0, 1, 3, 10**30, 1e300, "x", "", "\0", "../x", [], [[]], [1, "x"], {}, {"a": 1}, {"content": 1})
+ODD = (
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    10**30,
+    1e300,
+    "x",
+    "",
+    "\0",
+    "../x",
+    [],
+    [[]],
+    [1, "x"],
+    {},
+    {"a": 1},
+    {"content": 1},
+)
 
 
 def damaged(content, rng):

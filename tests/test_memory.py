@@ -5,8 +5,8 @@ import json
 import pytest
 
 import data
-import memory
 from data import Turn
+from inference.context import ContextBuilder, ExchangeIndex, statements
 
 pytest.importorskip("bm25s")
 
@@ -17,7 +17,11 @@ def session(start, *said, friend="Bob"):
 
 
 PAST = [
-    session("2024-03-01T10:00:00", ("Bob", "is the boat mended yet"), ("Ann", "i am still waiting for the paint")),
+    session(
+        "2024-03-01T10:00:00",
+        ("Bob", "is the boat mended yet"),
+        ("Ann", "i am still waiting for the paint"),
+    ),
     session("2024-03-02T10:00:00", ("Eve", "do you like goose"), ("Ann", "yes"), friend="Eve"),
     session("2024-03-03T10:00:00", ("Bob", "lunch?"), ("Ann", "at noon")),
 ]
@@ -29,21 +33,29 @@ def folders(tmp_path):
     ckpt.mkdir(), past.mkdir()
     (past / "train.jsonl").write_text("".join(talk.to_json() + "\n" for talk in PAST[:2]))
     (past / "val.jsonl").write_text(PAST[2].to_json() + "\n")
-    (ckpt / "persona.json").write_text(json.dumps({"me": "Ann", "contacts": [], "context": ["who", "when", "since", "before"]}))
+    (ckpt / "persona.json").write_text(
+        json.dumps({"me": "Ann", "contacts": [], "context": ["who", "when", "since", "before"]})
+    )
     return ckpt, past
 
 
 def test_the_exchange_most_like_what_was_said_comes_last_and_unlike_ones_not_at_all():
-    found = memory.Exchanges(PAST).similar([Turn("Eve", False, "", ["how is the boat?"])])
-    assert [(day, mine.messages) for day, _, mine in found][-1] == ("2024-03-01", ["i am still waiting for the paint"])
-    assert memory.Exchanges(PAST).similar([Turn("Eve", False, "", ["zzz"])]) == []
-    assert memory.Exchanges([]).similar([Turn("Eve", False, "", ["boat"])]) == []
+    found = ExchangeIndex(PAST).similar([Turn("Eve", False, "", ["how is the boat?"])])
+    assert [(day, mine.messages) for day, _, mine in found][-1] == (
+        "2024-03-01",
+        ["i am still waiting for the paint"],
+    )
+    assert ExchangeIndex(PAST).similar([Turn("Eve", False, "", ["zzz"])]) == []
+    assert ExchangeIndex([]).similar([Turn("Eve", False, "", ["boat"])]) == []
 
 
 def test_the_header_at_chat_time_is_the_one_that_data_writes(folders):
     now = session("2024-03-05T21:30:00", ("Bob", "awake?"))
-    header, *turns = memory.Opening(*folders)(now.turns)  # no old exchange has a word of "awake?"
-    assert header == data.header(["who", "when", "since", "before"], now, PAST[2]) and turns == now.turns
+    header, *turns = ContextBuilder(*folders)(now.turns)  # no old exchange has a word of "awake?"
+    assert (
+        header == data.header(["who", "when", "since", "before"], now, PAST[2])
+        and turns == now.turns
+    )
     assert header.messages == [
         "talking to Bob",
         "Tuesday, 21 o'clock",
@@ -56,18 +68,21 @@ def test_the_header_at_chat_time_is_the_one_that_data_writes(folders):
 
 def test_nothing_is_put_before_a_talk_that_nobody_asked_for(folders):
     (folders[0] / "persona.json").write_text("{}")
-    assert memory.Opening(folders[0])(PAST[0].turns) == PAST[0].turns
+    assert ContextBuilder(folders[0])(PAST[0].turns) == PAST[0].turns
 
 
 def test_facts_beside_the_checkpoint_are_told(folders):
     (folders[0] / "persona.json").write_text("{}")
     (folders[0] / "facts.md").write_text("born in Pellhaven\n\nowns a boat\n")
-    assert memory.Opening(folders[0])(PAST[0].turns)[0].messages == ["born in Pellhaven", "owns a boat"]
+    assert ContextBuilder(folders[0])(PAST[0].turns)[0].messages == [
+        "born in Pellhaven",
+        "owns a boat",
+    ]
 
 
 def test_each_old_exchange_is_shown_once(folders):
     shown = []
-    opening = memory.Opening(*folders, shown=lambda *exchange: shown.append(exchange))
+    opening = ContextBuilder(*folders, shown=lambda *exchange: shown.append(exchange))
     for _ in range(2):
         turns = opening(session("2024-03-05T21:30:00", ("Bob", "the boat")).turns)
     assert [day for day, *_ in shown] == ["2024-03-01"] and turns[1:3] == PAST[0].turns
@@ -82,4 +97,4 @@ def test_statements_are_my_own_words_about_myself():
             ("Ann", "you do not know it"),
         )
     ]
-    assert memory.statements(talks) == ["I've lived in Pellhaven all my life"]
+    assert statements(talks) == ["I've lived in Pellhaven all my life"]

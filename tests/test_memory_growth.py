@@ -12,6 +12,14 @@ from pathlib import Path
 
 import pytest
 
+import cli
+import data
+import evaluate
+from inference import generate
+from model import ModelConfig
+from training import distributed, metrics, optim, step
+from weights.tokenizer import load_tokenizer
+
 ROOT = Path(__file__).parent.parent
 ROUNDS = int(os.environ.get("GROWTH", 0))
 SEQ_LEN = 1024
@@ -21,30 +29,24 @@ SLACK = 20  # MiB
 def make_model(adapter=None):
     import torch
 
-    import step
-    from model import ModelConfig
-
     config = ModelConfig(2048, 256, 768, 8, 4, 2, 64, max_position_embeddings=SEQ_LEN)
-    return step.build(config, step.Ranks(torch.device("cpu")), adapter=adapter)
+    return step.build_model(config, distributed.Distributed(torch.device("cpu")), adapter=adapter)
 
 
 def random_row(rng):
     """A full row of random documents, a random share of its tokens targets."""
     import numpy as np
 
-    import data
-
     lengths = []
     while sum(lengths) < SEQ_LEN:
         lengths.append(min(rng.randint(1, rng.choice((20, 100, 400))), SEQ_LEN - sum(lengths)))
     ids = np.array([rng.randrange(3, 2000) for _ in range(SEQ_LEN)], np.int32)
-    labels = np.where(np.arange(SEQ_LEN) % 10 < rng.randint(1, 9), ids, data.IGNORED)
+    labels = np.where(np.arange(SEQ_LEN) % 10 < rng.randint(1, 9), ids, data.IGNORE_INDEX)
     sizes = np.array(lengths, np.int32)
-    return data.Row(ids, labels, labels != data.IGNORED, sizes, sizes, np.zeros_like(sizes))
+    return data.Row(ids, labels, labels != data.IGNORE_INDEX, sizes, sizes, np.zeros_like(sizes))
 
 
 def random_turns(rng):
-    import data
 
     def text():
         return " ".join(rng.choices(TEXT, k=rng.randint(1, rng.choice((5, 60)))))
@@ -56,11 +58,9 @@ def random_turns(rng):
 def trains(rng):
     import torch
 
-    import step
-
     model = make_model({"rank": 8, "alpha": 16}).train()
-    optimizer = step.make_optimizer(model, 1e-4, 0.0)
-    ranks = step.Ranks(torch.device("cpu"))
+    optimizer = optim.make_optimizer(model, 1e-4, 0.0)
+    ranks = distributed.Distributed(torch.device("cpu"))
     while True:
         step.train_step(model, optimizer, step.micro_batches([random_row(rng)], 1, ranks), ranks)
         yield
@@ -69,11 +69,9 @@ def trains(rng):
 def trains_all_weights(rng):
     import torch
 
-    import step
-
     model = make_model().train()
-    optimizer = step.make_optimizer(model, 1e-4, 0.0)
-    ranks = step.Ranks(torch.device("cpu"))
+    optimizer = optim.make_optimizer(model, 1e-4, 0.0)
+    ranks = distributed.Distributed(torch.device("cpu"))
     while True:
         rows = [random_row(rng), random_row(rng)]
         step.train_step(model, optimizer, step.micro_batches(rows, 2, ranks), ranks)
@@ -81,9 +79,8 @@ def trains_all_weights(rng):
 
 
 def chats(rng):
-    import generate
 
-    model, tokenizer = make_model().eval(), load_tokenizer()
+    model, tokenizer = make_model().eval(), base_tokenizer()
     decoder = generate.Decoder(model, tokenizer, SEQ_LEN)
     while True:
         room = rng.randint(1, 40)
@@ -95,13 +92,9 @@ def chats(rng):
 def evaluates(rng):
     import torch
 
-    import evaluate
-    import generate
-    import step
-
-    model, tokenizer = make_model().eval(), load_tokenizer()
+    model, tokenizer = make_model().eval(), base_tokenizer()
     decoder = generate.Decoder(model, tokenizer, SEQ_LEN + evaluate.PACKED)
-    ranks = step.Ranks(torch.device("cpu"))
+    ranks = distributed.Distributed(torch.device("cpu"))
     while True:
         before = random_turns(rng)
         replies = [random_turns(rng)[0].messages for _ in range(3)]
@@ -113,10 +106,8 @@ def evaluates(rng):
         yield
 
 
-def load_tokenizer():
-    import tokenizer
-
-    return tokenizer.load(os.environ["BASE"])
+def base_tokenizer():
+    return load_tokenizer(os.environ["BASE"])
 
 
 CASES = (trains, trains_all_weights, chats, evaluates)
@@ -127,15 +118,13 @@ def main():
     """Print the peak after 10 rounds and after all of them, in MiB."""
     import torch
 
-    import step
-
     torch.manual_seed(0)
     case = {case.__name__: case for case in CASES}[sys.argv[1]](random.Random(0))
     peaks = []
     for number in range(1, int(sys.argv[2]) + 1):
         next(case)
         if number in (10, int(sys.argv[2])):
-            peaks.append(1024 * step.peak_gib(torch.device("cpu")))
+            peaks.append(1024 * metrics.peak_gib(torch.device("cpu")))
     print(json.dumps(peaks))
 
 
@@ -151,6 +140,4 @@ def test_peak_memory_does_not_grow_while_it(case, base):
 
 
 if __name__ == "__main__":
-    import config
-
-    config.run(main)
+    cli.run(main)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from conftest import ROOT, command, refused
 
-import checkpoint
-import config
+import cli
 import plan
-import quantize
-import step
 import train
-from config import UserError
-from model import RECOMPUTE, KVCache, ModelConfig, Transformer
+from cli import UserError
+from model import AC_MODES, KVCache, ModelConfig, Transformer
+from training import cost, memory, metrics
+from weights import devices, hf, hub, quantize
+from weights.load import chat_memory, choose_chat_weights
 
 MIDDLE = ModelConfig(4000, 256, 768, 6, 8, 2, 32)
 KINDS = {
@@ -49,27 +49,40 @@ def refuse(monkeypatch, *words):
 @pytest.mark.parametrize("world", [1, 8])
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_from_a_few_blocks_is_that_of_all_blocks(kind, world):
-    for way in RECOMPUTE if kind == "lora" and world == 1 else ("selective",) if kind == "qlora" else ("none", "full"):
+    for way in (
+        AC_MODES
+        if kind == "lora" and world == 1
+        else ("selective",)
+        if kind == "qlora"
+        else ("none", "full")
+    ):
         given = (MIDDLE, 2, 128, 2, world)
-        whole = step.predict(*given, recompute=way, **KINDS[kind])
-        needs = plan.memory(*given, recompute=way, **KINDS[kind])
+        whole = memory.predict_peak_memory(*given, recompute=way, **KINDS[kind])
+        needs = cost.peak_memory(*given, recompute=way, **KINDS[kind])
         assert sum(needs.values()) == pytest.approx(whole, rel=0.01), way
-        assert set(needs) <= set(plan.KINDS) and ("communication" in needs) <= (world > 1)
+        assert set(needs) <= set(cost.MEMORY_KINDS) and ("communication" in needs) <= (world > 1)
 
 
 def test_memory_of_a_7b_is_that_of_all_its_blocks():
-    shape = plan.SHAPES[checkpoint.NO_ACCOUNT]
-    whole = step.predict(shape, 1, 1024, 2, recompute="full", **LORA)
-    assert sum(plan.memory(shape, 1, 1024, 2, recompute="full", **LORA).values()) == pytest.approx(whole, rel=0.01)
+    shape = plan.BASE_CONFIGS[hub.DEFAULT_BASE]
+    whole = memory.predict_peak_memory(shape, 1, 1024, 2, recompute="full", **LORA)
+    assert sum(
+        cost.peak_memory(shape, 1, 1024, 2, recompute="full", **LORA).values()
+    ) == pytest.approx(whole, rel=0.01)
 
 
 def test_each_kind_of_memory_is_what_it_is_called():
-    needs = plan.memory(MIDDLE, 1, 64, 2, recompute="full")
+    needs = cost.peak_memory(MIDDLE, 1, 64, 2, recompute="full")
     for kind, times in {"weights": 4, "gradients": 4, "optimizer": 8}.items():
         assert needs[kind] == pytest.approx(times * MIDDLE.num_parameters, rel=0.05), kind
-    shared = plan.memory(MIDDLE, 1, 64, 2, 8, recompute="full")
-    assert shared["weights"] + shared["optimizer"] == pytest.approx(12 * MIDDLE.num_parameters / 8, rel=0.05)
-    assert plan.memory(MIDDLE, 1, 64, nf4=True, **LORA)["weights"] < 0.65 * plan.memory(MIDDLE, 1, 64, **LORA)["weights"]
+    shared = cost.peak_memory(MIDDLE, 1, 64, 2, 8, recompute="full")
+    assert shared["weights"] + shared["optimizer"] == pytest.approx(
+        12 * MIDDLE.num_parameters / 8, rel=0.05
+    )
+    assert (
+        cost.peak_memory(MIDDLE, 1, 64, nf4=True, **LORA)["weights"]
+        < 0.65 * cost.peak_memory(MIDDLE, 1, 64, **LORA)["weights"]
+    )
 
 
 @pytest.mark.parametrize("vocabulary", [MIDDLE.vocab_size, 1 << 17])  # embeddings don't count
@@ -77,25 +90,25 @@ def test_each_kind_of_memory_is_what_it_is_called():
 def test_a_step_of_many_blocks_is_timed_on_fewer(layers, timed, vocabulary, monkeypatch):
     sizes = {"num_hidden_layers": layers, "vocab_size": vocabulary, "tie_word_embeddings": True}
     model_config = dataclasses.replace(MIDDLE, **sizes)
-    some = plan.Work(model_config, KINDS["lora"], 8, 256, cpu=True)
+    some = cost.StepWorkload(model_config, KINDS["lora"], 8, 256, cpu=True)
     seen = []
 
     def try_out(work, *_, **__):
         seen.append(work.shape.num_hidden_layers)
         return 1.0 + 0.5 * seen[-1]
 
-    monkeypatch.setattr(plan, "try_out", try_out)
+    monkeypatch.setattr(cost, "benchmark_step", try_out)
     block = sum(wide * out for wide, out, _ in model_config.linears.values())
-    monkeypatch.setattr(plan, "TIMED", 8 * block)
-    took = plan.time_step(some, plan.Choice(2, "none", {}, 1.0, True), torch.device("cpu"))
+    monkeypatch.setattr(cost, "TIMED_PARAMETERS", 8 * block)
+    took = cost.time_step(some, cost.Choice(2, "none", {}, 1.0, True), torch.device("cpu"))
     assert seen == timed and took == pytest.approx(4 * (1 + 0.5 * layers))
 
 
 def test_on_a_cpu_plan_says_of_memory_what_training_says(capsys, monkeypatch):
     words = ("--gpu", "cpu", "--model", ROOT / "examples" / "base", "--tokens", 50_000, "--json")
     gib = json.loads(run(capsys, monkeypatch, *words))["gib_per_gpu"]
-    live = sum(gib[kind] for kind in plan.KINDS) + 1.5 * gib["optimizer"]  # a save's copies
-    assert gib["total"] == pytest.approx(live + plan.CPU_RESERVE / plan.GIB, abs=0.05)
+    live = sum(gib[kind] for kind in cost.MEMORY_KINDS) + 1.5 * gib["optimizer"]  # a save's copies
+    assert gib["total"] == pytest.approx(live + cost.CPU_RESERVE / devices.GIB, abs=0.05)
 
 
 # --- the card
@@ -132,12 +145,12 @@ def test_a_card_is_known_by_every_spelling_and_no_other_card_is_taken_for_it():
     for key, names in SPELT.items():
         for name in names:
             for spelt in (name, name.lower(), name.upper(), name.replace(" ", "-")):
-                assert plan.find_card(spelt) == key, spelt
-    assert all(plan.find_card(key) == key for key in plan.CARDS)
+                assert cost.find_gpu(spelt) == key, spelt
+    assert all(cost.find_gpu(key) == key for key in cost.GPUS)
 
 
 def test_what_torch_calls_a_card_is_that_card_where_its_memory_is_too(monkeypatch):
-    monkeypatch.setattr(plan.step, "measured_peak", lambda device, dtype: 5e13)
+    monkeypatch.setattr(metrics, "measure_peak_flops", lambda device, dtype: 5e13)
     for name, gib, expected in [
         ("NVIDIA A100-SXM4-80GB", 79.15, "A100 80 GB"),
         ("NVIDIA GeForce RTX 3090 Ti", 23.6, "RTX 3090 Ti"),
@@ -147,15 +160,15 @@ def test_what_torch_calls_a_card_is_that_card_where_its_memory_is_too(monkeypatc
         ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", 39.4, "NVIDIA A100-SXM4-80GB MIG 3g.40gb"),
         ("Tesla V100-SXM2-32GB", 31.7, "Tesla V100-SXM2-32GB"),  # bf16 is slow there: measured
     ]:
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gib=gib: (0, int(gib * plan.GIB)))
-        card = plan.card_of(name)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gib=gib: (0, int(gib * devices.GIB)))
+        card = cost.gpu_from_name(name)
         assert card.name == expected and card.gib == pytest.approx(gib, abs=0.01)
         assert (card.peak == 50) == (card.name == name)
 
 
 def test_a_card_of_so_much_memory_is_planned_by_that_alone(capsys, monkeypatch):
     def planned(*words):
-        monkeypatch.setattr(plan, "memory", lambda *_, **__: {"weights": 13 * plan.GIB})
+        monkeypatch.setattr(cost, "peak_memory", lambda *_, **__: {"weights": 13 * devices.GIB})
         return json.loads(run(capsys, monkeypatch, "--lora", "--json", *words))
 
     nothing = ("tok_per_s", "efficiency", "hours", "cost")
@@ -173,7 +186,7 @@ def test_a_card_of_so_much_memory_is_planned_by_that_alone(capsys, monkeypatch):
     for line in ("speed           unknown", "time            unknown", "money           unknown"):
         assert line in text
     assert "$" not in text
-    monkeypatch.setattr(plan, "time_step", lambda *_: 2.0)
+    monkeypatch.setattr(cost, "time_step", lambda *_: 2.0)
     measured = planned("--gpu", "16gb", "--measure")
     assert measured["hours"] and measured["efficiency"] == "timed here"
     assert measured["cost"] is None and planned("--gpu", "16gb", "--measure", "--price", 1)["cost"]
@@ -184,7 +197,7 @@ def test_a_card_of_so_much_memory_is_planned_by_that_alone(capsys, monkeypatch):
 
 
 def work(kind="lora", rows=8, **more):
-    return plan.Work(MIDDLE, KINDS[kind], rows, 256, **more)
+    return cost.StepWorkload(MIDDLE, KINDS[kind], rows, 256, **more)
 
 
 def test_the_choice_is_the_fastest_that_fits_and_says_when_none_does(monkeypatch):
@@ -196,59 +209,73 @@ def test_the_choice_is_the_fastest_that_fits_and_says_when_none_does(monkeypatch
         asked.append((rows, way))
         return {"weights": 50, "activations": kept[way] * rows + 5}
 
-    monkeypatch.setattr(plan.Work, "memory", memory)
-    card, some = plan.CARDS["3090"], work()
-    everything = {(rows, way): 55 + kept[way] * rows for rows in (1, 2, 4, 8) for way in RECOMPUTE}
+    monkeypatch.setattr(cost.StepWorkload, "memory", memory)
+    card, some = cost.GPUS["3090"], work()
+    everything = {(rows, way): 55 + kept[way] * rows for rows in (1, 2, 4, 8) for way in AC_MODES}
     for free in sorted({*everything.values()}):
         asked.clear()
-        choice = plan.choose(some, card, free)
-        best = min((some.seconds(card, *pair), pair) for pair, need in everything.items() if need <= free)[1]
+        choice = cost.choose_micro_batch(some, card, free)
+        best = min(
+            (some.seconds(card, *pair), pair) for pair, need in everything.items() if need <= free
+        )[1]
         assert choice.fits and (choice.rows, choice.way) == best and len(asked) == len(set(asked))
-    none = plan.choose(some, card, 55)
+    none = cost.choose_micro_batch(some, card, 55)
     assert not none.fits and (none.rows, none.way) == (1, "full")
 
 
 def test_on_a_cpu_it_fits_when_the_whole_run_does_not_its_tensors_alone(monkeypatch):
     needs = {"weights": 1 << 30, "activations": 1 << 30}
-    monkeypatch.setattr(plan.Work, "memory", lambda self, rows, way: needs)
-    some = plan.Work(MIDDLE, {**KINDS["lora"], "dtype": torch.float32}, 8, 256, cpu=True)
-    whole = (2 << 30) + plan.CPU_RESERVE
-    assert [plan.choose(some, plan.at_peak(1e12), free, [1], ("none",)).fits for free in (whole - 1, whole)] == [False, True]
+    monkeypatch.setattr(cost.StepWorkload, "memory", lambda self, rows, way: needs)
+    some = cost.StepWorkload(MIDDLE, {**KINDS["lora"], "dtype": torch.float32}, 8, 256, cpu=True)
+    whole = (2 << 30) + cost.CPU_RESERVE
+    assert [
+        cost.choose_micro_batch(some, cost.cpu_at_peak(1e12), free, [1], ("none",)).fits
+        for free in (whole - 1, whole)
+    ] == [False, True]
 
 
 def test_time_grows_with_what_costs_time():
-    card = plan.CARDS["a100-80"]
+    card = cost.GPUS["a100-80"]
     usual = work().seconds(card, 4, "none")
     assert work().seconds(card, 1, "none") > usual
     assert work().seconds(card, 4, "full") > work().seconds(card, 4, "selective") > usual
-    assert work("qlora").seconds(card, 4, "none") > usual and work("full").seconds(card, 4, "none") > usual
+    assert (
+        work("qlora").seconds(card, 4, "none") > usual
+        and work("full").seconds(card, 4, "none") > usual
+    )
     assert work(rows=16).seconds(card, 4, "none") > 1.8 * usual
     slow = dataclasses.replace(card, link=0.01)
-    assert work("full", world=8).seconds(slow, 4, "none") > work("full", world=8).seconds(card, 4, "none")
+    assert work("full", world=8).seconds(slow, 4, "none") > work("full", world=8).seconds(
+        card, 4, "none"
+    )
 
 
 def test_time_counts_the_same_flops_as_training():
     """On a card whose memory and attention cost nothing, a step's time is the FLOPs of step.flops over the peak."""
-    card = plan.Card("ideal", 1, 1e12, 1.0, 1.0, "", 1e12, attention=1.0)
+    card = cost.GPU("ideal", 1, 1e12, 1.0, 1.0, "", 1e12, attention=1.0)
     for kind in ("lora", "full"):
         some = work(kind, filled=1.0, document=64, compiled=False)
         some.model.compiled = True  # nobody drops rows in the last block
-        rows = [plan.made_up(some, seed) for seed in range(8)]
-        needed, _ = step.flops(some.model, rows)
-        assert some.seconds(card, 8, "none") * 1e12 == pytest.approx(needed * (1 + plan.FEW / 2048), rel=0.03)
+        rows = [cost.synthetic_row(some, seed) for seed in range(8)]
+        needed, _ = metrics.step_flops(some.model, rows)
+        assert some.seconds(card, 8, "none") * 1e12 == pytest.approx(
+            needed * (1 + cost.HALF_SPEED_TOKENS / 2048), rel=0.03
+        )
 
 
 def test_too_little_data_still_gets_fifty_steps():
-    assert plan.schedule(10_000, 8, 3.0) == (8, 1250, 3750)
-    batch, epoch, steps = plan.schedule(20, 8, 3.0)
-    assert batch == 1 and steps >= plan.FEWEST_STEPS and epoch == 20
+    assert cost.plan_steps(10_000, 8, 3.0) == (8, 1250, 3750)
+    batch, epoch, steps = cost.plan_steps(20, 8, 3.0)
+    assert batch == 1 and steps >= cost.MIN_STEPS and epoch == 20
 
 
 def test_a_trial_of_a_small_model_takes_what_it_was_said_to_take():
-    some = plan.Work(MIDDLE, {"adapter": {"rank": 8}}, 2, 128, document=32, compiled=False, cpu=True, filled=1.0)
-    choice = plan.Choice(2, "none", some.memory(2, "none"), 1.0, True)
-    live = step.Live()
-    assert plan.try_out(some, choice, torch.device("cpu"), seconds=0, watch=live) > 0
+    some = cost.StepWorkload(
+        MIDDLE, {"adapter": {"rank": 8}}, 2, 128, document=32, compiled=False, cpu=True, filled=1.0
+    )
+    choice = cost.Choice(2, "none", some.memory(2, "none"), 1.0, True)
+    live = memory.MemoryTracker()
+    assert cost.benchmark_step(some, choice, torch.device("cpu"), seconds=0, watch=live) > 0
     # the prediction takes whole what a CPU does in pieces, which a small model shows most
     assert live.peak == pytest.approx(choice.bytes, rel=0.05)
 
@@ -257,16 +284,32 @@ def test_a_trial_of_a_small_model_takes_what_it_was_said_to_take():
 
 
 def test_a_person_and_a_program_are_told_the_same(capsys, monkeypatch):
-    words = ("--gpu", "a100-80", "--lora", "--model", ROOT / "examples" / "base", "--tokens", 1_000_000, "--price", 1.5)
+    words = (
+        "--gpu",
+        "a100-80",
+        "--lora",
+        "--model",
+        ROOT / "examples" / "base",
+        "--tokens",
+        1_000_000,
+        "--price",
+        1.5,
+    )
     found = json.loads(run(capsys, monkeypatch, *words, "--json"))
     gib = found["gib_per_gpu"]
-    assert found["fits"] and gib["total"] == pytest.approx(sum(gib[kind] for kind in (*plan.KINDS, "reserve")), abs=0.06)
+    assert found["fits"] and gib["total"] == pytest.approx(
+        sum(gib[kind] for kind in (*cost.MEMORY_KINDS, "reserve")), abs=0.06
+    )
     assert found["cost"] == pytest.approx(1.5 * (found["hours"] + found["setup_hours"]), abs=0.02)
-    assert {"micro_batch", "tok_per_s", "hours", "setup_hours"} <= set(found) and found["rows"] == 992
+    assert {"micro_batch", "tok_per_s", "hours", "setup_hours"} <= set(found) and found[
+        "rows"
+    ] == 992
     four = json.loads(run(capsys, monkeypatch, *words, "--gpus", 4, "--json"))
     assert four["cost"] == pytest.approx(4 * 1.5 * (four["hours"] + four["setup_hours"]), abs=0.02)
     text = run(capsys, monkeypatch, *words)
-    assert "fits" in text and f"{found['tok_per_s']:,.0f} tok/s" in text and "$1.50 a GPU-hour" in text
+    assert (
+        "fits" in text and f"{found['tok_per_s']:,.0f} tok/s" in text and "$1.50 a GPU-hour" in text
+    )
 
 
 def test_a_7b_fits_where_it_is_known_to_fit(capsys, monkeypatch):
@@ -274,18 +317,36 @@ def test_a_7b_fits_where_it_is_known_to_fit(capsys, monkeypatch):
         found = json.loads(run(capsys, monkeypatch, "--gpu", *words, "--lora", "--json"))
         assert found["fits"] == fits, words
     text = run(capsys, monkeypatch, "--gpu", "3090")
-    assert "does NOT fit" in text and text.endswith("to make it fit  a card of more memory (h200, b200); --lora; --qlora; more --gpus\n")
-    text = run(capsys, monkeypatch, "--gpu", "3060", "--qlora", "--model", checkpoint.NO_ACCOUNT, "--seq-len", 32768, "--tokens", 100)
+    assert "does NOT fit" in text and text.endswith(
+        "to make it fit  a card of more memory (h200, b200); --lora; --qlora; more --gpus\n"
+    )
+    text = run(
+        capsys,
+        monkeypatch,
+        "--gpu",
+        "3060",
+        "--qlora",
+        "--model",
+        hub.DEFAULT_BASE,
+        "--seq-len",
+        32768,
+        "--tokens",
+        100,
+    )
     assert "1 row of 32,768 tokens" in text and "1 row, 50 steps, 50 epochs" in text
     assert text.splitlines()[-1].endswith("a100-80, h100, h200, b200); more --gpus")
 
 
-def test_rows_are_those_of_the_data_and_nearly_so_without_a_tokenizer(chats, base, tmp_path, monkeypatch):
-    options = plan.Config(data=str(chats), seq_len=160)
-    exact = plan.amount(options, base)
-    guess = plan.amount(options, None)
+def test_rows_are_those_of_the_data_and_nearly_so_without_a_tokenizer(
+    chats, base, tmp_path, monkeypatch
+):
+    options = plan.Options(data=str(chats), seq_len=160)
+    exact = plan.dataset_size(options, base)
+    guess = plan.dataset_size(options, None)
     assert "own tokenizer" in exact.known and "guessed" in guess.known
-    assert guess.rows == pytest.approx(exact.rows, rel=0.2) and guess.labelled == pytest.approx(exact.labelled, abs=0.2)
+    assert guess.rows == pytest.approx(exact.rows, rel=0.2) and guess.labelled == pytest.approx(
+        exact.labelled, abs=0.2
+    )
 
 
 @pytest.mark.parametrize(
@@ -316,14 +377,36 @@ def test_what_can_not_be_is_said_in_two_lines(words, expected, monkeypatch):
     assert expected in refuse(monkeypatch, *words)
 
 
-@pytest.mark.parametrize("words", [["--lora", "--pure-bf16"], ["--batch", "0"], ["--epochs", "inf"], ["--seq-len", "513"], ["--qlora"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--lora", "--pure-bf16"],
+        ["--batch", "0"],
+        ["--epochs", "inf"],
+        ["--seq-len", "513"],
+        ["--qlora"],
+    ],
+)
 def test_train_and_plan_refuse_a_run_in_the_same_words(words, base, chats, tmp_path, monkeypatch):
     model = shutil.copytree(base, tmp_path / "base")
     if "--qlora" in words:
         settings = json.loads((model / "config.json").read_text())
         (model / "config.json").write_text(json.dumps(settings | {"intermediate_size": 129}))
     said = refuse(monkeypatch, "--gpu", "cpu", "--model", model, *words)
-    run = ("train.py", "--device", "cpu", "--data", chats, "--out", tmp_path / "ckpt", "--model", model, "--seq-len", 160, *words)
+    run = (
+        "train.py",
+        "--device",
+        "cpu",
+        "--data",
+        chats,
+        "--out",
+        tmp_path / "ckpt",
+        "--model",
+        model,
+        "--seq-len",
+        160,
+        *words,
+    )
     monkeypatch.setattr(sys, "argv", [*map(str, run)])
     with pytest.raises(UserError) as error:
         train.main()
@@ -341,7 +424,9 @@ def test_the_hub_is_asked_and_its_refusals_are_said(monkeypatch):
         raise GatedRepoError("no", response=Response())
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuses)
-    assert "accepted its terms" in refuse(monkeypatch, "--gpu", "3090", "--check", "--model", "mistralai/Mistral-7B-v0.1")
+    assert "accepted its terms" in refuse(
+        monkeypatch, "--gpu", "3090", "--check", "--model", "mistralai/Mistral-7B-v0.1"
+    )
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuses)
     assert "accepted its terms" in refuse(monkeypatch, "--gpu", "3090", "--model", "someone/else")
 
@@ -353,34 +438,38 @@ def test_the_program_ends_with_two_and_no_traceback():
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_chat_needs_its_weights_and_a_cache(tied):
     shape = ModelConfig(4000, 1024, 2048, 2, 8, 2, 128, tie_word_embeddings=tied)
-    for name, need in plan.chat_needs(shape, 5000).items():
+    for name, need in chat_memory(shape, 5000).items():
         dtype = torch.float32 if name == "fp32" else torch.bfloat16
         with torch.device("meta"):
             model = Transformer(shape).to(dtype)
             if name.startswith("int"):
-                quantize.pack(model, name)
+                quantize.pack_linears(model, name)
             cache = KVCache(shape, 5000, dtype=dtype, device="meta")
         held = sum(tensor.nbytes for tensor in (*model.parameters(), *cache.layers))
-        assert need == held if name in ("fp32", "bf16") else need == pytest.approx(held, rel=0.02), name
+        assert (
+            need == held if name in ("fp32", "bf16") else need == pytest.approx(held, rel=0.02)
+        ), name
 
 
 def test_chat_takes_what_fits_on_the_device(base, monkeypatch):
-    cpu, shape = torch.device("cpu"), checkpoint.read_config(base)
-    needs = plan.chat_needs(shape, 512)
-    assert needs["fp32"] == 2 * needs["bf16"] > 4 * shape.num_parameters and list(needs.values()) == sorted(needs.values(), reverse=True)
-    monkeypatch.setattr(checkpoint, "compute_dtype", lambda device: torch.float32)
+    cpu, shape = torch.device("cpu"), hf.read_config(base)
+    needs = chat_memory(shape, 512)
+    assert needs["fp32"] == 2 * needs["bf16"] > 4 * shape.num_parameters and list(
+        needs.values()
+    ) == sorted(needs.values(), reverse=True)
+    monkeypatch.setattr(devices, "default_dtype", lambda device: torch.float32)
     for name, need in needs.items():
-        monkeypatch.setattr(plan, "available", lambda need=need: need)
-        assert plan.chat_weights(base, None, 512, cpu) == name
+        monkeypatch.setattr(devices, "free_memory", lambda need=need: need)
+        assert choose_chat_weights(base, None, 512, cpu) == name
     with pytest.raises(UserError, match="--weights int4"):
-        plan.chat_weights(base, None, 512, cpu, "fp32")
-    monkeypatch.setattr(plan, "available", lambda: 1000)
+        choose_chat_weights(base, None, 512, cpu, "fp32")
+    monkeypatch.setattr(devices, "free_memory", lambda: 1000)
     with pytest.raises(UserError, match="smaller base"):
-        plan.chat_weights(base, None, 512, cpu)
+        choose_chat_weights(base, None, 512, cpu)
 
 
 def test_every_card_says_where_its_figures_are_from():
-    for name, card in plan.CARDS.items():
+    for name, card in cost.GPUS.items():
         assert name == name.lower() and card.basis and card.gib > 0
         assert not card.peak or 0 < card.efficiency <= 0.9 and 0 < card.price[0] < card.price[1]
-    assert issubclass(UserError, Exception) and config.UserError is UserError
+    assert issubclass(UserError, Exception) and cli.UserError is UserError

@@ -7,9 +7,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import quantize
+from weights import quantize
 
-POINTS = torch.tensor(quantize.POINTS)
+POINTS = torch.tensor(quantize.NF4_POINTS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -32,7 +32,9 @@ def drawn(kind, rows=96, width=1024):
 
 def theirs(weight, double=False):
     """bitsandbytes' bytes in our shape, and the weight that it makes of them."""
-    packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double)
+    packed, state = bnb.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=double
+    )
     return packed.view(len(weight), -1), bnb.dequantize_4bit(packed, state)
 
 
@@ -58,7 +60,7 @@ def test_the_points_are_those_of_bitsandbytes():
 @pytest.mark.parametrize("kind", ["normal", "uniform", "heavy tails", "subnormal", "zeros"])
 def test_codes_are_those_of_bitsandbytes_byte_for_byte(kind, dtype):
     weight = drawn(kind).to(dtype)
-    codes, _, _ = quantize.quantise(weight)
+    codes, _, _ = quantize.quantize(weight)
     assert torch.equal(codes, theirs(weight)[0])
     assert torch.equal(codes, theirs(weight, double=True)[0])
 
@@ -69,32 +71,39 @@ def test_a_weight_on_a_midpoint_or_beside_it_falls_as_in_bitsandbytes(absmax):
     above, below = middle.nextafter(torch.tensor(2.0)), middle.nextafter(torch.tensor(-2.0))
     row = torch.cat([torch.ones(1), middle, above, below, POINTS, torch.zeros(2)])
     weight = torch.stack([row, -row]) * absmax  # (2, 64)
-    assert torch.equal(quantize.quantise(weight)[0], theirs(weight)[0])
+    assert torch.equal(quantize.quantize(weight)[0], theirs(weight)[0])
 
 
 def test_the_first_of_two_weights_is_in_the_high_nibble():
     weight = torch.zeros(1, 64)
     weight[0, :4] = torch.tensor([1.0, -1.0, 0.0, 0.72])
-    assert quantize.quantise(weight)[0][0, :3].tolist() == [0xF0, 0x7E, 0x77]
+    assert quantize.quantize(weight)[0][0, :3].tolist() == [0xF0, 0x7E, 0x77]
 
 
 def test_rows_quantised_apart_give_the_same_bytes(monkeypatch):
     weight = drawn("zeros").bfloat16()
-    whole = quantize.quantise(weight)
-    shards = [quantize.quantise(rows) for rows in (weight[:1], weight[1:40], weight[40:40], weight[40:])]
+    whole = quantize.quantize(weight)
+    shards = [
+        quantize.quantize(rows) for rows in (weight[:1], weight[1:40], weight[40:40], weight[40:])
+    ]
     assert all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, zip(*shards)))
-    monkeypatch.setattr(quantize, "in_pieces", lambda *tensors, width: zip(*(tensor.split(7) for tensor in tensors)))
-    assert all(torch.equal(a, b) for a, b in zip(whole, quantize.quantise(weight)))
-    assert torch.equal(quantize.dequantise(*whole, torch.float32), as_written(*whole))
+    monkeypatch.setattr(
+        quantize, "in_pieces", lambda *tensors, width: zip(*(tensor.split(7) for tensor in tensors))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(whole, quantize.quantize(weight)))
+    assert torch.equal(quantize.dequantize(*whole, torch.float32), as_written(*whole))
 
 
 def test_a_weight_that_lies_across_memory_gives_the_same_bytes():
     weight = drawn("normal", 128, 128)
-    assert all(torch.equal(a, b) for a, b in zip(quantize.quantise(weight.T), quantize.quantise(weight.T.contiguous())))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(quantize.quantize(weight.T), quantize.quantize(weight.T.contiguous()))
+    )
 
 
 def test_every_stored_tensor_has_a_row_for_each_row_and_is_no_float():
-    codes, scales, ranges = quantize.quantise(drawn("normal", 96, 1024))
+    codes, scales, ranges = quantize.quantize(drawn("normal", 96, 1024))
     assert (codes.shape, codes.dtype) == ((96, 512), torch.uint8)
     assert (scales.shape, scales.dtype) == ((96, 16), torch.uint8)
     assert (ranges.shape, ranges.dtype) == ((96, 2), torch.int32)
@@ -102,7 +111,7 @@ def test_every_stored_tensor_has_a_row_for_each_row_and_is_no_float():
 
 def test_a_width_that_64_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="96"):
-        quantize.quantise(torch.zeros(4, 96))
+        quantize.quantize(torch.zeros(4, 96))
 
 
 # --- what comes back
@@ -110,13 +119,13 @@ def test_a_width_that_64_does_not_divide_is_refused():
 
 def test_the_error_is_no_larger_than_bitsandbytes():
     weight = drawn("normal", 512, 1024)
-    ours = quantize.dequantise(*quantize.quantise(weight), torch.float32)
+    ours = quantize.dequantize(*quantize.quantize(weight), torch.float32)
     assert 0 < error(weight, ours) <= error(weight, theirs(weight, double=True)[1])
 
 
 def test_each_absmax_is_kept_to_half_a_step():
     weight = drawn("heavy tails")
-    _, scales, ranges = quantize.quantise(weight)
+    _, scales, ranges = quantize.quantize(weight)
     exact = weight.unflatten(1, (-1, 64)).abs().amax(-1)
     smallest, step = ranges.view(torch.float32).split(1, 1)
     assert ((smallest + scales * step - exact).abs() <= step / 2 + 1e-6 * exact).all()
@@ -125,8 +134,8 @@ def test_each_absmax_is_kept_to_half_a_step():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [64, 1024])
 def test_the_weight_is_the_float32_product_rounded_once(width, dtype):
-    stored = quantize.quantise(drawn("normal", width=width))
-    weight = quantize.dequantise(*stored, dtype)
+    stored = quantize.quantize(drawn("normal", width=width))
+    weight = quantize.dequantize(*stored, dtype)
     assert weight.dtype == dtype
     assert torch.equal(weight, as_written(*stored).to(dtype))
 
@@ -134,15 +143,15 @@ def test_the_weight_is_the_float32_product_rounded_once(width, dtype):
 def test_zeros_stay_zeros():
     weight = drawn("zeros")
     weight[5:7, :64] = 0  # a first block, and so a row whose smallest absmax is 0
-    back = quantize.dequantise(*quantize.quantise(weight), torch.bfloat16)
+    back = quantize.dequantize(*quantize.quantize(weight), torch.bfloat16)
     assert back.isfinite().all()
     assert (back[3] == 0).all() and (back[:, 128:896] == 0).all() and (back[5:7, :64] == 0).all()
 
 
 def test_an_empty_shard_stays_empty():
-    stored = quantize.quantise(torch.empty(0, 128))
+    stored = quantize.quantize(torch.empty(0, 128))
     assert [tuple(t.shape) for t in stored] == [(0, 64), (0, 2), (0, 2)]
-    assert quantize.dequantise(*stored, torch.bfloat16).shape == (0, 128)
+    assert quantize.dequantize(*stored, torch.bfloat16).shape == (0, 128)
 
 
 # --- where it runs
@@ -164,22 +173,33 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_fake_tensors_pass_and_no_float32_copy_of_the_whole_is_made(device):
     with FakeTensorMode(), Largest() as largest:
-        stored = quantize.quantise(torch.empty(14336, 4096, dtype=torch.bfloat16, device=device))
-        weight = quantize.dequantise(*stored, torch.bfloat16)
-    assert (weight.shape, weight.dtype, weight.device.type) == ((14336, 4096), torch.bfloat16, device)
+        stored = quantize.quantize(torch.empty(14336, 4096, dtype=torch.bfloat16, device=device))
+        weight = quantize.dequantize(*stored, torch.bfloat16)
+    assert (weight.shape, weight.dtype, weight.device.type) == (
+        (14336, 4096),
+        torch.bfloat16,
+        device,
+    )
     assert largest.bytes <= 14336 * 4096 * 4 / 8
 
 
 def test_a_compiler_can_trace_it_whole():
-    stored = quantize.quantise(drawn("normal"))
-    traced = torch.compile(quantize.dequantise, backend="aot_eager", fullgraph=True)
-    assert torch.equal(traced(*stored, torch.bfloat16), quantize.dequantise(*stored, torch.bfloat16))
+    stored = quantize.quantize(drawn("normal"))
+    traced = torch.compile(quantize.dequantize, backend="aot_eager", fullgraph=True)
+    assert torch.equal(
+        traced(*stored, torch.bfloat16), quantize.dequantize(*stored, torch.bfloat16)
+    )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU's bytes with the CPU's: no GPU here")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="compares a GPU's bytes with the CPU's: no GPU here"
+)
 @pytest.mark.parametrize("kind", ["normal", "heavy tails", "zeros"])
 def test_a_gpu_makes_the_same_bytes(kind):
     weight = drawn(kind)
-    here, there = quantize.quantise(weight), quantize.quantise(weight.cuda())
+    here, there = quantize.quantize(weight), quantize.quantize(weight.cuda())
     assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there))
-    assert torch.equal(quantize.dequantise(*here, torch.bfloat16), quantize.dequantise(*there, torch.bfloat16).cpu())
+    assert torch.equal(
+        quantize.dequantize(*here, torch.bfloat16),
+        quantize.dequantize(*there, torch.bfloat16).cpu(),
+    )

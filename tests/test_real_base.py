@@ -17,11 +17,12 @@ from conftest import ROOT, command
 from test_gguf import PEERS, assert_llama_cpp_agrees
 from test_gguf_convert import bpe_tokens, write_gguf
 
-import checkpoint
-import tokenizer
-
 sys.path.insert(0, str(ROOT / "examples"))
 import smollm2  # noqa: E402
+
+from weights.gguf_convert import convert
+from weights.load import load_model
+from weights.tokenizer import load_tokenizer
 
 SMALL = "--lora-rank 8 --lr 1e-3 --max-steps 20 --batch 1 --seq-len 128 --samples 0 --keep 0"
 
@@ -81,23 +82,25 @@ def test_a_clone_of_a_real_base_is_the_same_in_peft_merged_and_as_gguf(real_base
     print(f"held-out loss {result['loss_before']:.3f} to {result['loss']:.3f}: {fall:.1%} less")
     assert fall > 0.02
 
-    ours = tokenizer.load(ckpt)
+    ours = load_tokenizer(ckpt)
     ids = torch.tensor([ours.encode((data / "val.jsonl").read_text()[:600])[0]])
-    adapted = checkpoint.load_model(ckpt, torch.float32)(ids)
+    adapted = load_model(ckpt, torch.float32)(ids)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(real_base, dtype=torch.float32)
     without = theirs(ids).logits
     theirs = peft.PeftModel.from_pretrained(theirs, ckpt).eval()(ids).logits
-    print(f"adapter: {(theirs - without).std():.3f}; PEFT differs by {(theirs - adapted).abs().max():.1e}")
+    print(
+        f"adapter: {(theirs - without).std():.3f}; PEFT differs by {(theirs - adapted).abs().max():.1e}"
+    )
     assert (theirs - without).std() > 0.1  # so PEFT did read it
     torch.testing.assert_close(adapted, theirs, atol=1e-3, rtol=1e-4)
 
     run("lora.py", "merge", ckpt, clone)
-    merged = checkpoint.load_model(clone, torch.float32)
+    merged = load_model(clone, torch.float32)
     gap = (merged(ids) - adapted).std() / adapted.std()
     print(f"merging adds {gap:.2%} of the logits' deviation")
     assert gap < 0.02  # every merged weight is rounded to bf16
-    run("gguf_convert.py", gguf_of(clone, folder / "clone.gguf"), back)
-    for name, tensor in checkpoint.load_model(back, torch.float32).state_dict().items():
+    convert(gguf_of(clone, folder / "clone.gguf"), back)
+    for name, tensor in load_model(back, torch.float32).state_dict().items():
         assert torch.equal(tensor, merged.state_dict()[name]), name
 
     greedy = answer(ckpt)
@@ -109,8 +112,8 @@ def test_a_clone_of_a_real_base_is_the_same_in_peft_merged_and_as_gguf(real_base
 
 @torch.no_grad()
 def test_smollm2_knows_the_capital_of_france(real_base):
-    model = checkpoint.load_model(real_base, torch.float32)
-    ours = tokenizer.load(real_base)
+    model = load_model(real_base, torch.float32)
+    ours = load_tokenizer(real_base)
     prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     reply = "The capital of France is Paris.<|im_end|>"
     ids, begin = ours.encode(prompt + reply)[0], len(ours.encode(prompt)[0])

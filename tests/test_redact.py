@@ -220,7 +220,10 @@ mkdir -p Secret
 
 
 def table(text):
-    return [[cell.strip().replace("⏎", "\n") for cell in line.rsplit(" | ", 1)] for line in text.strip().split("\n")]
+    return [
+        [cell.strip().replace("⏎", "\n") for cell in line.rsplit(" | ", 1)]
+        for line in text.strip().split("\n")
+    ]
 
 
 def redacted(text):
@@ -232,7 +235,9 @@ def redacted(text):
 def test_a_secret_becomes_its_mark_and_the_rest_stays(text, expected):
     result, counts = redacted(text)
     assert result == expected
-    assert counts == collections.Counter(re.findall("<(phone|email|card|iban|key|password)>", expected))
+    assert counts == collections.Counter(
+        re.findall("<(phone|email|card|iban|key|password)>", expected)
+    )
 
 
 @pytest.mark.parametrize("text", [line for (line,) in table(KEPT)] + TODAY)
@@ -249,26 +254,41 @@ def test_counts_grow_over_messages():
 
 @pytest.mark.parametrize(
     "kind, form, share",
-    [("MOBILE", "NATIONAL", 0.86), ("FIXED_LINE", "NATIONAL", 0.81), ("MOBILE", "INTERNATIONAL", 0.99), ("FIXED_LINE", "E164", 0.98)],
+    [
+        ("MOBILE", "NATIONAL", 0.86),
+        ("FIXED_LINE", "NATIONAL", 0.81),
+        ("MOBILE", "INTERNATIONAL", 0.99),
+        ("FIXED_LINE", "E164", 0.98),
+    ],
 )
 def test_most_countries_own_way_to_write_a_number_is_known(kind, form, share):
     """What is left has fewer than seven digits, is bare, or looks like a sum, three small numbers or a time."""
     import phonenumbers
 
-    kind, form = getattr(phonenumbers.PhoneNumberType, kind), getattr(phonenumbers.PhoneNumberFormat, form)
-    examples = [phonenumbers.example_number_for_type(region, kind) for region in sorted(phonenumbers.SUPPORTED_REGIONS)]
+    kind, form = (
+        getattr(phonenumbers.PhoneNumberType, kind),
+        getattr(phonenumbers.PhoneNumberFormat, form),
+    )
+    examples = [
+        phonenumbers.example_number_for_type(region, kind)
+        for region in sorted(phonenumbers.SUPPORTED_REGIONS)
+    ]
     written = [phonenumbers.format_number(example, form) for example in examples if example]
     kept = [number for number in written if redacted(f"call {number} now")[0] != "call <phone> now"]
     assert len(written) > 200 and len(kept) <= (1 - share) * len(written), kept
 
 
-DIGITS = [chr(code) for code in range(128, sys.maxunicode) if unicodedata.decimal(chr(code), None) == 0]  # the zeros of all scripts
+DIGITS = [
+    chr(code) for code in range(128, sys.maxunicode) if unicodedata.decimal(chr(code), None) == 0
+]  # the zeros of all scripts
 
 
 @pytest.mark.parametrize("zero", DIGITS, ids=unicodedata.name)
 def test_secrets_in_the_digits_of_any_script_become_the_same_marks(zero):
     for text, expected in table(REPLACED):
-        if all(mark in ("<phone>", "<card>", "<iban>") for mark in re.findall("<[a-z]+>", expected)) and not re.search("[0-9]", expected):
+        if all(
+            mark in ("<phone>", "<card>", "<iban>") for mark in re.findall("<[a-z]+>", expected)
+        ) and not re.search("[0-9]", expected):
             other = text.translate({ord("0") + i: chr(ord(zero) + i) for i in range(10)})
             assert redacted(other)[0] == expected
 
@@ -277,7 +297,14 @@ digits = lambda least, most: st.text("0123456789", min_size=least, max_size=most
 
 
 def luhn(number):
-    return sum(int(d) if i % 2 == 0 else sum(divmod(2 * int(d), 10)) for i, d in enumerate(reversed(number))) % 10 == 0
+    return (
+        sum(
+            int(d) if i % 2 == 0 else sum(divmod(2 * int(d), 10))
+            for i, d in enumerate(reversed(number))
+        )
+        % 10
+        == 0
+    )
 
 
 def change(number, at, by):
@@ -287,20 +314,38 @@ def change(number, at, by):
 
 
 @settings(deadline=None)
-@given(st.sampled_from("23456"), digits(11, 17), st.integers(12, 18), st.integers(1, 9), st.sampled_from(["", " ", "-"]))
+@given(
+    st.sampled_from("23456"),
+    digits(11, 17),
+    st.integers(12, 18),
+    st.integers(1, 9),
+    st.sampled_from(["", " ", "-"]),
+)
 def test_any_valid_card_is_replaced_and_none_with_a_wrong_digit(first, rest, at, by, gap):
     if gap:
         rest = rest[:14].ljust(14, "7")
     number = next(n for n in (first + rest + str(d) for d in range(10)) if luhn(n))
     assume(len(set(number)) > 1 and not number.startswith("20"))  # 2010 2011 … are years
-    number, wrong = (gap.join(re.findall(".{1,4}", n)) if gap else n for n in (number, change(number, at % len(number), by)))
+    number, wrong = (
+        gap.join(re.findall(".{1,4}", n)) if gap else n
+        for n in (number, change(number, at % len(number), by))
+    )
     assert redacted(f"it is {number}, ok") == ("it is <card>, ok", {"card": 1})
     assert redacted(f"it is {wrong}, ok")[1]["card"] == 0
 
 
 @settings(deadline=None)
-@given(st.sampled_from(sorted(redact.IBAN_LENGTHS)), digits(30, 30), st.integers(0, 12), st.integers(1, 9), st.booleans(), st.booleans())
-def test_any_valid_iban_is_replaced_and_none_with_a_wrong_digit(country, account, at, by, spaces, lower):
+@given(
+    st.sampled_from(sorted(redact.IBAN_LENGTHS)),
+    digits(30, 30),
+    st.integers(0, 12),
+    st.integers(1, 9),
+    st.booleans(),
+    st.booleans(),
+)
+def test_any_valid_iban_is_replaced_and_none_with_a_wrong_digit(
+    country, account, at, by, spaces, lower
+):
     account = account[: redact.IBAN_LENGTHS[country] - 4]
     as_number = int("".join(str(int(letter, 36)) for letter in account + country + "00"))
     iban = f"{country}{98 - as_number % 97:02}{account}"
@@ -310,12 +355,26 @@ def test_any_valid_iban_is_replaced_and_none_with_a_wrong_digit(country, account
     assert redacted(f"pay {write(change(iban, at, by))} please")[1]["iban"] == 0
 
 
-FRAGMENTS = [line[0] for line in table(REPLACED + KEPT)] + ["password", "пароль", "pin", "token", "is", "to", "от", "for", "is not"]
+FRAGMENTS = [line[0] for line in table(REPLACED + KEPT)] + [
+    "password",
+    "пароль",
+    "pin",
+    "token",
+    "is",
+    "to",
+    "от",
+    "for",
+    "is not",
+]
 FRAGMENTS += (
-    [f"<{kind}>" for kind in ("phone", "voice", "password", "key")] + list(".:=-+@/<>()\"' ,1a٣９") + ["hunter2", "0170", "+49", "-p"]
+    [f"<{kind}>" for kind in ("phone", "voice", "password", "key")]
+    + list(".:=-+@/<>()\"' ,1a٣９")
+    + ["hunter2", "0170", "+49", "-p"]
 )
 texts = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=4), max_size=8).flatmap(
-    lambda parts: st.sampled_from(["", " ", ": ", "\n", "-", "@"]).map(lambda between: between.join(parts))
+    lambda parts: st.sampled_from(["", " ", ": ", "\n", "-", "@"]).map(
+        lambda between: between.join(parts)
+    )
 )
 
 
@@ -352,5 +411,12 @@ def test_hostile_messages_take_no_time(piece):
 
 def test_a_message_with_nothing_in_it_costs_a_microsecond():
     counts = collections.Counter()
-    tries = timeit.repeat(lambda: [redact.redact(text, counts) for text in TODAY], timer=time.process_time, number=500, repeat=5)
-    assert min(tries) / 500 / len(TODAY) < 4e-6 and not counts  # 0.7 µs, on a machine that others use
+    tries = timeit.repeat(
+        lambda: [redact.redact(text, counts) for text in TODAY],
+        timer=time.process_time,
+        number=500,
+        repeat=5,
+    )
+    assert (
+        min(tries) / 500 / len(TODAY) < 4e-6 and not counts
+    )  # 0.7 µs, on a machine that others use

@@ -20,11 +20,13 @@ import pytest
 import torch
 from conftest import ROOT, VOCAB, command, refused
 
-import checkpoint
-import generate
-import server
-import tokenizer
 from data import Turn
+from inference import generate, server
+from model import Transformer
+from weights import hf
+from weights.load import load_model, load_weights
+from weights.save import save_model
+from weights.tokenizer import load_tokenizer
 
 HOSTILE, TALKS = int(os.environ.get("HOSTILE", 200)), int(os.environ.get("TALKS", 10))
 TOKEN = "correct-horse-battery"
@@ -35,21 +37,39 @@ HI = [{"role": "user", "content": "hi"}]
 def clone(base, words, tmp_path_factory):
     """A random model folder with ChatML tokens and a persona."""
     folder = tmp_path_factory.mktemp("clone")
-    model = checkpoint.Transformer(checkpoint.with_vocabulary(checkpoint.read_config(base), VOCAB + 2))
-    checkpoint.fill(model, base)
-    checkpoint.save_model(model, folder, words, torch.float32)
+    model = Transformer(hf.with_vocab_size(hf.read_config(base), VOCAB + 2))
+    load_weights(model, base)
+    save_model(model, folder, words, torch.float32)
     words.save(folder)
-    (folder / "persona.json").write_text(json.dumps({"me": "Ann", "contacts": [{"name": "Bob"}, {"name": "Eve"}]}))
+    (folder / "persona.json").write_text(
+        json.dumps({"me": "Ann", "contacts": [{"name": "Bob"}, {"name": "Eve"}]})
+    )
     return folder
 
 
 @contextlib.contextmanager
 def serving(clone, *flags):
     """→ (port, process)"""
-    words = [sys.executable, "chat.py", clone, "--web", "--port", 0, "--weights", "fp32", "--device", "cpu", "--max-tokens", 24, *flags]
+    words = [
+        sys.executable,
+        "chat.py",
+        clone,
+        "--web",
+        "--port",
+        0,
+        "--weights",
+        "fp32",
+        "--device",
+        "cpu",
+        "--max-tokens",
+        24,
+        *flags,
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up, and stop it
-    process = subprocess.Popen([*map(str, words)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
+    process = subprocess.Popen(
+        [*map(str, words)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True
+    )
     process.errors = lambda: [errors.seek(0), errors.read()][1]
     try:
         found = re.search(r":(\d+)/", process.stdout.readline())
@@ -71,7 +91,9 @@ def port(clone):
 
 @pytest.fixture
 def client(port):
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0) as client:
+    with openai.OpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0
+    ) as client:
         yield client
 
 
@@ -86,21 +108,33 @@ def ask(port, method="POST", path="/v1/chat/completions", body=None, **headers):
     answer = connection.getresponse()
     text = answer.read().decode()
     connection.close()
-    return answer.status, answer.headers, json.loads(text) if answer.headers["content-type"] == "application/json" else text
+    return (
+        answer.status,
+        answer.headers,
+        json.loads(text) if answer.headers["content-type"] == "application/json" else text,
+    )
 
 
 def greedy(port, messages=HI, **more):
     status, _, answer = ask(port, body={"messages": messages, "temperature": 0, **more})
     assert status == 200, answer
-    return answer["choices"][0]["message"]["content"], answer["usage"], answer["choices"][0]["finish_reason"]
+    return (
+        answer["choices"][0]["message"]["content"],
+        answer["usage"],
+        answer["choices"][0]["finish_reason"],
+    )
 
 
 # --- the API
 
 
 def test_the_official_client_gets_what_the_decoder_says_streamed_or_not(client, clone):
-    decoder = generate.Decoder(checkpoint.load_model(str(clone)), tokenizer.load(clone), 512)
-    turns = [Turn("Bob", False, "", ["hi", "you there?"]), Turn("Ann", True, "", ["yes"]), Turn("Bob", False, "", ["good"])]
+    decoder = generate.Decoder(load_model(str(clone)), load_tokenizer(clone), 512)
+    turns = [
+        Turn("Bob", False, "", ["hi", "you there?"]),
+        Turn("Ann", True, "", ["yes"]),
+        Turn("Bob", False, "", ["good"]),
+    ]
     answer = generate.Answer(decoder, turns, "Ann", 24, 0)
     said = "\n".join([list(answer), answer.messages][1])
     messages = [
@@ -111,18 +145,36 @@ def test_the_official_client_gets_what_the_decoder_says_streamed_or_not(client, 
         {"role": "user", "content": " good "},
     ]
     whole = client.chat.completions.create(model="any", messages=messages, temperature=0)
-    assert whole.choices[0].message.content == said and whole.choices[0].finish_reason == ("stop" if answer.ended else "length")
-    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(answer.prompt), len(answer.ids))
+    assert whole.choices[0].message.content == said and whole.choices[0].finish_reason == (
+        "stop" if answer.ended else "length"
+    )
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (
+        len(answer.prompt),
+        len(answer.ids),
+    )
     chunks = list(
-        client.chat.completions.create(model="x", messages=messages, temperature=0, stream=True, stream_options={"include_usage": True})
+        client.chat.completions.create(
+            model="x",
+            messages=messages,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
     )
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == said
-    assert chunks[-1].usage == whole.usage and chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert (
+        chunks[-1].usage == whole.usage
+        and chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    )
 
 
 def test_names_are_authors_and_a_last_turn_of_mine_is_gone_on_with(port, clone):
-    decoder = generate.Decoder(checkpoint.load_model(str(clone)), tokenizer.load(clone), 512)
-    turns = [Turn("Eve", False, "", ["hi"]), Turn("Bob", False, "", ["ho"]), Turn("Ann", True, "", ["well"])]
+    decoder = generate.Decoder(load_model(str(clone)), load_tokenizer(clone), 512)
+    turns = [
+        Turn("Eve", False, "", ["hi"]),
+        Turn("Bob", False, "", ["ho"]),
+        Turn("Ann", True, "", ["well"]),
+    ]
     answer = generate.Answer(decoder, turns, "Ann", 24, 0)
     said = "\n".join([list(answer), answer.messages][1])
     messages = [
@@ -137,51 +189,87 @@ def test_a_stop_string_ends_it_and_no_part_of_it_is_shown(client, port):
     said = greedy(port)[0]
     stop = said[len(said) // 2 :][:3]
     wanted = said[: said.index(stop)]
-    chunks = list(client.chat.completions.create(model="any", messages=HI, temperature=0, stop=stop, stream=True))
-    assert "".join(c.choices[0].delta.content or "" for c in chunks) == wanted and chunks[-1].choices[0].finish_reason == "stop"
+    chunks = list(
+        client.chat.completions.create(
+            model="any", messages=HI, temperature=0, stop=stop, stream=True
+        )
+    )
+    assert (
+        "".join(c.choices[0].delta.content or "" for c in chunks) == wanted
+        and chunks[-1].choices[0].finish_reason == "stop"
+    )
     assert greedy(port, stop=["never said", stop])[0] == wanted
     assert greedy(port, stop=said + "x")[0] == said  # what was held back comes at the end
 
 
 def test_what_may_still_become_a_stop_string_is_held_back():
-    assert server.cut("hello", []) == (False, 5)
-    assert server.cut("hello", ["lo w"]) == (False, 3)
-    assert server.cut("hello wide", ["lo w", "e"]) == (True, 1)
-    assert server.cut("aab", ["abc", "bx"]) == (False, 1)
+    assert server.cut_at_stop("hello", []) == (False, 5)
+    assert server.cut_at_stop("hello", ["lo w"]) == (False, 3)
+    assert server.cut_at_stop("hello wide", ["lo w", "e"]) == (True, 1)
+    assert server.cut_at_stop("aab", ["abc", "bx"]) == (False, 1)
 
 
 def test_limits_and_seeds_are_kept(port):
-    assert greedy(port, max_tokens=3)[1]["completion_tokens"] == 3 and greedy(port, max_completion_tokens=2)[2] == "length"
+    assert (
+        greedy(port, max_tokens=3)[1]["completion_tokens"] == 3
+        and greedy(port, max_completion_tokens=2)[2] == "length"
+    )
     assert greedy(port, max_tokens=10**6)[1]["completion_tokens"] <= 24
-    draw = lambda seed: ask(port, body={"messages": HI, "temperature": 1.9, "seed": seed})[2]["choices"][0]["message"]["content"]
+    draw = lambda seed: ask(port, body={"messages": HI, "temperature": 1.9, "seed": seed})[2][
+        "choices"
+    ][0]["message"]["content"]
     assert draw(1) == draw(1) != draw(2)
 
 
 def test_max_tokens_means_what_it_means_to_llama_cpp(port):
     plain = greedy(port)
     for no_limit in (-1, -1.0, None):
-        assert greedy(port, max_tokens=no_limit) == greedy(port, max_completion_tokens=no_limit) == plain
-    assert greedy(port, max_tokens=3.0) == greedy(port, max_tokens=3, max_completion_tokens=-1) == greedy(port, max_tokens=3)
+        assert (
+            greedy(port, max_tokens=no_limit)
+            == greedy(port, max_completion_tokens=no_limit)
+            == plain
+        )
+    assert (
+        greedy(port, max_tokens=3.0)
+        == greedy(port, max_tokens=3, max_completion_tokens=-1)
+        == greedy(port, max_tokens=3)
+    )
     text, usage, reason = greedy(port, max_tokens=0)
-    assert (text, usage["completion_tokens"], reason) == ("", 0, "length") and usage["prompt_tokens"] == plain[1]["prompt_tokens"]
+    assert (text, usage["completion_tokens"], reason) == ("", 0, "length") and usage[
+        "prompt_tokens"
+    ] == plain[1]["prompt_tokens"]
     _, _, streamed = ask(port, body={"messages": HI, "max_tokens": 0, "stream": True})
     events = [json.loads(line[6:]) for line in streamed.split("\n\n")[:-2]]
-    assert [event["choices"][0]["finish_reason"] for event in events] == [None, "length"] and streamed.endswith("data: [DONE]\n\n")
+    assert [event["choices"][0]["finish_reason"] for event in events] == [
+        None,
+        "length",
+    ] and streamed.endswith("data: [DONE]\n\n")
 
 
 def test_many_stop_strings_all_count_and_empty_ones_none(port):
     plain = greedy(port)
     stop = plain[0][len(plain[0]) // 2 :][:3]
-    assert greedy(port, stop=[f"never {n}" for n in range(99)] + [stop])[0] == plain[0][: plain[0].index(stop)]
+    assert (
+        greedy(port, stop=[f"never {n}" for n in range(99)] + [stop])[0]
+        == plain[0][: plain[0].index(stop)]
+    )
     for nothing in ("", [], [""], ["", None], None):
         assert greedy(port, stop=nothing) == plain
 
 
 def test_a_path_may_have_slashes_too_many_and_lack_v1(port):
     wanted = greedy(port)[0]
-    for path in ("/v1/chat/completions/", "/v1//chat/completions/", "//v1/chat//completions", "/chat/completions"):
+    for path in (
+        "/v1/chat/completions/",
+        "/v1//chat/completions/",
+        "//v1/chat//completions",
+        "/chat/completions",
+    ):
         status, _, answer = ask(port, path=path, body={"messages": HI, "temperature": 0})
-        assert status == 200 and answer["choices"][0]["message"]["content"] == wanted, (path, answer)
+        assert status == 200 and answer["choices"][0]["message"]["content"] == wanted, (
+            path,
+            answer,
+        )
     for path in ("/v1/models/", "/models", "//v1//models"):
         assert [model["id"] for model in ask(port, "GET", path)[2]["data"]] == ["Ann"]
     assert ask(port, "GET", "/v1/models/Ann/")[2]["id"] == "Ann"
@@ -193,16 +281,27 @@ def test_with_a_seed_of_its_own_retry_answers_otherwise_and_all_is_repeatable(cl
     runs = []
     for _ in range(2):
         with serving(clone, "--seed", 1, "--temperature", 1.9) as (port, _):
-            runs.append([ask(port, body={"messages": HI})[2]["choices"][0]["message"]["content"] for _ in range(3)])
+            runs.append(
+                [
+                    ask(port, body={"messages": HI})[2]["choices"][0]["message"]["content"]
+                    for _ in range(3)
+                ]
+            )
     assert runs[0] == runs[1] and len({*runs[0]}) == 3
 
 
 def test_models_and_health(client, port):
-    assert [model.id for model in client.models.list()] == ["Ann"] and client.models.retrieve("Ann").id == "Ann"
+    assert [model.id for model in client.models.list()] == ["Ann"] and client.models.retrieve(
+        "Ann"
+    ).id == "Ann"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("Bob")
     assert ask(port, "GET", "/health")[2] == {"status": "ok"}
-    assert ask(port, "GET", "/persona")[2] == {"me": "Ann", "you": "Bob", "contacts": ["Bob", "Eve"]}
+    assert ask(port, "GET", "/persona")[2] == {
+        "me": "Ann",
+        "you": "Bob",
+        "contacts": ["Bob", "Eve"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -246,13 +345,15 @@ def test_sixteen_clients_at_once_get_what_each_gets_alone(port):
 
 
 def test_more_than_the_line_holds_are_told_to_come_back_and_who_leaves_frees_the_place(clone):
-    body = json.dumps({"messages": [{"role": "user", "content": "word " * 200}], "stream": True, "seed": 1}).encode()
+    body = json.dumps(
+        {"messages": [{"role": "user", "content": "word " * 200}], "stream": True, "seed": 1}
+    ).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with serving(clone, "--max-tokens", 200) as (port, _):
         began = time.time()
         greedy(port, max_tokens=200)
         one_takes = time.time() - began
-        those = [socket.create_connection(("127.0.0.1", port)) for _ in range(server.PLACES + 8)]
+        those = [socket.create_connection(("127.0.0.1", port)) for _ in range(server.MAX_QUEUE + 8)]
         for one in those:
             one.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         over = []
@@ -267,7 +368,7 @@ def test_more_than_the_line_holds_are_told_to_come_back_and_who_leaves_frees_the
         began = time.time()
         while ask(port, body={"messages": HI, "max_tokens": 1})[0] == 503:
             time.sleep(0.02)
-        assert time.time() - began < server.PLACES * one_takes / 4
+        assert time.time() - began < server.MAX_QUEUE * one_takes / 4
 
 
 # --- who is let in
@@ -306,7 +407,7 @@ def test_a_body_too_long_is_a_413_and_a_slow_one_a_408(port):
         slow.sendall(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
         )
-        slow.settimeout(server.SLOW + 60)
+        slow.settimeout(server.BODY_SECONDS + 60)
         assert b" 408 " in slow.recv(4096)
 
 
@@ -314,7 +415,12 @@ def test_elsewhere_a_token_and_a_name_are_needed(clone, chats):
     refused(command("chat.py", clone, "--web", "--host", "0.0.0.0"), "--token", "--as")
     refused(command("chat.py", clone, "--web", "--host", "0.0.0.0", "--token", TOKEN), "--as")
     refused(command("chat.py", clone, "--web", "--token", "short"), "--token")
-    refused(command("chat.py", clone, "--web", "--host", "nowhere.invalid", "--token", TOKEN, "--as", "Eve"), "--host nowhere.invalid")
+    refused(
+        command(
+            "chat.py", clone, "--web", "--host", "nowhere.invalid", "--token", TOKEN, "--as", "Eve"
+        ),
+        "--host nowhere.invalid",
+    )
     with socket.create_server(("127.0.0.1", 0)) as taken:
         web = ("chat.py", clone, "--web", "--port", taken.getsockname()[1])
         refused(command(*web), "--port")
@@ -326,7 +432,10 @@ def test_elsewhere_a_token_and_a_name_are_needed(clone, chats):
 
 def test_a_missing_package_is_named(clone, tmp_path):
     (tmp_path / "starlette.py").write_text("raise ImportError('no', name='starlette')")
-    refused(command("chat.py", clone, "--web", env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}), "pip install -r requirements-extra.txt")
+    refused(
+        command("chat.py", clone, "--web", env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}),
+        "pip install -r requirements-extra.txt",
+    )
 
 
 def test_elsewhere_the_token_is_checked_and_one_is_who_one_is(clone):
@@ -340,14 +449,35 @@ def test_elsewhere_the_token_is_checked_and_one_is_who_one_is(clone):
             {"Authorization": "Bearer \xe9"},
         ):
             status, headers, answer = ask(port, "GET", "/v1/models", **wrong)
-            assert (status, answer["error"]["code"], headers["www-authenticate"]) == (401, "invalid_api_key", "Bearer")
-            assert ask(port, "GET", "/persona", **wrong)[0] == ask(port, body={"messages": HI}, **wrong)[0] == 401
+            assert (status, answer["error"]["code"], headers["www-authenticate"]) == (
+                401,
+                "invalid_api_key",
+                "Bearer",
+            )
+            assert (
+                ask(port, "GET", "/persona", **wrong)[0]
+                == ask(port, body={"messages": HI}, **wrong)[0]
+                == 401
+            )
         page = ask(port, "GET", "/")
         assert page[0] == 200 and not {"Ann", "Bob", "Eve"} & set(re.findall(r"\w+", page[2]))
-        assert ask(port, "GET", "/persona", **mine)[2] == {"me": "Ann", "you": "Eve", "contacts": []}
+        assert ask(port, "GET", "/persona", **mine)[2] == {
+            "me": "Ann",
+            "you": "Eve",
+            "contacts": [],
+        }
         for host in ("192.168.1.5:8000", "clone.example.org", "host.docker.internal:8000"):
-            assert ask(port, "GET", "/persona", Host=host, Origin="https://clone.example.org", **mine)[0] == 200
-            assert ask(port, "GET", "/", Host=host)[0] == ask(port, "GET", "/health", Host=host)[0] == 200
+            assert (
+                ask(port, "GET", "/persona", Host=host, Origin="https://clone.example.org", **mine)[
+                    0
+                ]
+                == 200
+            )
+            assert (
+                ask(port, "GET", "/", Host=host)[0]
+                == ask(port, "GET", "/health", Host=host)[0]
+                == 200
+            )
             assert ask(port, "GET", "/persona", Host=host)[0] == 401
         as_bob = {"messages": [{"role": "user", "name": "Bob", "content": "hi"}]}
         assert ask(port, body=as_bob, **mine)[0] == 403
@@ -370,7 +500,11 @@ def test_without_the_token_nothing_but_the_page_and_health_is_there(clone):
             assert ask(port, path=path, body={"messages": HI})[0] == 401, path
         mine = {"Authorization": f"Bearer {TOKEN}"}
         assert ask(port, "GET", "/none", **mine)[0] == 404
-        assert ask(port, "GET", "//persona/", **mine)[2] == {"me": "Ann", "you": "Eve", "contacts": []}
+        assert ask(port, "GET", "//persona/", **mine)[2] == {
+            "me": "Ann",
+            "you": "Eve",
+            "contacts": [],
+        }
 
 
 def status_of(port, method, path):
@@ -381,7 +515,10 @@ def status_of(port, method, path):
 
 
 def test_without_a_token_only_the_names_that_were_allowed_are_answered(clone):
-    with serving(clone, "--allow-host", "host.docker.internal", "--allow-host", "Box.example") as (port, _):
+    with serving(clone, "--allow-host", "host.docker.internal", "--allow-host", "Box.example") as (
+        port,
+        _,
+    ):
         for host, status in [
             ("localhost", 200),
             (f"127.0.0.1:{port}", 200),
@@ -395,8 +532,13 @@ def test_without_a_token_only_the_names_that_were_allowed_are_answered(clone):
             for path in ("/", "/health", "/persona", "/v1/models", "//persona"):
                 got, _, answer = ask(port, "GET", path, Host=host)
                 assert got == status, (host, path, answer)
-        assert ask(port, "GET", "/persona", Host="box.example", Origin="https://box.example")[0] == 200
-        assert ask(port, "GET", "/persona", Host="box.example", Origin="https://evil.example")[0] == 403
+        assert (
+            ask(port, "GET", "/persona", Host="box.example", Origin="https://box.example")[0] == 200
+        )
+        assert (
+            ask(port, "GET", "/persona", Host="box.example", Origin="https://evil.example")[0]
+            == 403
+        )
 
 
 # --- behind a proxy
@@ -441,7 +583,13 @@ def proxied(name, port, folder):
     (folder / "proxy.conf").write_text(config(snippet, outside, folder))
     env = os.environ | dict.fromkeys(("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME"), str(folder))
     with open(folder / "errors", "w") as errors:
-        process = subprocess.Popen([program, *flags, folder / "proxy.conf"], cwd=folder, env=env, stdout=errors, stderr=errors)
+        process = subprocess.Popen(
+            [program, *flags, folder / "proxy.conf"],
+            cwd=folder,
+            env=env,
+            stdout=errors,
+            stderr=errors,
+        )
     try:
         deadline = time.time() + 30
         while time.time() < deadline and process.poll() is None:
@@ -461,24 +609,38 @@ def test_behind_a_proxy_the_page_the_api_and_streams_come_through(clone, tmp_pat
     os.chmod(tmp_path, 0o755)  # nginx's worker is another user
     site = {"Host": "clone.example.org", "Origin": "https://clone.example.org"}
     mine = {**site, "Authorization": f"Bearer {TOKEN}"}
-    with serving(clone, "--token", TOKEN, "--as", "Eve", "--max-tokens", 200) as (port, _), proxied(name, port, tmp_path) as outside:
-        assert "AI imitation" in ask(outside, "GET", "/", **site)[2] and ask(outside, "GET", "/health", **site)[0] == 200
+    with (
+        serving(clone, "--token", TOKEN, "--as", "Eve", "--max-tokens", 200) as (port, _),
+        proxied(name, port, tmp_path) as outside,
+    ):
+        assert (
+            "AI imitation" in ask(outside, "GET", "/", **site)[2]
+            and ask(outside, "GET", "/health", **site)[0] == 200
+        )
         for path in ("/persona", "//persona", "/health/../persona", "/v1/models", "/none"):
             assert ask(outside, "GET", path, **site)[0] == 401
         assert ask(outside, "GET", "/persona", **mine)[2]["you"] == "Eve"
         body = {"messages": HI, "temperature": 0, "max_tokens": 20}
         status, _, answer = ask(outside, body=body, **mine)
-        assert status == 200 and answer == {**ask(port, body=body, **mine)[2], **{key: answer[key] for key in ("id", "created")}}
+        assert status == 200 and answer == {
+            **ask(port, body=body, **mine)[2],
+            **{key: answer[key] for key in ("id", "created")},
+        }
         assert ask(outside, body=body, **site)[0] == 401
         # While others are answered the first event comes at once, if nothing holds it back.
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             long = {"messages": HI * 20, "seed": 1, "max_tokens": 200}
-            others = [pool.submit(ask, port, body=long, Authorization=mine["Authorization"]) for _ in range(4)]
+            others = [
+                pool.submit(ask, port, body=long, Authorization=mine["Authorization"])
+                for _ in range(4)
+            ]
             time.sleep(0.2)
             came = [(time.time(), "")]
             connection = http.client.HTTPConnection("127.0.0.1", outside, timeout=60)
             text = json.dumps({**body, "stream": True, "stop": ["never"] * 5})
-            connection.request("POST", "/v1/chat/completions/", text, {"content-type": "application/json", **mine})
+            connection.request(
+                "POST", "/v1/chat/completions/", text, {"content-type": "application/json", **mine}
+            )
             came += [(time.time(), line) for line in connection.getresponse()]
             connection.close()
             assert all(other.result()[0] == 200 for other in others)
@@ -486,7 +648,9 @@ def test_behind_a_proxy_the_page_the_api_and_streams_come_through(clone, tmp_pat
         assert first - began < (end - began) / 3, (first - began, end - began)
         chunks = [json.loads(line[6:]) for _, line in came[1:] if line.startswith(b"data: {")]
         said = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
-        assert said == answer["choices"][0]["message"]["content"] and came[-2][1] == b"data: [DONE]\n"
+        assert (
+            said == answer["choices"][0]["message"]["content"] and came[-2][1] == b"data: [DONE]\n"
+        )
 
 
 # --- whoever means ill
@@ -514,7 +678,11 @@ class Hostile:
                 if isinstance(fields.get("messages"), list) and fields["messages"]
                 else fields
             )
-            where[draw.choice(self.names if where is fields else ["role", "content", "name", "tool_calls"])] = draw.choice(strange)
+            where[
+                draw.choice(
+                    self.names if where is fields else ["role", "content", "name", "tool_calls"]
+                )
+            ] = draw.choice(strange)
         return fields
 
     def body(self):
@@ -528,20 +696,39 @@ class Hostile:
 
     def request(self):
         draw, body = self.random, self.body()
-        method = draw.choice([b"POST"] * 9 + [b"GET", b"PUT", b"HEAD", b"OPTIONS", b"BREW", b"CONNECT"])
+        method = draw.choice(
+            [b"POST"] * 9 + [b"GET", b"PUT", b"HEAD", b"OPTIONS", b"BREW", b"CONNECT"]
+        )
         path = draw.choice(
             [b"/v1/chat/completions"] * 12
-            + [b"/v1/models/%00%ff", b"//", b"/../server.py", b"/" + b"x" * 9000, b"*", b"/persona?x=%", b"http://evil/"]
+            + [
+                b"/v1/models/%00%ff",
+                b"//",
+                b"/../server.py",
+                b"/" + b"x" * 9000,
+                b"*",
+                b"/persona?x=%",
+                b"http://evil/",
+            ]
         )
         lines = [
-            b"Host: " + draw.choice([b"localhost"] * 9 + [b"", b"[", b"[::1]:99999999", b"evil", b"127.0.0.1:x", b"\xe9"]),
-            b"Content-Type: " + draw.choice([b"application/json"] * 9 + [b"application/json; charset=\xff", b"text/plain", b""]),
+            b"Host: "
+            + draw.choice(
+                [b"localhost"] * 9
+                + [b"", b"[", b"[::1]:99999999", b"evil", b"127.0.0.1:x", b"\xe9"]
+            ),
+            b"Content-Type: "
+            + draw.choice(
+                [b"application/json"] * 9 + [b"application/json; charset=\xff", b"text/plain", b""]
+            ),
         ]
         lines += draw.sample([b"Authorization: \xe9", b"Expect: 100-continue", b"Upgrade: websocket\r\nConnection: upgrade", b"Origin: null", b"X: " + b"y" * 70000,
                               b"Bad Header", b"Content-Length: -1", b"Transfer-Encoding: gzip", b"Host: other", b"Cookie: " + b";" * 999], draw.choice([0, 0, 0, 1, 2]))  # fmt: skip
         if draw.random() < 0.25:
             pieces = [body[n : n + 50] for n in range(0, min(len(body), 5000), 50)]
-            ended = b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in pieces) + draw.choice([b"0\r\n\r\n", b"zz\r\n", b""])
+            ended = b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in pieces) + draw.choice(
+                [b"0\r\n\r\n", b"zz\r\n", b""]
+            )
             lines, body = [*lines, b"Transfer-Encoding: chunked"], ended
         else:
             lines.append(b"Content-Length: %d" % max(0, len(body) + draw.choice([0] * 9 + [9, -9])))
@@ -570,7 +757,10 @@ def test_no_hostile_request_makes_it_fail_or_grow(clone):
         wanted = greedy(port)
         begin = burden(process)
         for number in range(HOSTILE):
-            with socket.create_connection(("127.0.0.1", port)) as one, contextlib.suppress(ConnectionError, TimeoutError):
+            with (
+                socket.create_connection(("127.0.0.1", port)) as one,
+                contextlib.suppress(ConnectionError, TimeoutError),
+            ):
                 one.settimeout(0.3 if number % 4 else 0.02)  # some wait for the answer, some leave
                 one.sendall(Hostile(number).request())
                 answer = one.recv(65536)
@@ -581,15 +771,22 @@ def test_no_hostile_request_makes_it_fail_or_grow(clone):
             time.sleep(0.1)
         threads, memory, files = burden(process)
         assert greedy(port) == wanted
-        assert threads <= begin[0] and files <= begin[2] and memory < begin[1] + 60, (begin, (threads, memory, files))
+        assert threads <= begin[0] and files <= begin[2] and memory < begin[1] + 60, (
+            begin,
+            (threads, memory, files),
+        )
         assert "Traceback" not in process.errors()
 
 
 def test_a_connection_that_says_nothing_or_drips_is_hung_up_on(port):
     ends = []
-    for opening in (b"", b"GET / HTTP/1.1\r\nHost: loc", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HT"):
+    for opening in (
+        b"",
+        b"GET / HTTP/1.1\r\nHost: loc",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HT",
+    ):
         one = socket.create_connection(("127.0.0.1", port))
-        one.settimeout(2 * server.SLOW + 60)
+        one.settimeout(2 * server.BODY_SECONDS + 60)
         one.sendall(opening)
         ends.append(one)
     for one in ends:
@@ -630,7 +827,9 @@ def browser():
         pytest.skip("no chromium: apt-get install chromium")
     sync = pytest.importorskip("playwright.sync_api")
     with sync.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])  # root may not have one
+        browser = play.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox"]
+        )  # root may not have one
         yield browser
         browser.close()
 
@@ -641,7 +840,12 @@ def page(browser):
     page = browser.new_page()
     page.complaints = []
     page.on("pageerror", lambda error: page.complaints.append(str(error)))
-    page.on("console", lambda line: page.complaints.append(line.text) if "Failed to load" not in line.text else None)
+    page.on(
+        "console",
+        lambda line: (
+            page.complaints.append(line.text) if "Failed to load" not in line.text else None
+        ),
+    )
     page.set_default_timeout(15000)
     yield page
     assert page.complaints == []
@@ -663,25 +867,44 @@ def test_the_page_shows_the_answer_as_bubbles_and_sends_what_was_said(page, port
     page.select_option("#you", "Eve")
     with page.expect_request("**/v1/chat/completions") as asked:
         say(page, "hi <b>there</b>\n\n  two ")
-    assert asked.value.post_data_json["messages"] == [{"role": "user", "name": "Eve", "content": "hi <b>there</b>\ntwo"}]
+    assert asked.value.post_data_json["messages"] == [
+        {"role": "user", "name": "Eve", "content": "hi <b>there</b>\ntwo"}
+    ]
     page.wait_for_selector("#send:visible")
     texts = said(page)
-    assert texts[:2] == ["hi <b>there</b>", "two"] and len(texts) > 2 and page.locator("#log b").count() == 0
+    assert (
+        texts[:2] == ["hi <b>there</b>", "two"]
+        and len(texts) > 2
+        and page.locator("#log b").count() == 0
+    )
     with page.expect_request("**/v1/chat/completions") as asked:
         say(page, "more")
-    assert [m["role"] for m in asked.value.post_data_json["messages"]] == ["user", "assistant", "user"]
+    assert [m["role"] for m in asked.value.post_data_json["messages"]] == [
+        "user",
+        "assistant",
+        "user",
+    ]
     assert asked.value.post_data_json["messages"][1]["content"] == "\n".join(texts[2:])
     page.wait_for_selector("#send:visible")
     page.click("#retry")
     page.wait_for_selector("#send:visible")
     assert said(page)[: len(texts) + 1] == [*texts, "more"]
     page.click("#clear")
-    assert said(page) == [] and page.is_visible("#empty") and page.evaluate("document.activeElement.id") == "text"
+    assert (
+        said(page) == []
+        and page.is_visible("#empty")
+        and page.evaluate("document.activeElement.id") == "text"
+    )
 
 
 def stream(*texts, end=True):
-    chunks = [{"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in texts]
-    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + ("data: [DONE]\n\n" if end else "")
+    chunks = [
+        {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
+        for text in texts
+    ]
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + (
+        "data: [DONE]\n\n" if end else ""
+    )
 
 
 def test_a_lost_connection_is_said_and_tried_again_and_nothing_typed_is_lost(page, port):
@@ -699,7 +922,10 @@ def test_a_lost_connection_is_said_and_tried_again_and_nothing_typed_is_lost(pag
     page.fill("#text", "being written")
     page.wait_for_selector("text=here I am")
     page.wait_for_selector("#send:visible")
-    assert said(page) == ["still there?", "well", "here I am"] and page.input_value("#text") == "being written"
+    assert (
+        said(page) == ["still there?", "well", "here I am"]
+        and page.input_value("#text") == "being written"
+    )
     assert page.is_hidden("#trouble") and not replies
 
 
@@ -721,8 +947,16 @@ def test_the_page_has_a_strict_policy_and_names_for_its_parts(page, port, browse
     policy = page.goto(f"http://127.0.0.1:{port}/").headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
     page.wait_for_selector("text=AI imitation of Ann")
-    assert page.get_by_role("log", name="Conversation").count() == page.get_by_role("textbox", name="Message").count() == 1
-    assert page.get_by_role("combobox", name="You are").count() == page.get_by_role("button", name="Send").count() == 1
+    assert (
+        page.get_by_role("log", name="Conversation").count()
+        == page.get_by_role("textbox", name="Message").count()
+        == 1
+    )
+    assert (
+        page.get_by_role("combobox", name="You are").count()
+        == page.get_by_role("button", name="Send").count()
+        == 1
+    )
     assert page.evaluate("try { document.body.innerHTML = '<i>'; false } catch { true }")
     page.complaints.clear()  # of just that
     for width in (320, 375, 1200):
@@ -743,8 +977,13 @@ def test_elsewhere_the_page_takes_the_token_from_its_address(page, clone):
 
 def test_behind_a_proxy_the_page_takes_the_token_from_its_address(page, clone, tmp_path):
     os.chmod(tmp_path, 0o755)
-    with serving(clone, "--token", TOKEN, "--as", "Eve") as (port, _), proxied("nginx", port, tmp_path) as outside:
-        page.goto(f"http://127.0.0.1:{outside}/#{TOKEN}")  # its Origin is not the Host that nginx sends
+    with (
+        serving(clone, "--token", TOKEN, "--as", "Eve") as (port, _),
+        proxied("nginx", port, tmp_path) as outside,
+    ):
+        page.goto(
+            f"http://127.0.0.1:{outside}/#{TOKEN}"
+        )  # its Origin is not the Host that nginx sends
         page.wait_for_selector("text=AI imitation of Ann")
         assert page.is_hidden("#you") and page.text_content("#fixed") == "Eve"
         say(page, "hi")

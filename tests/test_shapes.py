@@ -12,27 +12,30 @@ from conftest import ROOT
 from test_plan import refuse, run
 
 import bench.tokens
-import checkpoint
 import plan
-from config import UserError
+from cli import UserError
+from training import cost
+from weights import devices, hf, hub
 
 KINDS = {"mistral": "Mistral", "ministral3": "Ministral3", "qwen3": "Qwen3", "llama": "Llama"}
 PAGE = (ROOT / "docs" / "BASES.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SEES = [name for name in plan.SHAPES if re.search(r"Ministral-3-|Small-3\.", name)]
+SEES = [name for name in plan.BASE_CONFIGS if re.search(r"Ministral-3-|Small-3\.", name)]
 
 
 def theirs(name):
     """transformers' settings of a base, from what bases.toml says; RoPE by its newer key."""
-    said = {key: value for key, value in vars(plan.SHAPES[name]).items() if key != "rope_scaling"}
+    said = {
+        key: value for key, value in vars(plan.BASE_CONFIGS[name]).items() if key != "rope_scaling"
+    }
     rope = {"rope_type": "default", "rope_theta": said.pop("rope_theta")}
-    rope |= plan.SHAPES[name].rope_scaling or {}
+    rope |= plan.BASE_CONFIGS[name].rope_scaling or {}
     return getattr(transformers, f"{KINDS[said['model_type']]}Config")(**said, rope_parameters=rope)
 
 
-@pytest.mark.parametrize("name", plan.SHAPES)
+@pytest.mark.parametrize("name", plan.BASE_CONFIGS)
 def test_its_weights_are_as_many_as_its_maker_says_and_as_transformers_makes(name):
-    shape, published = plan.SHAPES[name], plan.BASES[name]["published"]
+    shape, published = plan.BASE_CONFIGS[name], plan.BASES[name]["published"]
     last_digit = 10.0 ** -len(published.partition(".")[2])
     assert abs(shape.num_parameters / 1e9 - float(published)) < last_digit
     settings = theirs(name)
@@ -41,25 +44,33 @@ def test_its_weights_are_as_many_as_its_maker_says_and_as_transformers_makes(nam
     assert shape.num_parameters == model.num_parameters()
 
 
-@pytest.mark.parametrize("name", plan.SHAPES)
+@pytest.mark.parametrize("name", plan.BASE_CONFIGS)
 def test_a_folder_with_its_config_json_is_read_to_the_same_shape(name, tmp_path):
     """Of one that sees: its text is inside `text_config`, which alone says if the head is tied."""
     said = theirs(name).to_dict()
     if name in SEES:
-        said = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "text_config": said, "vision_config": {}}
+        said = {
+            "architectures": ["Mistral3ForConditionalGeneration"],
+            "model_type": "mistral3",
+            "text_config": said,
+            "vision_config": {},
+        }
     (tmp_path / "config.json").write_text(json.dumps(said))
-    assert checkpoint.read_config(tmp_path) == plan.SHAPES[name]
+    assert hf.read_config(tmp_path) == plan.BASE_CONFIGS[name]
 
 
 def test_a_ministral_in_fp8_is_refused_as_its_instruct_models_are(tmp_path):
-    said = {"model_type": "mistral3", "text_config": theirs("mistralai/Ministral-3-3B-Base-2512").to_dict()}
+    said = {
+        "model_type": "mistral3",
+        "text_config": theirs("mistralai/Ministral-3-3B-Base-2512").to_dict(),
+    }
     said |= {"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}}
     (tmp_path / "config.json").write_text(json.dumps(said))
     with pytest.raises(UserError, match="quantised weights"):
-        checkpoint.read_config(tmp_path)
+        hf.read_config(tmp_path)
 
 
-@pytest.mark.parametrize("name", plan.SHAPES)
+@pytest.mark.parametrize("name", plan.BASE_CONFIGS)
 def test_where_its_keys_were_read_is_said_and_the_page_names_it(name):
     assert plan.BASES[name]["source"] and plan.BASES[name]["published"]
     assert f"`{name}`" in PAGE
@@ -70,20 +81,26 @@ def offline(monkeypatch):
         raise OSError("no network in this test")
 
     monkeypatch.setattr(socket.socket, "connect", refuses)
-    monkeypatch.setattr(checkpoint, "cached", lambda model: None)
+    monkeypatch.setattr(hub, "cached_folder", lambda model: None)
 
 
-@pytest.mark.parametrize("name", plan.SHAPES)
+@pytest.mark.parametrize("name", plan.BASE_CONFIGS)
 def test_it_is_planned_without_the_hub(name, capsys, monkeypatch):
     offline(monkeypatch)
-    monkeypatch.setattr(plan, "memory", lambda *_, **__: {"weights": plan.GIB})
-    found = json.loads(run(capsys, monkeypatch, "--model", name, "--gpu", "4090", "--lora", "--json"))
-    assert found["fits"] and found["disk_gb"]["base"] == pytest.approx(plan.SHAPES[name].num_parameters * 2e-9, abs=0.1)
+    monkeypatch.setattr(cost, "peak_memory", lambda *_, **__: {"weights": devices.GIB})
+    found = json.loads(
+        run(capsys, monkeypatch, "--model", name, "--gpu", "4090", "--lora", "--json")
+    )
+    assert found["fits"] and found["disk_gb"]["base"] == pytest.approx(
+        plan.BASE_CONFIGS[name].num_parameters * 2e-9, abs=0.1
+    )
 
 
 def test_new_rows_are_those_that_the_vocabulary_lacks():
-    for name, shape in plan.SHAPES.items():
-        grown, rows, _ = plan.shape_of(name) if not checkpoint.cached(name) else (shape, (), None)
+    for name, shape in plan.BASE_CONFIGS.items():
+        grown, rows, _ = (
+            plan.base_config(name) if not hub.cached_folder(name) else (shape, (), None)
+        )
         has = name.startswith(("Qwen/", "HuggingFaceTB/", "teknium/"))
         assert bool(plan.BASES[name].get("chatml")) == has and len(rows) == (0 if has else 2), name
         assert grown.vocab_size == shape.vocab_size + len(rows)
@@ -91,26 +108,42 @@ def test_new_rows_are_those_that_the_vocabulary_lacks():
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen99-8B", "someone/else"])
 def test_an_unknown_name_is_answered_with_those_that_are_known(name, monkeypatch):
-    monkeypatch.setattr(checkpoint, "fetch_config", lambda model: (_ for _ in ()).throw(UserError(f"{model} is nowhere", "Give a folder.")))
-    monkeypatch.setattr(checkpoint, "cached", lambda model: None)
+    monkeypatch.setattr(
+        hub,
+        "fetch_config",
+        lambda model: (_ for _ in ()).throw(UserError(f"{model} is nowhere", "Give a folder.")),
+    )
+    monkeypatch.setattr(hub, "cached_folder", lambda model: None)
     said = refuse(monkeypatch, "--gpu", "3090", "--model", name)
-    assert said.startswith(f"{name} is nowhere\nGive a folder. ") and all(known in said for known in plan.SHAPES)
+    assert said.startswith(f"{name} is nowhere\nGive a folder. ") and all(
+        known in said for known in plan.BASE_CONFIGS
+    )
 
 
-def test_what_the_page_says_of_memory_plan_says(model="mistralai/Ministral-3-8B-Base-2512", way="lora"):
+def test_what_the_page_says_of_memory_plan_says(
+    model="mistralai/Ministral-3-8B-Base-2512", way="lora"
+):
     """Of one row, which takes seconds; the others come from the same program."""
-    row = re.search(rf"^\| `{re.escape(model)}` \| `--gpu (\S+) --{way}` \| ([\d.]+) of", PAGE, re.M)
-    card = plan.CARDS[row[1]]
-    shape, added, _ = plan.shape_of(model)
-    ways = {"adapter": {"rank": 32, "alpha": 16, "rows": added}, "nf4": way == "qlora", "pure": False}
-    choice = plan.choose(plan.Work(shape, ways, 8), card, (card.gib - 2) * plan.GIB)
-    assert choice.fits and choice.bytes / plan.GIB + 2 == pytest.approx(float(row[2]), abs=0.06)
+    row = re.search(
+        rf"^\| `{re.escape(model)}` \| `--gpu (\S+) --{way}` \| ([\d.]+) of", PAGE, re.M
+    )
+    card = cost.GPUS[row[1]]
+    shape, added, _ = plan.base_config(model)
+    ways = {
+        "adapter": {"rank": 32, "alpha": 16, "rows": added},
+        "nf4": way == "qlora",
+        "pure": False,
+    }
+    choice = cost.choose_micro_batch(
+        cost.StepWorkload(shape, ways, 8), card, (card.gib - 2) * devices.GIB
+    )
+    assert choice.fits and choice.bytes / devices.GIB + 2 == pytest.approx(float(row[2]), abs=0.06)
 
 
 def test_the_readme_recommends_what_plan_knows():
     table = README.partition("## Which base")[2].partition("\n## ")[0]
     names = re.findall(r"^\| [^|]*\| `(\S+/\S+)`", table, re.M)
-    assert len(names) >= 5 and set(names) <= {*plan.SHAPES, "examples/base"}
+    assert len(names) >= 5 and set(names) <= {*plan.BASE_CONFIGS, "examples/base"}
 
 
 def test_a_talk_in_four_languages_is_counted_as_mistral_common_does(capsys, monkeypatch):
@@ -120,14 +153,21 @@ def test_a_talk_in_four_languages_is_counted_as_mistral_common_does(capsys, monk
     monkeypatch.setattr(bench.tokens, "OURS", {})
     monkeypatch.setattr(sys, "argv", ["bench.tokens", f"tekken={path}"])
     bench.tokens.main()
-    *found, added = map(float, re.search(r"^tekken +(.*)$", capsys.readouterr().out, re.M)[1].split())
+    *found, added = map(
+        float, re.search(r"^tekken +(.*)$", capsys.readouterr().out, re.M)[1].split()
+    )
     talks, reference = bench.tokens.read_talks(), Tekkenizer.from_file(path)
     counts = [len(reference.encode(text, bos=False, eos=False)) for text in talks.values()]
-    assert found[::2] == [round(1000 * count / len(text)) for count, text in zip(counts, talks.values())]
+    assert found[::2] == [
+        round(1000 * count / len(text)) for count, text in zip(counts, talks.values())
+    ]
     assert found[1::2] == [round(count / counts[0], 2) for count in counts] and added == 2
     assert (
         "| tekken: Nemo, Small 3; Ministral 3 | "
-        + " | ".join(f"{each:.0f}" + (f" ({times})" if times != 1 else "") for each, times in zip(found[::2], found[1::2]))
+        + " | ".join(
+            f"{each:.0f}" + (f" ({times})" if times != 1 else "")
+            for each, times in zip(found[::2], found[1::2])
+        )
         in PAGE
     )
     messages = {len(text.splitlines()) for text in talks.values()}

@@ -10,24 +10,28 @@ import torch
 from conftest import ROOT, VOCAB
 from torch.nn.attention.varlen import varlen_attn
 
-import checkpoint
 import data
 import lora
-import model
-import step
-from data import IGNORED
-from model import ModelConfig
+from model import AC_MODES, IGNORE_INDEX, ModelConfig
+from training import distributed, memory, metrics, optim, step
+from weights import hf
 
-ALONE = step.Ranks(torch.device("cpu"))
+ALONE = distributed.Distributed(torch.device("cpu"))
 
 
 @pytest.fixture
 def rows(chats, words):
-    return data.rows(chats / "train.jsonl", words, 160)
+    return data.load_rows(chats / "train.jsonl", words, 160)
 
 
 def build(base, **adapter):
-    return step.build(checkpoint.with_vocabulary(checkpoint.read_config(base), VOCAB + 2), ALONE, base, adapter or None, torch.float32)
+    return step.build_model(
+        hf.with_vocab_size(hf.read_config(base), VOCAB + 2),
+        ALONE,
+        base,
+        adapter or None,
+        torch.float32,
+    )
 
 
 def test_collated_rows_keep_their_documents_apart_and_pad_with_a_document_without_targets(rows):
@@ -35,40 +39,69 @@ def test_collated_rows_keep_their_documents_apart_and_pad_with_a_document_withou
     tokens, positions, labels, *_ = step.collate(some, "cpu")
     for i, row in enumerate(some):
         n = len(row.ids)
-        assert tokens[i, :n].tolist() == row.ids.tolist() and labels[i, :n].tolist() == row.labels.tolist()
+        assert (
+            tokens[i, :n].tolist() == row.ids.tolist()
+            and labels[i, :n].tolist() == row.labels.tolist()
+        )
         starts = (positions[i, :n] == 0).nonzero().flatten().tolist()
         assert starts == [0, *np.cumsum(row.doc_lengths)[:-1]]
-        assert (labels[i, n:] == IGNORED).all() and (n == tokens.shape[1] or positions[i, n] == 0)
+        assert (labels[i, n:] == IGNORE_INDEX).all() and (
+            n == tokens.shape[1] or positions[i, n] == 0
+        )
 
 
 def test_data_and_model_mark_what_is_no_target_alike():
     """Two files know the number, for data.py does without torch."""
-    assert data.IGNORED == model.IGNORED
+    assert data.IGNORE_INDEX == IGNORE_INDEX
 
 
 def test_every_rank_gets_as_many_micro_batches_and_each_row_once(rows):
     for world in (1, 2, 3, 8):
-        shares = [step.micro_batches(rows[:7], 2, step.Ranks(torch.device("cpu"), rank, world)) for rank in range(world)]
+        shares = [
+            step.micro_batches(
+                rows[:7], 2, distributed.Distributed(torch.device("cpu"), rank, world)
+            )
+            for rank in range(world)
+        ]
         assert len({len(share) for share in shares}) == 1
-        trained = sum(int((labels != IGNORED).sum()) for share in shares for _, _, labels, *_ in share)
-        assert trained == sum(int((row.labels != IGNORED).sum()) for row in rows[:7])
+        trained = sum(
+            int((labels != IGNORE_INDEX).sum()) for share in shares for _, _, labels, *_ in share
+        )
+        assert trained == sum(int((row.labels != IGNORE_INDEX).sum()) for row in rows[:7])
 
 
-def test_for_cuda_all_micro_batches_have_one_shape_and_a_power_of_two_of_documents(rows, monkeypatch):
+def test_for_cuda_all_micro_batches_have_one_shape_and_a_power_of_two_of_documents(
+    rows, monkeypatch
+):
     """Without a GPU, but for the way to it: the last, empty ones of some ranks too."""
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
     sizes = set()
     for world in (1, 3):
-        for batch in (b for r in range(world) for b in step.micro_batches(rows[:7], 2, step.Ranks(torch.device("cuda"), r, world), 200)):
+        for batch in (
+            b
+            for r in range(world)
+            for b in step.micro_batches(
+                rows[:7], 2, distributed.Distributed(torch.device("cuda"), r, world), 200
+            )
+        ):
             assert batch.tokens.shape == batch.labels.shape == batch.positions.shape == (2, 200)
             edges = batch.edges.tolist()
             assert batch.edges.dtype == torch.int32 and edges == sorted(edges) and edges[-1] == 400
-            assert sorted(set(edges[:-1]) - {400}) == (batch.positions.flatten() == 0).nonzero().flatten().tolist()
-            assert torch.equal(batch.kept, (batch.labels != IGNORED).flatten().nonzero().flatten())
+            assert (
+                sorted(set(edges[:-1]) - {400})
+                == (batch.positions.flatten() == 0).nonzero().flatten().tolist()
+            )
+            assert torch.equal(
+                batch.kept, (batch.labels != IGNORE_INDEX).flatten().nonzero().flatten()
+            )
             sizes.add(len(edges) - 1)
     assert sizes == {64}
-    one_each = dataclasses.replace(rows[0], **{k: np.ones(len(rows[0].ids), int) for k in ("doc_lengths", "chars", "sessions")})
-    assert len(rows[0].ids) > 64 and len(step.collate([one_each], "cuda").edges) == 1 + 2 ** math.ceil(math.log2(len(rows[0].ids)))
+    one_each = dataclasses.replace(
+        rows[0], **{k: np.ones(len(rows[0].ids), int) for k in ("doc_lengths", "chars", "sessions")}
+    )
+    assert len(rows[0].ids) > 64 and len(
+        step.collate([one_each], "cuda").edges
+    ) == 1 + 2 ** math.ceil(math.log2(len(rows[0].ids)))
 
 
 @pytest.mark.parametrize("adapter", [{}, {"rows": [VOCAB, VOCAB + 1]}], ids=["full", "lora"])
@@ -77,11 +110,16 @@ def test_micro_batches_change_nothing(base, rows, adapter):
     found = []
     for size in (8, 3, 1):
         model = build(base, **adapter)
-        optimizer = step.make_optimizer(model, 1e-3, 0.0)
-        results = [step.train_step(model, optimizer, step.micro_batches(rows[:8], size, ALONE), ALONE) for _ in range(3)]
+        optimizer = optim.make_optimizer(model, 1e-3, 0.0)
+        results = [
+            step.train_step(model, optimizer, step.micro_batches(rows[:8], size, ALONE), ALONE)
+            for _ in range(3)
+        ]
         found.append((results, [p.detach() for p in model.parameters() if p.requires_grad]))
     for results, weights in found[1:]:
-        torch.testing.assert_close(torch.tensor(results), torch.tensor(found[0][0]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(results), torch.tensor(found[0][0]), atol=1e-5, rtol=1e-5
+        )
         for one, other in zip(weights, found[0][1]):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
@@ -101,16 +139,24 @@ def test_loss_is_the_mean_over_targets_of_transformers_too(base, rows, tmp_path)
                 logits = theirs(torch.from_numpy(row.ids[end - n : end]).long()[None]).logits[0]
                 labels = torch.from_numpy(row.labels[end - n : end]).long()
                 total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-                count += int((labels != IGNORED).sum())
-    loss, norm, targets = step.train_step(model, step.make_optimizer(model, 0.0, 0.0), step.micro_batches(rows[:4], 2, ALONE), ALONE)
+                count += int((labels != IGNORE_INDEX).sum())
+    loss, norm, targets = step.train_step(
+        model, optim.make_optimizer(model, 0.0, 0.0), step.micro_batches(rows[:4], 2, ALONE), ALONE
+    )
     assert (loss, targets) == (pytest.approx(total / count, abs=1e-4), count)
 
 
 def test_a_step_without_targets_changes_nothing(base, rows):
     model = build(base)
-    optimizer = step.make_optimizer(model, 0.1, 0.1)
+    optimizer = optim.make_optimizer(model, 0.1, 0.1)
     before = copy.deepcopy(model.state_dict())
-    batch = step.collate([dataclasses.replace(row, labels=np.full_like(row.labels, IGNORED)) for row in rows[:2]], "cpu")
+    batch = step.collate(
+        [
+            dataclasses.replace(row, labels=np.full_like(row.labels, IGNORE_INDEX))
+            for row in rows[:2]
+        ],
+        "cpu",
+    )
     assert step.train_step(model, optimizer, [batch], ALONE) == (0.0, 0.0, 0)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -120,29 +166,44 @@ def test_numbers_that_are_none_stop_before_the_weights_are_touched(base, rows):
     with torch.no_grad():
         model.model.norm.weight[3] = math.inf
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(step.NotFinite):
-        step.train_step(model, step.make_optimizer(model, 0.1, 0.0), step.micro_batches(rows[:2], 2, ALONE), ALONE)
+    with pytest.raises(step.NonFiniteError):
+        step.train_step(
+            model,
+            optim.make_optimizer(model, 0.1, 0.0),
+            step.micro_batches(rows[:2], 2, ALONE),
+            ALONE,
+        )
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_evaluation_counts_bits_on_the_words_of_my_messages_alone(base, chats, words):
-    rows = data.rows(chats / "val.jsonl", words, 160)
+    rows = data.load_rows(chats / "val.jsonl", words, 160)
     model = build(base)
     found = step.evaluate(model, rows, ALONE, 3)
     talks = data.load_sessions(chats / "val.jsonl")
-    assert found.chars.tolist() == [sum(len(m) for t in talk.turns if t.me for m in t.messages) for talk in talks]
+    assert found.chars.tolist() == [
+        sum(len(m) for t in talk.turns if t.me for m in t.messages) for talk in talks
+    ]
     loss = sum(model(**step.collate([row], "cpu")._asdict())[0].item() for row in rows)
-    assert found.nats == pytest.approx(loss, rel=1e-5) and found.count == sum(int((r.labels != IGNORED).sum()) for r in rows)
-    words_only = [dataclasses.replace(r, labels=np.where(r.words, r.labels, IGNORED)) for r in rows]
-    bits = sum(model(**step.collate([row], "cpu")._asdict())[0].item() for row in words_only) / math.log(2)
+    assert found.nats == pytest.approx(loss, rel=1e-5) and found.count == sum(
+        int((r.labels != IGNORE_INDEX).sum()) for r in rows
+    )
+    words_only = [
+        dataclasses.replace(r, labels=np.where(r.words, r.labels, IGNORE_INDEX)) for r in rows
+    ]
+    bits = sum(
+        model(**step.collate([row], "cpu")._asdict())[0].item() for row in words_only
+    ) / math.log(2)
     assert found.metrics["val_bits_per_char"] == pytest.approx(bits / found.chars.sum(), rel=1e-5)
-    assert found.metrics["val_format_loss"] == pytest.approx((loss - bits * math.log(2)) / (found.count - found.words), rel=1e-4)
+    assert found.metrics["val_format_loss"] == pytest.approx(
+        (loss - bits * math.log(2)) / (found.count - found.words), rel=1e-4
+    )
 
 
 def test_what_is_held_out_is_measured_without_dropout_which_is_back_for_the_next_step(base, rows):
     model = build(base, dropout=0.5)
     with torch.no_grad():
-        for parameter in lora.trained(model).values():
+        for parameter in lora.adapter_parameters(model).values():
             parameter += 0.1  # B begins at zero, and then dropout can't be seen
     one, other = (step.evaluate(model, rows[:2], ALONE, 2).nats for _ in range(2))
     assert one == other and model.training
@@ -153,31 +214,43 @@ def test_frozen_weights_stay_and_new_rows_begin_as_the_mean(base, rows):
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     old = frozen["lm_head.weight"][:VOCAB].mean(0)
     torch.testing.assert_close(model.lm_head.row_values.detach(), old.expand(2, -1))
-    optimizer = step.make_optimizer(model, 1e-2, 0.0)
+    optimizer = optim.make_optimizer(model, 1e-2, 0.0)
     step.train_step(model, optimizer, step.micro_batches(rows[:2], 2, ALONE), ALONE)
-    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if not p.requires_grad)
-    assert all(p.dtype == torch.float32 for p in lora.trained(model).values())
+    assert all(
+        torch.equal(p, frozen[n]) for n, p in model.named_parameters() if not p.requires_grad
+    )
+    assert all(p.dtype == torch.float32 for p in lora.adapter_parameters(model).values())
 
 
 def test_flops_are_those_that_torch_counts(base, rows):
     from torch.utils.flop_counter import FlopCounterMode
 
     ops = {  # which torch's counter doesn't know
-        torch.ops.doppelganger.project: lambda x, weight, low, B, *_, **__: 2 * x[0] * (math.prod(weight) + math.prod(B)),
+        torch.ops.doppelganger.project: lambda x, weight, low, B, *_, **__: (
+            2 * x[0] * (math.prod(weight) + math.prod(B))
+        ),
         torch.ops.aten.addmm_: lambda _, x, weight, **__: 2 * x[0] * math.prod(weight),
     }
     for adapter in ({}, {"rank": 8}):
         model = build(base, **adapter)
-        row = dataclasses.replace(rows[0], labels=rows[0].ids)  # all labelled: torch's counter can't look into HeadLoss
+        row = dataclasses.replace(
+            rows[0], labels=rows[0].ids
+        )  # all labelled: torch's counter can't look into HeadLoss
         with FlopCounterMode(display=False, custom_mapping=ops) as counter:
             model(*step.collate([row], "cpu")[:2]).sum().backward()
-        needed, done = step.flops(model, [row])
+        needed, done = metrics.step_flops(model, [row])
         model.recompute = "full"
-        assert step.flops(model, [row])[1] > needed == done
-        counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op) and "bmm" not in str(op))
+        assert metrics.step_flops(model, [row])[1] > needed == done
+        counted = sum(
+            n
+            for op, n in counter.get_flop_counts()["Global"].items()
+            if "attention" not in str(op) and "bmm" not in str(op)
+        )
         H, D, layers = 4, 16, 2
         attention = layers * 12 * H * D * float((row.doc_lengths * (row.doc_lengths + 1) / 2).sum())
-        first = 2 * len(row.ids) * 64 * (128 + 3 * 8) if adapter else 0  # the first block's input needs no gradient, and we count one
+        first = (
+            2 * len(row.ids) * 64 * (128 + 3 * 8) if adapter else 0
+        )  # the first block's input needs no gradient, and we count one
         assert needed - attention == pytest.approx(counted + first, rel=1e-6)
 
 
@@ -187,24 +260,34 @@ def test_flops_are_those_that_torch_counts(base, rows):
 def test_updates_far_below_a_weights_last_bit_arrive_on_average():
     """300 times 1e-6, where half of a bf16's last bit is 2e-3: rounding to nearest loses all of it."""
     torch.manual_seed(0)
-    start = (1 + 0.1 * torch.randn(400_000)).bfloat16()  # so many that the mean's own deviation is 1%
+    start = (
+        1 + 0.1 * torch.randn(400_000)
+    ).bfloat16()  # so many that the mean's own deviation is 1%
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     ours.grad, theirs.grad = (torch.ones_like(start) for _ in range(2))
-    pure, usual = step.PureAdamW([ours], lr=1e-6, weight_decay=0.0), torch.optim.AdamW([theirs], lr=1e-6, weight_decay=0.0)
+    pure, usual = (
+        optim.BF16AdamW([ours], lr=1e-6, weight_decay=0.0),
+        torch.optim.AdamW([theirs], lr=1e-6, weight_decay=0.0),
+    )
     for _ in range(300):
         pure.step()
         usual.step()
     assert torch.equal(theirs, start)
-    assert (start.double() - ours.detach().double()).mean().item() == pytest.approx(300e-6, rel=0.05)
+    assert (start.double() - ours.detach().double()).mean().item() == pytest.approx(
+        300e-6, rel=0.05
+    )
 
 
 def test_pure_bf16_adamw_stays_as_near_to_fp32s_as_fifty_roundings_allow():
     torch.manual_seed(0)
-    start, pull = 1.5 + 0.1 * torch.randn(20_000).clamp(-4, 4), torch.randn(20_000)  # in [1, 2): a last bit is 2 ** -7
+    start, pull = (
+        1.5 + 0.1 * torch.randn(20_000).clamp(-4, 4),
+        torch.randn(20_000),
+    )  # in [1, 2): a last bit is 2 ** -7
     start = start.bfloat16().float()
     ours, theirs = torch.nn.Parameter(start.bfloat16()), torch.nn.Parameter(start.clone())
-    pure = step.PureAdamW([ours], lr=1e-3, weight_decay=2.0)
-    usual = torch.optim.AdamW([theirs], lr=1e-3, weight_decay=2.0, betas=step.BETAS)
+    pure = optim.BF16AdamW([ours], lr=1e-3, weight_decay=2.0)
+    usual = torch.optim.AdamW([theirs], lr=1e-3, weight_decay=2.0, betas=optim.BETAS)
     for number in range(1, 51):
         grad = (pull + torch.randn(20_000)).bfloat16()
         ours.grad, theirs.grad = grad, grad.float()
@@ -214,7 +297,9 @@ def test_pure_bf16_adamw_stays_as_near_to_fp32s_as_fifty_roundings_allow():
             assert ((ours.float() - theirs).abs() < 2**-7).all()  # one of the two neighbours
     assert {pure.state[ours][name].dtype for name in ("exp_avg", "exp_avg_sq")} == {torch.bfloat16}
     moved, off = (theirs - start).detach(), (ours.float() - theirs).detach()
-    assert off.square().mean() < 50 * 2**-14 / 4  # a walk of fifty roundings, each a coin's toss between neighbours
+    assert (
+        off.square().mean() < 50 * 2**-14 / 4
+    )  # a walk of fifty roundings, each a coin's toss between neighbours
     assert off.mean().abs() < 0.03 * moved.mean().abs()
     assert (moved - moved.mean()).mul(off + moved - moved.mean()).mean() == pytest.approx(
         (moved - moved.mean()).square().mean().item(), rel=0.05
@@ -226,7 +311,7 @@ def test_a_spike_of_the_gradient_is_forgotten_within_a_run(pure):
     """After 200 steps, as few as a run may have, they are as long as ever; torch's own 0.999 would make them a seventh of that."""
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16 if pure else torch.float32))
-    optimizer = step.make_optimizer(torch.nn.ParameterList([weight]), 1e-3, 0.0, pure)
+    optimizer = optim.make_optimizer(torch.nn.ParameterList([weight]), 1e-3, 0.0, pure)
     for number in range(200):
         weight.grad = torch.full_like(weight, 100.0 if number == 0 else 1.0)
         optimizer.step()
@@ -236,13 +321,15 @@ def test_a_spike_of_the_gradient_is_forgotten_within_a_run(pure):
 
 
 def test_weights_are_updated_alike_in_pieces(monkeypatch):
-    monkeypatch.setattr(step, "round_at_random", lambda x: x)
+    monkeypatch.setattr(optim, "stochastic_round", lambda x: x)
     found = []
     for piece in (1 << 24, 7):
-        monkeypatch.setattr(step.PureAdamW, "PIECE", piece)
+        monkeypatch.setattr(optim.BF16AdamW, "PIECE", piece)
         torch.manual_seed(0)
         weight = torch.nn.Parameter(torch.randn(5, 6).bfloat16())
-        optimizer = step.PureAdamW([weight, torch.nn.Parameter(torch.ones(3))], lr=1e-2, weight_decay=0.1)
+        optimizer = optim.BF16AdamW(
+            [weight, torch.nn.Parameter(torch.ones(3))], lr=1e-2, weight_decay=0.1
+        )
         for _ in range(3):
             weight.grad = torch.randn(5, 6).bfloat16()
             optimizer.step()
@@ -255,20 +342,20 @@ def test_rounding_at_random_takes_one_of_two_neighbours_in_proportion():
     x = torch.randn(100_000) * 10 ** (torch.rand(100_000) * 60 - 30)
     near = x.bfloat16()
     other = torch.nextafter(near, torch.where(x > near, torch.inf, -torch.inf).bfloat16())
-    got = step.round_at_random(x)
+    got = optim.stochastic_round(x)
     assert ((got == near) | (got == other)).all() and (got == other).any()
-    assert torch.equal(step.round_at_random(near.float()), near.float())
+    assert torch.equal(optim.stochastic_round(near.float()), near.float())
     for share in (0.1, 0.5, 0.9):
-        assert ((step.round_at_random(torch.full((100_000,), 1 + share * 2**-7)) - 1) * 2**7).mean().item() == pytest.approx(
-            share, abs=0.01
-        )
+        assert (
+            (optim.stochastic_round(torch.full((100_000,), 1 + share * 2**-7)) - 1) * 2**7
+        ).mean().item() == pytest.approx(share, abs=0.01)
 
 
 # --- memory
 
 
 def test_live_bytes_are_those_of_the_tensors_that_live():
-    with step.Live() as live:
+    with memory.MemoryTracker() as live:
         one = torch.ones(1000)
         view = one.view(10, 100)[3]
         assert live.now == live.peak == 4000
@@ -284,9 +371,9 @@ def test_live_bytes_are_those_of_the_tensors_that_live():
 
 SMALL = ModelConfig(2000, 256, 512, 3, 8, 2, 32)
 WAYS = {
-    **{f"lora, {kind}": {"adapter": {"rank": 8}, "recompute": kind} for kind in model.RECOMPUTE},
+    **{f"lora, {kind}": {"adapter": {"rank": 8}, "recompute": kind} for kind in AC_MODES},
     "qlora": {"adapter": {"rank": 8, "rows": [1998, 1999]}, "nf4": True},
-    **{f"full, {kind}": {"recompute": kind} for kind in model.RECOMPUTE},
+    **{f"full, {kind}": {"recompute": kind} for kind in AC_MODES},
     "pure": {"pure": True},
 }
 ROWS, LENGTH = 2, 192
@@ -294,30 +381,41 @@ ROWS, LENGTH = 2, 192
 
 @functools.cache
 def predicted(way, world=1):
-    return step.predict(SMALL, ROWS, LENGTH, 2, world, labelled=0.4, **WAYS[way])
+    return memory.predict_peak_memory(SMALL, ROWS, LENGTH, 2, world, labelled=0.4, **WAYS[way])
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_predicted_memory_is_what_a_step_takes(way, edges_in_a_tensor, monkeypatch):
     """On this CPU, by Live; the prediction runs torch's own kernel. What a GPU adds is measured in test_cuda.py."""
-    tokens, positions = torch.randint(0, SMALL.vocab_size, (ROWS, LENGTH)), torch.arange(LENGTH).expand(ROWS, -1)
+    tokens, positions = (
+        torch.randint(0, SMALL.vocab_size, (ROWS, LENGTH)),
+        torch.arange(LENGTH).expand(ROWS, -1),
+    )
     edges = torch.tensor([0, LENGTH] + [ROWS * LENGTH] * 63, dtype=torch.int32)
     batch = step.Batch(tokens, positions, tokens, edges, torch.arange(int(ROWS * LENGTH * 0.4)))
-    with step.Live() as live:
-        model = step.build(SMALL, ALONE, **WAYS[way])
-        optimizer = step.make_optimizer(model, 1e-4, 0.0, WAYS[way].get("pure", False))
+    with memory.MemoryTracker() as live:
+        model = step.build_model(SMALL, ALONE, **WAYS[way])
+        optimizer = optim.make_optimizer(model, 1e-4, 0.0, WAYS[way].get("pure", False))
         for _ in range(2):
             live.peak = live.now
             assert step.train_step(model, optimizer, [batch] * 2, ALONE)[2] > 0
     monkeypatch.undo()
-    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11's kernel is given keys and values repeated
+    grouped = (
+        "enable_gqa" in inspect.signature(varlen_attn).parameters
+    )  # torch 2.11's kernel is given keys and values repeated
     assert 0.99 < predicted(way) / live.peak < (1.01 if grouped else 1.06)
 
 
 def test_predicted_memory_falls_with_all_that_saves_memory():
     for kind in ("lora", "full"):
-        assert predicted(f"{kind}, none") > predicted(f"{kind}, selective") > predicted(f"{kind}, full")
-    assert predicted("qlora") < predicted("lora, none") < predicted("pure") < predicted("full, none")
+        assert (
+            predicted(f"{kind}, none")
+            > predicted(f"{kind}, selective")
+            > predicted(f"{kind}, full")
+        )
+    assert (
+        predicted("qlora") < predicted("lora, none") < predicted("pure") < predicted("full, none")
+    )
     sharded = 16 * SMALL.num_parameters * 7 / 8  # masters, gradients and two moments in fp32
     assert predicted("full, none", world=8) < predicted("full, none") - 0.8 * sharded
     assert not torch.distributed.is_initialized()
@@ -327,7 +425,11 @@ def test_the_peak_is_this_process_s_own_not_that_of_who_started_it():
     import subprocess
     import sys
 
-    code = "import torch, step; print(step.peak_gib(torch.device('cpu')))"
+    code = (
+        "import torch; from training import metrics; print(metrics.peak_gib(torch.device('cpu')))"
+    )
     big = f"import subprocess, sys; x = bytearray(2 << 30); x[::4096] = bytes([1]) * (2 << 18); subprocess.run([sys.executable, '-c', {code!r}])"
-    done = subprocess.run([sys.executable, "-c", big], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", big], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert 0.05 < float(done.stdout) < 1.5

@@ -9,23 +9,41 @@ import transformers
 from conftest import VOCAB, command, refused, save_mistral
 from safetensors.torch import load_file
 
-import checkpoint
-import config
+import cli
+import data
 import lora
-import step
 import train
+from training import distributed, optim, step
+from training.run_dir import RunDir
+from weights import hf
+from weights.load import load_model
+from weights.tokenizer import load_tokenizer
 
-ALONE = step.Ranks(torch.device("cpu"))
+ALONE = distributed.Distributed(torch.device("cpu"))
 QUICK = ("--seq-len", 160, "--device", "cpu", "--dtype", "fp32", "--samples", 0)
 
 
 def curve(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line], [line for line in lines if "val_loss" in line]
+    return [line["loss"] for line in lines if "loss" in line], [
+        line for line in lines if "val_loss" in line
+    ]
 
 
 def fine_tune(base, chats, out, *flags, ranks=1, env=None):
-    done = command("train.py", "--model", base, "--data", chats, "--out", out, *QUICK, *flags, ranks=ranks, env=env)
+    done = command(
+        "train.py",
+        "--model",
+        base,
+        "--data",
+        chats,
+        "--out",
+        out,
+        *QUICK,
+        *flags,
+        ranks=ranks,
+        env=env,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -39,7 +57,9 @@ def alone(request, base, chats, tmp_path_factory):
     return flags, out, fine_tune(base, chats, out, *flags, "--samples", 1)
 
 
-def test_one_process_two_processes_and_micro_batches_give_the_same_curve(alone, base, chats, tmp_path):
+def test_one_process_two_processes_and_micro_batches_give_the_same_curve(
+    alone, base, chats, tmp_path
+):
     flags, out, _ = alone
     losses, held_out = curve(out)
     assert len(losses) == 6 and losses[-1] < losses[0]
@@ -67,8 +87,16 @@ def test_one_process_two_processes_and_micro_batches_give_the_same_curve(alone, 
 def test_what_training_leaves_is_complete_and_says_what_it_computes(alone, base, words):
     flags, out, done = alone
     names = {path.name for path in out.iterdir()}
-    assert {"tokenizer.json", "tokenizer_config.json", "persona.json", "run.json", "metrics.jsonl"} <= names
-    assert names & {"adapter_model.safetensors", "model.safetensors"} and not [n for n in names if n.endswith(".new")]
+    assert {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "persona.json",
+        "run.json",
+        "metrics.jsonl",
+    } <= names
+    assert names & {"adapter_model.safetensors", "model.safetensors"} and not [
+        n for n in names if n.endswith(".new")
+    ]
     assert out.stat().st_mode & 0o777 == 0o700
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert set(lines[1]) == {
@@ -84,7 +112,9 @@ def test_what_training_leaves_is_complete_and_says_what_it_computes(alone, base,
         "peak_gib",
         "seconds",
     }
-    assert {"val_loss", "val_bits_per_char", "val_format_loss"} <= set(lines[0]) and lines[0]["step"] == 0
+    assert {"val_loss", "val_bits_per_char", "val_format_loss"} <= set(lines[0]) and lines[0][
+        "step"
+    ] == 0
     run = json.loads((out / "run.json").read_text())
     assert (
         run["config"]["lora"] == ("--lora" in flags or "--qlora" in flags)
@@ -103,18 +133,54 @@ def test_init_begins_where_the_former_run_ended(alone, base, chats, tmp_path):
     kind = [flag for flag in flags if flag in ("--lora", "--qlora")]
     for ranks in (1, 2):
         to = tmp_path / f"on {ranks}"
-        fine_tune(out if not kind else base, chats, to, *kind, "--init", out, "--max-steps", 1, ranks=ranks)
-        assert curve(to)[1][0]["val_loss"] == pytest.approx(ended, rel=2e-3)  # a full fine-tune's folder is bf16
-    refused(command("train.py", "--data", chats, "--init", chats, "--out", tmp_path / "no", "--device", "cpu"), "--init", "holds no model")
+        fine_tune(
+            out if not kind else base,
+            chats,
+            to,
+            *kind,
+            "--init",
+            out,
+            "--max-steps",
+            1,
+            ranks=ranks,
+        )
+        assert curve(to)[1][0]["val_loss"] == pytest.approx(
+            ended, rel=2e-3
+        )  # a full fine-tune's folder is bf16
+    refused(
+        command(
+            "train.py",
+            "--data",
+            chats,
+            "--init",
+            chats,
+            "--out",
+            tmp_path / "no",
+            "--device",
+            "cpu",
+        ),
+        "--init",
+        "holds no model",
+    )
 
 
-def test_auto_takes_what_fits_and_the_run_keeps_what_was_predicted_and_measured(base, chats, tmp_path):
-    own = {"OMP_NUM_THREADS": "1"}  # a Python of its own: of a fork the pages of torch aren't counted
+def test_auto_takes_what_fits_and_the_run_keeps_what_was_predicted_and_measured(
+    base, chats, tmp_path
+):
+    own = {
+        "OMP_NUM_THREADS": "1"
+    }  # a Python of its own: of a fork the pages of torch aren't counted
     done = fine_tune(base, chats, tmp_path / "ckpt", "--lora", "--max-steps", 4, env=own)
     run = json.loads((tmp_path / "ckpt" / "run.json").read_text())
-    assert run["config"]["micro_batch"] == 2 and "2 rows at a time, recompute none" in done.stdout + done.stderr
+    assert (
+        run["config"]["micro_batch"] == 2
+        and "2 rows at a time, recompute none" in done.stdout + done.stderr
+    )
     pairs = run["prediction"]
-    assert set(pairs) == {"gib", "measured_gib", "tok_per_s", "measured_tok_per_s"} and min(pairs.values()) > 0
+    assert (
+        set(pairs) == {"gib", "measured_gib", "tok_per_s", "measured_tok_per_s"}
+        and min(pairs.values()) > 0
+    )
     assert pairs["gib"] == pytest.approx(pairs["measured_gib"], rel=0.15)
     assert f"measured {pairs['measured_gib']:.2f}" in done.stdout
     assert f"timed: {pairs['tok_per_s']:,.0f} tok/s, 4 steps in about" in done.stdout + done.stderr
@@ -122,16 +188,29 @@ def test_auto_takes_what_fits_and_the_run_keeps_what_was_predicted_and_measured(
 
 def test_the_checkpoint_is_the_best_evaluation_not_the_last(base, chats, tmp_path):
     """A learning rate that ruins the model after a while: what is kept evaluates as the best line of metrics.jsonl did."""
-    import data
-    import tokenizer
 
-    fine_tune(base, chats, tmp_path / "ckpt", "--lora", "--lr", 3.0, "--epochs", 40, "--patience", 4, "--warmup", 1)
+    fine_tune(
+        base,
+        chats,
+        tmp_path / "ckpt",
+        "--lora",
+        "--lr",
+        3.0,
+        "--epochs",
+        40,
+        "--patience",
+        4,
+        "--warmup",
+        1,
+    )
     losses, held_out = curve(tmp_path / "ckpt")
     best = min(line["val_loss"] for line in held_out[1:])
     assert best < held_out[-1]["val_loss"]
-    assert [line["val_loss"] for line in held_out[-5:]].index(best) == 0  # patience: four worse ones, then the end
-    model = checkpoint.load_model(str(tmp_path / "ckpt"), torch.float32)
-    rows = data.rows(chats / "val.jsonl", tokenizer.load(tmp_path / "ckpt"), 160)
+    assert [line["val_loss"] for line in held_out[-5:]].index(
+        best
+    ) == 0  # patience: four worse ones, then the end
+    model = load_model(str(tmp_path / "ckpt"), torch.float32)
+    rows = data.load_rows(chats / "val.jsonl", load_tokenizer(tmp_path / "ckpt"), 160)
     assert step.evaluate(model, rows, ALONE, 2).metrics["val_loss"] == pytest.approx(best, rel=1e-3)
 
 
@@ -152,35 +231,58 @@ def test_tied_weights_stay_tied_on_two_ranks(chats, tmp_path):
     for n, flags in enumerate([("--lora", "--lr", 1e-2), ("--lr", 1e-3)]):
         fine_tune(tied, chats, tmp_path / f"one{n}", *flags, "--max-steps", 3)
         fine_tune(tied, chats, tmp_path / f"two{n}", *flags, "--max-steps", 3, ranks=2)
-        assert curve(tmp_path / f"one{n}")[0] == pytest.approx(curve(tmp_path / f"two{n}")[0], rel=2e-4)
+        assert curve(tmp_path / f"one{n}")[0] == pytest.approx(
+            curve(tmp_path / f"two{n}")[0], rel=2e-4
+        )
 
 
 def test_pure_bf16_trains_and_leaves_a_bf16_folder(base, chats, tmp_path):
-    fine_tune(base, chats, tmp_path / "ckpt", "--pure-bf16", "--lr", 1e-3, "--max-steps", 5, "--dtype", "bf16", "--samples", 0)
+    fine_tune(
+        base,
+        chats,
+        tmp_path / "ckpt",
+        "--pure-bf16",
+        "--lr",
+        1e-3,
+        "--max-steps",
+        5,
+        "--dtype",
+        "bf16",
+        "--samples",
+        0,
+    )
     losses, _ = curve(tmp_path / "ckpt")
     assert losses[-1] < losses[0] - 0.5
     saved = load_file(tmp_path / "ckpt" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
-    assert checkpoint.stored_dtype(tmp_path / "ckpt") == torch.bfloat16
+    assert hf.stored_dtype(tmp_path / "ckpt") == torch.bfloat16
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ckpt")
-    assert theirs.dtype == torch.bfloat16 and torch.equal(theirs.model.norm.weight, saved["model.norm.weight"])
+    assert theirs.dtype == torch.bfloat16 and torch.equal(
+        theirs.model.norm.weight, saved["model.norm.weight"]
+    )
 
 
-@pytest.mark.parametrize(("rows", "batch", "steps"), [(1000, 8, 375), (200, 8, 75), (52, 8, 50), (20, 1, 60), (3, 1, 51), (1, 1, 50)])
+@pytest.mark.parametrize(
+    ("rows", "batch", "steps"),
+    [(1000, 8, 375), (200, 8, 75), (52, 8, 50), (20, 1, 60), (3, 1, 51), (1, 1, 50)],
+)
 def test_too_little_data_still_gets_fifty_steps(rows, batch, steps):
-    plan = train.schedule(rows, train.Config())
+    plan = train.plan_run(rows, train.Options())
     assert plan.batch <= batch + 2 and plan.steps >= 50 and abs(plan.steps - steps) <= 5, plan
     evaluations = [s for s in plan.evaluate_at if s <= plan.epoch]
     assert len(evaluations) >= min(4, plan.epoch) and plan.steps in plan.evaluate_at
 
 
 def test_the_rate_is_what_help_says_it_is():
-    rates = [train.schedule(1000, train.Config(lora=adapter, lr=lr)).lr for adapter, lr in ((True, None), (False, None), (True, 1e-3))]
+    rates = [
+        train.plan_run(1000, train.Options(lora=adapter, lr=lr)).lr
+        for adapter, lr in ((True, None), (False, None), (True, 1e-3))
+    ]
     assert rates == [2e-4, 2e-5, 1e-3]  # an adapter's would ruin the weights of a full fine-tune
 
 
 def test_the_rate_climbs_then_falls_by_half_a_cosine():
-    rates = [train.lr_at(n, 100, 1.0, 0.03) for n in range(1, 101)]
+    rates = [optim.lr_at(n, 100, 1.0, 0.03) for n in range(1, 101)]
     assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1]) and rates[-1] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(rates[2:], rates[3:]))
 
@@ -190,19 +292,23 @@ def test_every_epoch_has_each_row_once_in_an_order_of_its_own():
     got = list(train.batches(list(range(10)), plan, seed=0))
     epochs = [sum(got[0:3], []), sum(got[3:6], [])]
     assert (
-        [len(b) for b in got] == [4, 4, 2, 4, 4, 2, 4] and [sorted(e) for e in epochs] == [list(range(10))] * 2 and epochs[0] != epochs[1]
+        [len(b) for b in got] == [4, 4, 2, 4, 4, 2, 4]
+        and [sorted(e) for e in epochs] == [list(range(10))] * 2
+        and epochs[0] != epochs[1]
     )
     assert got == list(train.batches(list(range(10)), plan, seed=0))
 
 
 def test_samples_between_two_steps_leave_dropout_on(base, chats, words):
-    shape = checkpoint.with_vocabulary(checkpoint.read_config(base), VOCAB + 2)
-    model = step.build(shape, ALONE, None, {"dropout": 0.5}, torch.float32)
-    asked = train.contexts(train.Config(data=str(chats), samples=1))
-    assert len([*train.answers(model, words, asked, ALONE, 0)]) == 1 and model.training
+    shape = hf.with_vocab_size(hf.read_config(base), VOCAB + 2)
+    model = step.build_model(shape, ALONE, None, {"dropout": 0.5}, torch.float32)
+    asked = train.sample_prompts(train.Options(data=str(chats), samples=1))
+    assert len([*train.generate_samples(model, words, asked, ALONE, 0)]) == 1 and model.training
 
 
-def test_a_sharded_adapter_is_saved_as_it_is_trained_not_as_it_was_gathered_to_compute(base, words, monkeypatch):
+def test_a_sharded_adapter_is_saved_as_it_is_trained_not_as_it_was_gathered_to_compute(
+    base, words, monkeypatch
+):
     """After a forward pass FSDP2 shows the root's parameters in bf16: new rows saved from there would have lost 16 bits."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -210,29 +316,43 @@ def test_a_sharded_adapter_is_saved_as_it_is_trained_not_as_it_was_gathered_to_c
     monkeypatch.setattr(lora, "save", lambda model, out, base, tensors: saved.update(tensors))
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
-        ranks = step.Ranks(torch.device("cpu"), 0, 2)
-        shape = checkpoint.with_vocabulary(checkpoint.read_config(base), words.rows_needed)
-        model = step.build(shape, ranks, None, {"rows": words.added}, torch.bfloat16)
+        ranks = distributed.Distributed(torch.device("cpu"), 0, 2)
+        shape = hf.with_vocab_size(hf.read_config(base), words.rows_needed)
+        model = step.build_model(shape, ranks, None, {"rows": words.added}, torch.bfloat16)
         with torch.no_grad():
             model(torch.arange(3, 9)[None])
-        options = train.Config(lora=True, model=str(base))
+        options = train.Options(lora=True, model=str(base))
         job = SimpleNamespace(ranks=ranks, options=options, folder=base)
-        train.Record.save(SimpleNamespace(job=job, model=model, out=None))
+        RunDir.save(SimpleNamespace(job=job, model=model, out=None))
     finally:
         torch.distributed.destroy_process_group()
-    assert len(saved) == 2 * 7 * 2 + 2 and {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert len(saved) == 2 * 7 * 2 + 2 and {tensor.dtype for tensor in saved.values()} == {
+        torch.float32
+    }
 
 
 # --- what a person can mend
 
 
 def test_no_data_no_gpu_no_network_each_say_what_to_do(base, chats, tmp_path):
-    refused(command("train.py", "--lora", "--data", tmp_path / "none"), "python data.py result.json")
+    refused(
+        command("train.py", "--lora", "--data", tmp_path / "none"), "python data.py result.json"
+    )
     if not torch.cuda.is_available():
         refused(command("train.py", "--lora", "--data", chats), "No GPU", "--device cpu")
-        refused(command("train.py", "--lora", "--data", chats, "--model", "nope"), "nope: there is no such folder")
-    refused(command("train.py", "--download-only", "--model", "nobody/nothing"), "nobody/nothing", "--model")
-    refused(command("train.py", "--model", tmp_path / "nowhere", "--data", chats, "--device", "cpu"), "no such folder")
+        refused(
+            command("train.py", "--lora", "--data", chats, "--model", "nope"),
+            "nope: there is no such folder",
+        )
+    refused(
+        command("train.py", "--download-only", "--model", "nobody/nothing"),
+        "nobody/nothing",
+        "--model",
+    )
+    refused(
+        command("train.py", "--model", tmp_path / "nowhere", "--data", chats, "--device", "cpu"),
+        "no such folder",
+    )
 
 
 def test_overwrite_forgets_how_few_rows_the_former_run_had_room_for(base, chats, tmp_path):
@@ -246,9 +366,14 @@ def test_no_room_for_a_line_of_metrics_is_said_with_what_is_kept(tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    record = SimpleNamespace(job=SimpleNamespace(ranks=ALONE), out=tmp_path, kept=lambda: "the best is kept")
-    with pytest.raises(config.UserError, match="metrics.jsonl can't be written: the disk is full\nthe best is kept. Make room."):
-        train.Record.append(record, {"step": 1})
+    record = SimpleNamespace(
+        job=SimpleNamespace(ranks=ALONE), out=tmp_path, kept=lambda: "the best is kept"
+    )
+    with pytest.raises(
+        cli.UserError,
+        match="metrics.jsonl can't be written: the disk is full\nthe best is kept. Make room.",
+    ):
+        RunDir.append(record, {"step": 1})
 
 
 def test_bad_flags_and_folders_write_nothing(base, chats, tmp_path):
@@ -267,9 +392,18 @@ def test_bad_flags_and_folders_write_nothing(base, chats, tmp_path):
         refused(command("train.py", *common, flag, value), flag)
     refused(command("train.py", *common, "--seq-len", 1024), "512 tokens")
     refused(command("train.py", *common, "--lora", "--pure-bf16"), "--pure-bf16", "adapter")
-    refused(command("train.py", *common, "--loss-on", "everyone", "--short-weight", 0.5), "--short-weight", "--loss-on everyone")
+    refused(
+        command("train.py", *common, "--loss-on", "everyone", "--short-weight", 0.5),
+        "--short-weight",
+        "--loss-on everyone",
+    )
     uneven = save_mistral(tmp_path / "uneven", hidden_size=96)
-    refused(command("train.py", "--qlora", "--model", uneven, *common[2:]), "--qlora", "blocks of 64", "96 wide")
+    refused(
+        command("train.py", "--qlora", "--model", uneven, *common[2:]),
+        "--qlora",
+        "blocks of 64",
+        "96 wide",
+    )
     refused(command("train.py", *common[:4], "--out", base, "--overwrite", *QUICK), "is read")
     assert not (tmp_path / "ckpt").exists()
     (tmp_path / "ckpt").mkdir()

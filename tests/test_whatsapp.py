@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import exports
-from config import UserError
+from cli import UserError
 from exports import whatsapp
 
 LRM, NBSP, NNBSP = "\u200e", "\u00a0", "\u202f"
@@ -100,18 +100,29 @@ SHAPES = {  # as phones of these languages write five past ten in the evening of
 def test_the_line_of_every_phone_is_a_message(file, front):
     [chat, [message]] = read(file(front + "Bob: it is late"))[0]
     seconds = "33" if "33" in front else "00"
-    assert message == exports.Message(None, "whatsapp:Bob", "Bob", message.at, f"2021-03-14T22:05:{seconds}", "it is late")
+    assert message == exports.Message(
+        None, "whatsapp:Bob", "Bob", message.at, f"2021-03-14T22:05:{seconds}", "it is late"
+    )
     assert message.at == datetime.datetime.fromisoformat(message.date + "+00:00").timestamp()
 
 
-@pytest.mark.parametrize("written, hour", [("12:05 AM", 0), ("1:05 AM", 1), ("12:05 PM", 12), ("1:05 PM", 13), ("0:05 PM", 12)])
+@pytest.mark.parametrize(
+    "written, hour",
+    [("12:05 AM", 0), ("1:05 AM", 1), ("12:05 PM", 12), ("1:05 PM", 13), ("0:05 PM", 12)],
+)
 def test_midnight_is_twelve_am_and_noon_twelve_pm(file, written, hour):
     assert dates(file(f"14/03/2021, {written} - Bob: hi")) == [f"2021-03-14T{hour:02}:05:00"]
 
 
 def test_a_day_over_twelve_says_the_order_of_the_whole_file(file):
-    assert dates(file("3/4/21, 10:00 - Bob: a", "3/14/21, 10:00 - Bob: b")) == ["2021-03-04T10:00:00", "2021-03-14T10:00:00"]
-    assert dates(file("3/4/21, 10:00 - Bob: a", "14/4/21, 10:00 - Bob: b")) == ["2021-04-03T10:00:00", "2021-04-14T10:00:00"]
+    assert dates(file("3/4/21, 10:00 - Bob: a", "3/14/21, 10:00 - Bob: b")) == [
+        "2021-03-04T10:00:00",
+        "2021-03-14T10:00:00",
+    ]
+    assert dates(file("3/4/21, 10:00 - Bob: a", "14/4/21, 10:00 - Bob: b")) == [
+        "2021-04-03T10:00:00",
+        "2021-04-14T10:00:00",
+    ]
 
 
 def test_the_order_in_which_time_runs_forward_is_taken(file):
@@ -132,12 +143,16 @@ def test_the_order_in_which_time_runs_forward_is_taken(file):
 
 
 def test_of_two_digit_dates_the_year_is_the_number_that_stays(file):
-    assert [d[:10] for d in dates(file(*(f"21. 3. {d}. 오후 10:00 - Bob: hi" for d in (14, 15, 16))))] == [
+    assert [
+        d[:10] for d in dates(file(*(f"21. 3. {d}. 오후 10:00 - Bob: hi" for d in (14, 15, 16))))
+    ] == [
         "2021-03-14",
         "2021-03-15",
         "2021-03-16",
     ]
-    assert [d[:10] for d in dates(file(*(f"{d}.03.21, 22:00 - Bob: hi" for d in (14, 15, 16))))] == [
+    assert [
+        d[:10] for d in dates(file(*(f"{d}.03.21, 22:00 - Bob: hi" for d in (14, 15, 16))))
+    ] == [
         "2021-03-14",
         "2021-03-15",
         "2021-03-16",
@@ -168,13 +183,23 @@ def test_lines_may_end_as_in_windows_and_utf16(tmp_path):
 
 
 def test_the_order_of_the_file_is_kept(file):
-    lines = ["14/03/2021, 10:05 - Bob: late", "14/03/2021, 09:00 - Ann: early", "15/03/2021, 10:00 - Bob: then"]
+    lines = [
+        "14/03/2021, 10:05 - Bob: late",
+        "14/03/2021, 09:00 - Ann: early",
+        "15/03/2021, 10:00 - Bob: then",
+    ]
     assert [m.text for m in messages(file(*lines))] == ["late", "early", "then"]
     assert [m.at for m in messages(file(*lines))] != sorted(m.at for m in messages(file(*lines)))
 
 
 def test_the_hour_that_repeats_is_no_way_back(file):
-    found = messages(file("31/10/2021, 02:59 - Bob: summer", "31/10/2021, 02:01 - Ann: winter", "31/10/2021, 03:05 - Bob: on"))
+    found = messages(
+        file(
+            "31/10/2021, 02:59 - Bob: summer",
+            "31/10/2021, 02:01 - Ann: winter",
+            "31/10/2021, 03:05 - Bob: on",
+        )
+    )
     assert [m.at for m in found] == sorted(m.at for m in found)
     assert found[1].date == "2021-10-31T02:01:00"
 
@@ -192,14 +217,22 @@ SYSTEM = [
 
 
 def test_system_lines_are_nobody_s_even_with_a_colon(file):
-    lines = android("hi") + [f"14/03/2021, 11:00 - {line}" for line in SYSTEM] + android("yes", author="Ann")
+    lines = (
+        android("hi")
+        + [f"14/03/2021, 11:00 - {line}" for line in SYSTEM]
+        + android("yes", author="Ann")
+    )
     [[chat, found]] = read(file(*lines))
-    assert [(m.author, m.text, m.left_out) for m in found if m.left_out] == [(None, line, "service messages") for line in SYSTEM]
+    assert [(m.author, m.text, m.left_out) for m in found if m.left_out] == [
+        (None, line, "service messages") for line in SYSTEM
+    ]
     assert (chat.type, {m.name for m in found}) == ("personal_chat", {"Ann", "Bob", None})
 
 
 def test_on_an_iphone_what_begins_with_a_mark_is_whatsapp_s(file):
-    lines = iphone("hi", f"{LRM}Missed voice call", f"{LRM}Videoanruf, {LRM}5 Min") + iphone(f"{LRM}Ann created this group", author="Trip")
+    lines = iphone("hi", f"{LRM}Missed voice call", f"{LRM}Videoanruf, {LRM}5 Min") + iphone(
+        f"{LRM}Ann created this group", author="Trip"
+    )
     [[chat, found]] = read(file(*lines))
     assert [(m.name, m.left_out) for m in found] == [
         ("Bob", ""),
@@ -217,8 +250,15 @@ def test_a_name_is_what_one_reads(file, written, name):
 
 
 def test_a_group_has_more_than_two_who_wrote(file):
-    [[chat, _]] = read(file(*android("hi"), *android("hi", author="Ann"), *android("hi", author="Eve")))
-    assert (chat.key, chat.type, chat.name, chat.owner) == ("whatsapp:Bob", "private_group", "Bob", None) and "Bob" not in chat.id
+    [[chat, _]] = read(
+        file(*android("hi"), *android("hi", author="Ann"), *android("hi", author="Eve"))
+    )
+    assert (chat.key, chat.type, chat.name, chat.owner) == (
+        "whatsapp:Bob",
+        "private_group",
+        "Bob",
+        None,
+    ) and "Bob" not in chat.id
 
 
 MEDIA = [  # what an Android phone writes, the mark
@@ -300,9 +340,16 @@ def test_what_an_iphone_left_out_becomes_a_mark(file, written, mark):
 
 def test_a_caption_is_the_text(file):
     lines = iphone(f"the sea\nat night {LRM}image omitted", f"the hills {LRM}<attached: 00000012-PHOTO-2021-03-14-22-05-33.jpg>", f"{LRM}<attached: 00000013-PHOTO-2021-03-14-22-05-33.jpg>\nthe town", f"{LRM}Report.pdf • {LRM}2 pages {LRM}document omitted")  # fmt: skip
-    assert [m.text for m in messages(file(*lines))] == ["the sea\nat night", "the hills", "the town", "<file>"]
+    assert [m.text for m in messages(file(*lines))] == [
+        "the sea\nat night",
+        "the hills",
+        "the town",
+        "<file>",
+    ]
     lines = android(
-        "IMG-20210314-WA0003.jpg (file attached)\nthe sea\nat night", "<Media omitted>\nat 5.30", "<Media omitted>\n4 pages.pdf"
+        "IMG-20210314-WA0003.jpg (file attached)\nthe sea\nat night",
+        "<Media omitted>\nat 5.30",
+        "<Media omitted>\n4 pages.pdf",
     )
     assert [m.text for m in messages(file(*lines))] == ["the sea\nat night", "at 5.30", "<file>"]
 
@@ -326,7 +373,9 @@ def test_a_transcript_beside_a_voice_message_is_its_text(file, tmp_path):
     assert [m.text for m in messages(path)] == ["I'm late, \nsorry", "<voice>", "<voice>"]
     archive = tmp_path / "WhatsApp Chat - Bob.zip"
     with zipfile.ZipFile(archive, "w") as out:
-        out.writestr("_chat.txt", iphone(f"{LRM}<attached: 00000012-AUDIO-2021-03-14-22-05-33.opus>")[0])
+        out.writestr(
+            "_chat.txt", iphone(f"{LRM}<attached: 00000012-AUDIO-2021-03-14-22-05-33.opus>")[0]
+        )
         out.writestr("00000012-AUDIO-2021-03-14-22-05-33.txt", "soon")
     assert [m.text for m in messages(archive)] == ["soon"]
 
@@ -354,7 +403,9 @@ def test_deleted_messages_and_missed_calls_keep_their_author(file):
     for lines in (android, iphone):
         found = messages(file(*lines("hi", *DELETED, *SERVICE)))
         assert {m.name for m in found} == {"Bob"}
-        assert [m.left_out for m in found] == [""] + ["deleted messages"] * len(DELETED) + ["service messages"] * len(SERVICE)
+        assert [m.left_out for m in found] == [""] + ["deleted messages"] * len(DELETED) + [
+            "service messages"
+        ] * len(SERVICE)
 
 
 @pytest.mark.parametrize("suffix", [" <This message was edited>", f" {LRM}<This message was edited>", " <Diese Nachricht wurde bearbeitet.>", " <Сообщение изменено>", f" {LRM}<Se editó este mensaje.>", "<此訊息已編輯>"])  # fmt: skip
@@ -363,7 +414,16 @@ def test_that_a_message_was_edited_is_cut_off(file, suffix):
 
 
 def test_marks_of_direction_are_taken_from_the_front_and_from_mentions(file):
-    found = messages(file(*android(f"{LRM}\u202ahi\u202c there", "@\u2068~ Ann\u2069 and @\u2068Eve\u2069!", "\u200f \ufeff", "")))
+    found = messages(
+        file(
+            *android(
+                f"{LRM}\u202ahi\u202c there",
+                "@\u2068~ Ann\u2069 and @\u2068Eve\u2069!",
+                "\u200f \ufeff",
+                "",
+            )
+        )
+    )
     assert [(m.text, m.left_out) for m in found] == [
         ("hi\u202c there", ""),
         ("@~ Ann and @Eve!", ""),
@@ -395,7 +455,12 @@ NAMES = {
 def test_a_chat_is_called_as_its_file_or_its_folder_says(tmp_path, path, name):
     [[chat, _]] = read(write(tmp_path / path, *android("hi"), *android("ho", author="Ann")))
     shown = "WhatsApp" if name == "Ann, Bob" else name  # a name that we make up names nobody
-    assert (chat.key, chat.type, chat.name, chat.owner) == (f"whatsapp:{name}", "personal_chat", shown, None)
+    assert (chat.key, chat.type, chat.name, chat.owner) == (
+        f"whatsapp:{name}",
+        "personal_chat",
+        shown,
+        None,
+    )
 
 
 @pytest.mark.parametrize("archive, member, name", [("WhatsApp Chat - Bob.zip", "_chat.txt", "Bob"), ("x.zip", "_chat.txt", "WhatsApp"), ("x.zip", "WhatsApp Chat with Bob.txt", "Bob"), ("x.zip", "WhatsApp Chat - Bob/_chat.txt", "Bob")])  # fmt: skip
@@ -411,7 +476,10 @@ def test_a_folder_may_hold_many_chats(tmp_path):
     write(tmp_path / "WhatsApp Chat with Ann.txt", *android("hi", author="Ann"))
     write(tmp_path / "WhatsApp Chat with Bob.txt", *iphone("ho"))
     write(tmp_path / "PTT-20210314-WA0003.txt", "I'm late")
-    assert [(chat.name, [m.text for m in found]) for chat, found in read(tmp_path)] == [("Ann", ["hi"]), ("Bob", ["ho"])]
+    assert [(chat.name, [m.text for m in found]) for chat, found in read(tmp_path)] == [
+        ("Ann", ["hi"]),
+        ("Bob", ["ho"]),
+    ]
 
 
 def test_other_files_are_not_chats():
@@ -427,19 +495,24 @@ def test_other_files_are_not_chats():
         "99/99/2021, 10:05 - Bob: hi",
         "10:05 - Bob: hi",
     ]
-    assert [text for text in others if whatsapp.recognises(text)] == []
+    assert [text for text in others if whatsapp.can_read(text)] == []
 
 
 def test_a_chat_is_recognised_with_a_line_above_it():
-    assert whatsapp.recognises("\n".join(["my chat with Bob", *android("a", "b", "c")]))
-    assert whatsapp.recognises(f"[2021-03-14 10:05:33] Bob: {LRM}Meddelanden är krypterade\n[2021-03-14 10:05:34] Bob: hej")
+    assert whatsapp.can_read("\n".join(["my chat with Bob", *android("a", "b", "c")]))
+    assert whatsapp.can_read(
+        f"[2021-03-14 10:05:33] Bob: {LRM}Meddelanden är krypterade\n[2021-03-14 10:05:34] Bob: hej"
+    )
 
 
 @pytest.mark.parametrize("hostile", [LRM * 300_000, "<" * 300_000, f"{LRM}<" * 100_000, "a:" * 150_000, "(1" * 150_000, "[" * 300_000, " " * 300_000 + "x", "1/" * 150_000, ".a" * 150_000, "@\u2068" * 100_000, "“" * 300_000])  # fmt: skip
 def test_no_text_takes_long(file, hostile):
     start = time.process_time()
     path = file(
-        *android("hi", hostile, f"{hostile}\n{hostile}\nPOLL:\n{hostile}: (1"), hostile, f"14/03/2021, 10:00 - {hostile}", *iphone(hostile)
+        *android("hi", hostile, f"{hostile}\n{hostile}\nPOLL:\n{hostile}: (1"),
+        hostile,
+        f"14/03/2021, 10:00 - {hostile}",
+        *iphone(hostile),
     )
     assert len(messages(path)) == 4
     assert time.process_time() - start < 5
@@ -448,7 +521,14 @@ def test_no_text_takes_long(file, hostile):
 def test_a_message_is_bounded_and_memory_does_not_hold_a_line_without_end(file, monkeypatch):
     monkeypatch.setattr(whatsapp, "LONGEST", 1000)
     notes = collections.Counter()
-    found = messages(file(*android("x" * 999_999, "\n" * 5000 + "end", "y" * 400 + "\n" + "z" * 900), "more" * 9999, *android("ok")), notes)
+    found = messages(
+        file(
+            *android("x" * 999_999, "\n" * 5000 + "end", "y" * 400 + "\n" + "z" * 900),
+            "more" * 9999,
+            *android("ok"),
+        ),
+        notes,
+    )
     assert [len(m.text) <= 1000 for m in found] == [True] * 4
     assert found[3].text == "ok" and notes["messages cut to a million characters"] == 3
 
@@ -457,16 +537,32 @@ FORMATS = {
     "Android": lambda t: f"{t:%d/%m/%Y, %H:%M} - ",
     "United States": lambda t: f"{t.month}/{t.day}/{t:%y}, {t:%I}:{t:%M}{NNBSP}{t:%p} - ",
     "iPhone": lambda t: f"[{t:%d.%m.%y, %H:%M:%S}] ",
-    "Taiwan": lambda t: f"[{t.year}/{t.month}/{t.day} {'上午' if t.hour < 12 else '下午'}{t:%I:%M:%S}] ",
-    "Korea": lambda t: f"{t:%y}. {t.month}. {t.day}. {'오전' if t.hour < 12 else '오후'} {t:%I:%M} - ",
+    "Taiwan": lambda t: (
+        f"[{t.year}/{t.month}/{t.day} {'上午' if t.hour < 12 else '下午'}{t:%I:%M:%S}] "
+    ),
+    "Korea": lambda t: (
+        f"{t:%y}. {t.month}. {t.day}. {'오전' if t.hour < 12 else '오후'} {t:%I:%M} - "
+    ),
     "Thailand": lambda t: f"{t.day}/{t.month}/{t.year + 543} {t:%H:%M} - ",
-    "Arabic": lambda t: f"\u200f{t:%d\u200f/%m\u200f/%Y}، {t:%I:%M} {'ص' if t.hour < 12 else 'م'} - ".translate(
-        {ord("0") + i: c for i, c in enumerate("٠١٢٣٤٥٦٧٨٩")}
+    "Arabic": lambda t: (
+        f"\u200f{t:%d\u200f/%m\u200f/%Y}، {t:%I:%M} {'ص' if t.hour < 12 else 'م'} - ".translate(
+            {ord("0") + i: c for i, c in enumerate("٠١٢٣٤٥٦٧٨٩")}
+        )
     ),
 }
-WORD = st.text("abcäßжщ中の한ש0123459.,!?'-–/ ()*_~😀👍\u200d\n", min_size=1).map(str.strip).filter(bool)
+WORD = (
+    st.text("abcäßжщ中の한ש0123459.,!?'-–/ ()*_~😀👍\u200d\n", min_size=1)
+    .map(str.strip)
+    .filter(bool)
+)
 CHAT = st.lists(
-    st.tuples(st.sampled_from(["Ann", "Bob B.", "+49 170 1234567", "Жанна 😀"]), WORD, st.integers(0, 40 * 86400)), min_size=2, max_size=12
+    st.tuples(
+        st.sampled_from(["Ann", "Bob B.", "+49 170 1234567", "Жанна 😀"]),
+        WORD,
+        st.integers(0, 40 * 86400),
+    ),
+    min_size=2,
+    max_size=12,
 )
 
 
@@ -476,13 +572,27 @@ def test_what_was_written_comes_back_message_for_message(tmp_path_factory, forma
     t, lines, expected = datetime.datetime(2021, 3, 14, 22, 5, 33), [], []
     for author, text, later in chat:
         lines.append(f"{FORMATS[format](t)}{author}: {text}")
-        expected.append((f"whatsapp:{author}", author, t.isoformat()[: 19 if format in ("iPhone", "Taiwan") else 16], text, ""))
+        expected.append(
+            (
+                f"whatsapp:{author}",
+                author,
+                t.isoformat()[: 19 if format in ("iPhone", "Taiwan") else 16],
+                text,
+                "",
+            )
+        )
         t += datetime.timedelta(seconds=later)
     path = write(tmp_path_factory.mktemp("chat") / "_chat.txt", *lines)
     with pytest.MonkeyPatch.context() as patch:  # pieces are cut anywhere, even inside a letter
-        patch.setattr(exports, "PIECE", piece)
-        [[info, found]] = [(info, list(found)) for info, found in whatsapp.read(exports.Source(path), collections.Counter())]
-    assert [(m.author, m.name, m.date[: len(e[2])], m.text, m.left_out) for m, e in zip(found, expected, strict=True)] == expected
+        patch.setattr(exports, "CHUNK", piece)
+        [[info, found]] = [
+            (info, list(found))
+            for info, found in whatsapp.read(exports.Source(path), collections.Counter())
+        ]
+    assert [
+        (m.author, m.name, m.date[: len(e[2])], m.text, m.left_out)
+        for m, e in zip(found, expected, strict=True)
+    ] == expected
     assert info.key == "whatsapp:" + ", ".join(sorted({author for author, _, _ in chat}))
     assert found == messages(path)
 
@@ -490,9 +600,12 @@ def test_what_was_written_comes_back_message_for_message(tmp_path_factory, forma
 @given(st.text('[]0123456789/.-:, \n<>()PMpm\u200e\u202f~@\u2068\u2069”“"ab😀', max_size=200))
 def test_nothing_breaks_the_reader(tmp_path_factory, text):
     path = write(tmp_path_factory.mktemp("chat") / "_chat.txt", text)
-    [[_, found]] = [(info, list(found)) for info, found in whatsapp.read(exports.Source(path), collections.Counter())]
+    [[_, found]] = [
+        (info, list(found))
+        for info, found in whatsapp.read(exports.Source(path), collections.Counter())
+    ]
     assert all(isinstance(m.at, int) and (m.text or m.left_out) for m in found)
-    whatsapp.recognises(text)
+    whatsapp.can_read(text)
 
 
 # --- hours, calendars, names with a colon
@@ -504,39 +617,70 @@ def hours(path, notes=None):
 
 def test_parts_of_the_day_are_told_as_in_taiwan(file):
     """CLDR's zh_Hant, checked with ICU: midnight, before dawn, morning, forenoon, noon, afternoon, evening."""
-    written = ["午夜12:00", "凌晨4:59", "清晨5:00", "上午8:00", "中午12:30", "下午1:00", "晚上11:59"]
+    written = [
+        "午夜12:00",
+        "凌晨4:59",
+        "清晨5:00",
+        "上午8:00",
+        "中午12:30",
+        "下午1:00",
+        "晚上11:59",
+    ]
     expected = ["00:00", "04:59", "05:00", "08:00", "12:30", "13:00", "23:59"]
     assert hours(file(*(f"2021/1/1 {time} - Bob: hi" for time in written))) == expected
 
 
 def test_a_word_that_spans_midnight_is_told_by_the_hour(file):
     """रात is 20:00 to 4:00 in Hindi."""
-    assert hours(file("14/3/21, रात 10:05 - Bob: a", "15/3/21, रात 1:05 - Bob: b")) == ["22:05", "01:05"]
+    assert hours(file("14/3/21, रात 10:05 - Bob: a", "15/3/21, रात 1:05 - Bob: b")) == [
+        "22:05",
+        "01:05",
+    ]
 
 
-UNKNOWN = ["14/03/21, 9:00 xxa - Ann: a", "14/03/21, 3:00 xxb - Bob: b", "14/03/21, 4:00 xxb - Ann: c", "15/03/21, 12:10 xxa - Ann: d"]
+UNKNOWN = [
+    "14/03/21, 9:00 xxa - Ann: a",
+    "14/03/21, 3:00 xxb - Bob: b",
+    "14/03/21, 4:00 xxb - Ann: c",
+    "15/03/21, 12:10 xxa - Ann: d",
+]
 
 
 def test_which_of_two_unknown_words_is_am_shows_in_a_day_that_runs_forward(file):
     notes = collections.Counter()
     assert hours(file(*UNKNOWN), notes) == ["09:00", "15:00", "16:00", "00:10"]
-    assert notes == {"lines with “xxa” beside the time, taken for AM": 2, "lines with “xxb” beside the time, taken for PM": 2}
+    assert notes == {
+        "lines with “xxa” beside the time, taken for AM": 2,
+        "lines with “xxb” beside the time, taken for PM": 2,
+    }
 
 
 def test_an_unknown_word_among_known_ones_is_told_by_its_neighbours(file):
-    lines = ["14/03/21, 11:50 AM - Ann: a", "14/03/21, 12:00 xxn - Bob: b", "14/03/21, 1:00 PM - Ann: c"]
+    lines = [
+        "14/03/21, 11:50 AM - Ann: a",
+        "14/03/21, 12:00 xxn - Bob: b",
+        "14/03/21, 1:00 PM - Ann: c",
+    ]
     assert hours(file(*lines)) == ["11:50", "12:00", "13:00"]
 
 
 def test_a_line_whose_word_nothing_tells_is_left_out_by_name_and_is_nobody_s_words(file):
     notes = collections.Counter()
-    lines = ["14/03/21, 9:00 AM - Ann: a", "15/03/21, 9:00 xxn - Bob: b", "Bob's second line", "16/03/21, 9:00 AM - Ann: c"]
+    lines = [
+        "14/03/21, 9:00 AM - Ann: a",
+        "15/03/21, 9:00 xxn - Bob: b",
+        "Bob's second line",
+        "16/03/21, 9:00 AM - Ann: c",
+    ]
     assert [m.text for m in messages(file(*lines), notes)] == ["a", "c"]
     assert notes == {"lines with “xxn” beside the time, which may be AM or PM: left out": 1}
 
 
 def test_an_unknown_word_beside_24_hours_says_nothing(file):
-    assert hours(file("14/03/2021 xxu 9:00 - Ann: a", "14/03/2021 xxu 13:00 - Bob: b")) == ["09:00", "13:00"]
+    assert hours(file("14/03/2021 xxu 9:00 - Ann: a", "14/03/2021 xxu 13:00 - Bob: b")) == [
+        "09:00",
+        "13:00",
+    ]
 
 
 def test_where_no_line_s_half_of_the_day_is_known_the_words_are_named(file):
@@ -544,7 +688,9 @@ def test_where_no_line_s_half_of_the_day_is_known_the_words_are_named(file):
         messages(file(*(f"{day}/03/21, 9:00 xxa - Bob: hi" for day in range(10, 14))))
 
 
-@given(st.lists(st.integers(0, 40 * 3600), min_size=30, max_size=40), st.permutations(["qqa", "qqb"]))
+@given(
+    st.lists(st.integers(0, 40 * 3600), min_size=30, max_size=40), st.permutations(["qqa", "qqb"])
+)
 def test_unknown_words_never_give_a_wrong_hour(tmp_path_factory, gaps, halves):
     t, lines, expected = datetime.datetime(2021, 3, 14), [], []
     for gap in gaps:
@@ -559,7 +705,12 @@ def test_unknown_words_never_give_a_wrong_hour(tmp_path_factory, gaps, halves):
 
 
 def test_a_day_of_one_digit_before_an_hour_of_one_is_as_any_other(file):
-    lines = ["2021/3/14 22:05 - Bob: a", "2021/3/15 2:05 - Bob: b", "2021/4/1 1:05 - Bob: c", "2021/4/2 22:05 - Bob: d"]
+    lines = [
+        "2021/3/14 22:05 - Bob: a",
+        "2021/3/15 2:05 - Bob: b",
+        "2021/4/1 1:05 - Bob: c",
+        "2021/4/2 22:05 - Bob: d",
+    ]
     assert [m.text for m in messages(file(*lines))] == ["a", "b", "c", "d"]
 
 
@@ -589,15 +740,25 @@ def test_dates_of_other_calendars_are_ours(file, front):
 
 
 REFUSED = {
-    "Hebrew": ["[1 Nisan 5781, 10:05:33 PM] ", "[א׳ בניסן תשפ״א, 22:05:33] ", "[01/07/5781 A. M. 22:05:33] "],
+    "Hebrew": [
+        "[1 Nisan 5781, 10:05:33 PM] ",
+        "[א׳ בניסן תשפ״א, 22:05:33] ",
+        "[01/07/5781 A. M. 22:05:33] ",
+    ],
     "Indian": ["[12/23/1942 Saka, 10:05:33 PM] "],
-    "Coptic or Ethiopic": ["[7/5/1737 ERA1, 10:05:33 PM] ", "[05/07/2013 ERA1 10:05:33 ከሰዓት] ", "[05/07/2013 ap. Inc. 22:05:33] "],
+    "Coptic or Ethiopic": [
+        "[7/5/1737 ERA1, 10:05:33 PM] ",
+        "[05/07/2013 ERA1 10:05:33 ከሰዓት] ",
+        "[05/07/2013 ap. Inc. 22:05:33] ",
+    ],
     "Ethiopic (Amete Alem)": ["[7/5/7513 ERA0, 10:05:33 PM] "],
     "Chinese": ["[辛丑/2/2 晚上10:05:33] "],
 }
 
 
-@pytest.mark.parametrize("calendar, front", [(name, front) for name, fronts in REFUSED.items() for front in fronts])
+@pytest.mark.parametrize(
+    "calendar, front", [(name, front) for name, fronts in REFUSED.items() for front in fronts]
+)
 def test_a_calendar_that_is_not_converted_is_refused_by_name(file, calendar, front):
     with pytest.raises(UserError, match=re.escape(f"dates of the {calendar} calendar")):
         messages(file(*(f"{front}{name}: hi" for name in ("Ann", "Bob", "Ann"))))
@@ -618,7 +779,9 @@ def test_dates_before_whatsapp_or_in_the_future_are_refused(file, year):
 def test_the_persian_year_begins_as_in_tehran():
     """On 21 March, but on the 20th in these years, by the almanac."""
     for year in range(1388, 1412):
-        first = datetime.date(year + 621, 3, 20 if year in (1391, 1395, 1399, 1403, 1407, 1408, 1411) else 21).toordinal()
+        first = datetime.date(
+            year + 621, 3, 20 if year in (1391, 1395, 1399, 1403, 1407, 1408, 1411) else 21
+        ).toordinal()
         assert whatsapp.ordinal("Persian", year, 1, 1) == first
         assert whatsapp.ordinal("Persian", year, 7, 30) == first + 6 * 31 + 29
     with pytest.raises(ValueError):
@@ -638,16 +801,25 @@ def test_every_word_of_cldr_for_a_part_of_the_day_is_known():
             continue
         if plain not in whatsapp.HOURS:
             unknown.add(text)
-        elif period in ("am", "pm") and any(whatsapp.hour_of(plain, h % 12 or 12) not in (h, None) for h in hours):
+        elif period in ("am", "pm") and any(
+            whatsapp.hour_of(plain, h % 12 or 12) not in (h, None) for h in hours
+        ):
             wrong.add((name, text))
     assert unknown == {"1ka", "2ja"}  # Anii's
     assert {name for name, _ in wrong} <= {"smn", "smn_FI"}  # Inari Sami's ip. is AM, Finnish's PM
-    assert table() in whatsapp.Path(whatsapp.__file__).with_suffix(".toml").read_text(encoding="utf-8")
+    assert table() in whatsapp.Path(whatsapp.__file__).with_suffix(".toml").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_old_iphones_mark_what_whatsapp_wrote_too(file):
-    lines = [f"3/14/17, 10:05:{i:02} PM: Bob: {text}" for i, text in enumerate(["hi", f"{LRM}Missed Call", f"{LRM}You changed the icon"])]
-    assert [(m.name, m.left_out) for m in messages(file(*lines))] == [("Bob", "")] + [("Bob", "service messages")] * 2
+    lines = [
+        f"3/14/17, 10:05:{i:02} PM: Bob: {text}"
+        for i, text in enumerate(["hi", f"{LRM}Missed Call", f"{LRM}You changed the icon"])
+    ]
+    assert [(m.name, m.left_out) for m in messages(file(*lines))] == [("Bob", "")] + [
+        ("Bob", "service messages")
+    ] * 2
 
 
 def said(author, *texts, day=14):
@@ -659,7 +831,11 @@ def authors(path):
 
 
 def test_a_name_may_hold_a_colon_where_every_line_shows_it(file):
-    lines = said("Work: Bob", "can you?", "todo: milk") + said("Work: Eve", "no", "<Media omitted>") + said("Ann", "ok")
+    lines = (
+        said("Work: Bob", "can you?", "todo: milk")
+        + said("Work: Eve", "no", "<Media omitted>")
+        + said("Ann", "ok")
+    )
     assert authors(file(*lines)) == ["Work: Bob"] * 2 + ["Work: Eve"] * 2 + ["Ann"]
 
 
@@ -688,7 +864,12 @@ def test_a_system_line_says_a_whole_name(tmp_path):
         *said("Ann", "ok"),
     ]
     found = messages(
-        write(tmp_path / "WhatsApp Chat with Team.txt", *lines, "14/03/2021, 11:00 - Work: Bob left", *said("Work: Eve", "so"))
+        write(
+            tmp_path / "WhatsApp Chat with Team.txt",
+            *lines,
+            "14/03/2021, 11:00 - Work: Bob left",
+            *said("Work: Eve", "so"),
+        )
     )
     assert [(m.name, m.left_out) for m in found] == [
         (None, "service messages"),
@@ -701,7 +882,20 @@ def test_a_system_line_says_a_whole_name(tmp_path):
 
 
 TEXTS = st.lists(
-    st.sampled_from(["todo: milk", "Todo: milk", "PS: rain", "ok", "at 10: no", "see: this: that", "Bob: hi", "x"]), min_size=2, max_size=8
+    st.sampled_from(
+        [
+            "todo: milk",
+            "Todo: milk",
+            "PS: rain",
+            "ok",
+            "at 10: no",
+            "see: this: that",
+            "Bob: hi",
+            "x",
+        ]
+    ),
+    min_size=2,
+    max_size=8,
 )
 
 
@@ -711,7 +905,9 @@ TEXTS = st.lists(
 )
 def test_names_with_and_without_colons_come_back(tmp_path_factory, plain, colons):
     lines, expected = [], []
-    texts = {name: [*texts, "yes"] for name, texts in plain.items()}  # one line without another colon
+    texts = {
+        name: [*texts, "yes"] for name, texts in plain.items()
+    }  # one line without another colon
     texts |= colons if len(colons) > 1 else {}
     for day, (name, some) in enumerate(texts.items()):
         lines += said(name, *some, day=10 + day)

@@ -42,7 +42,10 @@ def test_an_export_is_read(tmp_path):
     chat = {"name": "Bob", "type": "personal_chat", "id": 2, "messages": messages}
     export = tmp_path / "result.json"
     export.write_text(
-        json.dumps({"personal_information": {"user_id": 1, "first_name": "Ann"}, "chats": {"list": [chat]}}), encoding="utf-8"
+        json.dumps(
+            {"personal_information": {"user_id": 1, "first_name": "Ann"}, "chats": {"list": [chat]}}
+        ),
+        encoding="utf-8",
     )
     said = on_windows(tmp_path, "data.py", export, "--out", tmp_path / "data", library="json")
     assert "\U0001f986" in said and "привет" in said
@@ -50,9 +53,32 @@ def test_an_export_is_read(tmp_path):
 
 
 def test_a_plan_is_made(tmp_path, base, chats):
-    assert "memory" in on_windows(tmp_path, "plan.py", "--gpu", "3090", "--lora", "--model", base, "--data", chats, "--seq-len", 160)
+    assert "memory" in on_windows(
+        tmp_path,
+        "plan.py",
+        "--gpu",
+        "3090",
+        "--lora",
+        "--model",
+        base,
+        "--data",
+        chats,
+        "--seq-len",
+        160,
+    )
 
 
 def test_it_answers(tmp_path, base):
-    assert on_windows(tmp_path, "chat.py", base, "-p", "привет \U0001f986", "--device", "cpu").strip()
-    assert on_windows(tmp_path, "chat.py", base, "--device", "cpu", "--max-tokens", 4, stdin="привет\nhow are you?\n").strip()
+    assert on_windows(
+        tmp_path, "chat.py", base, "-p", "привет \U0001f986", "--device", "cpu"
+    ).strip()
+    assert on_windows(
+        tmp_path,
+        "chat.py",
+        base,
+        "--device",
+        "cpu",
+        "--max-tokens",
+        4,
+        stdin="привет\nhow are you?\n",
+    ).strip()

@@ -19,11 +19,11 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Engine
 
-import checkpoint
-import config
-import tokenizer as tokenizers
-from config import UserError, flag
-from model import Transformer, frequencies
+import cli
+from cli import UserError, flag
+from model import Transformer, rope_inv_freq
+from weights import hf, shards
+from weights.tokenizer import load_tokenizer, sentencepiece_bpe, special_token
 
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd"))
 STRING, ARRAY = 8, 9
@@ -93,12 +93,12 @@ PRE_TOKENIZERS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Convert a GGUF file to a folder for --model.  python gguf_convert.py model.gguf base/"""
+class Options:
+    """Convert a GGUF file to a folder for --model.  python -m weights.gguf_convert model.gguf base/"""
 
     file: str = flag("", "the GGUF file: Llama, Mistral, Qwen2, Qwen3", positional=True)
     out: str = flag("", "the folder to write", positional=True)
-    dtype: str = flag("bfloat16", "of the weights written", choices=tuple(checkpoint.DTYPES))
+    dtype: str = flag("bfloat16", "of the weights written", choices=tuple(hf.DTYPES))
     overwrite: bool = flag(False, "replace the folder")
 
 
@@ -141,7 +141,7 @@ class Header:
         self.path, self.at = path, 0
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
-                raise ValueError(config.really(path, "it is no GGUF file"))
+                raise ValueError(cli.describe_file(path, "it is no GGUF file"))
             self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.take(4)
         if (version := self.number("I")) not in (2, 3):
@@ -238,11 +238,11 @@ def convert(path: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> No
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        write_settings(header, part, dtype)
+        write_config(header, part, dtype)
         tensors = find_tensors(header, part)
         write_weights(part / "model.safetensors", tensors, dtype)
         folder.mkdir(exist_ok=True)
-        checkpoint.clear(folder)
+        hf.clear_output(folder)
         for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(folder / file.name)  # the last makes it a model's folder
     except UserError as error:  # of what was made of the file, which a person doesn't know
@@ -259,19 +259,19 @@ def convert(path: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> No
         shutil.rmtree(part, ignore_errors=True)
 
 
-def write_settings(header: Header, folder: Path, dtype: torch.dtype) -> None:
+def write_config(header: Header, folder: Path, dtype: torch.dtype) -> None:
     """Write config.json and the tokenizer, and read both as every program will."""
     metadata = header.metadata
     special = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     ends = {f"{name}_token_id": i for name, i in special.items() if i is not None}
     raw_config = read_metadata(header)
     raw_config |= {"dtype": str(dtype).removeprefix("torch."), **ends}
-    config.write_json(folder / "config.json", raw_config)
-    config.write_json(folder / "generation_config.json", ends)
-    model_config = checkpoint.read_config(folder)
+    cli.write_json(folder / "config.json", raw_config)
+    cli.write_json(folder / "generation_config.json", ends)
+    model_config = hf.read_config(folder)
     check_rope_freqs(header, model_config)
     write_tokenizer(header, folder)
-    tokenizers.load(folder).check(raw_config, folder, model_config.vocab_size)
+    load_tokenizer(folder).check(raw_config, folder, model_config.vocab_size)
 
 
 # --- config.json
@@ -362,8 +362,8 @@ def check_rope_freqs(header: Header, model_config: Any) -> None:
     if "rope_freqs.weight" not in header.tensors:
         return
     factors = next(header.tensors["rope_freqs.weight"].chunks()).flatten()
-    plain = frequencies(dataclasses.replace(model_config, rope_scaling=None), "cpu")[0]
-    ours = plain / frequencies(model_config, "cpu")[0]
+    plain = rope_inv_freq(dataclasses.replace(model_config, rope_scaling=None), "cpu")[0]
+    ours = plain / rope_inv_freq(model_config, "cpu")[0]
     if ours.shape != factors.shape or not torch.allclose(ours, factors, rtol=1e-3):
         raise UserError(
             f"{header.path}: rope_freqs.weight is not that of Llama 3",
@@ -394,7 +394,7 @@ def write_tokenizer(header: Header, folder: Path) -> None:
                 named[f"{name}_token"] = tokens[i]  # a pad token may be a plain word
         special = [token for token, kind in zip(tokens, types) if kind in (UNKNOWN, CONTROL)]
         special += [*named.values()]
-        engine.add_special_tokens([tokenizers.special(token) for token in special])
+        engine.add_special_tokens([special_token(token) for token in special])
         ordinary = [token for token, kind in zip(tokens, types) if kind == USER_DEFINED]
         engine.add_tokens([AddedToken(token, normalized=False) for token in ordinary])
     except UserError:
@@ -417,8 +417,8 @@ def write_tokenizer(header: Header, folder: Path) -> None:
     }
     if template := metadata.get("tokenizer.chat_template"):
         settings["chat_template"] = template
-    config.write_text(folder / "tokenizer.json", engine.to_str(pretty=True))
-    config.write_json(folder / "tokenizer_config.json", settings)
+    cli.write_text(folder / "tokenizer.json", engine.to_str(pretty=True))
+    cli.write_json(folder / "tokenizer_config.json", settings)
 
 
 def byte_level_bpe(header: Header, tokens: list[str], types: Any) -> tuple[Engine, bool]:
@@ -451,7 +451,7 @@ def sentencepiece(header: Header, tokens: list[str], types: Any) -> tuple[Engine
     unk = tokens[header.metadata.get("tokenizer.ggml.unknown_token_id", 0)]
     prefix = header.metadata.get("tokenizer.ggml.add_space_prefix", True)
     scores = header.metadata["tokenizer.ggml.scores"]
-    return tokenizers.sentencepiece_bpe(tokens, scores, mergeable, unk, bool(prefix)), True
+    return sentencepiece_bpe(tokens, scores, mergeable, unk, bool(prefix)), True
 
 
 # --- weights
@@ -462,7 +462,7 @@ def find_tensors(header: Header, folder: Path) -> dict[str, tuple[Tensor, int]]:
 
     {HF's name: (tensor, its heads where they are in llama.cpp's order, else 0)}
     """
-    model_config, found = checkpoint.read_config(folder), {}
+    model_config, found = hf.read_config(folder), {}
     interleaved = header.metadata["general.architecture"] == "llama"
     heads = {"attn_q": model_config.num_attention_heads, "attn_k": model_config.num_key_value_heads}
     for name, tensor in header.tensors.items():
@@ -478,7 +478,7 @@ def find_tensors(header: Header, folder: Path) -> dict[str, tuple[Tensor, int]]:
         model = Transformer(model_config)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     tensors = {name: tensor for name, (tensor, _) in found.items()}
-    config.check_tensors(header.path, tensors, wanted, "its header", "Take another base.")
+    cli.check_tensors(header.path, tensors, wanted, "its header", "Take another base.")
     return {name: found[name] for name in wanted}
 
 
@@ -503,25 +503,25 @@ def write_weights(path: Path, tensors: dict[str, tuple[Tensor, int]], dtype: tor
             for name, (tensor, heads) in tensors.items():
                 for rows in tensor.chunks(heads):
                     rows = rows.to(dtype)
-                    if not checkpoint.finite(rows):
+                    if not shards.all_finite(rows):
                         raise UserError(
                             f"{path.parent}: tensor {name} holds NaN or infinity",
                             "Copy it again, or take another base.",
                         )
                     rows.view(torch.uint8).numpy().tofile(file)
     except OSError as error:
-        raise config.unwritten(path, error) from None
+        raise cli.write_error(path, error) from None
 
 
 def main() -> None:
-    options = config.parse(Config)
+    options = cli.parse(Options)
     path, folder = Path(options.file), Path(options.out)
     if not path.is_file():
         raise UserError(f"{path}: there is no such file", "Give a GGUF file.")
-    config.check_folder(folder, options.overwrite)
-    convert(path, folder, checkpoint.DTYPES[options.dtype])
+    cli.check_output_dir(folder, options.overwrite)
+    convert(path, folder, hf.DTYPES[options.dtype])
     print(f"{folder} is ready: --model {folder}")
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

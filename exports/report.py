@@ -8,18 +8,27 @@ import unicodedata
 
 import numpy as np
 
-from config import counted
+from cli import counted
 
 TOGETHER = 1 << 14  # messages whose letters are counted at once
 ONLY_MINE = "Export again and untick 'Only my messages'."
-KINDS = {"saved_messages": "Saved Messages", "bot_chat": "chats with bots", "private_channel": "private channels",
+CHAT_KINDS = {"saved_messages": "Saved Messages", "bot_chat": "chats with bots", "private_channel": "private channels",
          "public_channel": "public channels", "replies": "Replies", "verification_codes": "sign-in codes"}  # fmt: skip
-SAMPLE = 2_000  # of my messages, from which tokens per 1,000 characters are told
-ENOUGH = (  # my messages that are trained, and what to expect of fewer than that
-    (300, "too few: the base model with a few of your favourite words. Export more chats, or every year of them."),
-    (2_000, "few: your tone, your length and your favourite words; what you know and think hardly."),
+SAMPLE_CHARS = 2_000  # of my messages, from which tokens per 1,000 characters are told
+MIN_MESSAGES = (  # my messages that are trained, and what to expect of fewer than that
+    (
+        300,
+        "too few: the base model with a few of your favourite words. Export more chats, or every year of them.",
+    ),
+    (
+        2_000,
+        "few: your tone, your length and your favourite words; what you know and think hardly.",
+    ),
     (15_000, "enough for your style and for what you speak of often; rare facts it will make up."),
-    (float("inf"), "plenty, for style and background alike: `--epochs 2` may do, `python train.py` (full fine-tuning) is worth a look."),
+    (
+        float("inf"),
+        "plenty, for style and background alike: `--epochs 2` may do, `python train.py` (full fine-tuning) is worth a look.",
+    ),
 )
 
 
@@ -38,13 +47,19 @@ def scripts(characters):
     return dict(counts.most_common())
 
 
-class Census:
+class ChatStats:
     """What is counted over all sessions as they are cut, their authors still ids."""
 
     def __init__(self):
         self.left_out = {what: collections.Counter() for what in ("chats", "messages", "sessions")}
-        self.seen = collections.Counter()  # chats, sessions, messages, characters; mine, my characters and short: of my messages
-        self.turns, self.private, self.total = collections.Counter(), collections.Counter(), collections.Counter()
+        self.seen = (
+            collections.Counter()
+        )  # chats, sessions, messages, characters; mine, my characters and short: of my messages
+        self.turns, self.private, self.total = (
+            collections.Counter(),
+            collections.Counter(),
+            collections.Counter(),
+        )
         self.authors, self.only_mine, self.days = set(), [], ("9999", "0000")
         self.letters, self.waiting = np.zeros(sys.maxunicode + 1, dtype=np.int64), []
 
@@ -103,11 +118,19 @@ class Census:
             "chats": seen["chats"] + self.left_out["chats"].total(),
             "messages": seen["messages"] + self.left_out["messages"].total(),
             "sessions": seen["sessions"],
-            **{f"{what}_left_out": dict(reasons.most_common()) for what, reasons in self.left_out.items()},
+            **{
+                f"{what}_left_out": dict(reasons.most_common())
+                for what, reasons in self.left_out.items()
+            },
             "my_messages": seen["mine"],
-            "share_of_voice": {"messages": share("mine", "messages"), "characters": share("my characters", "characters")},
+            "share_of_voice": {
+                "messages": share("mine", "messages"),
+                "characters": share("my characters", "characters"),
+            },
             "short_share": share("short", "mine"),
-            "scripts": scripts({chr(code): int(self.letters[code]) for code in np.flatnonzero(self.letters)}),
+            "scripts": scripts(
+                {chr(code): int(self.letters[code]) for code in np.flatnonzero(self.letters)}
+            ),
             "largest_chat": {"name": chat, "share": turns / max(1, self.turns.total())},
             "only_mine": self.only_mine,
             "days": [day[:10] for day in self.days],
@@ -121,66 +144,110 @@ def density(messages, tokenizer):
         if mostly := next(iter(scripts(collections.Counter(text))), ""):
             tokens[mostly] += len(tokenizer.encode(text)[0])
             characters[mostly] += len(text)
-    return {name: round(1000 * tokens[name] / n) for name, n in characters.most_common() if n >= 100}
+    return {
+        name: round(1000 * tokens[name] / n) for name, n in characters.most_common() if n >= 100
+    }
 
 
 def kind(why):
     """Why a chat is left out, for a person."""
-    return f"{KINDS[why]} (--include takes it)" if why in KINDS else why
+    return f"{CHAT_KINDS[why]} (--include takes it)" if why in CHAT_KINDS else why
 
 
 def verdict(report):
     """Is it enough, and for what; what is lopsided, and the way out. → lines"""
     mine = report["trained_messages"]
-    said = [f"{mine:,} of your messages will be trained: " + next(words for most, words in ENOUGH if mine < most)]
+    said = [
+        f"{mine:,} of your messages will be trained: "
+        + next(words for most, words in MIN_MESSAGES if mine < most)
+    ]
     if not report["sessions_kept"]["val"]:
-        said.append("Nothing is held out: you say the same in every session. train.py needs others.")
+        said.append(
+            "Nothing is held out: you say the same in every session. train.py needs others."
+        )
     chat = report["largest_chat"]
     if chat["share"] > 0.5 and report["chats"] - sum(report["chats_left_out"].values()) > 1:
-        said.append(f"{chat['share']:.0%} of your turns are from one chat, {chat['name']}: it will talk as you do there.")
+        said.append(
+            f"{chat['share']:.0%} of your turns are from one chat, {chat['name']}: it will talk as you do there."
+        )
     if report["short_share"] > 0.4:
-        said.append(f"{report['short_share']:.0%} of your messages are of at most 3 letters: so will its answers be.")
+        said.append(
+            f"{report['short_share']:.0%} of your messages are of at most 3 letters: so will its answers be."
+        )
     if report["only_mine"]:
-        said.append(f"Only your own messages are in {', '.join(report['only_mine'][:5])}: there is nothing to answer. {ONLY_MINE}")
+        said.append(
+            f"Only your own messages are in {', '.join(report['only_mine'][:5])}: there is nothing to answer. {ONLY_MINE}"
+        )
     dense, letters = (report["tokens"] or {}).get("per_1000_characters", {}), report["scripts"]
     mixed = [name for name, n in letters.items() if n > 0.05 * sum(letters.values())]
     if len(mixed) > 1 and not dense:
-        said.append(f"You write {' and '.join(mixed[:2])}: --tokenizer FOLDER says how well a base fits each.")
+        said.append(
+            f"You write {' and '.join(mixed[:2])}: --tokenizer FOLDER says how well a base fits each."
+        )
     for name, n in dense.items():
         if n > 450 and letters.get(name, 0) > 1_000:
-            said.append(f"This tokenizer needs {n} tokens for 1,000 characters of your {name}: another base may know it better.")
+            said.append(
+                f"This tokenizer needs {n} tokens for 1,000 characters of your {name}: another base may know it better."
+            )
     return said
 
 
-def show(report, options):
+def show_report(report, options):
     """Print the report for a person."""
     voice, kept, tokens = report["share_of_voice"], report["sessions_kept"], report["tokens"]
     chats = {kind(why): n for why, n in report["chats_left_out"].items()}
-    line(report["chats"], "chats", chats)
-    line(report["messages"], "messages in the chats that are taken", report["messages_left_out"])
-    line(report["my_messages"], f"of them mine ({voice['messages']:.0%}; of the letters {voice['characters']:.0%})")
-    line(report["sessions"], f"sessions (cut at {options.gap_minutes:g} minutes of silence)", report["sessions_left_out"])
-    line(sum(kept.values()), f"sessions kept: {kept['train']:,} to train on, the latest {kept['val']:,} to validate")
+    format_line(report["chats"], "chats", chats)
+    format_line(
+        report["messages"], "messages in the chats that are taken", report["messages_left_out"]
+    )
+    format_line(
+        report["my_messages"],
+        f"of them mine ({voice['messages']:.0%}; of the letters {voice['characters']:.0%})",
+    )
+    format_line(
+        report["sessions"],
+        f"sessions (cut at {options.gap_minutes:g} minutes of silence)",
+        report["sessions_left_out"],
+    )
+    format_line(
+        sum(kept.values()),
+        f"sessions kept: {kept['train']:,} to train on, the latest {kept['val']:,} to validate",
+    )
     if tokens:
-        line(tokens["written"], "tokens in the sessions to train on")
-        line(tokens["computed"], "tokens computed (the rest stands behind my last word; some count twice, as context)")
+        format_line(tokens["written"], "tokens in the sessions to train on")
+        format_line(
+            tokens["computed"],
+            "tokens computed (the rest stands behind my last word; some count twice, as context)",
+        )
         filled = f"{tokens['filled']:.1%} filled; {tokens['trained']:,} of their tokens trained"
-        line(tokens["rows"], f"rows of {options.seq_len:,} tokens, {filled}")
+        format_line(tokens["rows"], f"rows of {options.seq_len:,} tokens, {filled}")
         dense = ", ".join(f"{n} of {name}" for name, n in tokens["per_1000_characters"].items())
         print(f"{'':>11} tokens for 1,000 characters of mine: {dense}")
     elif report["scripts"]:
-        print(f"{'':>11} what I write: " + ", ".join(f"{n:,} letters {name}" for name, n in list(report["scripts"].items())[:3]))
+        print(
+            f"{'':>11} what I write: "
+            + ", ".join(f"{n:,} letters {name}" for name, n in list(report["scripts"].items())[:3])
+        )
     if report["secrets"]:
         what = {f"<{name}>": n for name, n in report["secrets"].items()}
-        line(sum(report["secrets"].values()), "secrets replaced by marks as the exports were read", what)
+        format_line(
+            sum(report["secrets"].values()),
+            "secrets replaced by marks as the exports were read",
+            what,
+        )
     for what, n in report["repairs"].items():
-        line(n, what)
+        format_line(n, what)
     for pair in report["joined"]:
-        line(pair["messages"], f"messages of {named(pair['chats'])} stood in two exports{apart(pair['hours'])}, and count once")
+        format_line(
+            pair["messages"],
+            f"messages of {named(pair['chats'])} stood in two exports{apart(pair['hours'])}, and count once",
+        )
     for pair in report["repeated"]:
         a, b = pair["chats"]
         where = f"chat {a} also stand in chat {b}" if a != b else f"chat {a} stand twice in it"
-        print(f"{pair['sessions']:>11,} of {pair['of']:,} sessions of {where}: are they one? --exclude leaves a chat out")
+        print(
+            f"{pair['sessions']:>11,} of {pair['of']:,} sessions of {where}: are they one? --exclude leaves a chat out"
+        )
     print("", *report["verdict"], sep="\n")
 
 
@@ -193,7 +260,7 @@ def apart(hours):
     return f", their clocks {abs(hours):g} hour{'s' * (abs(hours) != 1)} apart" if hours else ""
 
 
-def line(count, what, reasons=()):
+def format_line(count, what, reasons=()):
     number, _, rest = counted(count, what).partition(" ")
     print(f"{number:>11} {rest}")
     for why, n in sorted(dict(reasons).items(), key=lambda item: -item[1]):

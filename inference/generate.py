@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 
 import data
-import quantize
 from model import KVCache, ModelConfig, rope
+from weights import quantize
 
-ROUND = 16  # on a CPU a part of a prompt is read as a multiple of so many tokens, see model.ROUND
+SAMPLE_ROUND = (
+    16  # on a CPU a part of a prompt is read as a multiple of so many tokens, see model.ROUND
+)
 PREFILL = 512  # prompt tokens read at a time: bounds the memory of their activations
-LIKELY = 1e-5  # a batch sorts less likely ids only where the others don't hold top_p
+TOP_K = 1e-5  # a batch sorts less likely ids only where the others don't hold top_p
 REMEMBERED = 1000  # answers of which the ids are kept
 
 
@@ -29,15 +31,19 @@ class Decoder:
         """
         norm = model.model.norm.weight
         self.model, self.tokenizer, self.share = model, tokenizer, share or (lambda id: id)
-        self.cache = KVCache(model.config, size, dtype=model.dtype or norm.dtype, device=norm.device)
+        self.cache = KVCache(
+            model.config, size, dtype=model.dtype or norm.dtype, device=norm.device
+        )
         self.read = []  # the ids behind the cache
         self.opening = lambda turns: turns  # what is put before a talk, see memory.py
         self.wrote = {}  # (author, *messages) of its latest answers → their ids, because text is not always cut as it was written
-        self.ends, self.never = ends_and_never(model, tokenizer)
+        self.ends, self.never = stop_and_banned_ids(model, tokenizer)
         self.step = None
         if compiled and can_compile(norm.device):
-            with contextlib.suppress(torch._dynamo.exc.BackendCompilerFailed):  # a compiler without Python's headers, for one
-                self.step = Step(model, self.cache)
+            with contextlib.suppress(
+                torch._dynamo.exc.BackendCompilerFailed
+            ):  # a compiler without Python's headers, for one
+                self.step = CompiledDecoder(model, self.cache)
         self.cache.length = 0
 
     @torch.inference_mode()
@@ -73,7 +79,7 @@ class Decoder:
     def read_part(self, part: torch.Tensor) -> torch.Tensor:
         """Have more ids (1, n) in the cache. → the logits (1, V) of what follows them"""
         count = part.shape[1]
-        extra = -count % ROUND if part.device.type == "cpu" and count > 1 else 0
+        extra = -count % SAMPLE_ROUND if part.device.type == "cpu" and count > 1 else 0
         extra = min(extra, self.cache.size - self.cache.length - count)
         last = torch.tensor([count - 1], device=part.device)
         logits = self.model(F.pad(part, (0, extra)), cache=self.cache, kept=last)
@@ -85,16 +91,18 @@ class Decoder:
         ids = list(ids)
         for _ in range(min(max_new, self.cache.size - len(ids))):
             logits = self.forward(ids).index_fill(0, self.never, -torch.inf)
-            chosen = self.share(pick(logits, temperature, top_p, generator))
+            chosen = self.share(sample(logits, temperature, top_p, generator))
             if chosen in self.ends:
                 return
             ids.append(chosen)
             yield chosen
 
 
-def ends_and_never(model, tokenizer) -> tuple[set[int], torch.Tensor]:
+def stop_and_banned_ids(model, tokenizer) -> tuple[set[int], torch.Tensor]:
     """The ids that end a turn, and those that are never written."""
-    ends = {tokenizer.im_end, *map(tokenizer.engine.token_to_id, ("</s>", "<|endoftext|>"))} - {None}
+    ends = {tokenizer.im_end, *map(tokenizer.engine.token_to_id, ("</s>", "<|endoftext|>"))} - {
+        None
+    }
     size, special = model.config.vocab_size, tokenizer.special_ids
     never = {i for i in range(size) if i in special or i >= len(tokenizer)} - ends
     return ends, torch.tensor(sorted(never), dtype=torch.long)
@@ -144,7 +152,7 @@ class BatchCache(KVCache):
 
 
 @dataclasses.dataclass(eq=False)
-class Row:
+class BatchRow:
     """An answer that is written in a batch. `ids`: so far; `ended`: by itself, not for want of room."""
 
     prompt: list[int]
@@ -156,7 +164,7 @@ class Row:
     ended: bool = False
 
 
-class Batch:
+class DecodeBatch:
     """Several answers at once, each as it would be written alone: a step reads the weights once for all.
 
     A row joins with `add`, between any two steps, and leaves when it is done. Its draws are its own
@@ -176,11 +184,11 @@ class Batch:
         return len(self.rows) == self.most
 
     @torch.inference_mode()
-    def add(self, prompt, max_new=256, temperature=0.7, top_p=0.95, generator=None) -> Row:
+    def add(self, prompt, max_new=256, temperature=0.7, top_p=0.95, generator=None) -> BatchRow:
         """Read a prompt; `ids` of the row that is returned grow with each step."""
         assert not self.full, f"the batch holds {self.most} rows"
         room = min(max_new, self.cache.size - len(prompt))
-        row = Row(list(prompt), room, temperature, top_p, generator)
+        row = BatchRow(list(prompt), room, temperature, top_p, generator)
         if room > 0:
             self.decoder.prefill(row.prompt[:-1])
             self.cache.load(len(self.rows), self.decoder.cache, len(prompt) - 1)
@@ -188,7 +196,7 @@ class Batch:
         return row
 
     @torch.inference_mode()
-    def step(self) -> list[Row]:
+    def step(self) -> list[BatchRow]:
         """Write one token of each row → the rows that are done, which left the batch."""
         cache, done = self.cache, []
         cache.rows = len(self.rows)
@@ -198,7 +206,9 @@ class Batch:
         logits = logits.index_fill(1, self.decoder.never, -torch.inf)
         cache.lengths[: cache.rows] += 1
         for row, scores in zip(self.rows, logits):
-            id = self.decoder.share(pick(scores, row.temperature, row.top_p, row.generator, LIKELY))
+            id = self.decoder.share(
+                sample(scores, row.temperature, row.top_p, row.generator, TOP_K)
+            )
             row.ended = id in self.decoder.ends
             if not row.ended:
                 row.ids.append(id)
@@ -223,7 +233,7 @@ def generate_batch(
 ) -> Iterator[tuple[int, list[int]]]:
     """Continue each prompt as `Decoder.generate` does: yield (its number, its ids) as they are done."""
     size = min(decoder.cache.size, max(map(len, prompts), default=0) + max_new)
-    batch, numbers = Batch(decoder, min(rows, len(prompts)), size), {}
+    batch, numbers = DecodeBatch(decoder, min(rows, len(prompts)), size), {}
     waiting = list(enumerate(prompts))[::-1]
     while waiting or batch.rows:
         if waiting and not batch.full:
@@ -248,7 +258,7 @@ def can_compile(device):
     return device.type == "cpu" and any(map(shutil.which, ("g++", "clang++")))
 
 
-class Step:
+class CompiledDecoder:
     """A token's way through the model, in fp32 between the weights: two compiled functions a block, the same for all blocks.
 
     What a compiled function returns it also stores. So each returns the vectors that its matmuls read: else they would be worked out anew
@@ -257,16 +267,24 @@ class Step:
 
     def __init__(self, model, cache):
         self.model, self.cache, self.graphs, device = model, cache, {}, cache.layers[0].device
-        self.token, self.position = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+        self.token, self.position = (
+            torch.zeros(1, 1, dtype=torch.int64, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+        )
         self.places = torch.arange(cache.size, device=device)
         self.rotation = rope(self.places[None], model.config)
-        self.before, self.after, self.last = map(torch.compile, (before, after, last))
-        unpack = {kind: torch.compile(kind.unpack, dynamic=False) for kind in quantize.KINDS.values()}
+        self.before, self.after, self.last = map(
+            torch.compile, (before_attention, after_attention, last_logits)
+        )
+        unpack = {
+            kind: torch.compile(kind.unpack, dynamic=False)
+            for kind in quantize.PACKED_TYPES.values()
+        }
         with torch.inference_mode():
             cache.length = 2
             self(self.token)
             for module in model.modules():
-                if isinstance(module, quantize.Packed):
+                if isinstance(module, quantize.PackedLinear):
                     module.unpack = unpack[type(module)]  # for prompts
             cache.length = 0
             model(self.places[None, :2], cache=cache)
@@ -313,12 +331,12 @@ class Step:
         return graph, logits
 
 
-def before(block, x, rotation):
+def before_attention(block, x, rotation):
     x = block.input_layernorm(x)
     return *block.self_attn(x, rotation), x
 
 
-def after(block, x, q, known, hidden):
+def after_attention(block, x, q, known, hidden):
     """x (1, 1, E), q (1, 1, H, D), keys and values (2, G, S, D), `hidden` (S,): those that q may not see → x (1, 1, E), and more."""
     keys, values = known.float()
     q = q.view(len(keys), -1, 1, keys.shape[2])  # (G, H / G, 1, D)
@@ -331,7 +349,7 @@ def after(block, x, q, known, hidden):
     return x + block.mlp.down_proj(inner), found, x, normed, inner
 
 
-def last(model, x):
+def last_logits(model, x):
     x = model.model.norm(x)
     return model.lm_head(x), x
 
@@ -349,7 +367,9 @@ class Answer:
     def __init__(self, decoder, turns, me, max_new=256, temperature=0.7, top_p=0.95, seed=None):
         room = min(max_new, decoder.cache.size // 2)
         self.decoder, self.me, self.messages, self.ids, self.ended = decoder, me, [], [], False
-        self.prompt = fit(decoder.opening(turns), me, decoder.tokenizer, decoder.cache.size - room, decoder.wrote)
+        self.prompt = truncate_prompt(
+            decoder.opening(turns), me, decoder.tokenizer, decoder.cache.size - room, decoder.wrote
+        )
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
         self.new = decoder.generate(self.prompt, room, temperature, top_p, generator)
         self.room = room
@@ -359,7 +379,10 @@ class Answer:
             self.messages = found
             yield found
         self.ended = len(self.ids) < self.room
-        wrote, header = self.decoder.wrote, self.prompt[-1 - self.prompt[::-1].index(self.decoder.tokenizer.im_start) :]
+        wrote, header = (
+            self.decoder.wrote,
+            self.prompt[-1 - self.prompt[::-1].index(self.decoder.tokenizer.im_start) :],
+        )
         wrote[self.me, *self.messages] = header + self.ids
         if len(wrote) > REMEMBERED:
             del wrote[next(iter(wrote))]
@@ -370,7 +393,7 @@ class Answer:
             yield id
 
 
-def pick(logits, temperature, top_p, generator=None, likely=0.0):
+def sample(logits, temperature, top_p, generator=None, likely=0.0):
     """One id from logits (V,): the best at temperature 0, else drawn from the smallest set of ids that holds `top_p` of the probability.
 
     `likely`: only ids above it are sorted, where they hold `top_p`. The draw is the same but for ties.
@@ -394,16 +417,16 @@ def messages(ids, tokenizer):
     for id in ids:
         seen.append(id)
         text = tokenizer.decode(seen)
-        found = data.messages_of(re.sub("(\n>{0,3}|\ufffd+)$", "", text))
+        found = data.split_messages(re.sub("(\n>{0,3}|\ufffd+)$", "", text))
         if found != known:
             known = found
             yield found
-    found = data.messages_of(tokenizer.decode(seen)) if seen else []
+    found = data.split_messages(tokenizer.decode(seen)) if seen else []
     if found != known:
         yield found
 
 
-def fit(turns, me, tokenizer, size, wrote=None):
+def truncate_prompt(turns, me, tokenizer, size, wrote=None):
     """The ids of the prompt after `turns`, at most `size`, without its oldest turns where there are more.
 
     They go half a context at a time, so that most prompts begin as the last one did. A single turn that is too long loses its beginning.
