@@ -78,11 +78,13 @@ def main():
 
         door = server.listen(options)
     device = devices.pick_device(options.device)
-    words = load_tokenizer(folder)
-    model = load_for_chat(folder, options.model, options.context, device, words, options.weights)
+    tokenizer = load_tokenizer(folder)
+    model = load_for_chat(
+        folder, options.model, options.context, device, tokenizer, options.weights
+    )
     size = min(options.context, model.config.max_position_embeddings)
     compiled = not options.no_compile and model.config.num_parameters > MIN_COMPILE_PARAMETERS
-    decoder = generate.Decoder(model, words, size, compiled=compiled)
+    decoder = generate.Decoder(model, tokenizer, size, compiled=compiled)
     decoder.opening = opening
     if compiled and not decoder.step and device.type != "mps":
         why = "that needs g++ or clang++ and Python's headers"

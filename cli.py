@@ -51,10 +51,13 @@ class UserError(Exception):
         super().__init__(f"{problem}\n{way_out}")
 
 
-def flag(default, help, choices=None, short=None, positional=False, shown=None, group=None):
+def flag(
+    default, help, choices=None, short=None, positional=False, shown=None, group=None, alias=None
+):
     """A dataclass field that is also a flag: `--micro-batch` for `micro_batch`; a bool is a switch.
 
     `shown`: the default in words, where its value doesn't tell. `group`: heads this flag and those after it in `--help`.
+    `alias`: the flag's old name, still taken, not shown.
     """
     return dataclasses.field(default=default, metadata=locals())
 
@@ -113,11 +116,12 @@ def parse(cls, argv=None, prog=None):
         }
         if many:
             takes |= {"action": "append", "default": None}
-        group.add_argument(
-            *names,
-            dest=field.name,
-            **options | ({"action": "store_true"} if kind is bool else takes),
-        )
+        if kind is bool:
+            takes = {"action": "store_true"}
+        group.add_argument(*names, dest=field.name, **options | takes)
+        if meta["alias"]:
+            hidden = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+            group.add_argument(meta["alias"], dest=field.name, **takes | hidden)
     given = vars(parser.parse_intermixed_args(argv))
     return cls(
         **{

@@ -111,42 +111,44 @@ class Document:
 
     text: str
     targets: list[tuple[int, int]]
-    words: list[tuple[int, int]]
+    content_spans: list[tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """A document's inputs and their (shifted) labels, (n,) int32 each; `words`: the labels that are words of a message, over `chars`
+    """A document's inputs and their (shifted) labels, (n,) int32 each; `content_mask`: which labels are text of a message, over `chars`
     characters in all; `session`: which session it is (a piece of)."""
 
     ids: np.ndarray
     labels: np.ndarray
-    words: np.ndarray
+    content_mask: np.ndarray
     chars: int
     session: int
 
     def __post_init__(self):
-        assert len(self.ids) == len(self.labels) == len(self.words) > 0, (
+        assert len(self.ids) == len(self.labels) == len(self.content_mask) > 0, (
             len(self.ids),
             len(self.labels),
-            len(self.words),
+            len(self.content_mask),
         )
-        assert not (self.words & (self.labels == IGNORE_INDEX)).any()
+        assert not (self.content_mask & (self.labels == IGNORE_INDEX)).any()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-    """Samples side by side: ids, labels, words (T,), T at most a row; doc_lengths, chars, sessions: one a document."""
+    """Samples side by side: ids, labels, content_mask (T,), T at most a row; doc_lengths, chars, sessions: one a document."""
 
     ids: np.ndarray
     labels: np.ndarray
-    words: np.ndarray
+    content_mask: np.ndarray
     doc_lengths: np.ndarray
     chars: np.ndarray
     sessions: np.ndarray
 
     def __post_init__(self):
-        assert len(self.ids) == len(self.labels) == len(self.words) == self.doc_lengths.sum(), (
+        assert (
+            len(self.ids) == len(self.labels) == len(self.content_mask) == self.doc_lengths.sum()
+        ), (
             len(self.ids),
             self.doc_lengths,
         )
@@ -283,7 +285,7 @@ def render(turns, loss_on="me", first=(0, 0), closed=True, specials=DEFAULT_SPEC
     """Turns → Document. Targets: my turns (`loss_on="everyone"`: all) from their first `>>>` on, `<|im_end|>` included, without messages
     that are only a mark, and from message `first` (turn, message) on: what stands before it is context. `closed`: the last turn ends here.
     """
-    text, targets, words = "", [], []
+    text, targets, content_spans = "", [], []
     for number, turn in enumerate(turns):
         text += f"{IM_START}{escape_specials(turn.author, specials)}"
         trained = [
@@ -297,13 +299,13 @@ def render(turns, loss_on="me", first=(0, 0), closed=True, specials=DEFAULT_SPEC
                 targets.append(
                     (begin, len(text) + 1)
                 )  # with the newline behind it: that one goes on is mine too
-                words.append((begin + len(">>> "), len(text)))
+                content_spans.append((begin + len(">>> "), len(text)))
         if closed or number < len(turns) - 1:
             if trained[-1]:
                 targets[-1] = (begin, len(text) + len(IM_END))  # or that one ends
             text += IM_END
         text += "\n"
-    return Document(text, targets, words)
+    return Document(text, targets, content_spans)
 
 
 def is_trained(turn: Turn, message: str, loss_on: str) -> bool:
@@ -343,10 +345,10 @@ def encode(document, tokenizer, session=0):
     ids = np.array(ids, dtype=np.int32)
     begins, ends = np.array(offsets, dtype=np.int64).T
     target = overlaps(begins, begins + 1, document.targets)
-    words = overlaps(begins, np.maximum(ends, begins + 1), document.words) & target
+    content_mask = overlaps(begins, np.maximum(ends, begins + 1), document.content_spans) & target
     labels = np.where(target, ids, IGNORE_INDEX).astype(np.int32)
-    chars = sum(end - begin for begin, end in document.words)
-    return Sample(ids[:-1], labels[1:], words[1:], chars, session)
+    chars = sum(end - begin for begin, end in document.content_spans)
+    return Sample(ids[:-1], labels[1:], content_mask[1:], chars, session)
 
 
 def overlaps(begins, ends, spans):
@@ -511,10 +513,10 @@ def windows(sample, seq_len):
         part = slice(begin, begin + seq_len)
         fresh = np.arange(len(sample.ids))[part] >= trained
         labels = np.where(fresh, sample.labels[part], IGNORE_INDEX)
-        words = sample.words[part] & fresh
-        chars = round(sample.chars * words.sum() / max(1, sample.words.sum()))
+        content_mask = sample.content_mask[part] & fresh
+        chars = round(sample.chars * content_mask.sum() / max(1, sample.content_mask.sum()))
         if (labels != IGNORE_INDEX).any():
-            yield Sample(sample.ids[part], labels, words, chars, sample.session)
+            yield Sample(sample.ids[part], labels, content_mask, chars, sample.session)
         trained = begin + seq_len
         begin = trained - seq_len // CONTEXT_SHARE
 
@@ -538,13 +540,14 @@ def pack(samples, seq_len):
 
 
 def join(samples):
-    ids, labels, words = (
-        np.concatenate([getattr(s, name) for s in samples]) for name in ("ids", "labels", "words")
+    ids, labels, content_mask = (
+        np.concatenate([getattr(s, name) for s in samples])
+        for name in ("ids", "labels", "content_mask")
     )
     lengths, chars, numbers = (
         np.array(x, np.int32) for x in zip(*((len(s.ids), s.chars, s.session) for s in samples))
     )
-    return Row(ids, labels, words, lengths, chars, numbers)
+    return Row(ids, labels, content_mask, lengths, chars, numbers)
 
 
 def fill_share(rows, seq_len):

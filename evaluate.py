@@ -344,12 +344,12 @@ def held_out_of(model, tokenizer, talks, length, options, progress):
     ]
     rows = data.pack(samples, length)
 
-    class Ranks(distributed.Distributed):
-        def move(self):
-            progress.show("held-out likelihood", min(2 * self.moves[0], len(rows)), len(rows))
-            super().move()
+    class Reporting(distributed.Distributed):
+        def advance(self):
+            progress.show("held-out likelihood", min(2 * self.progress[0], len(rows)), len(rows))
+            super().advance()
 
-    return step.evaluate(model, rows, Ranks(devices.pick_device(options.device)), 2, length)
+    return step.evaluate(model, rows, Reporting(devices.pick_device(options.device)), 2, length)
 
 
 def answers_of(decoder, contexts, some, choices, size, seed, progress):
@@ -426,7 +426,7 @@ def likelihoods(decoder, before, replies, me, size) -> np.ndarray:
         turns = [*before, data.Turn(me, True, "", reply)]
         document = data.render(turns, first=(len(before), 0), specials=decoder.tokenizer.specials)
         samples.append(data.encode(document, decoder.tokenizer))
-    parts = [(s.ids, s.labels, s.words) for s in samples]
+    parts = [(s.ids, s.labels, s.content_mask) for s in samples]
     pairs = [[*zip(s.ids.tolist(), s.labels.tolist())] for s in samples]
     shared = min(len(os.path.commonprefix(pairs)), min(map(len, pairs)) - 1)
     cut = min(max(0, max(map(len, pairs)) - size), max(0, shared - 1))
@@ -1086,10 +1086,12 @@ def fill(template, value):
 # --- the other ways to clone a person
 
 
-def prompts(name, past, facts, words, size):
+def prompts(name, past, facts, tokenizer, size):
     """{name of a way: Moment → the turns in its prompt}: what else a prompt may hold of me. The clone gets similar exchanges alone."""
     exchanges = ExchangeIndex(past)
-    cost = lambda turns: len(words.encode(data.render(turns, specials=words.specials).text)[0])  # noqa: E731
+    cost = lambda turns: len(
+        tokenizer.encode(data.render(turns, specials=tokenizer.specials).text)[0]
+    )  # noqa: E731
     costs = [cost(talk.turns) for talk in past]
 
     def similar(moment):
@@ -1163,9 +1165,9 @@ def blind_test(folder, talks, past, options):
             sorted({contact(talk) for talk in private if not chats or talk.chat_id in chats})
         )
         raise UserError(f"--with {options.with_}: {what}", f"There are: {known or 'none'}.")
-    model, words, size = load(folder, options)
+    model, tokenizer, size = load(folder, options)
     decoder, draw, items = (
-        generate.Decoder(model, words, size),
+        generate.Decoder(model, tokenizer, size),
         np.random.default_rng(options.seed),
         [],
     )

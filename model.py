@@ -305,25 +305,25 @@ class QueryBlock(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """Where the documents of a batch lie among its B * T tokens: `edges` are their borders, a list on a CPU, an int32 tensor on CUDA.
+    """Where the documents of a batch lie among its B * T tokens: `cu_seqlens` are their borders, a list on a CPU, an int32 tensor on CUDA.
 
-    Two documents of 3 and 5 tokens: [0, 3, 8]. A tensor may repeat its last border, to be of one size for every batch. `longest`: no
+    Two documents of 3 and 5 tokens: [0, 3, 8]. A tensor may repeat its last border, to be of one size for every batch. `max_seqlen`: no
     document is longer. `blocks` (CPU): a QueryBlock for each `size` queries.
     `kernel(q, k, v, documents)`: q (N, H, D), k, v (N, G, D) → (N, H, D).
     """
 
     kernel: Callable
-    edges: list | torch.Tensor
-    longest: int
+    cu_seqlens: list | torch.Tensor
+    max_seqlen: int
     window: int | None
     blocks: list | None = None
     size: int = QUERY_BLOCK
 
 
-def attention_layout(positions, window, cached, dtype, edges=None):
+def attention_layout(positions, window, cached, dtype, cu_seqlens=None):
     """Who may attend to whom, worked out once for all layers; the one place that decides by which kernel.
 
-    A document starts wherever `positions` (B, T) is 0, and with each row; `edges` says so without a look at the GPU. A window of W lets a
+    A document starts wherever `positions` (B, T) is 0, and with each row; `cu_seqlens` says so without a look at the GPU. A window of W lets a
     token see itself and the W - 1 before it, as in HF. → Documents; for a cache of `cached` tokens (None: no cache), and for devices and
     dtypes without a kernel for documents, a mask (B or 1, 1, T, S), True where query t sees key s.
     """
@@ -334,16 +334,21 @@ def attention_layout(positions, window, cached, dtype, edges=None):
         or cached is None
         and has_varlen(positions.device, dtype)
     ):
-        if edges is None:
+        if cu_seqlens is None:
             starts = positions == 0
             starts[:, 0] = True
-            edges = F.pad(starts.flatten().nonzero().flatten().int(), (0, 1), value=B * T)
-            edges = edges.tolist() if positions.device.type == "cpu" else edges
-        if not isinstance(edges, list):
-            return Documents(varlen(), edges, T, window)
+            cu_seqlens = F.pad(starts.flatten().nonzero().flatten().int(), (0, 1), value=B * T)
+            cu_seqlens = cu_seqlens.tolist() if positions.device.type == "cpu" else cu_seqlens
+        if not isinstance(cu_seqlens, list):
+            return Documents(varlen(), cu_seqlens, T, window)
         size = min(QUERY_BLOCK, 16 * math.ceil(B * T / 16))
         return Documents(
-            document_attention, edges, T, window, query_blocks(edges, size, window, dtype), size
+            document_attention,
+            cu_seqlens,
+            T,
+            window,
+            query_blocks(cu_seqlens, size, window, dtype),
+            size,
         )
     before = cached or 0
     query = torch.arange(before, before + T, device=positions.device)[:, None]
@@ -396,10 +401,10 @@ def varlen():
             q,
             k,
             v,
-            where.edges,
-            where.edges,
-            where.longest,
-            where.longest,
+            where.cu_seqlens,
+            where.cu_seqlens,
+            where.max_seqlen,
+            where.max_seqlen,
             window_size=size,
             **groups,
         )
@@ -408,18 +413,18 @@ def varlen():
 
 
 def query_blocks(
-    edges: list, size: int, window: int | None, dtype: torch.dtype
+    cu_seqlens: list, size: int, window: int | None, dtype: torch.dtype
 ) -> list[QueryBlock]:
     """Cut the tokens into blocks of `size` queries, whatever documents they are of.
 
     Keys begin at a multiple of `size` too: products have few shapes, each of which costs oneDNN time and memory when it is new.
     """
-    count = math.ceil(edges[-1] / size)
+    count = math.ceil(cu_seqlens[-1] / size)
     token = np.arange(count * size)
     starts = (
         token.copy()
     )  # where each token's document begins; what fills the last block is a document a token
-    for begin, end in zip(edges, edges[1:]):
+    for begin, end in zip(cu_seqlens, cu_seqlens[1:]):
         starts[begin:end] = begin
     if window:
         starts = np.maximum(starts, token - window + 1)
@@ -614,12 +619,12 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x, rotation, where, kept=None, cache=None, layer=0):
-        """x (B, T, E) → (B, T, E); with `kept`, positions among the B * T, theirs alone (N, E)."""
+    def forward(self, x, rotation, where, target_positions=None, cache=None, layer=0):
+        """x (B, T, E) → (B, T, E); with `target_positions`, positions among the B * T, theirs alone (N, E)."""
         run = (
             self.run if cache is None else self.compute
         )  # decoding has a new shape at every token: nothing to compile
-        return run(x, rotation, where, kept, cache, layer)
+        return run(x, rotation, where, target_positions, cache, layer)
 
     def run(
         self, *given
@@ -629,11 +634,14 @@ class Block(nn.Module):
         options = {"context_fn": SELECTIVE} if self.recompute == "selective" else {}
         return checkpoint(self.compute, *given, use_reentrant=False, **options)
 
-    def compute(self, x, rotation, where, kept, cache, layer):
+    def compute(self, x, rotation, where, target_positions, cache, layer):
         q, k, v = self.before(x, rotation)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, S, G, D)
-        return self.after(choose_ac(x, kept), choose_ac(attend(q, k, v, where).flatten(2), kept))
+        return self.after(
+            choose_ac(x, target_positions),
+            choose_ac(attend(q, k, v, where).flatten(2), target_positions),
+        )
 
     def before(self, x, rotation):
         """x (B, T, E) → q, k, v, as Attention's."""
@@ -645,8 +653,8 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def choose_ac(x, kept):
-    return x if kept is None else x.flatten(0, 1).index_select(0, kept)
+def choose_ac(x, target_positions):
+    return x if target_positions is None else x.flatten(0, 1).index_select(0, target_positions)
 
 
 class Decoder(nn.Module):
@@ -687,32 +695,34 @@ class Transformer(nn.Module):
         labels=None,
         cache=None,
         reduction="sum",
-        edges=None,
-        kept=None,
+        cu_seqlens=None,
+        target_positions=None,
     ):
         """tokens, positions, labels (B, T) int64 → logits (B, T, V); with labels → (loss sum in float32, count).
 
         Labels are already shifted (labels[t] is the target after tokens[t]); IGNORED ones cost no logits. `reduction="none"` gives the
-        losses of the labelled tokens one by one, in order, in place of their sum. With a cache, tokens continue it. `edges` (as in
-        Documents) and `kept`, the labelled positions (N,) among the B * T, are worked out where they aren't given; a GPU waits for that.
+        losses of the labelled tokens one by one, in order, in place of their sum. With a cache, tokens continue it. `cu_seqlens` (as in
+        Documents) and `target_positions`, the labelled positions (N,) among the B * T, are worked out where they aren't given; a GPU waits for that.
         """
         cached = cache.length if cache is not None else None
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens) + (
                 cached or 0
             )
-        if labels is not None and kept is None:
-            kept = (labels != IGNORE_INDEX).flatten().nonzero().flatten()
+        if labels is not None and target_positions is None:
+            target_positions = (labels != IGNORE_INDEX).flatten().nonzero().flatten()
         rotation = rope(positions, self.config)
         x = self.model.embed_tokens(tokens)  # (B, T, E)
         x = x.to(self.dtype or x.dtype)
         where = cache.mask if cache is not None else None
         if where is None:
-            where = attention_layout(positions, self.config.sliding_window, cached, x.dtype, edges)
-        last, targets = self.model.layers[-1], kept
-        if labels is not None and kept.device.type == "cpu":
+            where = attention_layout(
+                positions, self.config.sliding_window, cached, x.dtype, cu_seqlens
+            )
+        last, targets = self.model.layers[-1], target_positions
+        if labels is not None and target_positions.device.type == "cpu":
             targets = F.pad(
-                kept, (0, -len(kept) % CPU_MULTIPLE)
+                target_positions, (0, -len(target_positions) % CPU_MULTIPLE)
             )  # HeadLoss leaves off what is behind the labels
         for index, block in enumerate(self.model.layers):
             late = (
@@ -732,8 +742,10 @@ class Transformer(nn.Module):
         on_cpu = isinstance(where, Documents) and where.kernel is document_attention
         on_cpu = on_cpu or cache is not None and x.device.type == "cpu"
         sizes = HEAD_CHUNK["cpu" if on_cpu else "gpu"]
-        losses = LinearCrossEntropy.apply(self.lm_head, x, labels.flatten()[kept], sizes, *weights)
-        return (losses.sum() if reduction == "sum" else losses), len(kept)
+        losses = LinearCrossEntropy.apply(
+            self.lm_head, x, labels.flatten()[target_positions], sizes, *weights
+        )
+        return (losses.sum() if reduction == "sum" else losses), len(target_positions)
 
 
 class LinearCrossEntropy(torch.autograd.Function):

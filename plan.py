@@ -140,8 +140,8 @@ def base_config(model):
     if folder:
         hf.refuse_adapter(folder)
         try:
-            words = load_tokenizer(folder)
-            return hf.config_for_tokenizer(folder, words), words.added, folder
+            tokenizer = load_tokenizer(folder)
+            return hf.config_for_tokenizer(folder, tokenizer), tokenizer.added, folder
         except UserError:
             shape = hf.read_config(folder)
     elif model in BASE_CONFIGS:

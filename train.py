@@ -138,7 +138,7 @@ def main():
         return
     validate(options)
     ranks = distributed.init_distributed(options.device)
-    if ranks.share(is_elastic_restart(options.out)):
+    if ranks.broadcast(is_elastic_restart(options.out)):
         options = dataclasses.replace(options, resume=True, overwrite=False)
     job = prepare(options, ranks)
     job.say(describe(job))
@@ -193,7 +193,7 @@ class Job:
     prediction: dict = dataclasses.field(default_factory=dict)
 
     def say(self, text):
-        if self.ranks.first:
+        if self.ranks.is_main:
             tqdm.write(text)
 
 
@@ -235,7 +235,7 @@ def train_loop(steps, record, keeper):
         total=plan.steps,
         initial=begin,
         unit="step",
-        disable=not job.ranks.first,
+        disable=not job.ranks.is_main,
         dynamic_ncols=True,
     ) as bar:
         for number, rows in enumerate(batches(job.rows, plan, options.seed, begin), begin + 1):
@@ -264,7 +264,7 @@ def train_loop(steps, record, keeper):
                 point = record.evaluation(number, steps.evaluate())
                 job.say(f"epoch {point.epoch:.2f}: {record.compare(point)}")
                 for who, said, wrote, answer in generate_samples(
-                    steps.model, job.words, asked, job.ranks, options.seed
+                    steps.model, job.tokenizer, asked, job.ranks, options.seed
                 ):
                     job.say(
                         f"    {who}: {said}\n      you wrote: {wrote}\n      it writes: {answer}"
@@ -298,7 +298,7 @@ class Trainer:
             known = cli.read_json(Path(job.options.out) / "micro-batch.json", {}).get(
                 "micro_batch", self.size
             )
-            self.size = min(self.size, ranks.share(known))
+            self.size = min(self.size, ranks.broadcast(known))
         while ranks.device.type == "cuda" or ranks.device.type == "cpu" and ranks.world == 1:
             try:
                 if ranks.device.type == "cpu":
@@ -499,16 +499,16 @@ def prepare(options, ranks):
     """What else a person may have to mend is found here, before time is spent. → Job"""
     main_rank_first(ranks, lambda: check_run_dir(options, ranks))
     save = last_checkpoint(options, ranks)
-    folder, base, shape, words = load_base(options, ranks)
+    folder, base, shape, tokenizer = load_base(options, ranks)
     if options.init and options.lora and not save:
         known = cli.read_json(Path(options.init) / "run.json", {}).get("fingerprint", base)
-        if known != base or lora.read_adapter_config(options.init)[0]["rows"] != words.added:
+        if known != base or lora.read_adapter_config(options.init)[0]["rows"] != tokenizer.added:
             raise UserError(
                 f"--init {options.init} was trained over another base than {folder}",
                 "Say where its base lies: --model FOLDER",
             )
     rows, val_rows = main_rank_first(
-        ranks, lambda: [load_rows(options, part, words) for part in ("train", "val")]
+        ranks, lambda: [load_rows(options, part, tokenizer) for part in ("train", "val")]
     )
     made_of = {"data": digest_rows(rows), "fingerprint": base}
     note = validate_metadata(save, options, ranks, made_of) if save else None
@@ -523,7 +523,7 @@ def prepare(options, ranks):
     }
     dtype = dtypes["bf16" if options.pure_bf16 else options.dtype]
     ways = {
-        "adapter": adapter_arguments(options, words),
+        "adapter": adapter_arguments(options, tokenizer),
         "dtype": dtype,
         "nf4": options.qlora,
         "pure": options.pure_bf16,
@@ -533,7 +533,7 @@ def prepare(options, ranks):
         ranks,
         folder,
         shape,
-        words,
+        tokenizer,
         save,
         note,
         rows,
@@ -560,8 +560,8 @@ def load_base(options, ranks):
         )
     folder = main_rank_first(ranks, lambda: hub.resolve(options.model))
     hf.refuse_adapter(folder)
-    words = load_tokenizer(folder)
-    shape = hf.config_for_tokenizer(folder, words)
+    tokenizer = load_tokenizer(folder)
+    shape = hf.config_for_tokenizer(folder, tokenizer)
     step.check_trainable(options, shape)
     with torch.device("meta"):
         outline = Transformer(shape)
@@ -569,7 +569,7 @@ def load_base(options, ranks):
         folder,
         None if options.from_scratch else fingerprint(index_tensors(outline, folder)),
         shape,
-        words,
+        tokenizer,
     )
 
 
@@ -585,23 +585,23 @@ def last_checkpoint(options, ranks):
         return None
     out = Path(options.out)
     run = cli.read_json(out / "run.json", {})
-    if ranks.share("result" in run):
-        if ranks.first:
+    if ranks.broadcast("result" in run):
+        if ranks.is_main:
             same_flags(options, run["config"])
             print(f"{out} is finished: nothing is left to do. Talk to it: python chat.py {out}")
         sys.exit()
     kept = checkpoint.list_checkpoints(out / "resume")
-    newest = -ranks.most(
+    newest = -ranks.all_reduce_max(
         -checkpoint.step_of(kept[-1]) if kept else 1
     )  # hosts with disks of their own may differ by one save
     if newest >= 0:
         return out / "resume" / f"step-{newest:08}"
-    if ranks.most(len(kept)):
+    if ranks.all_reduce_max(len(kept)):
         raise UserError(
             f"{out}/resume holds saves on some hosts only",
             "Copy it to the others. Or begin anew, and lose it: --overwrite",
         )
-    if ranks.first:
+    if ranks.is_main:
         print(f"--resume: nothing is saved in {out} yet, so this starts at the beginning")
     return None
 
@@ -616,7 +616,7 @@ def check_run_dir(options, ranks):
             "Go on with it: the same command and --resume. Or begin anew, and lose it: --overwrite",
         )
     cli.check_output_dir(
-        out, options.overwrite or options.resume and "config" in run or not ranks.first
+        out, options.overwrite or options.resume and "config" in run or not ranks.is_main
     )
 
 
@@ -655,10 +655,10 @@ def digest_rows(rows):
     return total.hexdigest()
 
 
-def load_rows(options, part, words):
+def load_rows(options, part, tokenizer):
     """The packed rows of train or val; what is held out is always measured on my turns."""
     taught = (options.loss_on, options.short_weight) if part == "train" else ()
-    rows = data.load_rows(Path(options.data) / f"{part}.jsonl", words, options.seq_len, *taught)
+    rows = data.load_rows(Path(options.data) / f"{part}.jsonl", tokenizer, options.seq_len, *taught)
     if not rows:
         raise UserError(
             f"{options.data}/{part}.jsonl has no turn of mine in it",
@@ -667,7 +667,7 @@ def load_rows(options, part, words):
     return rows
 
 
-def adapter_arguments(options, words):
+def adapter_arguments(options, tokenizer):
     """The arguments of `lora.inject`, None for full fine-tuning."""
     if not options.lora:
         return None
@@ -677,7 +677,7 @@ def adapter_arguments(options, words):
         "alpha": options.lora_alpha,
         "dropout": options.lora_dropout,
     }
-    return {**sizes, "targets": targets, "rows": words.added}
+    return {**sizes, "targets": targets, "rows": tokenizer.added}
 
 
 def choose_micro_batch(job):
@@ -696,7 +696,7 @@ def choose_micro_batch(job):
         options.micro_batch or min(2, math.ceil(plan.batch / ranks.world)),
         AC_MODES.index(kinds[-1]),
     )
-    if ranks.first and (
+    if ranks.is_main and (
         cuda or ranks.world == 1
     ):  # several ranks on a CPU are somebody's test: nothing to predict for
         tokens, labelled, _ = metrics.step_sizes(job.rows)
@@ -736,11 +736,11 @@ def choose_micro_batch(job):
             prediction["tok_per_s"] = plan.batch * options.seq_len * work.filled / choice.seconds
             text += f"; {prediction['tok_per_s']:,.0f} tok/s"
         job.say(text)
-    options = dataclasses.replace(options, micro_batch=ranks.share(size))
+    options = dataclasses.replace(options, micro_batch=ranks.broadcast(size))
     return dataclasses.replace(
         job,
         options=options,
-        ways={**ways, "recompute": AC_MODES[ranks.share(way)]},
+        ways={**ways, "recompute": AC_MODES[ranks.broadcast(way)]},
         prediction=prediction,
     )
 
@@ -748,16 +748,16 @@ def choose_micro_batch(job):
 def main_rank_first(ranks, work):
     """`work()` on rank 0 first (it may download, write a cache), then on the others. Rank 0's UserError ends them all."""
     result = problem = None
-    if ranks.first:
+    if ranks.is_main:
         try:
             result = work()
         except UserError as error:
             problem = error
-    if ranks.share(problem is not None):
+    if ranks.broadcast(problem is not None):
         if problem:
             raise problem
         sys.exit(2)
-    return result if ranks.first else work()
+    return result if ranks.is_main else work()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -828,18 +828,21 @@ def sample_prompts(options):
     ]
 
 
-def generate_samples(model, words, asked, ranks, seed):
+def generate_samples(model, tokenizer, asked, ranks, seed):
     """Yield (who, what they last wrote, what I wrote, what the model writes) for each context; every rank must ask."""
     model.eval()
     decoder = generate.Decoder(
-        model, words, size=min(512, model.config.max_position_embeddings), share=ranks.share
+        model,
+        tokenizer,
+        size=min(512, model.config.max_position_embeddings),
+        broadcast=ranks.broadcast,
     )
     generator = torch.Generator().manual_seed(seed)
     for before, turn in asked:
-        ids = generate.truncate_prompt(before, turn.author, words, decoder.cache.size - 64)
+        ids = generate.truncate_prompt(before, turn.author, tokenizer, decoder.cache.size - 64)
         longest = 64 if ranks.world == 1 else 24  # sharded, every token gathers the whole model
         wrote = data.split_messages(
-            words.decode(list(decoder.generate(ids, longest, generator=generator)))
+            tokenizer.decode(list(decoder.generate(ids, longest, generator=generator)))
         )
         yield (
             before[-1].author,

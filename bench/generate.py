@@ -87,9 +87,9 @@ def main():
 def make(folder, shape):
     torch.manual_seed(0)
     model = Transformer(shape).bfloat16()
-    words = load_tokenizer(ROOT / "examples" / "base")
-    save_model(model, folder, words)
-    words.save(folder)
+    tokenizer = load_tokenizer(ROOT / "examples" / "base")
+    save_model(model, folder, tokenizer)
+    tokenizer.save(folder)
 
 
 def conversation(seed):
@@ -98,11 +98,11 @@ def conversation(seed):
 
 def ours(kind, folder):
 
-    words = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     began = time.perf_counter()
     model = load_model(str(folder), torch.bfloat16, weights="plain" if kind == "bf16" else kind)
     loaded = time.perf_counter()
-    decoder = generate.Decoder(model, words, 1024, compiled=True)
+    decoder = generate.Decoder(model, tokenizer, 1024, compiled=True)
     compiled = time.perf_counter()
     decoder.forward(conversation(1))
     firsts, again, steps = [], [], []

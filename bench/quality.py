@@ -66,7 +66,7 @@ def main():
     options = parser.parse_args()
     ranks = distributed.Distributed(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as scratch:
-        scratch, words = Path(scratch), load_tokenizer(options.base)
+        scratch, tokenizer = Path(scratch), load_tokenizer(options.base)
 
         def made(**flags):
             """The folder that data.py makes with such flags."""
@@ -91,9 +91,9 @@ def main():
             return folder
 
         def measure(path, context):
-            held_out = data.load_rows(made(context=context) / "val.jsonl", words, 1024)
+            held_out = data.load_rows(made(context=context) / "val.jsonl", tokenizer, 1024)
             return step.evaluate(
-                load_model(str(path), torch.float32, words=words), held_out, ranks, 2
+                load_model(str(path), torch.float32, tokenizer=tokenizer), held_out, ranks, 2
             )
 
         results, seconds = {"base": measure(options.base, None)}, {"base": 0.0}
@@ -130,9 +130,9 @@ def main():
             )
         for lr in options.peft:
             name, began = f"peft {lr:g}", time.time()
-            held_out = data.load_rows(made() / "val.jsonl", words, 1024)
+            held_out = data.load_rows(made() / "val.jsonl", tokenizer, 1024)
             results[name], when = peft(
-                options.base, made(), words, held_out, lr, float(options.epochs)
+                options.base, made(), tokenizer, held_out, lr, float(options.epochs)
             )
             seconds[name] = time.time() - began
             report(name, results, seconds, when)
@@ -171,7 +171,7 @@ def report(name, results, seconds, note=""):
     print(f"{text}   {seconds[name]:.0f} s   {note}", flush=True)
 
 
-def peft(base, folder, words, held_out, lr, epochs, rank=32, alpha=16):
+def peft(base, folder, tokenizer, held_out, lr, epochs, rank=32, alpha=16):
     """transformers + PEFT on our rows, every document in a padded batch of its own; our batches, schedule, clipping and stopping."""
     import transformers
     from peft import LoraConfig, get_peft_model
@@ -184,7 +184,7 @@ def peft(base, folder, words, held_out, lr, epochs, rank=32, alpha=16):
             r=rank, lora_alpha=alpha, target_modules=list(lora.TARGETS), task_type="CAUSAL_LM"
         ),
     )
-    rows = data.load_rows(folder / "train.jsonl", words, 1024)
+    rows = data.load_rows(folder / "train.jsonl", tokenizer, 1024)
     plan = train.plan_run(
         len(rows), dataclasses.replace(train.Options(), lora=True, lr=lr, epochs=epochs)
     )

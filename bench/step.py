@@ -402,21 +402,21 @@ def write_example_data(folder):
 
 def random_base(scratch, sizes, device):
     """`scratch`/base, with Mistral's v1 vocabulary where mistral-common is installed. → the model"""
-    words = ROOT / "examples" / "base"
+    tokenizer = ROOT / "examples" / "base"
     try:
         import mistral_common
 
-        words = scratch / "words"
-        words.mkdir()
-        (words / "config.json").write_bytes(
+        tokenizer = scratch / "words"
+        tokenizer.mkdir()
+        (tokenizer / "config.json").write_bytes(
             (ROOT / "examples" / "base" / "config.json").read_bytes()
         )
-        (words / "tokenizer.model").write_bytes(
+        (tokenizer / "tokenizer.model").write_bytes(
             (Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1").read_bytes()
         )
     except ImportError:
         pass
-    words = load_tokenizer(words)
+    tokenizer = load_tokenizer(tokenizer)
     torch.manual_seed(0)
     with torch.device(device):
         model = Transformer(
@@ -426,8 +426,8 @@ def random_base(scratch, sizes, device):
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, 0, 0.02)
     (scratch / "base").mkdir()
-    save_model(model, scratch / "base", words)
-    words.save(scratch / "base")
+    save_model(model, scratch / "base", tokenizer)
+    tokenizer.save(scratch / "base")
     return model
 
 

@@ -50,16 +50,16 @@ def main():
         "  rows to add",
     )
     for name, path in (OURS | given).items():
-        words = read_tokenizer(path)
+        tokenizer = read_tokenizer(path)
         counts = {
-            language: len(words.encode(text)[0]) - (words.bos is not None)
+            language: len(tokenizer.encode(text)[0]) - (tokenizer.bos is not None)
             for language, text in talks.items()
         }
         shown = (
             f"{1000 * count / len(talks[language]):>6.0f} {count / counts['en']:>6.2f}"
             for language, count in counts.items()
         )
-        print(f"{name:34}", *shown, f"{len(words.added):>13}")
+        print(f"{name:34}", *shown, f"{len(tokenizer.added):>13}")
 
 
 if __name__ == "__main__":

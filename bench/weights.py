@@ -15,11 +15,11 @@ from weights.tokenizer import load_tokenizer
 
 def main():
     model, folder = sys.argv[1], Path(sys.argv[2])
-    words = load_tokenizer(model)
-    rows = data.load_rows(folder / "val.jsonl", words, 1024)
+    tokenizer = load_tokenizer(model)
+    rows = data.load_rows(folder / "val.jsonl", tokenizer, 1024)
     ranks, found = distributed.Distributed(torch.device("cpu")), {}
     for kind in ("plain", "int8", "int4"):
-        held = load_model(model, torch.bfloat16, words=words, weights=kind)
+        held = load_model(model, torch.bfloat16, tokenizer=tokenizer, weights=kind)
         found[kind] = step.evaluate(held, rows, ranks, 4).metrics["val_loss"]
         print(
             f"{kind}: {found[kind]:.4f} nats a target, {found[kind] / found['plain'] - 1:+.2%}",

@@ -24,13 +24,13 @@ REMEMBERED = 1000  # answers of which the ids are kept
 class Decoder:
     """A model with what it has read: a prompt that begins as the last one did costs only its new tokens."""
 
-    def __init__(self, model, tokenizer, size, share=None, compiled=False):
-        """`size`: tokens of context, prompt and answer together. `share(id)`: rank 0's choice, where several ranks decode together.
+    def __init__(self, model, tokenizer, size, broadcast=None, compiled=False):
+        """`size`: tokens of context, prompt and answer together. `broadcast(id)`: rank 0's choice, where several ranks decode together.
 
         `compiled`: compile the step of one token now, which takes some seconds, where that can be done; for a model without adapters.
         """
         norm = model.model.norm.weight
-        self.model, self.tokenizer, self.share = model, tokenizer, share or (lambda id: id)
+        self.model, self.tokenizer, self.broadcast = model, tokenizer, broadcast or (lambda id: id)
         self.cache = KVCache(
             model.config, size, dtype=model.dtype or norm.dtype, device=norm.device
         )
@@ -82,7 +82,7 @@ class Decoder:
         extra = -count % SAMPLE_ROUND if part.device.type == "cpu" and count > 1 else 0
         extra = min(extra, self.cache.size - self.cache.length - count)
         last = torch.tensor([count - 1], device=part.device)
-        logits = self.model(F.pad(part, (0, extra)), cache=self.cache, kept=last)
+        logits = self.model(F.pad(part, (0, extra)), cache=self.cache, target_positions=last)
         self.cache.length -= extra  # what fills up the shape is forgotten
         return logits
 
@@ -91,7 +91,7 @@ class Decoder:
         ids = list(ids)
         for _ in range(min(max_new, self.cache.size - len(ids))):
             logits = self.forward(ids).index_fill(0, self.never, -torch.inf)
-            chosen = self.share(sample(logits, temperature, top_p, generator))
+            chosen = self.broadcast(sample(logits, temperature, top_p, generator))
             if chosen in self.ends:
                 return
             ids.append(chosen)
@@ -206,7 +206,7 @@ class DecodeBatch:
         logits = logits.index_fill(1, self.decoder.never, -torch.inf)
         cache.lengths[: cache.rows] += 1
         for row, scores in zip(self.rows, logits):
-            id = self.decoder.share(
+            id = self.decoder.broadcast(
                 sample(scores, row.temperature, row.top_p, row.generator, TOP_K)
             )
             row.ended = id in self.decoder.ends

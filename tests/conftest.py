@@ -69,7 +69,7 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def words(base):
+def tokenizer(base):
 
     return load_tokenizer(base)
 
@@ -115,10 +115,10 @@ def chats(tmp_path_factory):
 
 @torch.library.custom_op("standin::varlen_attn", mutates_args=())
 def varlen_attn(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, edges: torch.Tensor, window: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, window: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The plain formula, as an op that keeps what torch's varlen_attn keeps: q, k, v, the output and a float32 a query and head."""
-    chances, _, values = plain(q, k, v, edges, window)
+    chances, _, values = plain(q, k, v, cu_seqlens, window)
     return torch.einsum("hnm,mhd->nhd", chances, values).contiguous(), chances.new_zeros(
         q.shape[1], len(q), dtype=torch.float32
     )
@@ -130,10 +130,10 @@ def varlen_attn_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    edges: torch.Tensor,
+    cu_seqlens: torch.Tensor,
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    chances, keys, values = plain(q, k, v, edges, window)
+    chances, keys, values = plain(q, k, v, cu_seqlens, window)
     along = torch.einsum("nhd,mhd->hnm", grad, values)
     scores = chances * (along - (along * chances).sum(-1, keepdim=True)) * q.shape[2] ** -0.5
     grad_k, grad_v = (
@@ -146,11 +146,11 @@ def varlen_attn_backward(
     return tuple(x.contiguous() for x in grads)
 
 
-def plain(q, k, v, edges, window):
+def plain(q, k, v, cu_seqlens, window):
     """→ probabilities (H, N, N), keys and values (N, H, D)"""
     keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     token = torch.arange(len(q), device=q.device)
-    document = torch.searchsorted(edges, token, right=True)
+    document = torch.searchsorted(cu_seqlens, token, right=True)
     ahead = token - token[:, None]
     sees = (ahead <= 0) & (ahead > -window) & (document == document[:, None])
     scores = torch.einsum("nhd,mhd->hnm", q, keys).float() * q.shape[2] ** -0.5
@@ -158,13 +158,13 @@ def plain(q, k, v, edges, window):
 
 
 varlen_attn.register_fake(
-    lambda q, k, v, edges, window: (
+    lambda q, k, v, cu_seqlens, window: (
         torch.empty_like(q),
         q.new_empty(q.shape[1], len(q), dtype=torch.float32),
     )
 )
 varlen_attn_backward.register_fake(
-    lambda grad, q, k, v, edges, window: tuple(map(torch.empty_like, (q, k, v)))
+    lambda grad, q, k, v, cu_seqlens, window: tuple(map(torch.empty_like, (q, k, v)))
 )
 
 
@@ -182,9 +182,11 @@ varlen_attn.register_autograd(back, setup_context=keep)
 
 @pytest.fixture
 def edges_in_a_tensor(monkeypatch):
-    """A batch whose `edges` are a tensor, as on CUDA, gets the stand-in for CUDA's kernel."""
+    """A batch whose `cu_seqlens` are a tensor, as on CUDA, gets the stand-in for CUDA's kernel."""
 
-    kernel = lambda q, k, v, where: varlen_attn(q, k, v, where.edges, where.window or len(q))[0]
+    kernel = lambda q, k, v, where: varlen_attn(q, k, v, where.cu_seqlens, where.window or len(q))[
+        0
+    ]
     monkeypatch.setattr(model, "varlen", lambda: kernel)
 
 

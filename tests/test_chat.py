@@ -22,14 +22,14 @@ from weights.tokenizer import load_tokenizer, unknown_name_warning
 
 
 @pytest.fixture(scope="module")
-def clone(base, words, tmp_path_factory):
+def clone(base, tokenizer, tmp_path_factory):
     """A random model folder with ChatML tokens and a persona; what it says is nonsense, how it says it is not."""
     folder = tmp_path_factory.mktemp("clone")
     shape = hf.with_vocab_size(hf.read_config(base), VOCAB + 2)
     model = Transformer(shape)
     load_weights(model, base)
-    save_model(model, folder, words, torch.float32)
-    words.save(folder)
+    save_model(model, folder, tokenizer, torch.float32)
+    tokenizer.save(folder)
     (folder / "persona.json").write_text(
         json.dumps(
             {
@@ -46,7 +46,7 @@ def decoder(clone):
     return generate.Decoder(load_model(str(clone)), load_tokenizer(clone), 128)
 
 
-def test_an_answer_is_repeatable_by_its_seed_and_has_no_special_token(clone, words):
+def test_an_answer_is_repeatable_by_its_seed_and_has_no_special_token(clone, tokenizer):
     ask = lambda seed: command(
         "chat.py",
         clone,
@@ -62,7 +62,7 @@ def test_an_answer_is_repeatable_by_its_seed_and_has_no_special_token(clone, wor
     first, again, other = ask(1), ask(1), ask(2)
     assert first.returncode == 0, first.stderr
     assert first.stdout == again.stdout != other.stdout and first.stdout.strip()
-    assert not any(s in first.stdout + other.stdout for s in words.specials)
+    assert not any(s in first.stdout + other.stdout for s in tokenizer.specials)
 
 
 def test_pipes_are_answered_line_by_line_with_the_name(clone):
@@ -166,24 +166,24 @@ def test_picking_follows_temperature_and_top_p():
     assert abs(share - 0.3) < 0.04
 
 
-def test_messages_come_as_they_are_written_and_half_a_letter_waits(words):
+def test_messages_come_as_they_are_written_and_half_a_letter_waits(tokenizer):
     text = ">>> hi 🫠🦆\n>>> how >> are\nyou"
-    ids = words.encode("<|im_start|>Ann\n" + text)[0]
-    prompt = words.encode("<|im_start|>Ann\n>>>")[0]
+    ids = tokenizer.encode("<|im_start|>Ann\n" + text)[0]
+    prompt = tokenizer.encode("<|im_start|>Ann\n>>>")[0]
     assert ids[: len(prompt)] == prompt
-    seen = list(generate.messages(iter(ids[len(prompt) :]), words))
+    seen = list(generate.messages(iter(ids[len(prompt) :]), tokenizer))
     assert seen[-1] == ["hi 🫠🦆", "how >> are\nyou"] and seen[0] in (["h"], ["hi"])
     assert not any("\ufffd" in m or ">>>" in m for shown in seen for m in shown)
     for before, after in zip(seen, seen[1:]):  # what was shown is never taken back
         assert all(b.startswith(a) for a, b in zip(before, after)) and len(before) <= len(after)
 
 
-def test_a_long_conversation_loses_its_oldest_turns(words):
+def test_a_long_conversation_loses_its_oldest_turns(tokenizer):
     turns = [Turn(("Bob", "Ann")[n % 2], bool(n % 2), "", [f"message {n}"]) for n in range(50)] + [
         Turn("Bob", False, "", ["last"])
     ]
-    ids = generate.truncate_prompt(turns, "Ann", words, 100)
-    text = words.engine.decode(ids, skip_special_tokens=False)
+    ids = generate.truncate_prompt(turns, "Ann", tokenizer, 100)
+    text = tokenizer.engine.decode(ids, skip_special_tokens=False)
     assert (
         len(ids) <= 100
         and "last" in text
@@ -191,11 +191,15 @@ def test_a_long_conversation_loses_its_oldest_turns(words):
         and text.replace(" ", "").startswith("<s><|im_start|>")
     )
     assert (
-        generate.truncate_prompt(turns[-1:], "Ann", words, 100)
-        == words.encode(data.prompt(turns[-1:], "Ann"))[0]
+        generate.truncate_prompt(turns[-1:], "Ann", tokenizer, 100)
+        == tokenizer.encode(data.prompt(turns[-1:], "Ann"))[0]
     )
     assert (
-        len(generate.truncate_prompt([Turn("Bob", False, "", ["word " * 500])], "Ann", words, 60))
+        len(
+            generate.truncate_prompt(
+                [Turn("Bob", False, "", ["word " * 500])], "Ann", tokenizer, 60
+            )
+        )
         == 60
     )
 

@@ -130,10 +130,10 @@ def test_new_rows_are_the_mean_of_the_old_and_the_size_is_not_padded(base):
     torch.testing.assert_close(model.lm_head.weight[VOCAB + 1], old.mean(0))
 
 
-def test_a_saved_model_is_split_and_indexed(base, tmp_path, words, monkeypatch):
+def test_a_saved_model_is_split_and_indexed(base, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(weights_save, "MAX_FILE_BYTES", 300_000)
     model = load_model(str(base))
-    save_model(model, tmp_path, words, torch.float32)
+    save_model(model, tmp_path, tokenizer, torch.float32)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
     assert (
@@ -154,7 +154,7 @@ def unless_spent(left, act, *given, **named):
 
 
 def test_a_model_in_several_files_is_replaced_whole_or_not_at_all(
-    base, tmp_path, words, monkeypatch
+    base, tmp_path, tokenizer, monkeypatch
 ):
     """Every renaming and writing on the way is where a kill may come; what loads is the old model, or from the index on the new one."""
     monkeypatch.setattr(weights_save, "MAX_FILE_BYTES", 300_000)
@@ -174,7 +174,7 @@ def test_a_model_in_several_files_is_replaced_whole_or_not_at_all(
                         where, what, functools.partial(unless_spent, left, getattr(where, what))
                     )
                 try:
-                    save_model(model, tmp_path, words, torch.float32)
+                    save_model(model, tmp_path, tokenizer, torch.float32)
                     ended = True
                 except KeyboardInterrupt:
                     ended = False

@@ -35,30 +35,32 @@ def fresh():
 
 
 def documents(seed, count, rows, length):
-    """→ edges of `count` or more documents in `rows` rows, positions (rows, length)"""
+    """→ cu_seqlens of `count` or more documents in `rows` rows, positions (rows, length)"""
     generator = torch.Generator().manual_seed(seed)
     inner = torch.randint(1, rows * length, (count,), generator=generator).tolist()
-    edges = sorted({*range(0, rows * length + 1, length), *inner})
-    return edges, torch.cat(
-        [torch.arange(end - begin) for begin, end in zip(edges, edges[1:])]
+    cu_seqlens = sorted({*range(0, rows * length + 1, length), *inner})
+    return cu_seqlens, torch.cat(
+        [torch.arange(end - begin) for begin, end in zip(cu_seqlens, cu_seqlens[1:])]
     ).view(rows, length)
 
 
 def batch_of(seed, device, vocabulary, rows=2, length=256):
-    """As `step.collate` makes them: 64 documents at most, their edges a tensor of one size on CUDA, a list on a CPU."""
+    """As `step.collate` makes them: 64 documents at most, their cu_seqlens a tensor of one size on CUDA, a list on a CPU."""
     generator = torch.Generator().manual_seed(seed)
-    edges, positions = documents(seed, 3 + 4 * seed, rows, length)
+    cu_seqlens, positions = documents(seed, 3 + 4 * seed, rows, length)
     tokens = torch.randint(
         vocabulary - 8, vocabulary, (rows, length), generator=generator
     )  # something to learn
     labels = tokens.where(torch.rand(rows, length, generator=generator) < 0.4, IGNORE_INDEX)
     if device.type == "cuda":
-        edges = torch.tensor(edges + edges[-1:] * (65 - len(edges)), dtype=torch.int32)
+        cu_seqlens = torch.tensor(
+            cu_seqlens + cu_seqlens[-1:] * (65 - len(cu_seqlens)), dtype=torch.int32
+        )
     tensors = (
         tokens,
         positions,
         labels,
-        edges,
+        cu_seqlens,
         (labels != IGNORE_INDEX).flatten().nonzero().flatten(),
     )
     return step.Batch(*(x if isinstance(x, list) else x.to(device) for x in tensors))
@@ -67,9 +69,11 @@ def batch_of(seed, device, vocabulary, rows=2, length=256):
 @pytest.mark.parametrize("groups", [8, 2])
 @pytest.mark.parametrize("window", [None, 1, 7, 100])
 def test_attention_by_document_equals_the_plain_formula_and_so_do_its_gradients(window, groups):
-    edges, positions = documents(0, 9, 2, 300)
-    edges = torch.tensor(edges + edges[-1:] * (65 - len(edges)), dtype=torch.int32, device=DEVICE)
-    where = attention_layout(positions.to(DEVICE), window, None, torch.bfloat16, edges)
+    cu_seqlens, positions = documents(0, 9, 2, 300)
+    cu_seqlens = torch.tensor(
+        cu_seqlens + cu_seqlens[-1:] * (65 - len(cu_seqlens)), dtype=torch.int32, device=DEVICE
+    )
+    where = attention_layout(positions.to(DEVICE), window, None, torch.bfloat16, cu_seqlens)
     assert isinstance(where, Documents)
     T = positions.shape[1]
     document = (positions == 0).cumsum(1)
@@ -100,17 +104,17 @@ def test_attention_by_document_equals_the_plain_formula_and_so_do_its_gradients(
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_micro_batches_have_one_shape_and_a_power_of_two_of_documents(size, chats, words):
+def test_micro_batches_have_one_shape_and_a_power_of_two_of_documents(size, chats, tokenizer):
 
-    rows = data.load_rows(chats / "train.jsonl", words, 160)
+    rows = data.load_rows(chats / "train.jsonl", tokenizer, 160)
     shapes = {
         tuple(tuple(x.shape) for x in batch[:4])
         for n in (1, 5, 8)
         for batch in step.micro_batches(rows[:n], size, distributed.Distributed(DEVICE), 160)
     }
-    ((tokens, positions, labels, (edges,)),) = shapes
+    ((tokens, positions, labels, (cu_seqlens,)),) = shapes
     assert tokens == positions == labels == (size, 160)
-    assert math.log2(edges - 1).is_integer()
+    assert math.log2(cu_seqlens - 1).is_integer()
 
 
 def curve(device, compiled, recompute, ways):
@@ -157,9 +161,11 @@ def test_measured_memory_is_as_predicted(way, recompute):
         torch.zeros(rows, length, dtype=torch.int64),
         torch.arange(length).expand(rows, -1),
     )
-    edges = torch.tensor([0, length] + [rows * length] * 63, dtype=torch.int32)
-    kept = torch.arange(int(rows * length * 0.4))
-    batch = step.Batch(*(x.to(DEVICE) for x in (tokens, positions, tokens, edges, kept)))
+    cu_seqlens = torch.tensor([0, length] + [rows * length] * 63, dtype=torch.int32)
+    target_positions = torch.arange(int(rows * length * 0.4))
+    batch = step.Batch(
+        *(x.to(DEVICE) for x in (tokens, positions, tokens, cu_seqlens, target_positions))
+    )
     warm_up()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()

@@ -88,23 +88,25 @@ def test_rendered_toy():
     assert (
         "".join(document.text[b:e] for b, e in document.targets) == ">>> hey\n>>> you up?<|im_end|>"
     )
-    assert [document.text[b:e] for b, e in document.words] == ["hey", "you up?"]
+    assert [document.text[b:e] for b, e in document.content_spans] == ["hey", "you up?"]
 
 
-def test_labels_of_the_toy_are_what_ann_wrote_shifted_by_one(words):
-    (sample,) = data.split(toy_sessions()[0], words, 1024)
-    assert text_of(sample.labels, words) == ">>> hey\n>>> you up?<|im_end|>"
-    everything, _ = words.encode(data.render(toy_sessions()[0].turns).text.rstrip("\n"))
+def test_labels_of_the_toy_are_what_ann_wrote_shifted_by_one(tokenizer):
+    (sample,) = data.split(toy_sessions()[0], tokenizer, 1024)
+    assert text_of(sample.labels, tokenizer) == ">>> hey\n>>> you up?<|im_end|>"
+    everything, _ = tokenizer.encode(data.render(toy_sessions()[0].turns).text.rstrip("\n"))
     assert sample.ids.tolist() == everything[:-1]
     kept = sample.labels != IGNORE_INDEX
     assert sample.labels[kept].tolist() == np.array(everything[1:])[kept].tolist()
-    assert text_of(np.where(sample.words, sample.labels, IGNORE_INDEX), words).split() == [
+    assert text_of(
+        np.where(sample.content_mask, sample.labels, IGNORE_INDEX), tokenizer
+    ).split() == [
         "hey",
         "you",
         "up?",
     ] and sample.chars == len("heyyou up?")
-    (both,) = data.split(toy_sessions()[0], words, 1024, "everyone")
-    assert text_of(both.labels, words).split("<|im_end|>")[0] == ">>> hi"
+    (both,) = data.split(toy_sessions()[0], tokenizer, 1024, "everyone")
+    assert text_of(both.labels, tokenizer).split("<|im_end|>")[0] == ">>> hi"
 
 
 # --- rules of the text
@@ -222,42 +224,42 @@ TURNS = st.lists(
 
 @settings(max_examples=120, deadline=None)
 @given(TURNS, st.sampled_from([64, 100, 256, 1024]), st.sampled_from(["me", "everyone"]))
-def test_split_trains_every_target_once_and_fits_the_row(words, turns, seq_len, loss_on):
+def test_split_trains_every_target_once_and_fits_the_row(tokenizer, turns, seq_len, loss_on):
     for turn in turns:
         turn.me = turn.author == "Ann"
-    whole = data.encode(data.render(turns, loss_on, specials=words.specials), words)
+    whole = data.encode(data.render(turns, loss_on, specials=tokenizer.specials), tokenizer)
     samples = list(
-        data.split(Session("c", "1", "personal_chat", "", turns), words, seq_len, loss_on)
+        data.split(Session("c", "1", "personal_chat", "", turns), tokenizer, seq_len, loss_on)
     )
     assert all(len(s.ids) <= seq_len and (s.labels != IGNORE_INDEX).any() for s in samples)
     together = "".join(
-        text_of(s.labels, words) for s in samples
+        text_of(s.labels, tokenizer) for s in samples
     )  # decoding drops a space where a piece begins
-    assert together.replace(" ", "") == text_of(whole.labels, words).replace(" ", "")
+    assert together.replace(" ", "") == text_of(whole.labels, tokenizer).replace(" ", "")
     assert sum(s.chars for s in samples) == pytest.approx(whole.chars, abs=len(samples))
 
 
-def test_a_long_session_is_cut_on_turn_borders_with_context(words):
+def test_a_long_session_is_cut_on_turn_borders_with_context(tokenizer):
     turns = [
         Turn(("Bob", "Ann")[n % 2], bool(n % 2), "", [f"message number {n} of many"])
         for n in range(40)
     ]
-    samples = list(data.split(Session("c", "1", "personal_chat", "", turns), words, 128))
+    samples = list(data.split(Session("c", "1", "personal_chat", "", turns), tokenizer, 128))
     assert len(samples) > 3
     for sample in samples[1:]:
-        text = words.engine.decode(sample.ids.tolist(), skip_special_tokens=False)
+        text = tokenizer.engine.decode(sample.ids.tolist(), skip_special_tokens=False)
         assert text.startswith("<s><|im_start|>") or text.startswith("<s> <|im_start|>")
-        trained = text_of(sample.labels, words)
+        trained = text_of(sample.labels, tokenizer)
         first = trained.split(" of many")[0].rpartition(" ")[2]
         assert f"number {int(first) - 1} of" in text  # what I answer to is there
 
 
-def decoded(sample, words):
-    return words.engine.decode(sample.ids.tolist(), skip_special_tokens=False)
+def decoded(sample, tokenizer):
+    return tokenizer.engine.decode(sample.ids.tolist(), skip_special_tokens=False)
 
 
 @pytest.mark.parametrize("me", [False, True])
-def test_a_reply_behind_a_very_long_message_keeps_the_end_of_it(words, me):
+def test_a_reply_behind_a_very_long_message_keeps_the_end_of_it(tokenizer, me):
     """Of what I answer to, and of what I wrote before in the same turn."""
     essay = (
         " ".join(f"chapter {n} about the harbour" for n in range(300))
@@ -272,18 +274,18 @@ def test_a_reply_behind_a_very_long_message_keeps_the_end_of_it(words, me):
             Turn("Bob", False, "", ["tell me all"]),
             Turn("Ann", True, "", ["hm", essay, "nice story"]),
         ]
-    samples = list(data.split(Session("c", "1", "personal_chat", "", turns), words, 128))
-    reply = next(sample for sample in samples if "nice story" in text_of(sample.labels, words))
-    assert "and that was the last word" in decoded(reply, words)
+    samples = list(data.split(Session("c", "1", "personal_chat", "", turns), tokenizer, 128))
+    reply = next(sample for sample in samples if "nice story" in text_of(sample.labels, tokenizer))
+    assert "and that was the last word" in decoded(reply, tokenizer)
     assert (
-        decoded(reply, words)
+        decoded(reply, tokenizer)
         .replace(" ", "")
         .startswith("<s><|im_start|>" + ("Ann" if me else "Bob"))
     )
-    assert me or "chapter" not in text_of(reply.labels, words)
+    assert me or "chapter" not in text_of(reply.labels, tokenizer)
 
 
-def test_pieces_of_long_sessions_fill_their_rows_and_repeat_little(words):
+def test_pieces_of_long_sessions_fill_their_rows_and_repeat_little(tokenizer):
     draw = random.Random(0)
     sessions = []
     for number in range(12):
@@ -300,10 +302,15 @@ def test_pieces_of_long_sessions_fill_their_rows_and_repeat_little(words):
             turn.me = turn.author == "Ann"
         sessions.append(Session("c", str(number), "private_group", "", turns))
     whole = sum(
-        len(words.encode(data.render(s.turns, specials=words.specials).text)[0]) for s in sessions
+        len(tokenizer.encode(data.render(s.turns, specials=tokenizer.specials).text)[0])
+        for s in sessions
     )
     rows = data.pack(
-        [sample for n, s in enumerate(sessions) for sample in data.split(s, words, 1024, number=n)],
+        [
+            sample
+            for n, s in enumerate(sessions)
+            for sample in data.split(s, tokenizer, 1024, number=n)
+        ],
         1024,
     )
     assert data.fill_share(rows, 1024) > 0.98
@@ -334,12 +341,12 @@ def test_packing_is_best_fit():
     assert sorted(sorted(row.doc_lengths.tolist()) for row in rows) == [[20, 30, 50], [40, 60]]
 
 
-def test_rows_are_cached_by_content(chats, words, tmp_path):
+def test_rows_are_cached_by_content(chats, tokenizer, tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text((chats / "train.jsonl").read_text())
-    first = data.load_rows(path, words, 128)
+    first = data.load_rows(path, tokenizer, 128)
     (cache,) = (tmp_path / "cache").iterdir()
-    again = data.load_rows(path, words, 128)
+    again = data.load_rows(path, tokenizer, 128)
     assert [r.ids.tolist() for r in first] == [r.ids.tolist() for r in again] and [
         r.chars.tolist() for r in first
     ] == [r.chars.tolist() for r in again]
@@ -348,13 +355,13 @@ def test_rows_are_cached_by_content(chats, words, tmp_path):
         memory = memory.base
     assert isinstance(memory, mmap.mmap)  # not read before it is needed
     path.write_text("".join(path.read_text().splitlines(True)[:5]))  # edited by hand
-    assert sum(len(r.doc_lengths) for r in data.load_rows(path, words, 128)) == 5
+    assert sum(len(r.doc_lengths) for r in data.load_rows(path, tokenizer, 128)) == 5
     assert not cache.exists()
     path.write_text(path.read_text().replace("see you \\ud83e\\udd86", "bye"))
     targets = [
         sum(
             (r.labels != IGNORE_INDEX).sum()
-            for r in data.load_rows(path, words, 128, short_weight=weight)
+            for r in data.load_rows(path, tokenizer, 128, short_weight=weight)
         )
         for weight in (1.0, 0.0)
     ]
@@ -1026,7 +1033,7 @@ def test_what_an_editor_saved_in_another_encoding_is_refused_and_a_mark_at_its_h
     assert data.load_sessions(tmp_path / "train.jsonl") == [session]
 
 
-def test_no_room_for_packed_rows_is_said(tmp_path, chats, words, monkeypatch):
+def test_no_room_for_packed_rows_is_said(tmp_path, chats, tokenizer, monkeypatch):
     def full(tensors, path):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -1034,16 +1041,16 @@ def test_no_room_for_packed_rows_is_said(tmp_path, chats, words, monkeypatch):
     monkeypatch.setattr(data, "save_file", full)
     shutil.copy(chats / "val.jsonl", tmp_path)
     with pytest.raises(UserError, match="the disk is full"):
-        data.load_rows(tmp_path / "val.jsonl", words, 160)
+        data.load_rows(tmp_path / "val.jsonl", tokenizer, 160)
     monkeypatch.undo()
-    assert data.load_rows(tmp_path / "val.jsonl", words, 160)
+    assert data.load_rows(tmp_path / "val.jsonl", tokenizer, 160)
 
 
 # --- what I knew when a session began
 
 
 def test_a_header_says_whom_when_since_and_how_the_last_talk_ended_and_is_never_a_target(
-    tmp_path, words
+    tmp_path, tokenizer
 ):
     said = [("2023-11-14T10:00:00", "user2", "morning"), ("2023-11-14T10:00:30", "user1", "hey"), ("2023-11-14T10:01:00", "user2", "later then"),
             ("2023-11-17T21:00:00", "user2", "now?"), ("2023-11-17T21:00:10", "user1", "now"),
@@ -1078,11 +1085,11 @@ def test_a_header_says_whom_when_since_and_how_the_last_talk_ended_and_is_never_
     ]  # fmt: skip
     assert data.skip_reason(second) == "" and data.without_header(second).turns == second.turns[1:]
     document = data.render(second.turns, "everyone")
-    assert [document.text[b:e] for b, e in document.words] == ["now?", "now"]
+    assert [document.text[b:e] for b, e in document.content_spans] == ["now?", "now"]
     (sample,) = data.split(
-        dataclasses.replace(second, turns=second.turns[:2]), words, 1024, "everyone"
+        dataclasses.replace(second, turns=second.turns[:2]), tokenizer, 1024, "everyone"
     )
-    assert text_of(sample.labels, words) == ">>> now?<|im_end|>"
+    assert text_of(sample.labels, tokenizer) == ">>> now?<|im_end|>"
     refused(
         command("data.py", tmp_path / "result.json", "--context", "weather"),
         "--context weather",

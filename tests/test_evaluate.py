@@ -60,8 +60,8 @@ def report_of(replies, past, talks):
 
 
 @pytest.fixture(scope="module")
-def model(base, words):
-    return load_model(str(base), torch.float32, words=words)
+def model(base, tokenizer):
+    return load_model(str(base), torch.float32, tokenizer=tokenizer)
 
 
 BEFORE = [data.Turn("Bob", False, "", ["where are you?", "hello?"])]
@@ -73,17 +73,19 @@ REPLIES = [
 ] * 3
 
 
-def test_likelihoods_that_share_a_context_equal_those_of_whole_documents(model, words):
-    found = evaluate.likelihoods(generate.Decoder(model, words, 1024), BEFORE, REPLIES, "Ann", 512)
+def test_likelihoods_that_share_a_context_equal_those_of_whole_documents(model, tokenizer):
+    found = evaluate.likelihoods(
+        generate.Decoder(model, tokenizer, 1024), BEFORE, REPLIES, "Ann", 512
+    )
     again = evaluate.likelihoods(
-        generate.Decoder(model, words, 1024), BEFORE, REPLIES[3:4], "Ann", 512
+        generate.Decoder(model, tokenizer, 1024), BEFORE, REPLIES[3:4], "Ann", 512
     )
     assert again[:, 0] == pytest.approx(found[:, 3], rel=1e-5)  # beside others and alone
     for nats, content, reply in zip(*found, REPLIES):
         document = data.render(
-            [*BEFORE, data.Turn("Ann", True, "", reply)], specials=words.specials
+            [*BEFORE, data.Turn("Ann", True, "", reply)], specials=tokenizer.specials
         )
-        sample = data.encode(document, words)
+        sample = data.encode(document, tokenizer)
         loss, _ = model(
             torch.tensor([sample.ids.tolist()]), labels=torch.tensor([sample.labels.tolist()])
         )
@@ -91,11 +93,11 @@ def test_likelihoods_that_share_a_context_equal_those_of_whole_documents(model, 
         row = step.evaluate(
             model, data.pack([sample], 512), distributed.Distributed(torch.device("cpu")), 1
         )
-        assert content == pytest.approx(row.word_nats, rel=1e-4) and content < nats
+        assert content == pytest.approx(row.content_nats, rel=1e-4) and content < nats
 
 
 @pytest.mark.parametrize("size", [512, 64], ids=["whole", "cut"])
-def test_moments_read_and_answered_together_are_as_one_by_one(model, words, size, monkeypatch):
+def test_moments_read_and_answered_together_are_as_one_by_one(model, tokenizer, size, monkeypatch):
     monkeypatch.setattr(evaluate, "ROWS", 3)
     monkeypatch.setattr(evaluate, "PACKED", 40)
     asked = "where are you? it is late. they sold the goose, and the boat too".split(". ")
@@ -106,14 +108,14 @@ def test_moments_read_and_answered_together_are_as_one_by_one(model, words, size
             turns = [*some[-1].before, data.Turn("Ann", True, "", some[-1].mine), *turns]
         some.append(evaluate.Example(number, turns, "Ann", mine))
     choices = [[m.mine, *[[f"reply {n}", "and more"][: 1 + n % 2] for n in range(9)]] for m in some]
-    decoder = generate.Decoder(model, words, 1024)
+    decoder = generate.Decoder(model, tokenizer, 1024)
     progress = evaluate.Progress("clone")
     contexts = [m.before for m in some]
     nats, content, replies, tokens = evaluate.answers_of(
         decoder, contexts, some, choices, size, 5, progress
     )
     for i, moment in enumerate(some):
-        alone = generate.Decoder(model, words, size)
+        alone = generate.Decoder(model, tokenizer, size)
         answer, reply = evaluate.reply_to(alone, moment.before, "Ann", 5000 + i)
         assert replies[i] == reply and tokens[i] == len(answer.prompt) + len(answer.ids)
         if size > 64:
@@ -123,7 +125,7 @@ def test_moments_read_and_answered_together_are_as_one_by_one(model, words, size
             first = (len(moment.before), 0)
             for j, turns in enumerate(documents):
                 sample = data.encode(
-                    data.render(turns, first=first, specials=words.specials), words
+                    data.render(turns, first=first, specials=tokenizer.specials), tokenizer
                 )
                 ids, labels = (
                     torch.from_numpy(sample.ids)[None],
@@ -133,12 +135,12 @@ def test_moments_read_and_answered_together_are_as_one_by_one(model, words, size
                 assert nats[i, j] == pytest.approx(loss.item(), rel=1e-4)
 
 
-def test_who_ignores_the_context_finds_one_real_reply_in_ten(base, words):
-    deaf = load_model(str(base), torch.float32, words=words)
+def test_who_ignores_the_context_finds_one_real_reply_in_ten(base, tokenizer):
+    deaf = load_model(str(base), torch.float32, tokenizer=tokenizer)
     for block in deaf.model.layers:
         block.self_attn.o_proj.weight.data.zero_()
     replies = [[f"reply number {n}", "and more"][: 1 + n % 2] for n in range(10)]
-    decoder = generate.Decoder(deaf, words, 1024)
+    decoder = generate.Decoder(deaf, tokenizer, 1024)
     nats, alone = (
         evaluate.likelihoods(decoder, before, replies, "Ann", 512)[0] for before in (BEFORE, [])
     )

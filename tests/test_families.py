@@ -144,9 +144,9 @@ def test_gradients_equal_transformers(pair):
     assert ours.config.num_parameters == theirs.num_parameters()
 
 
-def test_a_saved_folder_loads_in_both(pair, tmp_path, words):
+def test_a_saved_folder_loads_in_both(pair, tmp_path, tokenizer):
     _, theirs, ours = pair
-    save_model(ours, tmp_path, words, torch.float32)
+    save_model(ours, tmp_path, tokenizer, torch.float32)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert type(again) is type(theirs)
     with torch.no_grad():

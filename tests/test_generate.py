@@ -24,12 +24,12 @@ needs_a_compiler = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def adapted(base, words, tmp_path_factory):
+def adapted(base, tokenizer, tmp_path_factory):
     """An adapter with weight in every part, its new rows too."""
     folder = tmp_path_factory.mktemp("adapted")
     model = Transformer(hf.with_vocab_size(hf.read_config(base), VOCAB + 2))
     load_weights(model, base)
-    lora.inject(model, rank=4, rows=words.added)
+    lora.inject(model, rank=4, rows=tokenizer.added)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in lora.adapter_parameters(model).values():
@@ -38,7 +38,7 @@ def adapted(base, words, tmp_path_factory):
     (folder / "persona.json").write_text(
         json.dumps({"me": "Ann", "contacts": [{"name": "Bob", "messages": 9}]})
     )
-    words.save(folder)
+    tokenizer.save(folder)
     return folder
 
 
@@ -132,16 +132,16 @@ def test_a_weight_that_is_no_number_is_refused_while_it_is_packed(base, tmp_path
 
 
 @pytest.mark.parametrize("weights", ["plain", "int8", "int4"])
-def test_an_adapter_is_merged_tensor_by_tensor_as_merge_does_it(adapted, words, weights):
-    ids = list(range(3, 40)) + words.added
-    model = lora.merge(load_model(str(adapted), torch.float32, words=words))
+def test_an_adapter_is_merged_tensor_by_tensor_as_merge_does_it(adapted, tokenizer, weights):
+    ids = list(range(3, 40)) + tokenizer.added
+    model = lora.merge(load_model(str(adapted), torch.float32, tokenizer=tokenizer))
     if weights != "plain":
         by_name = {f"{name}.weight": m for name, m in model.named_modules() if type(m) is Linear}
         values = {name: m.weight.clone() for name, m in by_name.items()}
         quantize.pack_linears(model, weights)
         for name, module in by_name.items():
             shards.copy_shard(module, values[name])
-    streamed = load_model(str(adapted), torch.float32, words=words, weights=weights)
+    streamed = load_model(str(adapted), torch.float32, tokenizer=tokenizer, weights=weights)
     assert torch.allclose(logits(streamed, ids), logits(model, ids), atol=1e-4)
 
 
@@ -151,9 +151,9 @@ def test_a_folder_in_fewer_bits_says_what_was_packed_at_load_and_carries_all(
 ):
     done = command("lora.py", "merge", adapted, tmp_path / "clone", "--weights", weights)
     assert done.returncode == 0, done.stderr
-    words = load_tokenizer(tmp_path / "clone")
-    small = load_model(str(tmp_path / "clone"), words=words)
-    packed = load_model(str(adapted), torch.bfloat16, words=words, weights=weights)
+    tokenizer = load_tokenizer(tmp_path / "clone")
+    small = load_model(str(tmp_path / "clone"), tokenizer=tokenizer)
+    packed = load_model(str(adapted), torch.bfloat16, tokenizer=tokenizer, weights=weights)
     ids = list(range(3, 30))
     assert torch.equal(logits(small, ids), logits(packed, ids))
     size = sum(path.stat().st_size for path in (tmp_path / "clone").glob("*.safetensors"))
@@ -169,16 +169,18 @@ def test_a_folder_in_fewer_bits_says_what_was_packed_at_load_and_carries_all(
     )
 
 
-def test_a_compiler_that_fails_leaves_the_plain_way(base, words, monkeypatch):
-    model = load_model(str(base), torch.bfloat16, words=words, weights="int8")
+def test_a_compiler_that_fails_leaves_the_plain_way(base, tokenizer, monkeypatch):
+    model = load_model(str(base), torch.bfloat16, tokenizer=tokenizer, weights="int8")
 
     def fails(*_):
         raise torch._dynamo.exc.BackendCompilerFailed(fails, RuntimeError("no headers"), None)
 
-    plain = list(generate.Decoder(model, words, 64).generate(list(range(3, 9)), 4, temperature=0))
+    plain = list(
+        generate.Decoder(model, tokenizer, 64).generate(list(range(3, 9)), 4, temperature=0)
+    )
     monkeypatch.setattr(generate, "CompiledDecoder", fails)
     monkeypatch.setattr(generate, "can_compile", lambda device: True)
-    decoder = generate.Decoder(model, words, 64, compiled=True)
+    decoder = generate.Decoder(model, tokenizer, 64, compiled=True)
     assert (
         decoder.step is None
         and list(decoder.generate(list(range(3, 9)), 4, temperature=0)) == plain
@@ -193,9 +195,9 @@ def test_a_compiler_that_fails_leaves_the_plain_way(base, words, monkeypatch):
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 8}], ids=["all", "window"])
 def test_the_compiled_step_says_what_the_model_says(tmp_path, weights, changes):
     folder = save_mistral(tmp_path, **changes)
-    words = load_tokenizer(folder)
-    model = load_model(str(folder), torch.float32, words=words, weights=weights)
-    decoder = generate.Decoder(model, words, 64, compiled=True)
+    tokenizer = load_tokenizer(folder)
+    model = load_model(str(folder), torch.float32, tokenizer=tokenizer, weights=weights)
+    decoder = generate.Decoder(model, tokenizer, 64, compiled=True)
     ids = list(range(3, 15))
     for new in (40, 41, 42, 50, 60):
         ids.append(new)
@@ -243,8 +245,10 @@ def test_a_draw_that_sorts_what_is_likely_is_that_of_the_whole_distribution(top_
         assert likely == generate.sample(logits, 0.7, top_p, other)
 
 
-def test_a_row_is_done_when_it_ends_and_leaves_its_place_to_the_next(base, words):
-    decoder = generate.Decoder(load_model(str(base), torch.float32, words=words), words, 64)
+def test_a_row_is_done_when_it_ends_and_leaves_its_place_to_the_next(base, tokenizer):
+    decoder = generate.Decoder(
+        load_model(str(base), torch.float32, tokenizer=tokenizer), tokenizer, 64
+    )
     batch = generate.DecodeBatch(decoder, 2)
     short, long = batch.add([5, 6, 7], 1, 0), batch.add([8, 9], 4, 0)
     assert batch.full and batch.step() == [short] and not batch.full and not short.ended
@@ -257,14 +261,16 @@ def test_a_row_is_done_when_it_ends_and_leaves_its_place_to_the_next(base, words
 # --- what was said stays read
 
 
-def test_the_next_turn_reads_only_what_is_new(adapted, words):
-    decoder = generate.Decoder(load_model(str(adapted), words=words, weights="plain"), words, 256)
+def test_the_next_turn_reads_only_what_is_new(adapted, tokenizer):
+    decoder = generate.Decoder(
+        load_model(str(adapted), tokenizer=tokenizer, weights="plain"), tokenizer, 256
+    )
     turns = [Turn("Bob", False, "", ["one two three"])]
     for number in range(3):
         answer = generate.Answer(decoder, turns, "Ann", 12, temperature=1.0, seed=number)
         list(answer)
         turns += [Turn("Ann", True, "", answer.messages), Turn("Bob", False, "", [f"and {number}"])]
-        begin = generate.truncate_prompt(turns, "Ann", words, 240, decoder.wrote)
+        begin = generate.truncate_prompt(turns, "Ann", tokenizer, 240, decoder.wrote)
         assert begin[: len(answer.prompt) + len(answer.ids)] == answer.prompt + answer.ids
         lengths = []
         handle = decoder.model.register_forward_pre_hook(
@@ -276,61 +282,67 @@ def test_the_next_turn_reads_only_what_is_new(adapted, words):
         assert sum(lengths) <= new + -new % generate.SAMPLE_ROUND
 
 
-def test_a_prompt_with_known_ids_is_the_same_text(words):
+def test_a_prompt_with_known_ids_is_the_same_text(tokenizer):
     turns = [
         Turn("Bob", False, "", ["hello there"]),
         Turn("Ann", True, "", ["general", "kenobi"]),
         Turn("Bob", False, "", ["hm"]),
     ]
-    plain, _ = words.encode(data.prompt(turns, "Ann", words.specials))
-    header = words.encode("<|im_start|>Ann\n>>>")[0][1:]
+    plain, _ = tokenizer.encode(data.prompt(turns, "Ann", tokenizer.specials))
+    header = tokenizer.encode("<|im_start|>Ann\n>>>")[0][1:]
     pieces = [
-        i for letter in " general\n>>> kenobi" for i in words.encode(f"<|im_start|>{letter}")[0][2:]
+        i
+        for letter in " general\n>>> kenobi"
+        for i in tokenizer.encode(f"<|im_start|>{letter}")[0][2:]
     ]
     known = generate.truncate_prompt(
-        turns, "Ann", words, 500, {("Ann", "general", "kenobi"): header + pieces}
+        turns, "Ann", tokenizer, 500, {("Ann", "general", "kenobi"): header + pieces}
     )
-    at = plain.index(words.im_start, plain.index(words.im_end))
+    at = plain.index(tokenizer.im_start, plain.index(tokenizer.im_end))
     assert known[:at] == plain[:at] and known[at : at + len(header + pieces)] == header + pieces
-    after = plain[plain.index(words.im_end, at) :]
+    after = plain[plain.index(tokenizer.im_end, at) :]
     assert (
         known[-len(after) :] == after
-        and generate.truncate_prompt(turns, "Ann", words, 500) == plain
+        and generate.truncate_prompt(turns, "Ann", tokenizer, 500) == plain
     )
 
 
-def test_a_long_talk_is_cut_seldom_so_that_most_prompts_begin_as_the_last(words):
+def test_a_long_talk_is_cut_seldom_so_that_most_prompts_begin_as_the_last(tokenizer):
     turns, prompts = [], []
     for n in range(120):
         turns.append(Turn(("Bob", "Ann")[n % 2], bool(n % 2), "", [f"message number {n}"]))
-        prompts.append(generate.truncate_prompt(turns, "Ann", words, 200))
-    tail = len(words.encode("<|im_start|>Ann\n>>>")[0]) - 1
+        prompts.append(generate.truncate_prompt(turns, "Ann", tokenizer, 200))
+    tail = len(tokenizer.encode("<|im_start|>Ann\n>>>")[0]) - 1
     kept = [b[: len(a) - tail] == a[:-tail] for a, b in zip(prompts, prompts[1:])]
     assert all(len(ids) <= 200 for ids in prompts) and 3 <= kept.count(False) <= 20
 
 
-def test_a_header_stays_when_a_long_talk_loses_its_beginning(words):
+def test_a_header_stays_when_a_long_talk_loses_its_beginning(tokenizer):
     header = Turn("system", False, "", ["talking to Bob"])
     turns = [header] + [
         Turn(("Bob", "Ann")[n % 2], bool(n % 2), "", [f"message number {n}"]) for n in range(60)
     ]
-    text = words.engine.decode(
-        generate.truncate_prompt(turns, "Ann", words, 200), skip_special_tokens=False
+    text = tokenizer.engine.decode(
+        generate.truncate_prompt(turns, "Ann", tokenizer, 200), skip_special_tokens=False
     )
     assert (
         "talking to Bob" in text
         and "message number 59" in text
         and "message number 1\n" not in text
     )
-    assert len(generate.truncate_prompt(turns, "Ann", words, 200)) <= 200
+    assert len(generate.truncate_prompt(turns, "Ann", tokenizer, 200)) <= 200
     assert (
-        words.engine.decode(generate.truncate_prompt(turns[:2], "Ann", words, 16)).count("talking")
+        tokenizer.engine.decode(generate.truncate_prompt(turns[:2], "Ann", tokenizer, 16)).count(
+            "talking"
+        )
         == 0
     )  # it would leave no room
 
 
-def test_an_answer_left_early_leaves_the_decoder_ready(adapted, words):
-    decoder = generate.Decoder(load_model(str(adapted), words=words, weights="plain"), words, 128)
+def test_an_answer_left_early_leaves_the_decoder_ready(adapted, tokenizer):
+    decoder = generate.Decoder(
+        load_model(str(adapted), tokenizer=tokenizer, weights="plain"), tokenizer, 128
+    )
     turns = [Turn("Bob", False, "", ["hi"])]
     whole = generate.Answer(decoder, turns, "Ann", 20, temperature=0)
     list(whole)
@@ -342,9 +354,11 @@ def test_an_answer_left_early_leaves_the_decoder_ready(adapted, words):
     assert again.ids == whole.ids and again.messages == whole.messages
 
 
-def test_ctrl_c_while_it_reads_leaves_nothing_half_read(adapted, words, monkeypatch):
+def test_ctrl_c_while_it_reads_leaves_nothing_half_read(adapted, tokenizer, monkeypatch):
     """What was being read has overwritten some layers' keys and values of what was read before."""
-    decoder = generate.Decoder(load_model(str(adapted), words=words, weights="plain"), words, 64)
+    decoder = generate.Decoder(
+        load_model(str(adapted), tokenizer=tokenizer, weights="plain"), tokenizer, 64
+    )
     ids = list(range(3, 20))
     decoder.forward(ids)
 

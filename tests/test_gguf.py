@@ -33,15 +33,17 @@ print(json.dumps([ids, said]))
 @pytest.mark.skipif(
     not (PEERS / "done").exists(), reason="llama.cpp is not here: make peers (a quarter of an hour)"
 )
-def test_a_gguf_of_our_folder_has_our_ids_and_goes_on_with_the_same_tokens(base, words, tmp_path):
+def test_a_gguf_of_our_folder_has_our_ids_and_goes_on_with_the_same_tokens(
+    base, tokenizer, tmp_path
+):
     folder = tmp_path / "clone"
     folder.mkdir()
     model = Transformer(hf.with_vocab_size(hf.read_config(base), VOCAB + 2))
     load_weights(model, base)
-    save_model(model, folder, words, torch.float32)
+    save_model(model, folder, tokenizer, torch.float32)
     (folder / "persona.json").write_text(json.dumps({"me": "Ann", "contacts": [{"name": "Bob"}]}))
-    words.save(folder)
-    assert_llama_cpp_agrees(folder, model, words, tmp_path / "clone.gguf")
+    tokenizer.save(folder)
+    assert_llama_cpp_agrees(folder, model, tokenizer, tmp_path / "clone.gguf")
 
 
 def assert_llama_cpp_agrees(folder, model, tokenizer, file):

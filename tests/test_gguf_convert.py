@@ -292,7 +292,7 @@ def test_positions_of_another_kind_are_refused(tmp_path):
 # --- tokenizers
 
 
-def test_sentencepiece_ids_are_sentencepieces_own_and_begin_with_bos(tmp_path, words):
+def test_sentencepiece_ids_are_sentencepieces_own_and_begin_with_bos(tmp_path, tokenizer):
     import transformers
 
     path = write_gguf(tmp_path / "tiny.gguf", hf_model("llama"))
@@ -304,7 +304,7 @@ def test_sentencepiece_ids_are_sentencepieces_own_and_begin_with_bos(tmp_path, w
     )
     assert ours.bos == 1
     for text in (*TEXTS[:4], PROBE_TEXT):
-        assert ours.encode(text) == words.encode(text)
+        assert ours.encode(text) == tokenizer.encode(text)
         assert reloaded(text).input_ids == ours.encode(text)[0]
         if "  " not in text:  # transformers cuts before a space that isn't alone
             assert ours.encode(text)[0] == reference(text).input_ids

@@ -51,19 +51,19 @@ def random_model(seed=0):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Folders in which nothing lies: a base, the same in two files, an adapter of it; and another base of the same shape."""
-    folder, words = tmp_path_factory.mktemp("whole"), load_tokenizer(ROOT / "examples" / "base")
+    folder, tokenizer = tmp_path_factory.mktemp("whole"), load_tokenizer(ROOT / "examples" / "base")
     for name, seed, bytes_ in (("base", 0, 1 << 30), ("two", 0, 400_000), ("other", 1, 1 << 30)):
         (folder / name).mkdir()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(weights_save, "MAX_FILE_BYTES", bytes_)
-            save_model(random_model(seed), folder / name, words)
-        words.save(folder / name)
+            save_model(random_model(seed), folder / name, tokenizer)
+        tokenizer.save(folder / name)
     model = random_model()
     found = index_tensors(model, folder / "base")
     lora.inject(model, rank=4, rows=[2000, 2001])
     (folder / "ckpt").mkdir()
     lora.save(model, folder / "ckpt", folder / "base")
-    words.save(folder / "ckpt")
+    tokenizer.save(folder / "ckpt")
     cli.write_json(folder / "ckpt" / "run.json", {"fingerprint": fingerprint(found)})
     cli.write_json(folder / "ckpt" / "persona.json", {"me": "Ann", "contacts": []})
     return folder
@@ -79,9 +79,9 @@ def folders(whole, tmp_path):
 
 def load(folder, **ways):
     """What chat.py and merge do: tokenizer, then model; and a few tokens through it."""
-    words = load_tokenizer(folder)
-    model = load_model(str(folder), words=words, **ways)
-    model(torch.tensor([words.encode("<|im_start|>Ann\n>>> hi<|im_end|>")[0]]))
+    tokenizer = load_tokenizer(folder)
+    model = load_model(str(folder), tokenizer=tokenizer, **ways)
+    model(torch.tensor([tokenizer.encode("<|im_start|>Ann\n>>> hi<|im_end|>")[0]]))
     return model
 
 
@@ -275,12 +275,14 @@ def test_a_tokenizer_must_fit_the_model_whose_rows_may_be_padded(model, rows, fi
     for old in ("tokenizer.json", "tokenizer_config.json"):
         (folders / "base" / old).unlink()
     shutil.copyfile(name, folders / "base" / "tokenizer.model")
-    words = load_tokenizer(folders / "base")
+    tokenizer = load_tokenizer(folders / "base")
     if fits:
-        assert hf.config_for_tokenizer(folders / "base", words).vocab_size == max(rows, len(words))
+        assert hf.config_for_tokenizer(folders / "base", tokenizer).vocab_size == max(
+            rows, len(tokenizer)
+        )
         return
     with pytest.raises(UserError, match="tokenizer in .* is not that of"):
-        hf.config_for_tokenizer(folders / "base", words)
+        hf.config_for_tokenizer(folders / "base", tokenizer)
 
 
 def test_tokenizer_files_of_different_bases_are_refused(folders):
@@ -317,9 +319,9 @@ def test_a_special_token_without_a_row_is_never_written_and_keeps_nobody_from_ta
     engine = load_tokenizer(folders / "base").engine
     engine.add_special_tokens(["<pad>"])
     engine.save(str(folders / "base" / "tokenizer.json"))
-    words, model = load_tokenizer(folders / "base"), load(folders / "base")
-    assert words.engine.token_to_id("<pad>") == model.config.vocab_size == 2002
-    assert max(generate.Decoder(model, words, 64).generate(words.encode("hi")[0], 9)) < 2002
+    tokenizer, model = load_tokenizer(folders / "base"), load(folders / "base")
+    assert tokenizer.engine.token_to_id("<pad>") == model.config.vocab_size == 2002
+    assert max(generate.Decoder(model, tokenizer, 64).generate(tokenizer.encode("hi")[0], 9)) < 2002
     engine.add_tokens(["typed"])
     engine.save(str(folders / "base" / "tokenizer.json"))
     with pytest.raises(UserError, match="gives 'typed' the id 2003, the model has 2002"):

@@ -197,12 +197,12 @@ def test_an_unknown_target_is_an_error_and_changes_nothing(base, targets):
     )
 
 
-def test_merge_command_writes_a_folder_that_transformers_loads(base, words, tmp_path):
+def test_merge_command_writes_a_folder_that_transformers_loads(base, tokenizer, tmp_path):
     model = grown(base)
     ckpt, clone = tmp_path / "ckpt", tmp_path / "clone"
     ckpt.mkdir()
     lora.save(model, ckpt, base)
-    words.save(ckpt)
+    tokenizer.save(ckpt)
     (ckpt / "persona.json").write_text('{"me": "Ann"}')
     before = (base / "model.safetensors").read_bytes()
     done = command("lora.py", "merge", ckpt, clone, "--as", 'Bob "the ME"')
@@ -213,7 +213,7 @@ def test_merge_command_writes_a_folder_that_transformers_loads(base, words, tmp_
     assert recipe.count('"""') == 2 and 'eq .Role "user" }}{{ "Bob \\"the ME\\"" }}{{' in recipe
     assert '<|im_start|>{{ "Ann" }}\n>>>"""\nPARAMETER stop <|im_end|>\n' in recipe
     theirs = transformers.AutoModelForCausalLM.from_pretrained(clone, dtype=torch.float32)
-    assert theirs.config.eos_token_id == words.im_end and (clone / "persona.json").exists()
+    assert theirs.config.eos_token_id == tokenizer.im_end and (clone / "persona.json").exists()
     with torch.no_grad():
         ours = model.eval()(tokens())
         error = (ours - theirs(tokens()).logits).std() / ours.std()

@@ -144,9 +144,9 @@ def test_a_mask_with_repeated_heads_attends_alike(monkeypatch):
     torch.testing.assert_close(attend(q, k, v, mask), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_saved_folder_loads_in_transformers_with_equal_logits(pair, tmp_path, words):
+def test_saved_folder_loads_in_transformers_with_equal_logits(pair, tmp_path, tokenizer):
     _, _, ours = pair
-    save_model(ours, tmp_path, words, dtype=torch.float32)
+    save_model(ours, tmp_path, tokenizer, dtype=torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     tokens = tokens_like(ours, 1, 20)
     with torch.no_grad():
@@ -190,23 +190,27 @@ def small(recompute, adapter):
 
 
 def batch_of(seed, documents, rows=2, length=64):
-    """Some documents in `rows` rows, their edges in a tensor of one size."""
+    """Some documents in `rows` rows, their cu_seqlens in a tensor of one size."""
     generator = torch.Generator().manual_seed(seed)
     size = rows * length
     tokens = torch.randint(0, 100, (rows, length), generator=generator)
     labels = tokens.where(torch.rand(rows, length, generator=generator) < 0.4, IGNORE_INDEX)
-    edges = sorted(
+    cu_seqlens = sorted(
         {
             *range(0, size + 1, length),
             *torch.randint(1, size, (documents,), generator=generator).tolist(),
         }
     )
-    positions = torch.cat([torch.arange(end - begin) for begin, end in zip(edges, edges[1:])]).view(
-        rows, length
-    )
-    edges = torch.tensor(edges + [size] * (65 - len(edges)), dtype=torch.int32)
+    positions = torch.cat(
+        [torch.arange(end - begin) for begin, end in zip(cu_seqlens, cu_seqlens[1:])]
+    ).view(rows, length)
+    cu_seqlens = torch.tensor(cu_seqlens + [size] * (65 - len(cu_seqlens)), dtype=torch.int32)
     return step.Batch(
-        tokens, positions, labels, edges, (labels != IGNORE_INDEX).flatten().nonzero().flatten()
+        tokens,
+        positions,
+        labels,
+        cu_seqlens,
+        (labels != IGNORE_INDEX).flatten().nonzero().flatten(),
     )
 
 
@@ -216,9 +220,9 @@ def test_the_stand_in_for_cudas_kernel_attends_as_the_cpus_kernel_does(window):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 64, heads, 16, requires_grad=True) for heads in (4, 2, 2))
     expected = attend(q, k, v, attention_layout(batch.positions, window, 0, torch.float32))
-    got = varlen_attn(*(x.flatten(0, 1) for x in (q, k, v)), batch.edges, window or 128)[0].view_as(
-        q
-    )
+    got = varlen_attn(*(x.flatten(0, 1) for x in (q, k, v)), batch.cu_seqlens, window or 128)[
+        0
+    ].view_as(q)
     direction = torch.randn_like(q)
     torch.testing.assert_close(got, expected)
     for one, other in zip(*(torch.autograd.grad(x, (q, k, v), direction) for x in (got, expected))):
@@ -355,7 +359,9 @@ def test_cudas_kernel_gets_its_window_and_heads_in_its_own_words(kernel, window,
     q, k, v = (torch.randn(8, heads, 16) for heads in (6, 2, 2))
     query, key, value, lengths, options, grouped = where.kernel(q, k, v, where)
     assert (
-        query is q and lengths == (where.edges, where.edges, 8, 8) and options == (None, None, size)
+        query is q
+        and lengths == (where.cu_seqlens, where.cu_seqlens, 8, 8)
+        and options == (None, None, size)
     )
     if grouped:
         assert key is k and value is v

@@ -277,7 +277,7 @@ def test_a_start_that_torchrun_repeats_takes_no_other_run_for_its_own(
 def test_saves_on_some_hosts_only_are_said_not_erased(tmp_path):
     options = train.Options(out=str(tmp_path), resume=True)
     other = SimpleNamespace(
-        first=True, share=lambda number: number, most=lambda number: max(number, 1)
+        is_main=True, broadcast=lambda number: number, all_reduce_max=lambda number: max(number, 1)
     )  # it has one save
     with pytest.raises(UserError, match="holds saves on some hosts only"):
         train.last_checkpoint(options, other)
@@ -590,7 +590,7 @@ def test_ranks_without_room_end_together_and_torchrun_starts_again_with_less(bas
     alike(tmp_path / "two", tmp_path / "again")
 
 
-def test_the_probe_says_what_does_not_fit_and_leaves_no_trace(base, chats, words, monkeypatch):
+def test_the_probe_says_what_does_not_fit_and_leaves_no_trace(base, chats, tokenizer, monkeypatch):
     model = step.build_model(
         hf.with_vocab_size(hf.read_config(base), VOCAB + 2),
         ALONE,
@@ -598,7 +598,7 @@ def test_the_probe_says_what_does_not_fit_and_leaves_no_trace(base, chats, words
         {"dropout": 0.5},
         torch.float32,
     )
-    rows = data.load_rows(chats / "train.jsonl", words, 160)
+    rows = data.load_rows(chats / "train.jsonl", tokenizer, 160)
     tried = []
     monkeypatch.setattr(
         step, "micro_batches", lambda rows, *_: tried.append(rows) or [step.collate(rows, "cpu")]

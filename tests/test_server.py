@@ -34,13 +34,13 @@ HI = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture(scope="module")
-def clone(base, words, tmp_path_factory):
+def clone(base, tokenizer, tmp_path_factory):
     """A random model folder with ChatML tokens and a persona."""
     folder = tmp_path_factory.mktemp("clone")
     model = Transformer(hf.with_vocab_size(hf.read_config(base), VOCAB + 2))
     load_weights(model, base)
-    save_model(model, folder, words, torch.float32)
-    words.save(folder)
+    save_model(model, folder, tokenizer, torch.float32)
+    tokenizer.save(folder)
     (folder / "persona.json").write_text(
         json.dumps({"me": "Ann", "contacts": [{"name": "Bob"}, {"name": "Eve"}]})
     )

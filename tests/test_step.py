@@ -20,8 +20,8 @@ ALONE = distributed.Distributed(torch.device("cpu"))
 
 
 @pytest.fixture
-def rows(chats, words):
-    return data.load_rows(chats / "train.jsonl", words, 160)
+def rows(chats, tokenizer):
+    return data.load_rows(chats / "train.jsonl", tokenizer, 160)
 
 
 def build(base, **adapter):
@@ -85,22 +85,26 @@ def test_for_cuda_all_micro_batches_have_one_shape_and_a_power_of_two_of_documen
             )
         ):
             assert batch.tokens.shape == batch.labels.shape == batch.positions.shape == (2, 200)
-            edges = batch.edges.tolist()
-            assert batch.edges.dtype == torch.int32 and edges == sorted(edges) and edges[-1] == 400
+            cu_seqlens = batch.cu_seqlens.tolist()
             assert (
-                sorted(set(edges[:-1]) - {400})
+                batch.cu_seqlens.dtype == torch.int32
+                and cu_seqlens == sorted(cu_seqlens)
+                and cu_seqlens[-1] == 400
+            )
+            assert (
+                sorted(set(cu_seqlens[:-1]) - {400})
                 == (batch.positions.flatten() == 0).nonzero().flatten().tolist()
             )
             assert torch.equal(
-                batch.kept, (batch.labels != IGNORE_INDEX).flatten().nonzero().flatten()
+                batch.target_positions, (batch.labels != IGNORE_INDEX).flatten().nonzero().flatten()
             )
-            sizes.add(len(edges) - 1)
+            sizes.add(len(cu_seqlens) - 1)
     assert sizes == {64}
     one_each = dataclasses.replace(
         rows[0], **{k: np.ones(len(rows[0].ids), int) for k in ("doc_lengths", "chars", "sessions")}
     )
     assert len(rows[0].ids) > 64 and len(
-        step.collate([one_each], "cuda").edges
+        step.collate([one_each], "cuda").cu_seqlens
     ) == 1 + 2 ** math.ceil(math.log2(len(rows[0].ids)))
 
 
@@ -176,8 +180,8 @@ def test_numbers_that_are_none_stop_before_the_weights_are_touched(base, rows):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_evaluation_counts_bits_on_the_words_of_my_messages_alone(base, chats, words):
-    rows = data.load_rows(chats / "val.jsonl", words, 160)
+def test_evaluation_counts_bits_on_the_words_of_my_messages_alone(base, chats, tokenizer):
+    rows = data.load_rows(chats / "val.jsonl", tokenizer, 160)
     model = build(base)
     found = step.evaluate(model, rows, ALONE, 3)
     talks = data.load_sessions(chats / "val.jsonl")
@@ -189,14 +193,15 @@ def test_evaluation_counts_bits_on_the_words_of_my_messages_alone(base, chats, w
         int((r.labels != IGNORE_INDEX).sum()) for r in rows
     )
     words_only = [
-        dataclasses.replace(r, labels=np.where(r.words, r.labels, IGNORE_INDEX)) for r in rows
+        dataclasses.replace(r, labels=np.where(r.content_mask, r.labels, IGNORE_INDEX))
+        for r in rows
     ]
     bits = sum(
         model(**step.collate([row], "cpu")._asdict())[0].item() for row in words_only
     ) / math.log(2)
     assert found.metrics["val_bits_per_char"] == pytest.approx(bits / found.chars.sum(), rel=1e-5)
     assert found.metrics["val_format_loss"] == pytest.approx(
-        (loss - bits * math.log(2)) / (found.count - found.words), rel=1e-4
+        (loss - bits * math.log(2)) / (found.count - found.content_tokens), rel=1e-4
     )
 
 
@@ -391,8 +396,10 @@ def test_predicted_memory_is_what_a_step_takes(way, edges_in_a_tensor, monkeypat
         torch.randint(0, SMALL.vocab_size, (ROWS, LENGTH)),
         torch.arange(LENGTH).expand(ROWS, -1),
     )
-    edges = torch.tensor([0, LENGTH] + [ROWS * LENGTH] * 63, dtype=torch.int32)
-    batch = step.Batch(tokens, positions, tokens, edges, torch.arange(int(ROWS * LENGTH * 0.4)))
+    cu_seqlens = torch.tensor([0, LENGTH] + [ROWS * LENGTH] * 63, dtype=torch.int32)
+    batch = step.Batch(
+        tokens, positions, tokens, cu_seqlens, torch.arange(int(ROWS * LENGTH * 0.4))
+    )
     with memory.MemoryTracker() as live:
         model = step.build_model(SMALL, ALONE, **WAYS[way])
         optimizer = optim.make_optimizer(model, 1e-4, 0.0, WAYS[way].get("pure", False))

@@ -84,7 +84,7 @@ def test_one_process_two_processes_and_micro_batches_give_the_same_curve(
                     assert off.mean() < 2e-3 and one[key].shape == two[key].shape, (name, key)
 
 
-def test_what_training_leaves_is_complete_and_says_what_it_computes(alone, base, words):
+def test_what_training_leaves_is_complete_and_says_what_it_computes(alone, base, tokenizer):
     flags, out, done = alone
     names = {path.name for path in out.iterdir()}
     assert {
@@ -124,7 +124,7 @@ def test_what_training_leaves_is_complete_and_says_what_it_computes(alone, base,
     assert "you wrote" in done.stderr + done.stdout and "best at epoch" in done.stderr + done.stdout
     if "--lora" in flags or "--qlora" in flags:
         rows = json.loads((out / "adapter_config.json").read_text())["trainable_token_indices"]
-        assert rows == {"embed_tokens": words.added, "lm_head": words.added}
+        assert rows == {"embed_tokens": tokenizer.added, "lm_head": tokenizer.added}
 
 
 def test_init_begins_where_the_former_run_ended(alone, base, chats, tmp_path):
@@ -299,15 +299,15 @@ def test_every_epoch_has_each_row_once_in_an_order_of_its_own():
     assert got == list(train.batches(list(range(10)), plan, seed=0))
 
 
-def test_samples_between_two_steps_leave_dropout_on(base, chats, words):
+def test_samples_between_two_steps_leave_dropout_on(base, chats, tokenizer):
     shape = hf.with_vocab_size(hf.read_config(base), VOCAB + 2)
     model = step.build_model(shape, ALONE, None, {"dropout": 0.5}, torch.float32)
     asked = train.sample_prompts(train.Options(data=str(chats), samples=1))
-    assert len([*train.generate_samples(model, words, asked, ALONE, 0)]) == 1 and model.training
+    assert len([*train.generate_samples(model, tokenizer, asked, ALONE, 0)]) == 1 and model.training
 
 
 def test_a_sharded_adapter_is_saved_as_it_is_trained_not_as_it_was_gathered_to_compute(
-    base, words, monkeypatch
+    base, tokenizer, monkeypatch
 ):
     """After a forward pass FSDP2 shows the root's parameters in bf16: new rows saved from there would have lost 16 bits."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -317,8 +317,8 @@ def test_a_sharded_adapter_is_saved_as_it_is_trained_not_as_it_was_gathered_to_c
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         ranks = distributed.Distributed(torch.device("cpu"), 0, 2)
-        shape = hf.with_vocab_size(hf.read_config(base), words.rows_needed)
-        model = step.build_model(shape, ranks, None, {"rows": words.added}, torch.bfloat16)
+        shape = hf.with_vocab_size(hf.read_config(base), tokenizer.rows_needed)
+        model = step.build_model(shape, ranks, None, {"rows": tokenizer.added}, torch.bfloat16)
         with torch.no_grad():
             model(torch.arange(3, 9)[None])
         options = train.Options(lora=True, model=str(base))

@@ -224,7 +224,7 @@ class CheckpointManager:
         self.saved = self.last = time.monotonic()
         self.slowest = 0.0  # seconds between two calls
         own = sum(shards.local_shard(tensor)[0].nbytes for tensor in self.state.values())
-        self.bytes = int(ranks.sum(torch.tensor(own, device=ranks.device)))
+        self.bytes = int(ranks.all_reduce(torch.tensor(own, device=ranks.device)))
         self.save_seconds = self.bytes / DISK_BYTES_PER_S
         if distributed.local_rank() == 0:
             for old in [
@@ -279,7 +279,7 @@ class CheckpointManager:
         """
         now = time.monotonic()
         self.slowest, self.last = max(self.slowest, now - self.last), now
-        first = self.ranks.first
+        first = self.ranks.is_main
         due = (
             first
             and done != self.done
@@ -335,7 +335,7 @@ class CheckpointManager:
         return self.writer is not None and self.writer.error is not None
 
     def agree(self, *signs):
-        return self.ranks.sum(
+        return self.ranks.all_reduce(
             torch.tensor([int(sign) for sign in signs], device=self.ranks.device)
         ).tolist()
 

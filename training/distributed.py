@@ -25,12 +25,12 @@ class Distributed:
     rank: int = 0
     world: int = 1
     replicas: int = 1
-    moves: list = dataclasses.field(
+    progress: list = dataclasses.field(
         default_factory=lambda: [0], compare=False
     )  # how often this rank got on with its work
 
-    def move(self):
-        self.moves[0] += 1
+    def advance(self):
+        self.progress[0] += 1
 
     @property
     def shards(self):
@@ -51,26 +51,26 @@ class Distributed:
         )
 
     @property
-    def first(self):
+    def is_main(self):
         return self.rank == 0
 
-    def sum(self, tensor):
+    def all_reduce(self, tensor):
         """`tensor` summed over all ranks, in place."""
-        self.move()
+        self.advance()
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def share(self, number):
+    def broadcast(self, number):
         """Rank 0's int, on every rank."""
-        self.move()
+        self.advance()
         if self.world == 1:
             return number
         tensor = torch.tensor([number], device=self.device)
         dist.broadcast(tensor, 0)
         return int(tensor)
 
-    def most(self, number):
+    def all_reduce_max(self, number):
         """The largest of all ranks' ints."""
         if self.world == 1:
             return number
@@ -80,7 +80,7 @@ class Distributed:
 
     def barrier(self):
         if self.world > 1:
-            self.sum(
+            self.all_reduce(
                 torch.zeros((), device=self.device)
             ).item()  # dist.barrier() guesses a device; .item() waits for the GPU
 

@@ -178,11 +178,11 @@ def trace_step_memory(
             parts = PhasePeaks(live, model, ranks)
             parts.at("start", "activations")
             tokens = torch.zeros(micro_batch, length, dtype=torch.int64)
-            edges = torch.zeros(65, dtype=torch.int32)  # a tensor: attention as on CUDA
+            cu_seqlens = torch.zeros(65, dtype=torch.int32)  # a tensor: attention as on CUDA
             if document:
-                edges = [*range(0, micro_batch * length, document), micro_batch * length]
-            kept = torch.zeros(int(micro_batch * length * labelled), dtype=torch.int64)
-            batch = step.Batch(tokens, tokens, tokens, edges, kept)
+                cu_seqlens = [*range(0, micro_batch * length, document), micro_batch * length]
+            target_positions = torch.zeros(int(micro_batch * length * labelled), dtype=torch.int64)
+            batch = step.Batch(tokens, tokens, tokens, cu_seqlens, target_positions)
             if micro_batches > 1:
                 for parameter in parts.trained:
                     parameter.grad = torch.zeros_like(parameter)

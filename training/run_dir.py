@@ -64,7 +64,7 @@ class RunDir:
                 self.began - note["seconds"],
             )
             self.done = note["step"]
-        if not ranks.first:
+        if not ranks.is_main:
             return
         cli.make_private_dir(self.out)
         if note:
@@ -76,7 +76,7 @@ class RunDir:
         for name in ("persona.json", "facts.md"):
             if (Path(options.data) / name).exists():
                 (self.out / name).write_bytes((Path(options.data) / name).read_bytes())
-        job.words.save(self.out)  # its chat template has the names of persona.json
+        job.tokenizer.save(self.out)  # its chat template has the names of persona.json
         self.run = cli.read_json(self.out / "run.json", {}) if note else {}
         resumed = self.run.get("resumed", []) + ([self.done] if note else [])
         self.run = {
@@ -146,7 +146,7 @@ class RunDir:
         self.append(line)
 
     def append(self, line):
-        if not self.job.ranks.first:
+        if not self.job.ranks.is_main:
             return
         path = self.out / "metrics.jsonl"
         try:
@@ -189,13 +189,13 @@ class RunDir:
         if job.ranks.world > 1:
             self.model.reshard()  # since the last forward pass FSDP2 shows the root's parameters gathered, and cast
         if not job.options.lora:
-            save_model(self.model, self.out, job.words)
+            save_model(self.model, self.out, job.tokenizer)
             return
         tensors = {
             name: shards.full_tensor(p.detach())
             for name, p in lora.adapter_parameters(self.model).items()
         }
-        if job.ranks.first:
+        if job.ranks.is_main:
             base = job.folder.resolve() if Path(job.options.model).is_dir() else job.options.model
             lora.save(self.model, self.out, base, tensors)
 
@@ -216,7 +216,7 @@ class RunDir:
     def leave(self, ends):
         """Say why the run ends before its plan does, and how to go on."""
         options = self.job.options
-        if not self.job.ranks.first:
+        if not self.job.ranks.is_main:
             return
         why = {
             "time": f"--max-minutes {options.max_minutes:g}" if options.max_minutes else "",
@@ -237,7 +237,7 @@ class RunDir:
     def finish(self):
         """Write what came of the run. → the same in words"""
         before, best, last = self.before, self.best, self.last
-        if self.job.ranks.first:
+        if self.job.ranks.is_main:
             result = {
                 "loss_before": before.loss,
                 "loss": best.loss,

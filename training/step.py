@@ -91,19 +91,19 @@ def init_weights(model, seed):
 
 
 class Batch(NamedTuple):
-    """What `model.forward` takes, under its names: tokens, positions, labels (B, T) int64; edges and kept as there."""
+    """What `model.forward` takes, under its names: tokens, positions, labels (B, T) int64; cu_seqlens and target_positions as there."""
 
     tokens: torch.Tensor
     positions: torch.Tensor
     labels: torch.Tensor
-    edges: list | torch.Tensor
-    kept: torch.Tensor
+    cu_seqlens: list | torch.Tensor
+    target_positions: torch.Tensor
 
 
 def collate(rows, device, shape=(1, 1)):
     """Rows → Batch, as long as the longest row and at least of `shape`; what a row lacks is a document of its own, without targets.
 
-    On CUDA the number of edges is a power of two, so that compiled blocks see few sizes; on a CPU long rows are multiples of ROUND.
+    On CUDA the number of cu_seqlens is a power of two, so that compiled blocks see few sizes; on a CPU long rows are multiples of ROUND.
     """
     device = torch.device(device)
     count, length = max(shape[0], len(rows)), max([shape[1], *(len(row.ids) for row in rows)])
@@ -112,20 +112,22 @@ def collate(rows, device, shape=(1, 1)):
     tokens, labels, positions = (
         np.full((count, length), fill, dtype=np.int64) for fill in (0, IGNORE_INDEX, 0)
     )
-    edges = []
+    cu_seqlens = []
     for i, row in enumerate([*rows, *[None] * (count - len(rows))]):
         lengths = [length]
         if row is not None:
             tokens[i, : len(row.ids)], labels[i, : len(row.ids)] = row.ids, row.labels
             lengths = [n for n in (*row.doc_lengths.tolist(), length - len(row.ids)) if n]
         positions[i] = np.concatenate([np.arange(n) for n in lengths])
-        edges.extend(i * length + np.cumsum([0, *lengths[:-1]]))
-    edges = [*map(int, edges), count * length]
-    kept = torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX))
+        cu_seqlens.extend(i * length + np.cumsum([0, *lengths[:-1]]))
+    cu_seqlens = [*map(int, cu_seqlens), count * length]
+    target_positions = torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX))
     if device.type == "cuda":
-        edges += edges[-1:] * ((1 << max(6, (len(edges) - 1).bit_length())) + 1 - len(edges))
-        edges = torch.tensor(edges, dtype=torch.int32)
-    batch = *map(torch.from_numpy, (tokens, positions, labels)), edges, kept
+        cu_seqlens += cu_seqlens[-1:] * (
+            (1 << max(6, (len(cu_seqlens) - 1).bit_length())) + 1 - len(cu_seqlens)
+        )
+        cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
+    batch = *map(torch.from_numpy, (tokens, positions, labels)), cu_seqlens, target_positions
     return Batch(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in batch))
 
 
@@ -156,12 +158,12 @@ def train_step(model, optimizer, batches, ranks, clip=1.0):
 
     A step without targets changes nothing. Raises NotFinite and NoRoom before the weights are touched.
     """
-    count = ranks.sum(
-        torch.tensor(sum(len(batch.kept) for batch in batches), device=ranks.device)
+    count = ranks.all_reduce(
+        torch.tensor(sum(len(batch.target_positions) for batch in batches), device=ranks.device)
     ).item()
     if count == 0:
         return 0.0, 0.0, 0
-    total = ranks.sum(accumulate_gradients(model, batches, ranks, count)).item() / count
+    total = ranks.all_reduce(accumulate_gradients(model, batches, ranks, count)).item() / count
     norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
     norm = shards.full_tensor(norm).item()
     if not math.isfinite(total) or not math.isfinite(norm):
@@ -178,7 +180,7 @@ def accumulate_gradients(model, batches, ranks, count):
     random = random_state(ranks.device)
     try:
         for left, batch in zip(range(len(batches) - 1, -1, -1), batches):
-            ranks.move()
+            ranks.advance()
             if ranks.replicas > 1:
                 model.set_requires_all_reduce(left == 0)  # hosts exchange their sums once
             loss, _ = model(**batch._asdict())
@@ -230,12 +232,12 @@ def set_random_state(states):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Sums over held-out targets. `bits`, `chars`: (sessions,), on the words of messages alone."""
+    """Sums over held-out targets. `bits`, `chars`: (sessions,), on the text of messages alone."""
 
     nats: float
     count: int
-    word_nats: float
-    words: int
+    content_nats: float
+    content_tokens: int
     bits: np.ndarray
     chars: np.ndarray
 
@@ -244,7 +246,8 @@ class Evaluation:
         return {
             "val_loss": self.nats / max(1, self.count),
             "val_bits_per_char": float(self.bits.sum() / max(1, self.chars.sum())),
-            "val_format_loss": (self.nats - self.word_nats) / max(1, self.count - self.words),
+            "val_format_loss": (self.nats - self.content_nats)
+            / max(1, self.count - self.content_tokens),
         }
 
 
@@ -258,32 +261,32 @@ def evaluate(model, rows, ranks, micro_batch, length=1):
     bits, chars = sums[4 : 4 + sessions], sums[4 + sessions :]
     mine = rows[ranks.rank :: ranks.world]
     for i in range(0, math.ceil(len(rows) / ranks.world), micro_batch):
-        ranks.move()
+        ranks.advance()
         part = mine[i : i + micro_batch]
         losses, _ = model(**collate(part, ranks.device, shape)._asdict(), reduction="none")
         if not part:
             continue
         losses = losses.cpu().double()
         kept = torch.from_numpy(np.concatenate([row.labels for row in part]) != IGNORE_INDEX)
-        words = torch.from_numpy(np.concatenate([row.words for row in part]))[kept]
+        content = torch.from_numpy(np.concatenate([row.content_mask for row in part]))[kept]
         session = torch.from_numpy(
             np.concatenate([np.repeat(row.sessions, row.doc_lengths) for row in part])
         ).long()[kept]
-        sums[:4] += torch.stack([losses.sum(), kept.sum(), losses[words].sum(), words.sum()])
-        bits.index_add_(0, session[words], losses[words] / math.log(2))
+        sums[:4] += torch.stack([losses.sum(), kept.sum(), losses[content].sum(), content.sum()])
+        bits.index_add_(0, session[content], losses[content] / math.log(2))
         for row in part:
             chars.index_add_(
                 0, torch.from_numpy(row.sessions).long(), torch.from_numpy(row.chars).double()
             )
     model.train()
     if ranks.world > 1:
-        sums = ranks.sum(sums.to(ranks.device)).cpu()
-    nats, count, word_nats, words = sums[:4].tolist()
+        sums = ranks.all_reduce(sums.to(ranks.device)).cpu()
+    nats, count, content_nats, content_tokens = sums[:4].tolist()
     return Evaluation(
         nats,
         int(count),
-        word_nats,
-        int(words),
+        content_nats,
+        int(content_tokens),
         sums[4 : 4 + sessions].numpy(),
         sums[4 + sessions :].numpy(),
     )

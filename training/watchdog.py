@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 class Watchdog(threading.Thread):
     """Ends a job of which a rank is gone, or hasn't moved for `timeout` seconds, and says which and where.
 
-    Each rank tells every second, through torchrun's store: I live, so often have I moved (`Ranks.moves`), here I am. What a rank finds of
+    Each rank tells every second, through torchrun's store: I live, so often have I moved (`Distributed.progress`), here I am. What a rank finds of
     the others it judges by its own clock. A rank without room for its micro-batch ends the others the same way.
     """
 
@@ -40,7 +40,7 @@ class Watchdog(threading.Thread):
             return
         self.store, self.beat = distributed.open_store("watch"), 0
         self.tell()
-        if ranks.first:
+        if ranks.is_main:
             self.store.set("end", "null")
         ranks.barrier()  # all have told: nobody waits for a key
         self.heard = time.monotonic()
@@ -66,7 +66,7 @@ class Watchdog(threading.Thread):
             json.dumps(
                 [
                     self.beat,
-                    self.ranks.moves[0],
+                    self.ranks.progress[0],
                     distributed.host_index(),
                     os.getpid(),
                     self.where(),
@@ -162,7 +162,7 @@ class Watchdog(threading.Thread):
         self.over.wait()
 
     def end(self, problem, way_out, micro_batch, pids, speaker=0):
-        if micro_batch and self.ranks.first:
+        if micro_batch and self.ranks.is_main:
             cli.make_private_dir(self.out)
             cli.write_json(self.out / "micro-batch.json", {"micro_batch": micro_batch})
         if self.ranks.rank == speaker:

@@ -171,12 +171,12 @@ def read_raw_config(folder):
 
 def from_mistral_params(said):
     """Mistral's own `params.json` → HF's keys; what it leaves out is as in mistral-inference."""
-    words = {ours: said[theirs] for theirs, ours in PARAMS_TO_HF.items() if theirs in said}
+    config = {ours: said[theirs] for theirs, ours in PARAMS_TO_HF.items() if theirs in said}
     window, yarn, scaled = said.get("sliding_window"), said.get("yarn"), said.get("llama_4_scaling")
-    words.setdefault("max_position_embeddings", said.get("max_seq_len") or 32768)
-    words.setdefault("rope_theta", 1e4 if window else 1e6)
-    words |= {"sliding_window": window, "quantization_config": said.get("quantization")}
-    words["model_type"] = "mixtral" if said.get("moe") else "ministral3" if scaled else "mistral"
+    config.setdefault("max_position_embeddings", said.get("max_seq_len") or 32768)
+    config.setdefault("rope_theta", 1e4 if window else 1e6)
+    config |= {"sliding_window": window, "quantization_config": said.get("quantization")}
+    config["model_type"] = "mixtral" if said.get("moe") else "ministral3" if scaled else "mistral"
     if isinstance(yarn, dict):
         turns = {
             "beta_fast": yarn.get("beta"),
@@ -184,10 +184,10 @@ def from_mistral_params(said):
             "mscale": 1.0,
             "mscale_all_dim": 1.0,
         }
-        words["rope_scaling"] = {**yarn, **turns, "rope_type": "yarn"}
+        config["rope_scaling"] = {**yarn, **turns, "rope_type": "yarn"}
         if isinstance(scaled, dict):
-            words["rope_scaling"]["llama_4_scaling_beta"] = scaled.get("beta")
-    return words
+            config["rope_scaling"]["llama_4_scaling_beta"] = scaled.get("beta")
+    return config
 
 
 def read_config(folder):
@@ -354,16 +354,16 @@ def refuse_adapter(folder):
         )
 
 
-def config_for_tokenizer(folder, words=None, rows=()):
-    """The ModelConfig of `folder`, with room for an adapter's `rows` and the ChatML tokens that `words`, if given, had to add.
+def config_for_tokenizer(folder, tokenizer=None, rows=()):
+    """The ModelConfig of `folder`, with room for an adapter's `rows` and the ChatML tokens that `tokenizer`, if given, had to add.
 
-    UserError when `words` is the tokenizer of another model.
+    UserError when `tokenizer` is the tokenizer of another model.
     """
     shape = with_vocab_size(read_config(folder), max(rows, default=-1) + 1)
-    if not words:
+    if not tokenizer:
         return shape
-    words.check(read_raw_config(folder), folder, shape.vocab_size)
-    return with_vocab_size(shape, words.rows_needed)
+    tokenizer.check(read_raw_config(folder), folder, shape.vocab_size)
+    return with_vocab_size(shape, tokenizer.rows_needed)
 
 
 def with_vocab_size(shape, size):

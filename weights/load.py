@@ -62,7 +62,7 @@ def load_weights(model, folder, ranks=None, keep=False, fold=None):
                 continue
         bad.append(not shards.copy_shard(target, fold(name, value[:]) if fold else value))
     if ranks:
-        bad = ranks.sum(torch.tensor(bad, dtype=torch.int32, device=ranks.device)).tolist()
+        bad = ranks.all_reduce(torch.tensor(bad, dtype=torch.int32, device=ranks.device)).tolist()
     for name, is_bad in zip(shards.named_weights(model, hf.stored_quantization(folder)), bad):
         if is_bad:
             raise UserError(
@@ -182,7 +182,7 @@ def fingerprint(found):
     return total.hexdigest()
 
 
-def load_model(path, dtype=None, device="cpu", base=None, words=None, weights=None):
+def load_model(path, dtype=None, device="cpu", base=None, tokenizer=None, weights=None):
     """A HF folder, a hub id, or a `ckpt/` of ours → Transformer in eval mode, in `dtype` (None: as stored), on `device`.
 
     An adapter folder loads its base (or `base`, if that lies elsewhere now), then itself. `words`: the tokenizer it is for; the model
@@ -205,7 +205,7 @@ def load_model(path, dtype=None, device="cpu", base=None, words=None, weights=No
                 "Say where it lies now: --model FOLDER",
             )
         folder = hub.resolve(base or named)
-    shape, kind = hf.config_for_tokenizer(folder, words, rows), hf.stored_quantization(folder)
+    shape, kind = hf.config_for_tokenizer(folder, tokenizer, rows), hf.stored_quantization(folder)
     if kind and (adapter or weights not in (None, kind)):
         raise UserError(
             f"{folder} holds {kind} weights",
@@ -291,12 +291,12 @@ def choose_chat_weights(folder, base, size, device, asked=None):
     )
 
 
-def load_for_chat(folder, base, size, device, words, asked=None):
+def load_for_chat(folder, base, size, device, tokenizer, asked=None):
     """The model of a `ckpt/` in what `chat_weights` says, an adapter merged → Transformer"""
     kind = choose_chat_weights(folder, base, size, device, asked)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(kind) or devices.default_dtype(
         device
     )
     return load_model(
-        str(folder), dtype, device, base, words, "plain" if kind in ("bf16", "fp32") else kind
+        str(folder), dtype, device, base, tokenizer, "plain" if kind in ("bf16", "fp32") else kind
     )

@@ -97,21 +97,21 @@ def main():
     cli.check_output_dir(options.out, options.overwrite)
     base = lora.read_adapter_config(options.ckpt)[1] if hf.is_adapter(options.ckpt) else None
     cli.refuse_overlap(options.out, options.ckpt, options.model or base)
-    words = load_tokenizer(options.ckpt)
+    tokenizer = load_tokenizer(options.ckpt)
     me, _ = read_names(options.ckpt)
     if stranger := unknown_name_warning(options.ckpt, options.as_):
         print(stranger, file=sys.stderr)
-    given = {"base": options.model or None, "words": words}
+    given = {"base": options.model or None, "words": tokenizer}
     if options.weights == "bf16":
-        probe = words.encode(f"{IM_START}{me}\n>>> {PROBE_TEXT}{IM_END}")[0]
+        probe = tokenizer.encode(f"{IM_START}{me}\n>>> {PROBE_TEXT}{IM_END}")[0]
         model = merge_and_check(load_model(options.ckpt, **given), probe)
     else:
         model = load_model(options.ckpt, torch.bfloat16, weights=options.weights, **given)
     out = cli.make_private_dir(options.out)
     hf.clear_output(out)
-    save_model(model, out, words)
+    save_model(model, out, tokenizer)
     hf.copy_companions(options.ckpt, out)
-    words.save(out)
+    tokenizer.save(out)
     if options.as_:
         cli.write_text(out / "Modelfile", modelfile(me, options.as_))
     print(f"{out} is a whole model now: python chat.py {out}")

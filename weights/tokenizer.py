@@ -252,19 +252,21 @@ def load_tokenizer(folder):
                 else from_sentencepiece(path, added),
                 bos or "<s>",
             )
-        words = Tokenizer(engine, folder, bos if adds_bos(engine, config, bos) else None)
+        tokenizer = Tokenizer(engine, folder, bos if adds_bos(engine, config, bos) else None)
         for i, token in config.get("added_tokens_decoder", {}).items():
             have, said = engine.id_to_token(int(i)), token["content"]
             if have not in (None, said) and (
-                int(i) not in words.added or said in (IM_START, IM_END)
+                int(i) not in tokenizer.added or said in (IM_START, IM_END)
             ):
                 raise UserError(
                     f"{path}: id {i} is {have!r}, tokenizer_config.json makes it {said!r:.60}",
                     "Copy all tokenizer files from one base model.",
                 )
-        ids = words.encode(f"{IM_START}{PROBE_TEXT}{IM_END}")[0]
-        words.decode(ids)
-        single = ids[words.bos is not None] == words.im_start and ids[-1] == words.im_end
+        ids = tokenizer.encode(f"{IM_START}{PROBE_TEXT}{IM_END}")[0]
+        tokenizer.decode(ids)
+        single = (
+            ids[tokenizer.bos is not None] == tokenizer.im_start and ids[-1] == tokenizer.im_end
+        )
     except UserError:
         raise
     except Exception as error:  # tokenizers raises bare Exception, sentencepiece several kinds, and JSON may hold what it shouldn't
@@ -277,7 +279,7 @@ def load_tokenizer(folder):
             f"{path} cuts {IM_START} or {IM_END} into several tokens",
             "Copy the tokenizer files again from the base model.",
         )
-    return words
+    return tokenizer
 
 
 def adds_bos(engine, config, bos):
