@@ -1,56 +1,74 @@
-"""Low-rank adapters: inject, merge, save, load; PEFT's own format on disk. `python lora.py merge ckpt/ clone/` makes a plain model.
+"""Low-rank adapters in PEFT's format: inject, merge, save, load.
 
-W x becomes W x + alpha / rank * B (A x), with W frozen (arXiv 2106.09685). A base without ChatML tokens gets rows for them: those
-rows of the embedding and of the head are trained whole.
+W x becomes W x + alpha / rank * B (A x), with W frozen (LoRA, arXiv 2106.09685). A base without
+ChatML tokens gets rows for them in the embedding and the head, which are trained whole.
+`python lora.py merge ckpt/ clone/` writes a plain model folder.
 """
 
+import functools
 import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 import cli
 from cli import UserError, read_json, write_json
-from model import SAVED_OPS, Linear
+from model import SAVED_OPS, Linear, Transformer
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."  # PEFT's, before our own names
-UNSUPPORTED = (
-    "use_dora",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "layers_to_transform",
-    "fan_in_fan_out",
-)
+WEIGHTS_FILE = "adapter_model.safetensors"
+# The values of adapter_config.json that make a plain LoRA; None: absent, false or empty.
+SUPPORTED = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "use_dora": None,
+    "use_rslora": None,
+    "rank_pattern": None,
+    "alpha_pattern": None,
+    "modules_to_save": None,
+    "layers_to_transform": None,
+    "fan_in_fan_out": None,
+}
+
+
+# --- layers
 
 
 class LoRALinear(Linear):
-    """A linear layer whose `weight` keeps its key, with `lora_A` (rank, in) and `lora_B` (out, rank) as fp32 masters beside it."""
+    """A linear layer with `lora_A` (rank, in) and `lora_B` (out, rank), fp32, beside its weight."""
 
-    def attach(self, rank, alpha, dropout):
+    def attach(self, rank: int, alpha: float, dropout: float) -> None:
         self.scale, self.dropout = alpha / rank, dropout
         device = self.stored()[0].device
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, device=device))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
+        A, B = self.lora_A, self.lora_B
         if self.dropout and self.training:
-            low = F.linear(F.dropout(x, self.dropout), self.lora_A.to(x.dtype))  # (…, rank)
-            return super().forward(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
-        out = AdapterProduct.apply(
-            x, self.lora_A, self.lora_B, self.scale, self.unpack, *self.stored()
-        )
+            low = F.linear(F.dropout(x, self.dropout), A.to(x.dtype))  # (…, rank)
+            return super().forward(x) + self.scale * F.linear(low, B.to(x.dtype))
+        out = AdapterProduct.apply(x, A, B, self.scale, self.unpack, *self.stored())
         return out if self.bias is None else out + self.bias.to(x.dtype)
 
 
+@functools.cache
+def adapted_class(base: type[Linear]) -> type[LoRALinear]:
+    """LoRALinear over a subclass of Linear: one class each, as torch.compile compiles per class."""
+    return LoRALinear if base is Linear else type(f"LoRA{base.__name__}", (LoRALinear, base), {})
+
+
 class AdapterProduct(torch.autograd.Function):
-    """x W' + scale * x A' B' in the dtype of x, W = unpack(*stored, dtype); keeps x, x A' and what is stored for the backward pass."""
+    """x W' + scale * x A' B' in the dtype of x, with W = unpack(*stored, dtype).
+
+    Saves x, x A' and `stored`: no weight cast or unpacked, and nothing of the output's size.
+    """
 
     @staticmethod
     def forward(ctx, x, A, B, scale, unpack, *stored):
@@ -65,29 +83,18 @@ class AdapterProduct(torch.autograd.Function):
     def backward(ctx, grad):
         x, low, A, B, *stored = ctx.saved_tensors
         flat = grad.flatten(0, -2)  # (N, out)
-        back = (flat @ B).mul_(ctx.scale)  # (N, rank)
+        grad_low = (flat @ B).mul_(ctx.scale)  # (N, rank)
+        grad_A, grad_B = (grad_low.T @ x).float(), (flat.T @ low).float().mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (
-                (flat @ ctx.unpack(*stored, x.dtype))
-                .addmm_(back, A)
-                .view(*grad.shape[:-1], A.shape[1])
-            )
-        return (
-            grad_x,
-            (back.T @ x).float(),
-            (flat.T @ low).float().mul_(ctx.scale),
-            None,
-            None,
-            *(None for _ in stored),
-        )
+            grad_x = (flat @ ctx.unpack(*stored, x.dtype)).addmm_(grad_low, A)
+            grad_x = grad_x.view(*grad.shape[:-1], A.shape[1])
+        return grad_x, grad_A, grad_B, None, None, *[None for _ in stored]
 
 
 @torch.library.custom_op("doppelganger::project", mutates_args=())
-def project(
-    x: torch.Tensor, weight: torch.Tensor, low: torch.Tensor, B: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """x W' + scale * low B', the second product added into the first: one op, whose result selective recomputation can keep."""
+def project(x: Tensor, weight: Tensor, low: Tensor, B: Tensor, scale: float) -> Tensor:
+    """x W' + scale * low B', added in place: one op, which selective checkpointing can save."""
     return (x @ weight.T).addmm_(low, B.T, alpha=scale)
 
 
@@ -100,66 +107,64 @@ SAVED_OPS.add(torch.ops.doppelganger.project.default)
 
 
 class RowsEmbedding(nn.Embedding):
-    """An embedding of which only `rows` are trained, as `row_values` (rows, hidden), fp32; they stand in place of the frozen ones."""
+    """An embedding of which only `rows` are trained, in fp32: `row_values` (rows, hidden)."""
 
-    def forward(self, ids):
+    def forward(self, ids: Tensor) -> Tensor:
         out = super().forward(ids)
-        for index, row in enumerate(self.rows):
-            out = torch.where((ids == row)[..., None], self.row_values[index].to(out.dtype), out)
+        for row, value in zip(self.rows, self.row_values):
+            out = torch.where((ids == row)[..., None], value.to(out.dtype), out)
         return out
 
 
 class RowsLinear(Linear):
-    """A head of which only `rows` are trained: their logits are computed apart, so that no gradient of the vocabulary's size is made."""
+    """A head of which only `rows` are trained: no gradient has the size of the vocabulary."""
 
-    def forward(self, x):
-        where = torch.tensor(self.rows, device=x.device)
-        return super().forward(x).index_copy(-1, where, F.linear(x, self.row_values.to(x.dtype)))
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.tensor(self.rows, device=x.device)
+        return super().forward(x).index_copy(-1, rows, F.linear(x, self.row_values.to(x.dtype)))
 
 
-def inject(model, rank=32, alpha=16, dropout=0.0, targets=TARGETS, rows=()):
-    """Freeze `model` and give every linear layer named in `targets` an adapter, and the vocabulary's `rows` values of their own.
+# --- inject, merge
 
-    Returns the matched module names. UserError when a target matches nothing. At once after it the model computes what it did before
-    (on the meta device the values of `initial` are still to be written).
+
+def inject(
+    model: Transformer,
+    rank: int = 32,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    targets: Sequence[str] = TARGETS,
+    rows: Sequence[int] = (),
+) -> list[str]:
+    """Freeze `model`, give its linear layers named in `targets` an adapter, and train `rows`.
+
+    Returns the names of the matched modules. UserError when a target matches nothing. The model
+    computes the same as before; on the meta device `initial_values` are still to be written.
     """
-    linears = {
-        name: m for name, m in model.model.named_modules(prefix="model") if isinstance(m, nn.Linear)
-    }
-    kinds = {name.rpartition(".")[2] for name in linears}
-    unknown = sorted(set(targets) - kinds)
+    modules = model.model.named_modules(prefix="model")
+    linears = {name: module for name, module in modules if isinstance(module, nn.Linear)}
+    known = {last_part(name) for name in linears}
+    unknown = sorted({*targets} - known)
     if unknown or not targets:
         raise UserError(
             f"--lora-targets {','.join(unknown)}: this model has no such linear layer",
-            f"It has: {', '.join(sorted(kinds))}.",
+            f"It has: {', '.join(sorted(known))}.",
         )
-    matched = [name for name in linears if name.rpartition(".")[2] in targets]
     model.requires_grad_(False)
-    for name in matched:
-        kind = type(linears[name])  # the weight stays where it is, under its own name
-        linears[name].__class__ = (
-            LoRALinear if kind is Linear else type(f"LoRA{kind.__name__}", (LoRALinear, kind), {})
-        )
-        linears[name].attach(rank, alpha, dropout)
-    model.lora = {
-        "rank": rank,
-        "alpha": alpha,
-        "dropout": dropout,
-        "targets": list(targets),
-        "rows": list(rows),
-    }
+    matched = [name for name in linears if last_part(name) in targets]
+    for linear in map(linears.get, matched):
+        linear.__class__ = adapted_class(type(linear))  # the weight keeps its name
+        linear.attach(rank, alpha, dropout)
+    model.lora = dict(
+        rank=rank, alpha=alpha, dropout=dropout, targets=list(targets), rows=list(rows)
+    )
     if rows:
         embedding, head = model.model.embed_tokens, model.lm_head
         embedding.__class__, head.__class__ = RowsEmbedding, RowsLinear
         embedding.rows = head.rows = list(rows)
-        embedding.row_values = nn.Parameter(
-            torch.empty(len(rows), embedding.embedding_dim, device=embedding.weight.device)
-        )
-        head.row_values = (
-            embedding.row_values
-            if model.config.tie_word_embeddings
-            else nn.Parameter(torch.empty_like(embedding.row_values))
-        )
+        values = torch.empty(len(rows), head.in_features, device=head.weight.device)
+        embedding.row_values = head.row_values = nn.Parameter(values)
+        if not model.config.tie_word_embeddings:
+            head.row_values = nn.Parameter(torch.empty_like(values))
     if not model.lm_head.weight.is_meta:
         with torch.no_grad():
             for parameter, value in initial_values(model):
@@ -167,85 +172,96 @@ def inject(model, rank=32, alpha=16, dropout=0.0, targets=TARGETS, rows=()):
     return matched
 
 
-def initial_values(model, seed=0, rows_of=lambda tensor, rows: tensor[rows]):
-    """Yield (parameter, first value) for all that `inject` added: A as PEFT draws it, B zero, rows as they are in the base.
+def last_part(name: str) -> str:
+    return name.rpartition(".")[2]
 
-    `rows_of` fetches rows of a sharded parameter. The values do not depend on the number of ranks.
+
+def initial_values(
+    model: Transformer, seed: int = 0, gather_rows: Callable = lambda tensor, rows: tensor[rows]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (parameter, initial value) of all that `inject` added, the same on any number of ranks.
+
+    A as PEFT draws it, B zero, rows as in the base; `gather_rows` reads them if it is sharded.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, LoRALinear):
             bound = 1 / math.sqrt(module.in_features)
-            yield (
-                module.lora_A,
-                torch.empty(module.lora_A.shape).uniform_(-bound, bound, generator=generator),
-            )
-            yield module.lora_B, torch.zeros(module.lora_B.shape)
+            A, B = torch.empty(module.lora_A.shape), torch.zeros(module.lora_B.shape)
+            yield module.lora_A, A.uniform_(-bound, bound, generator=generator)
+            yield module.lora_B, B
         elif isinstance(module, (RowsEmbedding, RowsLinear)):
-            yield module.row_values, rows_of(module.weight, module.rows).float()
+            yield module.row_values, gather_rows(module.weight, module.rows).float()
 
 
-def adapter_parameters(model):
-    """{our name: parameter} of everything the adapter trains, tied ones once."""
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name in our model: parameter} of everything that the adapter trains, tied ones once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def peft_name(name):
+@torch.no_grad()
+def merge(model: Transformer) -> Transformer:
+    """Add the adapter to the weights, in fp32, and remove it. Returns `model`, plain again."""
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            update = module.scale * module.lora_B @ module.lora_A
+            module.weight.copy_(module.weight.float() + update)
+            del module.lora_A, module.lora_B
+            module.__class__ = Linear
+        elif isinstance(module, (RowsEmbedding, RowsLinear)):
+            module.weight[module.rows] = module.row_values.to(module.weight.dtype)
+            del module.row_values
+            module.__class__ = type(module).__base__
+    del model.lora
+    return model
+
+
+def merger(folder: str | Path) -> Callable[[str, Tensor], Tensor]:
+    """Make a function (name, weight) → the weight with the adapter of `folder` merged, in fp32.
+
+    Merges a base that is read tensor by tensor, and never whole in memory.
+    """
+    settings, path = read_adapter_config(folder)[0], Path(folder) / WEIGHTS_FILE
+    file, scale = cli.open_safetensors(path), settings["alpha"] / settings["rank"]
+    keys, rows = {*file.keys()}, torch.tensor(settings["rows"])
+
+    def read(name):
+        key = peft_name(name)
+        return read_tensor(path, file, key).float() if key in keys else None
+
+    def merge_tensor(name, weight):
+        stem = name.removesuffix(".weight")
+        A, B = read(f"{stem}.lora_A"), read(f"{stem}.lora_B")
+        if A is not None:
+            weight = weight.float().addmm(B, A, alpha=scale)
+        row_values = read(f"{stem}.row_values")
+        if row_values is not None:
+            weight = weight.float().index_copy(0, rows, row_values)
+        return weight
+
+    return merge_tensor
+
+
+# --- save, load
+
+
+def peft_name(name: str) -> str:
     """`model.layers.0.mlp.up_proj.lora_A` → PEFT's key for it in `adapter_model.safetensors`."""
     if name.endswith(".row_values"):
         return f"{PREFIX}{name.removesuffix('.row_values')}.token_adapter.trainable_tokens_delta"
     return f"{PREFIX}{name}.weight"
 
 
-@torch.no_grad()
-def merge(model):
-    """Fold the adapter into the weights, in fp32, and take it off: `model` is a plain Transformer again. Returns it."""
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            module.weight.copy_(
-                module.weight.float() + module.scale * module.lora_B @ module.lora_A
-            )
-            del module.lora_A, module.lora_B
-            module.__class__ = Linear
-        elif isinstance(module, (RowsEmbedding, RowsLinear)):
-            module.weight[module.rows] = module.row_values.to(module.weight.dtype)
-            del module.row_values
-            module.__class__ = nn.Embedding if isinstance(module, RowsEmbedding) else Linear
-    del model.lora
-    return model
+def save(model: Transformer, folder: str | Path, base: str | Path, tensors=None) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT does.
 
-
-def merger(folder):
-    """(name, weight) → the weight with the adapter of `folder` in it, fp32: `merge` for whoever reads a base tensor by tensor."""
-    said, path = read_adapter_config(folder)[0], Path(folder) / "adapter_model.safetensors"
-    file, scale = cli.open_safetensors(path), said["alpha"] / said["rank"]
-    keys = {*file.keys()}
-
-    def part(key):
-        return read_tensor(path, file, key).float()
-
-    def fold(name, weight):
-        stem = name.removesuffix(".weight")
-        A, B, rows = (peft_name(f"{stem}.{what}") for what in ("lora_A", "lora_B", "row_values"))
-        if A in keys:
-            weight = torch.addmm(weight.float(), part(B), part(A), alpha=scale)
-        if rows in keys:
-            weight = weight.float().index_copy(0, torch.tensor(said["rows"]), part(rows))
-        return weight
-
-    return fold
-
-
-def save(model, folder, base, tensors=None):
-    """Write PEFT's `adapter_config.json` and `adapter_model.safetensors`; `base` is the folder or hub id that it belongs to.
-
-    `tensors`: {our name: full tensor}, for a sharded model whose own parameters are only pieces.
+    `base`: the folder or hub id that the adapter belongs to. `tensors`: {name in our model: full
+    tensor}, for a sharded model.
     """
-    folder, lora = Path(folder), model.lora
-    tensors = tensors if tensors is not None else adapter_parameters(model)
-    rows = {"embed_tokens": lora["rows"]} | (
-        {} if model.config.tie_word_embeddings else {"lm_head": lora["rows"]}
-    )
+    path, lora = Path(folder) / WEIGHTS_FILE, model.lora
+    tensors = adapter_parameters(model) if tensors is None else tensors
+    tied = model.config.tie_word_embeddings
+    modules = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -254,99 +270,95 @@ def save(model, folder, base, tensors=None):
         "lora_alpha": lora["alpha"],
         "lora_dropout": lora["dropout"],
         "target_modules": lora["targets"],
-        "trainable_token_indices": rows if lora["rows"] else None,
+        "trainable_token_indices": dict.fromkeys(modules, lora["rows"]) if lora["rows"] else None,
         "bias": "none",
         "inference_mode": True,
     }
     weights = {
         peft_name(name): t.detach().float().cpu().contiguous() for name, t in tensors.items()
     }
+    new = path.with_name(path.name + ".new")
     try:
-        save_file(weights, folder / "adapter_model.safetensors.new", metadata={"format": "pt"})
+        save_file(weights, new, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
-        raise cli.write_error(folder / "adapter_model.safetensors", error) from None
-    (folder / "adapter_model.safetensors.new").replace(folder / "adapter_model.safetensors")
-    write_json(folder / "adapter_config.json", settings)
+        raise cli.write_error(path, error) from None
+    new.replace(path)
+    write_json(Path(folder) / "adapter_config.json", settings)
 
 
-def read_adapter_config(folder):
-    """`adapter_config.json` → the arguments of `inject` and the base's name. UserError for kinds of adapter that we don't compute."""
+def read_adapter_config(folder: str | Path) -> tuple[dict, str | None]:
+    """Read `adapter_config.json`: the arguments of `inject`, and the base's folder or hub id.
+
+    UserError for kinds of adapter that we don't support.
+    """
     path = Path(folder) / "adapter_config.json"
-    said = {"lora_dropout": 0.0, "bias": "none", **read_json(path)}
-    odd = [key for key in UNSUPPORTED if said.get(key)] + ["bias"] * (said["bias"] != "none")
-    if said.get("peft_type") != "LORA" or odd or not isinstance(said.get("target_modules"), list):
+    config = {"lora_dropout": 0.0, "bias": "none", **read_json(path)}
+    names = config.get("target_modules")
+    unsupported = [key for key, value in SUPPORTED.items() if (config.get(key) or None) != value]
+    if unsupported or not isinstance(names, list):
+        keys = ", ".join(unsupported) or "target_modules"
         raise UserError(
-            f"{path}: {', '.join(odd) or said.get('peft_type')} is no plain LoRA over named layers",
-            "Merge it with PEFT first, and use the merged folder.",
+            f"{path}: {keys}: only plain LoRA over named layers is supported",
+            "Merge the adapter with PEFT, and use the merged folder.",
         )
-    targets, base = (
-        sorted({str(name).rpartition(".")[2] for name in said["target_modules"]}),
-        said.get("base_model_name_or_path"),
-    )
+    targets = sorted({last_part(str(name)) for name in names})
     unknown = ", ".join(sorted({*targets} - {*TARGETS}))
     if unknown or not targets:
         raise UserError(
             f"{path}: target_modules {unknown[:60]}: no such linear layers are known",
             f"Known: {', '.join(TARGETS)}.",
         )
-    indices = said.get("trainable_token_indices") or []
+    indices = config.get("trainable_token_indices") or []
     indices = indices if isinstance(indices, dict) else {"embed_tokens": indices}
     rows = indices.get("embed_tokens", [])
-    if (
-        not isinstance(rows, list)
-        or len({*map(str, rows)}) < len(rows)
-        or any(other != rows for other in indices.values())
-    ):
+    same = isinstance(rows, list) and all(other == rows for other in indices.values())
+    if not same or len({*map(str, rows)}) < len(rows):
         raise UserError(
-            f"{path}: trainable_token_indices are no list of rows, the same for embed_tokens and lm_head",
+            f"{path}: trainable_token_indices must be a list of rows, the same for embed_tokens "
+            "and lm_head",
             "Copy it again.",
         )
+    base = config.get("base_model_name_or_path")
     if not isinstance(base or "", str):
         raise UserError(
-            f"{path}: base_model_name_or_path is {base!r:.60}", "It is a folder or a hub id."
+            f"{path}: base_model_name_or_path is {base!r:.60}", "It must be a folder or a hub id."
         )
-    return {
-        "rank": cli.check_number(path, "r", said.get("r"), 1, 1 << 16),
-        "alpha": cli.check_number(path, "lora_alpha", said.get("lora_alpha"), -1e6, 1e6, float),
-        "dropout": cli.check_number(path, "lora_dropout", said["lora_dropout"], 0, 1, float),
-        "rows": [
-            cli.check_number(path, "one of trainable_token_indices", row, 0, 1 << 20)
-            for row in rows
-        ],
+    check = functools.partial(cli.check_number, path)
+    arguments = {
+        "rank": check("r", config.get("r"), 1, 1 << 16),
+        "alpha": check("lora_alpha", config.get("lora_alpha"), -1e6, 1e6, float),
+        "dropout": check("lora_dropout", config["lora_dropout"], 0, 1, float),
+        "rows": [check("one of trainable_token_indices", row, 0, 1 << 20) for row in rows],
         "targets": targets,
-    }, base
+    }
+    return arguments, base
 
 
 @torch.no_grad()
-def load(model, folder, write=torch.Tensor.copy_):
-    """Inject the adapter of `folder` into `model` (resized to the adapter's vocabulary) and fill it. UserError names a wrong tensor.
+def load(model: Transformer, folder: str | Path, write: Callable = Tensor.copy_) -> None:
+    """Inject the adapter of `folder` into `model` (resized to its vocabulary) and fill it.
 
-    On the meta device there is nothing to fill: it tells whether the adapter fits, and a second call, after `allocate`, fills it.
+    UserError names a tensor that doesn't fit. On the meta device it only checks and injects: a
+    second call, when the model has memory, fills the adapter. `write(parameter, value)` sets one.
     """
     if not hasattr(model, "lora"):
         inject(model, **read_adapter_config(folder)[0])
-    path = Path(folder) / "adapter_model.safetensors"
+    path = Path(folder) / WEIGHTS_FILE
     file = cli.open_safetensors(path, "Train again, or copy the whole folder again.")
-    found = {
-        key: file for key in file.keys() if ".base_layer." not in key
-    }  # PEFT adds the whole embedding to its own saves
+    # PEFT adds the whole embedding to its own saves, and writes tied rows twice.
+    stored = {key: file for key in file.keys() if ".base_layer." not in key}
     if model.config.tie_word_embeddings:
-        found.pop(peft_name("lm_head.row_values"), None)  # PEFT writes a tied row twice
-    wanted = {peft_name(name): p for name, p in adapter_parameters(model).items()}
-    cli.check_tensors(
-        path,
-        found,
-        {key: p.shape for key, p in wanted.items()},
-        "the base",
-        "Is this the adapter of another base?",
-    )
-    for key, parameter in wanted.items():
+        stored.pop(peft_name("lm_head.row_values"), None)
+    expected = {peft_name(name): p for name, p in adapter_parameters(model).items()}
+    shapes = {key: parameter.shape for key, parameter in expected.items()}
+    cli.check_tensors(path, stored, shapes, "the base", "Is this the adapter of another base?")
+    for key, parameter in expected.items():
         if not parameter.is_meta:
             write(parameter, read_tensor(path, file, key))
 
 
-def read_tensor(path, file, key):
-    """A tensor of the open adapter file at `path`. UserError when not all in it are numbers."""
+def read_tensor(path: Path, file, key: str) -> Tensor:
+    """Read a tensor of the open adapter file at `path`. UserError when it isn't finite."""
     value = file.get_tensor(key)
     if not value.isfinite().all():
         raise UserError(
@@ -357,6 +369,6 @@ def read_tensor(path, file, key):
 
 
 if __name__ == "__main__":
-    from weights import merge  # imports this file as the module `lora`
+    from weights.merge import main  # imports this file as the module `lora`
 
-    cli.run(merge.main)
+    cli.run(main)

@@ -1,11 +1,12 @@
-"""A Mistral-style decoder in plain PyTorch: RMSNorm, rotary positions, grouped-query attention with an optional sliding window, SwiGLU.
+"""A Mistral-style decoder in plain PyTorch: RMSNorm, RoPE, grouped-query attention with an optional
+sliding window, SwiGLU. Mistral, Llama and Qwen differ only in their `ModelConfig`.
 
-Mistral, Llama and Qwen differ in facts of their config alone: biases, norms of queries and keys, how positions turn.
+Names of modules and config keys are Hugging Face's, so a state dict *is* a HF checkpoint.
+Sources: Llama 2 (arXiv 2307.09288), Mistral 7B (2310.06825), RoFormer (2104.09864),
+YaRN (2309.00071), GQA (2305.13245), GLU variants (2002.05202).
 
-Module and config names are Hugging Face's, so that a state dict *is* a checkpoint. Sources: Llama 2 (arXiv 2307.09288),
-Mistral 7B (2310.06825), RoFormer (2104.09864), YaRN (2309.00071), GQA (2305.13245), GLU variants (2002.05202).
-
-Letters: B batch, T tokens, S tokens seen (cache included), H query heads, G key/value heads, D head_dim, E hidden_size, V vocabulary.
+Shapes: B batch, T tokens, S tokens with the cached ones, N = B * T, H query heads, G key/value
+heads, D head_dim, E hidden_size, V vocab_size.
 """
 
 import dataclasses
@@ -18,32 +19,41 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
 
-IGNORE_INDEX = -100  # the label of a position that is no target, as in F.cross_entropy
-GROUPS_WITH_A_MASK = (
-    "cpu",
-)  # devices whose attention takes both; CUDA's memory-efficient kernel takes a mask but no groups
-HEAD_CHUNK = {
-    "cpu": (256, 16),
-    "gpu": (1024, 1024),
-}  # labelled tokens whose logits exist at one time; of these, in float32: 16 fit a cache
+# The label of a token that is no target, as in F.cross_entropy.
+IGNORE_INDEX = -100
+
+# What the backward pass computes a second time: nothing, all but matmuls and attention, everything.
 AC_MODES = ("none", "selective", "full")
-CACHE_NUMBERS = (
-    1 << 17
-)  # numbers at a time whose intermediates, in fp32, stay in a CPU core's cache
-CPU_MULTIPLE = 64  # a CPU's products are of multiples of so many tokens: oneDNN makes code for every new shape, and keeps it
-QUERY_BLOCK = 128  # queries at a time on a CPU: short enough to skip most of what causality hides
+
+# Ops whose outputs selective activation checkpointing keeps; lora.py adds its own.
+SAVED_OPS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+
+# SDPA takes a mask and grouped heads together on these devices. CUDA's kernel takes only the mask.
+GQA_MASK_DEVICES = ("cpu",)
+
+# (tokens whose logits exist at a time, of these the tokens in fp32): 16 fit a CPU's cache.
+HEAD_CHUNK = {"cpu": (256, 16), "gpu": (1024, 1024)}
+
+# Numbers whose fp32 intermediates fit a CPU core's cache.
+CACHE_NUMEL = 1 << 17
+
+# oneDNN compiles for every new shape and keeps the code, so a CPU gets multiples of 64 tokens.
+CPU_MULTIPLE = 64
+
+# Queries at a time on a CPU: few enough to skip most of the keys that causality hides.
+QUERY_BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """HF's `config.json` keys. `head_dim` is a number of its own (Nemo: 128 with hidden 5120 and 32 heads)."""
+    """HF's `config.json` keys. `head_dim` need not be hidden_size / num_attention_heads (Nemo)."""
 
     vocab_size: int
     hidden_size: int
@@ -63,109 +73,101 @@ class ModelConfig:
     rope_scaling: dict | None = None
 
     def __post_init__(self):
-        assert self.num_attention_heads % self.num_key_value_heads == 0, (
-            self.num_attention_heads,
-            self.num_key_value_heads,
-        )
-        assert self.head_dim % 2 == 0, self.head_dim
+        assert self.num_attention_heads % self.num_key_value_heads == 0, self
+        assert self.head_dim % 2 == 0, self
 
     @property
-    def linears(self):
-        """A block's linear layers: {name: (in, out, whether it adds a bias)}."""
+    def linears(self) -> dict[str, tuple[int, int, bool]]:
+        """A block's linear layers: {name: (in_features, out_features, bias)}."""
         E, inner = self.hidden_size, self.intermediate_size
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        some = self.attention_bias or self.model_type == "qwen2"
-        attention = {
-            "q_proj": (E, q, some),
-            "k_proj": (E, kv, some),
-            "v_proj": (E, kv, some),
+        qkv_bias = self.attention_bias or self.model_type == "qwen2"
+        return {
+            "q_proj": (E, q, qkv_bias),
+            "k_proj": (E, kv, qkv_bias),
+            "v_proj": (E, kv, qkv_bias),
             "o_proj": (q, E, self.attention_bias),
+            "gate_proj": (E, inner, self.mlp_bias),
+            "up_proj": (E, inner, self.mlp_bias),
+            "down_proj": (inner, E, self.mlp_bias),
         }
-        return (
-            attention
-            | {name: (E, inner, self.mlp_bias) for name in ("gate_proj", "up_proj")}
-            | {"down_proj": (inner, E, self.mlp_bias)}
-        )
 
     @property
-    def qk_norm(self):
+    def qk_norm(self) -> bool:
         return self.model_type == "qwen3"
 
     @property
-    def num_parameters(self):
+    def num_parameters(self) -> int:
         """All weights, tied ones once: 7,241,732,096 for Mistral 7B v0.1."""
         norms = 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
-        block = sum((wide + bias) * out for wide, out, bias in self.linears.values()) + norms
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        block = sum((n_in + bias) * n_out for n_in, n_out, bias in self.linears.values()) + norms
+        embeddings = self.vocab_size * self.hidden_size * (2 - self.tie_word_embeddings)
         return self.num_hidden_layers * block + embeddings + self.hidden_size
 
 
-def cast(x, dtype):
-    """x.to(dtype), for what an autograd.Function returns: where that does nothing, torch 2.11's compiler loses the gradient."""
-    return x if x.dtype == dtype else x.to(dtype)
+def cache_chunks(*tensors):
+    """Split tensors of equal length into chunks of rows that fit a CPU's cache.
 
-
-def cache_chunks(x, *others):
-    """Rows of tensors of equal length together, on a CPU as many as its cache holds: each piece goes through all steps of a formula."""
-    real = type(x) is torch.Tensor  # a plan's fake tensors stand for any device's
-    if x.device.type != "cpu" or not real or torch.compiler.is_compiling():
-        return [(x, *others)]
-    rows = max(1, CACHE_NUMBERS // max(1, x[:1].numel()))
-    return zip(*(tensor.split(rows) for tensor in (x, *others)))
+    Each chunk goes through all steps of a formula before the next is read. On a GPU, in a compiled
+    block, and for fake tensors (they stand for a GPU's) there is one chunk.
+    """
+    first = tensors[0]
+    on_cpu = first.device.type == "cpu" and type(first) is Tensor
+    if not on_cpu or torch.compiler.is_compiling():
+        return [tensors]
+    rows = max(1, CACHE_NUMEL // max(1, first[:1].numel()))
+    return zip(*(tensor.split(rows) for tensor in tensors))
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """x / rms(x) * weight, computed in fp32 because squares overflow in bf16; keeps x and one number a token for the backward pass."""
+    """x / rms(x) * weight in fp32, because squares overflow in bf16. Saves x and 1 / rms alone."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
         rows = x.flatten(0, -2)  # (N, E)
-        out, inverse, scale = (
-            torch.empty_like(rows),
-            rows.new_empty(len(rows), 1, dtype=torch.float32),
-            weight.float(),
-        )
-        for to, part, factor in cache_chunks(out, rows, inverse):
-            norm = torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=torch.float32)
-            factor.copy_(torch.rsqrt(norm * norm / x.shape[-1] + eps))
-            to.copy_((part.float() * factor).mul_(scale))
-        ctx.save_for_backward(rows, weight, inverse)
+        out = torch.empty_like(rows)
+        inv_rms = rows.new_empty(len(rows), 1, dtype=torch.float32)
+        scale = weight.float()
+        for out_chunk, chunk, inv_chunk in cache_chunks(out, rows, inv_rms):
+            norm = torch.linalg.vector_norm(chunk, dim=-1, keepdim=True, dtype=torch.float32)
+            inv_chunk.copy_(torch.rsqrt(norm * norm / x.shape[-1] + eps))
+            out_chunk.copy_((chunk.float() * inv_chunk).mul_(scale))
+        ctx.save_for_backward(rows, weight, inv_rms)
         return out.view(x.shape)
 
     @staticmethod
     def backward(ctx, grad):
-        rows, weight, inverse = ctx.saved_tensors
+        rows, weight, inv_rms = ctx.saved_tensors
         out, scale = torch.empty_like(rows), weight.float()
         grad_weight = torch.zeros_like(scale) if ctx.needs_input_grad[1] else None
-        for to, part, above, factor in cache_chunks(out, rows, grad.reshape(rows.shape), inverse):
-            part, above = part.float(), above.float()
+        for out_chunk, x, g, inv in cache_chunks(out, rows, grad.reshape(rows.shape), inv_rms):
+            x, g = x.float(), g.float()
             if grad_weight is not None:
-                grad_weight += (above * part).mul_(factor).sum(0)
-            scaled = above * scale
-            along = (scaled * part).sum(-1, keepdim=True) * (factor**3 / -rows.shape[-1])
-            to.copy_(scaled.mul_(factor).addcmul_(part, along))
-        return (
-            out.view(grad.shape),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None,
-        )
+                grad_weight += (g * x).mul_(inv).sum(0)
+            g = g * scale
+            along_x = (g * x).sum(-1, keepdim=True) * (inv**3 / -rows.shape[-1])
+            out_chunk.copy_(g.mul_(inv).addcmul_(x, along_x))
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return out.view(grad.shape), grad_weight, None
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, dim, eps):
+    def __init__(self, dim: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return RMSNormFunction.apply(x, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
-    """Computes in the dtype of its input, so fp32 masters serve bf16; autograd keeps the cast weight unless blocks recompute.
+    """A linear layer that computes in the dtype of its input: fp32 masters serve bf16.
 
-    `unpack(*stored(), dtype)` is its weight (out, in), in whatever way a subclass keeps it, `product(x, *stored())` what it makes of one
-    token x (in,), fp32. Compiled on a CPU that reads weights at twice the speed of a matmul with one row.
+    A subclass may store its weight otherwise: `stored()` are its tensors,
+    `unpack(*stored(), dtype)` the weight (out, in), `product(x, *stored())` the fp32 product with
+    one token x (in,). Compiled on a CPU, `product` reads weights twice as fast as a matmul would.
     """
 
     def stored(self):
@@ -179,180 +181,191 @@ class Linear(nn.Linear):
     def product(x, weight):
         return (weight.float() * x).sum(-1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         if x.shape[:-1].numel() == 1 and torch.compiler.is_compiling():
-            y = (
-                self.product(x.flatten().float(), *self.stored())
-                .to(x.dtype)
-                .view(*x.shape[:-1], -1)
-            )
+            y = self.product(x.flatten().float(), *self.stored()).to(x.dtype)
+            y = y.view(*x.shape[:-1], -1)
             return y if bias is None else y + bias
         return F.linear(x, self.unpack(*self.stored(), dtype=x.dtype), bias)
 
 
-def rope(positions, config):
-    """cos and signed sin for HF's half-split rotation, each (B, T, 1, D); fp32, because bf16 cannot tell position 257 from 258.
+# --- rotary positions
 
-    Four of them where queries are scaled by their position (Ministral 3, as Llama 4): the queries' pair first.
+
+def rope(positions: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
+    """Compute cos and signed sin for HF's half-split rotation, each (B, T, 1, D).
+
+    In fp32, because bf16 cannot tell position 257 from 258. Two pairs where queries are scaled by
+    their position (Ministral 3, as in Llama 4): the queries' (cos, sin), then the keys'.
     """
-    frequency, scale = rope_inv_freq(config, positions.device)
-    position = positions[:, :, None, None].float()
-    angle = position * frequency  # (B, T, 1, D / 2)
+    inv_freq, scale = rope_inv_freq(config, positions.device)
+    positions = positions[:, :, None, None].float()
+    angle = positions * inv_freq  # (B, T, 1, D / 2)
     cos, sin = angle.cos() * scale, angle.sin() * scale
     cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-    beta = (config.rope_scaling or {}).get("llama_4_scaling_beta")
+    scaling = config.rope_scaling or {}
+    beta = scaling.get("llama_4_scaling_beta")
     if not beta:
         return cos, sin
-    grown = 1 + beta * torch.log1p(
-        torch.floor(position / config.rope_scaling["original_max_position_embeddings"])
-    )
-    return cos * grown, sin * grown, cos, sin
+    contexts = torch.floor(positions / scaling["original_max_position_embeddings"])
+    growth = 1 + beta * torch.log1p(contexts)
+    return cos * growth, sin * growth, cos, sin
 
 
-def rope_inv_freq(config, device):
-    """Radians a position (D / 2,), and a factor on cos and sin, by HF's `rope_scaling`: default, linear, llama3 or yarn."""
-    D, theta, said = config.head_dim, config.rope_theta, config.rope_scaling or {}
-    step = torch.arange(0, D, 2, device=device, dtype=torch.float32)
-    frequency, scale = theta ** (-step / D), 1.0
-    kind, factor, known = (
-        said.get(key) for key in ("rope_type", "factor", "original_max_position_embeddings")
-    )
+def rope_inv_freq(config: ModelConfig, device) -> tuple[Tensor, float]:
+    """Compute the radians per position (D / 2,) and the factor on cos and sin, as HF does.
+
+    `rope_scaling` keeps a share (0 to 1) of each frequency and divides the rest by `factor`.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+    inv_freq = config.rope_theta ** (-exponent / config.head_dim)
+    scaling = config.rope_scaling or {}
+    kind, scale = scaling.get("rope_type"), 1.0
     if kind in (None, "default"):
-        return frequency, scale
-    if kind == "linear":
-        kept = 0.0
-    elif kind == "llama3":
-        low, high = said["low_freq_factor"], said["high_freq_factor"]
-        kept = ((known * frequency / (2 * math.pi) - low) / (high - low)).clamp(
-            0, 1
-        )  # by turns within the original context
-    else:
-        turns = said.get("beta_fast") or 32, said.get("beta_slow") or 1
-        low, high = (D * math.log(known / (n * 2 * math.pi)) / (2 * math.log(theta)) for n in turns)
-        if said.get("truncate", True):
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, D - 1)
-        kept = 1 - ((step / 2 - low) / (high - low or 0.001)).clamp(0, 1)
-        over, under = said.get("mscale"), said.get("mscale_all_dim")
-        over, under = (over, under) if over and under else (1, 0)
-        scale = said.get("attention_factor")
-        if scale is None:
-            scale = (1 + 0.1 * over * math.log(max(factor, 1))) / (
-                1 + 0.1 * under * math.log(max(factor, 1))
-            )
-    return frequency * (kept + (1 - kept) / factor), scale  # the rest is slower by `factor`
+        return inv_freq, scale
+    kept: float | Tensor = 0.0  # linear
+    if kind == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    elif kind == "yarn":
+        kept, scale = yarn(exponent / 2, config)
+    return inv_freq * (kept + (1 - kept) / scaling["factor"]), scale
+
+
+def yarn(index: Tensor, config: ModelConfig) -> tuple[Tensor, float]:
+    """Compute YaRN's kept share of frequency number `index` (D / 2,) and its attention factor."""
+    scaling, D = config.rope_scaling or {}, config.head_dim
+    context = scaling["original_max_position_embeddings"]
+    # The frequencies that make so many turns within the original context.
+    turns = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
+    low, high = (D * math.log(context / (n * 2 * math.pi)) for n in turns)
+    low, high = (x / (2 * math.log(config.rope_theta)) for x in (low, high))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, D - 1)
+    kept = 1 - ((index - low) / (high - low or 0.001)).clamp(0, 1)
+    mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if not (mscale and mscale_all):
+        mscale, mscale_all = 1, 0
+    log = math.log(max(scaling["factor"], 1))
+    scale = scaling.get("attention_factor")
+    if scale is None:
+        scale = (1 + 0.1 * mscale * log) / (1 + 0.1 * mscale_all * log)
+    return kept, scale
 
 
 class ApplyRotary(torch.autograd.Function):
-    """x (B, T, H, D) turned by `rope`'s angles; the gradient is turned back, so nothing is kept of x."""
+    """Rotate x (B, T, H, D) by `rope`'s angles; the backward pass rotates back and needs no x."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return ApplyRotary.turn(x, cos, sin)
+        return ApplyRotary.rotate(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return ApplyRotary.turn(grad, cos, -sin), None, None
+        return ApplyRotary.rotate(grad, cos, -sin), None, None
 
     @staticmethod
-    def turn(x, cos, sin):
-        x, out = x.flatten(0, 1), torch.empty_like(x, memory_format=torch.contiguous_format)
-        cos, sin = (angle.expand(*out.shape[:2], 1, -1).flatten(0, 1) for angle in (cos, sin))
-        for to, part, turned, across in cache_chunks(out.flatten(0, 1), x, cos, sin):
-            wide = part.float()
-            to.copy_((wide * turned).addcmul_(wide.roll(x.shape[-1] // 2, -1), across))
+    def rotate(x, cos, sin):
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        cos, sin = (angle.expand(*x.shape[:2], 1, -1).flatten(0, 1) for angle in (cos, sin))
+        for to, part, c, s in cache_chunks(out.flatten(0, 1), x.flatten(0, 1), cos, sin):
+            part = part.float()
+            to.copy_((part * c).addcmul_(part.roll(x.shape[-1] // 2, -1), s))
         return out
 
 
-class KVCache:
-    """Keys and values of the first `length` tokens, in buffers allocated once: (B, G, size, D) a layer.
+# --- attention
 
-    `model(ids[:, :7], cache=cache)` leaves length 7; `cache.length = 5` forgets the last two; the next call writes from 5 on.
-    `mask` (B or 1, 1, T, S): which keys the next tokens see, in place of all before them,
-    or what is added to their scores.
+
+class KVCache:
+    """Keys and values of the first `length` tokens, in buffers allocated once.
+
+    A layer's buffer is (2, B, G, size, D), keys first. `model(ids[:, :7], cache=cache)` leaves
+    length 7; `cache.length = 5` forgets the last two; the next call writes from 5 on.
+    `mask` (B or 1, 1, T, S): which keys the next tokens see, or a bias on their scores (None: all
+    keys up to their own).
     """
 
-    def __init__(self, config, size, batch=1, dtype=torch.float32, device="cpu"):
-        shape = (batch, config.num_key_value_heads, size, config.head_dim)
-        self.layers = [
-            torch.zeros(2, *shape, dtype=dtype, device=device)
-            for _ in range(config.num_hidden_layers)
-        ]
+    def __init__(
+        self, config: ModelConfig, size: int, batch: int = 1, dtype=torch.float32, device="cpu"
+    ):
+        shape = (2, batch, config.num_key_value_heads, size, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.size, self.length = size, 0
-        self.mask: torch.Tensor | None = None
+        self.mask: Tensor | None = None
 
-    def extend(self, layer, k, v):
-        """Write k, v (B, T, G, D) after what is known and return all of it, (B, S, G, D) each."""
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """Write k, v (B, T, G, D) after the cached ones and return all of them, (B, S, G, D)."""
         end = self.length + k.shape[1]
         assert end <= self.size, f"the cache holds {self.size} tokens, {end} were asked for"
         self.layers[layer][:, :, :, self.length : end] = torch.stack([k, v]).transpose(2, 3)
-        return self.layers[layer][0, :, :, :end].transpose(1, 2), self.layers[layer][
-            1, :, :, :end
-        ].transpose(1, 2)
+        return self.layers[layer][:, :, :, :end].transpose(2, 3).unbind(0)
 
 
 class QueryBlock(NamedTuple):
-    """What a block of queries sees on a CPU: keys from `first_key` to the block's end, and what is added to scores to hide the rest.
+    """A block of queries on a CPU: it sees keys from `first_key` to the block's end.
 
-    `biases`: [(columns of the scores, (block, 1, columns))], 0 where a query sees a key and -inf where not.
+    `mask_bias`: [(columns of the scores, (block_size, 1, columns))], added to the scores: 0 where a
+    query sees a key and -inf where not. Columns that it lacks are seen by all.
     """
 
     first_key: int
-    biases: list
+    mask_bias: list
 
 
 class Documents(NamedTuple):
-    """Where the documents of a batch lie among its B * T tokens: `cu_seqlens` are their borders, a list on a CPU, an int32 tensor on CUDA.
+    """The documents among a batch's N tokens; no token attends outside its own.
 
-    Two documents of 3 and 5 tokens: [0, 3, 8]. A tensor may repeat its last border, to be of one size for every batch. `max_seqlen`: no
-    document is longer. `blocks` (CPU): a QueryBlock for each `size` queries.
+    `cu_seqlens`: where they begin and the last one ends, [0, 3, 8] for documents of 3 and 5 tokens:
+    a list on a CPU, an int32 tensor on CUDA, which may repeat its end to be of one size.
+    `max_seqlen`: no document is longer. `blocks` (CPU): a QueryBlock per `block_size` queries.
     `kernel(q, k, v, documents)`: q (N, H, D), k, v (N, G, D) → (N, H, D).
     """
 
     kernel: Callable
-    cu_seqlens: list | torch.Tensor
+    cu_seqlens: list | Tensor
     max_seqlen: int
     window: int | None
-    blocks: list | None = None
-    size: int = QUERY_BLOCK
+    blocks: list[QueryBlock] | None = None
+    block_size: int = QUERY_BLOCK
 
 
-def attention_layout(positions, window, cached, dtype, cu_seqlens=None):
-    """Who may attend to whom, worked out once for all layers; the one place that decides by which kernel.
+def attention_layout(
+    positions: Tensor,
+    window: int | None,
+    cached: int | None,
+    dtype: torch.dtype,
+    cu_seqlens: list | Tensor | None = None,
+) -> Documents | Tensor:
+    """Work out, once for all layers, who attends to whom. Only this function chooses the kernel.
 
-    A document starts wherever `positions` (B, T) is 0, and with each row; `cu_seqlens` says so without a look at the GPU. A window of W lets a
-    token see itself and the W - 1 before it, as in HF. → Documents; for a cache of `cached` tokens (None: no cache), and for devices and
-    dtypes without a kernel for documents, a mask (B or 1, 1, T, S), True where query t sees key s.
+    A document starts wherever `positions` (B, T) is 0, and with each row; `cu_seqlens` says so
+    without a wait for the GPU. A window of W is the token itself and the W - 1 before it, as in HF.
+    `cached`: tokens in the cache, None without one. Returns Documents, or a mask (B or 1, 1, T, S),
+    True where query t sees key s, for a filled cache and where there is no kernel for documents.
     """
     B, T = positions.shape
-    if (
-        positions.device.type == "cpu"
-        and not cached
-        or cached is None
-        and has_varlen(positions.device, dtype)
-    ):
+    on_cpu = positions.device.type == "cpu"
+    if (on_cpu and not cached) or (cached is None and has_varlen(positions.device, dtype)):
         if cu_seqlens is None:
             starts = positions == 0
             starts[:, 0] = True
-            cu_seqlens = F.pad(starts.flatten().nonzero().flatten().int(), (0, 1), value=B * T)
-            cu_seqlens = cu_seqlens.tolist() if positions.device.type == "cpu" else cu_seqlens
-        if not isinstance(cu_seqlens, list):
-            return Documents(varlen(), cu_seqlens, T, window)
+            cu_seqlens = F.pad(starts.flatten().nonzero()[:, 0].int(), (0, 1), value=B * T)
+            cu_seqlens = cu_seqlens.tolist() if on_cpu else cu_seqlens
+        if isinstance(cu_seqlens, Tensor):
+            return Documents(varlen_kernel(), cu_seqlens, T, window)
         size = min(QUERY_BLOCK, 16 * math.ceil(B * T / 16))
-        return Documents(
-            document_attention,
-            cu_seqlens,
-            T,
-            window,
-            query_blocks(cu_seqlens, size, window, dtype),
-            size,
-        )
+        blocks = query_blocks(cu_seqlens, size, window, dtype)
+        return Documents(document_attention, cu_seqlens, T, window, blocks, size)
     before = cached or 0
-    query = torch.arange(before, before + T, device=positions.device)[:, None]
     key = torch.arange(before + T, device=positions.device)
+    query = key[before:, None]
     mask = (key <= query)[None, None]
     if window is not None:
         mask = mask & (query - key < window)
@@ -362,52 +375,41 @@ def attention_layout(positions, window, cached, dtype, cu_seqlens=None):
     return mask  # (B or 1, 1, T, S)
 
 
-def attend(q, k, v, where):
-    """Scaled dot-product attention of q (B, T, H, D) over k, v (B, S, G, D), as `layout` said."""
-    if isinstance(where, Documents):
-        return where.kernel(*(x.flatten(0, 1) for x in (q, k, v)), where).view(q.shape)
+def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Documents | Tensor) -> Tensor:
+    """Scaled dot-product attention of q (B, T, H, D) over k, v (B, S, G, D) → (B, T, H, D)."""
+    if isinstance(attn_mask, Documents):
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        return attn_mask.kernel(*flat, attn_mask).view(q.shape)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or G, T or S, D)
-    grouped = q.device.type in GROUPS_WITH_A_MASK
-    if not grouped:
+    gqa = q.device.type in GQA_MASK_DEVICES
+    if not gqa:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=where, enable_gqa=grouped).transpose(
-        1, 2
-    )
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=gqa)
+    return out.transpose(1, 2)
 
 
-def has_varlen(device, dtype):
-    """Whether `varlen` computes there: on NVIDIA cards from Ampere on, in 16 bits."""
-    return (
-        device.type == "cuda"
-        and dtype != torch.float32
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether CUDA's kernel for documents computes this: in 16 bits, from Ampere on."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache
-def varlen():
-    """torch's kernel for documents on CUDA. Up to 2.11 it has no word for groups: keys and values are repeated."""
+def varlen_kernel() -> Callable:
+    """torch's kernel for documents on CUDA. Up to 2.11 it knows no groups: k and v are repeated."""
     from torch.nn.attention.varlen import varlen_attn
 
-    groups = (
-        {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    )
+    knows_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    options = {"enable_gqa": True} if knows_groups else {}
 
-    def kernel(q, k, v, where):
-        size = (-1 if where.window is None else where.window - 1, 0)
-        if not groups:
+    def kernel(q, k, v, documents):
+        window = -1 if documents.window is None else documents.window - 1
+        if not knows_groups:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        return varlen_attn(
-            q,
-            k,
-            v,
-            where.cu_seqlens,
-            where.cu_seqlens,
-            where.max_seqlen,
-            where.max_seqlen,
-            window_size=size,
-            **groups,
-        )
+        cu_seqlens, longest = documents.cu_seqlens, documents.max_seqlen
+        lengths = cu_seqlens, cu_seqlens, longest, longest  # of queries and of keys
+        return varlen_attn(q, k, v, *lengths, window_size=(window, 0), **options)
 
     return kernel
 
@@ -415,367 +417,257 @@ def varlen():
 def query_blocks(
     cu_seqlens: list, size: int, window: int | None, dtype: torch.dtype
 ) -> list[QueryBlock]:
-    """Cut the tokens into blocks of `size` queries, whatever documents they are of.
+    """Cut a CPU's N tokens into blocks of `size` queries, across the borders of documents.
 
-    Keys begin at a multiple of `size` too: products have few shapes, each of which costs oneDNN time and memory when it is new.
+    Keys begin at a multiple of `size` too: products have few shapes, and each new one costs oneDNN
+    time and memory.
     """
-    count = math.ceil(cu_seqlens[-1] / size)
-    token = np.arange(count * size)
-    starts = (
-        token.copy()
-    )  # where each token's document begins; what fills the last block is a document a token
+    token = np.arange(math.ceil(cu_seqlens[-1] / size) * size)
+    # The first key that each token sees; tokens that fill the last block see themselves.
+    starts = token.copy()
     for begin, end in zip(cu_seqlens, cu_seqlens[1:]):
         starts[begin:end] = begin
     if window:
         starts = np.maximum(starts, token - window + 1)
     blocks = []
-    for first in range(0, count * size, size):
+    for first in range(0, len(token), size):
         queries = slice(first, first + size)
         begins, first_key = starts[queries, None], int(starts[first]) // size * size
         keys = token[first_key : first + size]
         hidden = (keys > token[queries, None]) | (keys < begins)
         columns = [slice(0, len(keys))]
-        if (
-            len(keys) > 2 * size and (begins < first_key + size).all()
-        ):  # nothing is hidden in the middle
+        # In a long document nothing is hidden between the first block of keys and the last.
+        if len(keys) > 2 * size and (begins < first_key + size).all():
             columns = [slice(0, size), slice(len(keys) - size, len(keys))]
-        biases = [
-            (part, torch.from_numpy(hidden[:, None, part]))
-            for part in columns
-            if hidden[:, part].any()
-        ]
-        biases = [
-            (part, torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask, -math.inf))
-            for part, mask in biases
-        ]
-        blocks.append(QueryBlock(first_key, biases))
+        mask_bias = []
+        for part in columns:
+            if hidden[:, part].any():
+                mask = torch.from_numpy(hidden[:, None, part])
+                bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask, -math.inf)
+                mask_bias.append((part, bias))
+        blocks.append(QueryBlock(first_key, mask_bias))
     return blocks
 
 
-def document_attention(q, k, v, where):
-    return DocumentAttention.apply(q, k, v, where.blocks, where.size)
+def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """Attention within each document on a CPU: q (N, H, D), k, v (N, G, D) → (N, H, D)."""
+    return DocumentAttention.apply(q, k, v, documents.blocks, documents.block_size)
 
 
 class DocumentAttention(torch.autograd.Function):
-    """Attention within each document, a block of queries at a time over the keys that they see: some half the time of SDPA on a CPU.
+    """A block of queries at a time over the keys that it sees: half the time of SDPA on a CPU.
 
-    q (N, H, D), k, v (N, G, D) → (N, H, D). Products are written where they are wanted (`out=`) and read keys that lie transposed: with
-    fresh memory and transposition at each, they take three times as long. Probabilities are kept for the backward pass.
+    Products go straight to where they belong (`out=`) and read keys that lie transposed: with fresh
+    memory and a transposition at each, they take three times as long. Saves the probabilities.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, blocks, size):
         (N, H, D), G = q.shape, k.shape[1]
-        queries = to_blocks(q, G, size, D**-0.5)  # (blocks, G, size * H / G, D)
-        keys, values = (group_heads(x, len(blocks) * size) for x in (k, v))  # (G, S, D)
-        keys_transposed = keys.mT.contiguous()
-        out, train, saved = torch.empty_like(queries), any(ctx.needs_input_grad), []
+        queries = group_heads(q, G, size, D**-0.5)  # (blocks, G, size * H / G, D)
+        padding = (0, 0, 0, len(blocks) * size - N)
+        keys, values = (F.pad(x.transpose(0, 1), padding).contiguous() for x in (k, v))
+        keys_transposed = keys.mT.contiguous()  # (G, D, S)
+        out, saved = torch.empty_like(queries), []
         for index, block in enumerate(blocks):
             seen = slice(block.first_key, (index + 1) * size)
             scores = q.new_empty(G, queries.shape[2], seen.stop - seen.start)
             torch.bmm(queries[index], keys_transposed[:, :, seen], out=scores)
             by_query = scores.unflatten(1, (size, H // G))
-            for columns, bias in block.biases:
+            for columns, bias in block.mask_bias:
                 by_query[..., columns] += bias
             torch.softmax(scores, -1, out=scores)
             torch.bmm(scores, values[:, seen], out=out[index])
-            saved += [scores] if train else []
+            if any(ctx.needs_input_grad):
+                saved.append(scores)
         ctx.save_for_backward(queries, keys, values, *saved)
-        ctx.blocks, ctx.size, ctx.tokens = blocks, size, N
-        return from_blocks(out, N, size)
+        ctx.blocks, ctx.size = blocks, size
+        return ungroup_heads(out, N, size)
 
     @staticmethod
     def backward(ctx, grad):
         queries, keys, values, *saved = ctx.saved_tensors
-        G, size, D = len(keys), ctx.size, keys.shape[-1]
-        grads = to_blocks(grad, G, size)
+        N, size = len(grad), ctx.size
+        grads = group_heads(grad, len(keys), size)
         values_transposed = values.mT.contiguous()
         grad_q = torch.empty_like(queries)
         grad_k, grad_v = (torch.zeros(keys.shape) for _ in range(2))  # sums over blocks, in fp32
-        for index, (block, shares) in enumerate(zip(ctx.blocks, saved)):
+        for index, (block, probabilities) in enumerate(zip(ctx.blocks, saved)):
             seen = slice(block.first_key, (index + 1) * size)
-            scores = torch.empty_like(shares)
+            scores = torch.empty_like(probabilities)
             torch.bmm(grads[index], values_transposed[:, :, seen], out=scores)
-            torch._softmax_backward_data(scores, shares, -1, scores.dtype, grad_input=scores)
+            torch._softmax_backward_data(scores, probabilities, -1, scores.dtype, grad_input=scores)
             torch.bmm(scores, keys[:, seen], out=grad_q[index])
             grad_k[:, seen] += scores.mT @ queries[index]
-            grad_v[:, seen] += shares.mT @ grads[index]
-        grad_k, grad_v = (
-            x[:, : ctx.tokens].transpose(0, 1).to(grad.dtype) for x in (grad_k, grad_v)
-        )
-        return from_blocks(grad_q, ctx.tokens, size, D**-0.5), grad_k, grad_v, None, None
+            grad_v[:, seen] += probabilities.mT @ grads[index]
+        grad_k, grad_v = (x[:, :N].transpose(0, 1).to(grad.dtype) for x in (grad_k, grad_v))
+        grad_q *= keys.shape[-1] ** -0.5
+        return ungroup_heads(grad_q, N, size), grad_k, grad_v, None, None
 
 
-def group_heads(x, length):
-    """(N, G, D) → (G, length, D), filled up with zeros."""
-    out = x.new_empty(x.shape[1], length, x.shape[2])
-    out[:, : len(x)] = x.transpose(0, 1)
-    out[:, len(x) :] = 0
-    return out
+def group_heads(x, groups, size, scale=1.0):
+    """(N, H, D) → (blocks, G, size * H / G, D), scaled, the last block padded with zeros.
+
+    A block holds its tokens one after another, each with the heads that share a key.
+    """
+    if len(x) % size:
+        x = F.pad(x, (0, 0, 0, 0, 0, -len(x) % size))
+    x = x.unflatten(1, (groups, -1)).unflatten(0, (-1, size)).transpose(1, 2)
+    out = x.new_empty(x.shape)  # (blocks, G, size, H / G, D)
+    return torch.mul(x, scale, out=out).flatten(2, 3)
 
 
-def to_blocks(x, groups, size, scale=1.0):
-    """(N, H, D) → (blocks, G, size * H / G, D): in a block token after token, the heads that share a key; scaled, filled with zeros."""
-    N, H, D = x.shape
-    out = x.new_empty(math.ceil(N / size), groups, size, H // groups, D)
-    whole = N // size
-    parts = x[: whole * size].view(whole, size, groups, H // groups, D)
-    torch.mul(parts.transpose(1, 2), scale, out=out[:whole])
-    if whole < len(out):
-        out[whole, :, : N - whole * size] = (
-            x[whole * size :].unflatten(1, (groups, -1)).transpose(0, 1) * scale
-        )
-        out[whole, :, N - whole * size :] = 0
-    return out.flatten(2, 3)
-
-
-def from_blocks(x, length, size, scale=1.0):
-    """The way back: (blocks, G, size * H / G, D) → (length, H, D)."""
-    parts = x.unflatten(2, (size, -1)).transpose(1, 2)  # (blocks, size, G, H / G, D)
-    parts = parts * scale if scale != 1 else parts
-    return parts.reshape(-1, parts.shape[2] * parts.shape[3], x.shape[-1])[:length]
+def ungroup_heads(x, length, size):
+    """The inverse of `group_heads`: (blocks, G, size * H / G, D) → (length, H, D)."""
+    x = x.unflatten(2, (size, -1)).transpose(1, 2)  # (blocks, size, G, H / G, D)
+    return x.flatten(2, 3).flatten(0, 1)[:length]
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_dim = config.head_dim
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            Linear(*config.linears[name]) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-        )
-        self.qk_norm = config.qk_norm
+        self.head_dim, self.qk_norm = config.head_dim, config.qk_norm
+        self.q_proj = Linear(*config.linears["q_proj"])
+        self.k_proj = Linear(*config.linears["k_proj"])
+        self.v_proj = Linear(*config.linears["v_proj"])
+        self.o_proj = Linear(*config.linears["o_proj"])
         if self.qk_norm:
-            self.q_norm, self.k_norm = (
-                RMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2)
-            )
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, rotation):
-        """x (B, T, E) → what is asked, q (B, T, H, D), and what is known, k and v (B, T, G, D)."""
-        q, k, v = (
-            p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
+    def qkv(self, x: Tensor, rotation: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """x (B, T, E) → q (B, T, H, D), k and v (B, T, G, D), rotated by `rope`'s angles."""
+        linears = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in linears)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return ApplyRotary.apply(q, *rotation[:2]), ApplyRotary.apply(k, *rotation[-2:]), v
 
+    def forward(self, x, rotation, attn_mask, target_positions, cache, layer):
+        q, k, v = self.qkv(x, rotation)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)  # (B, S, G, D)
+        attended = attend(q, k, v, attn_mask).flatten(2)  # (B, T, H * D)
+        return self.o_proj(select_tokens(attended, target_positions))
+
+
+def select_tokens(x: Tensor, positions: Tensor | None) -> Tensor:
+    """x (B, T, E) → (n, E), the tokens at `positions` (n,) among the N; all of x without."""
+    return x if positions is None else x.flatten(0, 1).index_select(0, positions)
+
+
+# --- blocks
+
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, keeping these two alone for the backward pass."""
+    """silu(gate) * up; saves these two alone."""
 
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
         out = torch.empty_like(gate)
-        for to, one, other in cache_chunks(*(x.flatten(0, -2) for x in (out, gate, up))):
-            torch.mul(F.silu(one), other, out=to)
+        for to, g, u in cache_chunks(*(x.flatten(0, -2) for x in (out, gate, up))):
+            torch.mul(F.silu(g), u, out=to)
         return out
 
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        for to_gate, to_up, above, one, other in cache_chunks(
-            *(x.flatten(0, -2) for x in (grad_gate, grad_up, grad, gate, up))
-        ):
-            torch.mul(F.silu(one), above, out=to_up)
-            torch.ops.aten.silu_backward.grad_input(above * other, one, grad_input=to_gate)
+        rows = (x.flatten(0, -2) for x in (grad_gate, grad_up, grad, gate, up))
+        for to_gate, to_up, grad_out, g, u in cache_chunks(*rows):
+            torch.mul(F.silu(g), grad_out, out=to_up)
+            torch.ops.aten.silu_backward.grad_input(grad_out * u, g, grad_input=to_gate)
         return grad_gate, grad_up
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = (
-            Linear(*config.linears[name]) for name in ("gate_proj", "up_proj", "down_proj")
-        )
+        self.gate_proj = Linear(*config.linears["gate_proj"])
+        self.up_proj = Linear(*config.linears["up_proj"])
+        self.down_proj = Linear(*config.linears["down_proj"])
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
-def selective_ac_policy(context, op, *args, **kwargs):
-    return (
-        CheckpointPolicy.MUST_SAVE
-        if op in SAVED_OPS or "varlen_attn" in str(op)
-        else CheckpointPolicy.PREFER_RECOMPUTE
-    )
+def selective_ac_policy(context, op, *args, **kwargs) -> CheckpointPolicy:
+    saved = op in SAVED_OPS or "varlen_attn" in str(op)
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-SELECTIVE = functools.partial(create_selective_checkpoint_contexts, selective_ac_policy)
-SAVED_OPS = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-}  # matmuls, whoever brings one of its own adds it
+SELECTIVE_AC = functools.partial(create_selective_checkpoint_contexts, selective_ac_policy)
 
 
 class Block(nn.Module):
-    """`recompute`: what the backward pass makes anew: nothing, all but the outputs of matmuls and attention, or everything."""
+    """Attention and a feed-forward network, each applied to a norm of x and added to x.
 
-    def __init__(self, config, recompute="none"):
+    `activation_checkpointing`: one of AC_MODES.
+    """
+
+    def __init__(self, config: ModelConfig, activation_checkpointing: str = "none"):
         super().__init__()
-        self.recompute = recompute
+        self.activation_checkpointing = activation_checkpointing
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x, rotation, where, target_positions=None, cache=None, layer=0):
-        """x (B, T, E) → (B, T, E); with `target_positions`, positions among the B * T, theirs alone (N, E)."""
-        run = (
-            self.run if cache is None else self.compute
-        )  # decoding has a new shape at every token: nothing to compile
-        return run(x, rotation, where, target_positions, cache, layer)
+    def forward(
+        self, x: Tensor, rotation, attn_mask, target_positions=None, cache=None, layer: int = 0
+    ) -> Tensor:
+        """x (B, T, E) → (B, T, E), or (n, E) for the tokens at `target_positions` (n,) alone."""
+        # Decoding has a new shape for every token: nothing to compile.
+        run = self.run if cache is None else self.compute
+        return run(x, rotation, attn_mask, target_positions, cache, layer)
 
-    def run(
-        self, *given
-    ):  # apart from forward, so that it can be compiled while FSDP2's hooks stay outside
-        if self.recompute == "none" or not torch.is_grad_enabled():
-            return self.compute(*given)
-        options = {"context_fn": SELECTIVE} if self.recompute == "selective" else {}
-        return checkpoint(self.compute, *given, use_reentrant=False, **options)
+    def run(self, *args):
+        """What `compile_blocks` compiles; FSDP2's hooks stay outside, on `forward`."""
+        if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
+            return self.compute(*args)
+        selective = self.activation_checkpointing == "selective"
+        options = {"context_fn": SELECTIVE_AC} if selective else {}
+        return checkpoint(self.compute, *args, use_reentrant=False, **options)
 
-    def compute(self, x, rotation, where, target_positions, cache, layer):
-        q, k, v = self.before(x, rotation)
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)  # (B, S, G, D)
-        return self.after(
-            choose_ac(x, target_positions),
-            choose_ac(attend(q, k, v, where).flatten(2), target_positions),
-        )
-
-    def before(self, x, rotation):
-        """x (B, T, E) → q, k, v, as Attention's."""
-        return self.self_attn(self.input_layernorm(x), rotation)
-
-    def after(self, x, attended):
-        """x and what attention found (B, T, H * D) → (B, T, E)."""
-        x = x + self.self_attn.o_proj(attended)
+    def compute(self, x, rotation, attn_mask, target_positions, cache, layer):
+        normed = self.input_layernorm(x)
+        attended = self.self_attn(normed, rotation, attn_mask, target_positions, cache, layer)
+        x = select_tokens(x, target_positions) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def choose_ac(x, target_positions):
-    return x if target_positions is None else x.flatten(0, 1).index_select(0, target_positions)
-
-
-class Decoder(nn.Module):
-    """HF's `model.`: embeddings, blocks and the last norm."""
-
-    def __init__(self, config, recompute):
-        super().__init__()
-        # not nn.Embedding's own first values: drawing them on the meta device imports torch's compiler, more than a second
-        values = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)
-        self.embed_tokens = nn.Embedding.from_pretrained(values, freeze=False)
-        self.layers = nn.ModuleList(
-            Block(config, recompute) for _ in range(config.num_hidden_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
-class Transformer(nn.Module):
-    """`dtype`: what it computes in (None: what its weights are in). `recompute`: what the backward pass makes anew (RECOMPUTE)."""
-
-    def __init__(self, config, dtype=None, recompute="none"):
-        super().__init__()
-        self.config, self.dtype, self.recompute, self.compiled = config, dtype, recompute, False
-        self.model = Decoder(config, recompute)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-
-    def compile_blocks(self):
-        """For batches of one shape; another shape compiles anew."""
-        self.compiled = True
-        for block in self.model.layers:
-            block.run = torch.compile(block.run, dynamic=False)
-
-    def forward(
-        self,
-        tokens,
-        positions=None,
-        labels=None,
-        cache=None,
-        reduction="sum",
-        cu_seqlens=None,
-        target_positions=None,
-    ):
-        """tokens, positions, labels (B, T) int64 → logits (B, T, V); with labels → (loss sum in float32, count).
-
-        Labels are already shifted (labels[t] is the target after tokens[t]); IGNORED ones cost no logits. `reduction="none"` gives the
-        losses of the labelled tokens one by one, in order, in place of their sum. With a cache, tokens continue it. `cu_seqlens` (as in
-        Documents) and `target_positions`, the labelled positions (N,) among the B * T, are worked out where they aren't given; a GPU waits for that.
-        """
-        cached = cache.length if cache is not None else None
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens) + (
-                cached or 0
-            )
-        if labels is not None and target_positions is None:
-            target_positions = (labels != IGNORE_INDEX).flatten().nonzero().flatten()
-        rotation = rope(positions, self.config)
-        x = self.model.embed_tokens(tokens)  # (B, T, E)
-        x = x.to(self.dtype or x.dtype)
-        where = cache.mask if cache is not None else None
-        if where is None:
-            where = attention_layout(
-                positions, self.config.sliding_window, cached, x.dtype, cu_seqlens
-            )
-        last, targets = self.model.layers[-1], target_positions
-        if labels is not None and target_positions.device.type == "cpu":
-            targets = F.pad(
-                target_positions, (0, -len(target_positions) % CPU_MULTIPLE)
-            )  # HeadLoss leaves off what is behind the labels
-        for index, block in enumerate(self.model.layers):
-            late = (
-                targets if block is last and not self.compiled else None
-            )  # behind the last attention only labelled tokens matter
-            x = block(x, rotation, where, late, cache, 0 if cache is None else index)
-        if cache is not None:
-            cache.length += tokens.shape[1]
-        if self.compiled:
-            x = choose_ac(x, targets)
-        x = self.model.norm(x)
-        if labels is None:
-            return self.lm_head(x)  # (B, T, V)
-        weights = [
-            p for p in self.lm_head.parameters() if p.requires_grad and torch.is_grad_enabled()
-        ]
-        on_cpu = isinstance(where, Documents) and where.kernel is document_attention
-        on_cpu = on_cpu or cache is not None and x.device.type == "cpu"
-        sizes = HEAD_CHUNK["cpu" if on_cpu else "gpu"]
-        losses = LinearCrossEntropy.apply(
-            self.lm_head, x, labels.flatten()[target_positions], sizes, *weights
-        )
-        return (losses.sum() if reduction == "sum" else losses), len(target_positions)
+# --- loss
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of `head(hidden)`, exact in float32, with the logits of so many tokens at a time; `sizes` as in HEAD_CHUNK.
+    """Cross-entropy of `head(hidden)`, exact in fp32, with the logits of few tokens at a time.
 
-    hidden (N or more, E), labels (N,) → losses (N,) float32. Each chunk's gradient is made beside its loss, so that the head's matmul runs
-    once; they are the gradients of the sum, and backward scales them: whoever needs gradients must sum the losses.
+    hidden (n or more, E), labels (n,) → losses (n,) float32; `chunk_sizes` as in HEAD_CHUNK. Each
+    chunk's gradient is computed with its loss, so the head's matmul runs once. It is the gradient
+    of the sum, which backward scales: sum the losses before calling backward.
     """
 
     @staticmethod
-    def forward(ctx, head, hidden, labels, sizes, *weights):
-        chunk, piece = sizes
+    def forward(ctx, head, hidden, labels, chunk_sizes, *weights):
+        chunk, softmax_rows = chunk_sizes
         losses = torch.zeros(len(labels), device=hidden.device)
-        train = any(ctx.needs_input_grad)
-        grads = (
-            [torch.zeros_like(hidden), *(torch.zeros_like(w, dtype=torch.float32) for w in weights)]
-            if train
-            else []
-        )
+        train, grads = any(ctx.needs_input_grad), []
+        if train:
+            grads = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
+            grads.insert(0, torch.zeros_like(hidden))
         for begin in range(0, len(labels), chunk):
-            part, count = slice(begin, begin + chunk), min(chunk, len(labels) - begin)
+            part = slice(begin, begin + chunk)
             with torch.set_grad_enabled(train):
                 x = hidden[part].detach().requires_grad_(train)
-                logits = head(x)  # (n, V)
-            logits.detach()[count:] = 0
-            losses[part] = cross_entropy(logits.detach()[:count], labels[part], piece)
-            if train:  # the logits are their gradient now; no head's backward pass asks for them
-                part_grads = torch.autograd.grad(logits, (x, *weights), logits.detach())
-                grads[0][part] = part_grads[0]
-                for total, grad in zip(grads[1:], part_grads[1:]):
+                logits = head(x)  # (chunk, V)
+            # The logits become their own gradient: the backward pass of a linear head needs none.
+            grad_logits, count = logits.detach(), len(labels[part])
+            grad_logits[count:] = 0
+            losses[part] = cross_entropy(grad_logits[:count], labels[part], softmax_rows)
+            if train:
+                chunk_grads = torch.autograd.grad(logits, (x, *weights), grad_logits)
+                for total, grad in zip((grads[0][part], *grads[1:]), chunk_grads):
                     total += grad
         ctx.save_for_backward(*grads)
         return losses
@@ -783,20 +675,126 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_losses):
         scale = grad_losses[0] if len(grad_losses) else grad_losses.new_zeros(())
-        hidden, *weights = (grad.mul_(scale) for grad in ctx.saved_tensors)
-        return None, hidden, None, None, *weights
+        grad_hidden, *grad_weights = (grad.mul_(scale) for grad in ctx.saved_tensors)
+        return None, grad_hidden, None, None, *grad_weights
 
 
-def cross_entropy(logits, labels, piece):
-    """logits (n, V), which become the gradient of their losses, in place; labels (n,) → losses (n,) float32, `piece` rows at a time."""
+def cross_entropy(logits: Tensor, labels: Tensor, rows: int) -> Tensor:
+    """logits (n, V), labels (n,) → losses (n,) float32, computed for `rows` tokens at a time.
+
+    Overwrites the logits with the gradient of the summed losses.
+    """
     losses = torch.empty(len(logits), device=logits.device)
-    for known, target, loss in zip(
-        logits.split(piece), labels[:, None].split(piece), losses[:, None].split(piece)
-    ):
-        probability = torch.softmax(known, 1, dtype=torch.float32)
-        top = known.amax(
-            1, keepdim=True
-        ).float()  # log of the normaliser = top - log(its probability), which is never small
-        loss.copy_(top - known.gather(1, target) - probability.amax(1, keepdim=True).log())
-        known.copy_(probability.scatter_add_(1, target, torch.full_like(top, -1.0)))
+    columns = labels[:, None], losses[:, None]
+    for z, target, loss in zip(*(x.split(rows) for x in (logits, *columns))):
+        probabilities = torch.softmax(z, 1, dtype=torch.float32)
+        # logsumexp = largest logit - log(its probability), which is never small.
+        largest = z.amax(1, keepdim=True).float()
+        log_probability = probabilities.amax(1, keepdim=True).log()
+        loss.copy_(largest - z.gather(1, target) - log_probability)
+        z.copy_(probabilities.scatter_add_(1, target, torch.full_like(largest, -1.0)))
     return losses
+
+
+# --- the model
+
+
+class Decoder(nn.Module):
+    """HF's `model.`: embeddings, blocks and the last norm."""
+
+    def __init__(self, config: ModelConfig, activation_checkpointing: str):
+        super().__init__()
+        # Not nn.Embedding's own initial values: drawing them on the meta device imports torch's
+        # compiler, which takes more than a second.
+        values = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)
+        self.embed_tokens = nn.Embedding.from_pretrained(values, freeze=False)
+        blocks = (Block(config, activation_checkpointing) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(blocks)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """The decoder with its head. `dtype`: what it computes in (None: what its weights are in)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype | None = None,
+        activation_checkpointing: str = "none",
+    ):
+        super().__init__()
+        self.config, self.dtype, self.compiled = config, dtype, False
+        self.activation_checkpointing = activation_checkpointing
+        self.model = Decoder(config, activation_checkpointing)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def compile_blocks(self) -> None:
+        """Compile for batches of one shape; another shape is compiled again."""
+        self.compiled = True
+        for block in self.model.layers:
+            block.run = torch.compile(block.run, dynamic=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: KVCache | None = None,
+        reduction: str = "sum",
+        cu_seqlens: list | Tensor | None = None,
+        target_positions: Tensor | None = None,
+        logit_positions: Tensor | None = None,
+    ):
+        """tokens, positions, labels (B, T) int64 → logits (B, T, V), or with labels (loss, count).
+
+        The loss is summed in float32 over the labelled tokens (`reduction="none"`: one by one).
+        Labels are already shifted: labels[t] is the target after tokens[t]. IGNORE_INDEX costs no
+        logits. A GPU waits unless it is given `target_positions` (count,), the labelled tokens
+        among the N, and `cu_seqlens` (see Documents). With a cache, tokens continue what it holds.
+        `logit_positions` (n,): return the logits (n, V) of these tokens alone.
+        """
+        if positions is None:
+            places = torch.arange(tokens.shape[1], device=tokens.device)
+            positions = (places + (cache.length if cache else 0)).expand_as(tokens)
+        selected = logit_positions
+        if labels is not None:
+            if target_positions is None:
+                target_positions = (labels != IGNORE_INDEX).flatten().nonzero()[:, 0]
+            selected = target_positions
+            if tokens.device.type == "cpu":  # the loss drops what lies behind the labels
+                selected = F.pad(selected, (0, -len(selected) % CPU_MULTIPLE))
+
+        rotation = rope(positions, self.config)
+        x = self.model.embed_tokens(tokens)  # (B, T, E)
+        x = x.to(self.dtype or x.dtype)
+        attn_mask = cache.mask if cache else None
+        if attn_mask is None:
+            cached, window = cache.length if cache else None, self.config.sliding_window
+            attn_mask = attention_layout(positions, window, cached, x.dtype, cu_seqlens)
+
+        # Behind the last attention only the selected tokens matter. Compiled blocks are all alike,
+        # so there they are selected behind the last block.
+        last = None if self.compiled else self.model.layers[-1]
+        for index, block in enumerate(self.model.layers):
+            late = selected if block is last else None
+            x = block(x, rotation, attn_mask, late, cache, index if cache else 0)
+        if cache:
+            cache.length += tokens.shape[1]
+        x = self.model.norm(select_tokens(x, selected) if self.compiled else x)
+        if labels is None:
+            return self.lm_head(x)  # (B, T, V) or (n, V)
+
+        targets = labels.flatten()[target_positions]
+        losses = self.head_loss(x, targets, attn_mask)
+        return losses.sum() if reduction == "sum" else losses, len(targets)
+
+    def head_loss(self, x, targets, attn_mask):
+        train = torch.is_grad_enabled()
+        weights = [p for p in self.lm_head.parameters() if train and p.requires_grad]
+        # Fake tensors that stand for a GPU's are on the CPU too; then cu_seqlens is a tensor.
+        like_gpu = isinstance(getattr(attn_mask, "cu_seqlens", None), Tensor)
+        on_cpu = x.device.type == "cpu" and not like_gpu
+        chunk_sizes = HEAD_CHUNK["cpu" if on_cpu else "gpu"]
+        return LinearCrossEntropy.apply(self.lm_head, x, targets, chunk_sizes, *weights)

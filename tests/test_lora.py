@@ -20,12 +20,16 @@ ALONE = distributed.Distributed(torch.device("cpu"))
 ROWS = [VOCAB, VOCAB + 1]
 
 
-def grown(folder, **adapter):
-    """Our model of `folder` with room for two ChatML tokens, and an adapter with values that aren't at their start."""
-    shape = hf.with_vocab_size(hf.read_config(folder), VOCAB + 2)
-    model = Transformer(shape)
+def with_adapter(folder, **adapter):
+    """Our model of `folder` with two ChatML tokens, its adapter moved from its initial values."""
+    config = hf.with_vocab_size(hf.read_config(folder), VOCAB + 2)
+    model = Transformer(config)
     load_weights(model, folder)
     lora.inject(model, rows=ROWS, **adapter)
+    return perturb(model)
+
+
+def perturb(model):
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in lora.adapter_parameters(model).values():
@@ -34,9 +38,9 @@ def grown(folder, **adapter):
 
 
 def tokens():
-    return torch.randint(
-        0, VOCAB + 2, (2, 21), generator=torch.Generator().manual_seed(3)
-    ).index_fill(1, torch.tensor([4, 9]), VOCAB + 1)
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, VOCAB + 2, (2, 21), generator=generator)
+    return ids.index_fill(1, torch.tensor([4, 9]), VOCAB + 1)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -44,7 +48,7 @@ def folder(request, tmp_path_factory):
     return save_mistral(tmp_path_factory.mktemp("lora"), tie_word_embeddings=request.param)
 
 
-def test_an_adapter_changes_nothing_at_first(base):
+def test_injected_adapter_changes_nothing_at_first(base):
     model = load_model(str(base), torch.float32)
     text = torch.arange(3, 40)[None]
     before = model(text)
@@ -53,72 +57,74 @@ def test_an_adapter_changes_nothing_at_first(base):
     torch.testing.assert_close(model(text), before)
 
 
-def test_an_adapter_begins_as_wide_as_pefts(base):
+def test_initial_values_are_distributed_as_pefts(base):
     ours = load_model(str(base), torch.float32)
     lora.inject(ours, rank=8)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
     theirs = peft.get_peft_model(
         theirs, peft.LoraConfig(r=8, target_modules=list(lora.TARGETS), task_type="CAUSAL_LM")
     )
-    drawn = {name.replace(".default", ""): p for name, p in theirs.named_parameters()}
+    expected = {name.replace(".default", ""): p for name, p in theirs.named_parameters()}
     for name, parameter in lora.adapter_parameters(ours).items():
-        one, other = parameter.abs().max().item(), drawn[lora.peft_name(name)].abs().max().item()
-        assert one == pytest.approx(other, rel=0.05), (
-            name
-        )  # uniform: the largest of 512 lie at its end
+        # The largest of 512 uniform numbers lies at the end of their range.
+        largest = expected[lora.peft_name(name)].abs().max().item()
+        assert parameter.abs().max().item() == pytest.approx(largest, rel=0.05), name
 
 
-def test_gradients_are_those_of_the_formula():
-    """Autograd's own of (W + alpha / rank * B A) x; with alpha other than rank, so that a lost factor shows."""
+def test_layers_of_one_kind_share_a_class(base):
+    """torch.compile compiles once per class."""
+    model = load_model(str(base), torch.float32)
+    quantize.pack_linears(model)
+    lora.inject(model)
+    classes = {type(m) for m in model.modules() if isinstance(m, lora.LoRALinear)}
+    assert classes == {lora.adapted_class(quantize.NF4Linear)}
+    assert issubclass(*classes, quantize.NF4Linear)
+
+
+def test_gradients_equal_autograds_of_the_formula():
+    """(W + alpha / rank * B A) x, with alpha other than rank, so that a lost factor shows."""
     torch.manual_seed(0)
     layer = Linear(6, 5, bias=False).requires_grad_(False)
     layer.__class__ = lora.LoRALinear
     layer.attach(2, alpha=6, dropout=0.0)
-    x, back = torch.randn(2, 3, 6, requires_grad=True), torch.randn(2, 3, 5)
+    x, grad = torch.randn(2, 3, 6, requires_grad=True), torch.randn(2, 3, 5)
     leaves = [x, layer.lora_A, layer.lora_B]
     with torch.no_grad():
         for parameter in leaves[1:]:
             parameter.normal_()
     plain = x @ (layer.weight + 6 / 2 * layer.lora_B @ layer.lora_A).T
     torch.testing.assert_close(layer(x), plain)
-    for ours, theirs in zip(
-        torch.autograd.grad(layer(x), leaves, back),
-        torch.autograd.grad(plain, leaves, back),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs)
+    ours, theirs = (torch.autograd.grad(y, leaves, grad) for y in (layer(x), plain))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
 
 
-def test_only_the_adapter_gets_gradients_and_dropout_acts_in_training_alone(folder):
-    model = grown(folder, dropout=0.5)
+def test_only_the_adapter_gets_gradients_and_dropout_acts_only_in_training(folder):
+    model = with_adapter(folder, dropout=0.5)
     model(tokens(), labels=tokens())[0].backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert with_gradient == set(lora.adapter_parameters(model)) and all(
-        ".lora_" in n or n.endswith("row_values") for n in with_gradient
-    )
+    assert with_gradient == set(lora.adapter_parameters(model))
+    assert all(".lora_" in name or name.endswith("row_values") for name in with_gradient)
     assert not torch.equal(model(tokens()), model(tokens()))
     model.eval()
     assert torch.equal(model(tokens()), model(tokens()))
 
 
-def test_gradients_of_new_rows_equal_those_of_the_whole_embedding(folder):
-    """Training two rows apart is training the whole matrix and looking at two rows."""
-    model = grown(folder)
-    plain = lora.merge(grown(folder)).requires_grad_(True)
+def test_row_gradients_equal_those_of_the_whole_embedding(folder):
+    model = with_adapter(folder)
+    plain = lora.merge(with_adapter(folder)).requires_grad_(True)
     for m in (model, plain):
         m(tokens(), labels=tokens())[0].backward()
-    embed = model.model.embed_tokens.row_values.grad
-    torch.testing.assert_close(
-        embed, plain.model.embed_tokens.weight.grad[ROWS], atol=1e-4, rtol=1e-3
-    )
+    pairs = [(model.model.embed_tokens, plain.model.embed_tokens)]
     if not model.config.tie_word_embeddings:
-        torch.testing.assert_close(
-            model.lm_head.row_values.grad, plain.lm_head.weight.grad[ROWS], atol=1e-4, rtol=1e-3
-        )
+        pairs.append((model.lm_head, plain.lm_head))
+    for ours, whole in pairs:
+        expected = whole.weight.grad[ROWS]
+        torch.testing.assert_close(ours.row_values.grad, expected, atol=1e-4, rtol=1e-3)
 
 
 def test_merged_equals_unmerged(folder):
-    model = grown(folder)
+    model = with_adapter(folder)
     with torch.no_grad():
         before = model(tokens())
         merged = lora.merge(model)
@@ -126,23 +132,24 @@ def test_merged_equals_unmerged(folder):
     assert set(merged.state_dict()) == set(Transformer(merged.config).state_dict())
 
 
-def test_what_we_save_loads_in_peft_with_equal_logits(folder, tmp_path):
-    ours = grown(folder, rank=4, alpha=12)
+def test_saved_adapter_loads_in_peft_with_equal_logits(folder, tmp_path):
+    ours = with_adapter(folder, rank=4, alpha=12)
     lora.save(ours, tmp_path, folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs.resize_token_embeddings(VOCAB + 2)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens()), theirs(tokens()).logits, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(
-            ours(tokens()), load_model(str(tmp_path))(tokens()), atol=1e-5, rtol=1e-5
-        )
+        again = load_model(str(tmp_path))(tokens())
+        torch.testing.assert_close(ours(tokens()), again, atol=1e-5, rtol=1e-5)
 
 
-def test_what_peft_saves_loads_here_with_equal_logits(folder, tmp_path):
+def test_adapter_saved_by_peft_loads_here_with_equal_logits(folder, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs.resize_token_embeddings(VOCAB + 2)
-    rows = {"embed_tokens": ROWS} | ({} if theirs.config.tie_word_embeddings else {"lm_head": ROWS})
+    rows = {"embed_tokens": ROWS}
+    if not theirs.config.tie_word_embeddings:
+        rows["lm_head"] = ROWS
     settings = peft.LoraConfig(
         r=4,
         lora_alpha=12,
@@ -163,8 +170,8 @@ def test_what_peft_saves_loads_here_with_equal_logits(folder, tmp_path):
 
 
 @pytest.mark.parametrize("weights", [None, "plain"])
-def test_numbers_that_are_none_in_an_adapter_are_not_said_to_be_the_bases(base, tmp_path, weights):
-    model = grown(base)
+def test_nan_in_an_adapter_is_an_error_that_names_the_adapter(base, tmp_path, weights):
+    model = with_adapter(base)
     with torch.no_grad():
         next(iter(lora.adapter_parameters(model).values())).fill_(torch.nan)
     lora.save(model, tmp_path, base)
@@ -172,33 +179,31 @@ def test_numbers_that_are_none_in_an_adapter_are_not_said_to_be_the_bases(base, 
         load_model(str(tmp_path), base=str(base), weights=weights)
 
 
-def test_a_disk_that_is_full_leaves_the_adapter_before(base, tmp_path, monkeypatch):
-    lora.save(grown(base), tmp_path, base)
+def test_full_disk_keeps_the_previous_adapter(base, tmp_path, monkeypatch):
+    lora.save(with_adapter(base), tmp_path, base)
     before = (tmp_path / "adapter_model.safetensors").read_bytes()
 
-    def half(tensors, path, **_):
+    def save_half(tensors, path, **_):
         Path(path).write_bytes(before[:100])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(lora, "save_file", half)
+    monkeypatch.setattr(lora, "save_file", save_half)
     with pytest.raises(UserError, match="the disk is full"):
-        lora.save(grown(base), tmp_path, base)
+        lora.save(with_adapter(base), tmp_path, base)
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "wq"], []])
-def test_an_unknown_target_is_an_error_and_changes_nothing(base, targets):
+def test_unknown_target_is_an_error_and_changes_nothing(base, targets):
     model = load_model(str(base))
     with pytest.raises(UserError, match="q_proj"):
         lora.inject(model, targets=targets)
-    assert (
-        not hasattr(model, "lora")
-        and type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear"
-    )
+    assert not hasattr(model, "lora")
+    assert type(model.model.layers[0].self_attn.q_proj) is Linear
 
 
 def test_merge_command_writes_a_folder_that_transformers_loads(base, tokenizer, tmp_path):
-    model = grown(base)
+    model = with_adapter(base)
     ckpt, clone = tmp_path / "ckpt", tmp_path / "clone"
     ckpt.mkdir()
     lora.save(model, ckpt, base)
@@ -207,11 +212,13 @@ def test_merge_command_writes_a_folder_that_transformers_loads(base, tokenizer, 
     before = (base / "model.safetensors").read_bytes()
     done = command("lora.py", "merge", ckpt, clone, "--as", 'Bob "the ME"')
     assert done.returncode == 0, done.stderr
-    assert (base / "model.safetensors").read_bytes() == before  # whose pages the merge wrote into
+    # The merge wrote into mapped pages of the base, which must stay as it was.
+    assert (base / "model.safetensors").read_bytes() == before
     assert 'set me = "Ann"' in (clone / "tokenizer_config.json").read_text().replace("\\", "")
-    recipe = (clone / "Modelfile").read_text()
-    assert recipe.count('"""') == 2 and 'eq .Role "user" }}{{ "Bob \\"the ME\\"" }}{{' in recipe
-    assert '<|im_start|>{{ "Ann" }}\n>>>"""\nPARAMETER stop <|im_end|>\n' in recipe
+    modelfile = (clone / "Modelfile").read_text()
+    assert modelfile.count('"""') == 2
+    assert 'eq .Role "user" }}{{ "Bob \\"the ME\\"" }}{{' in modelfile
+    assert '<|im_start|>{{ "Ann" }}\n>>>"""\nPARAMETER stop <|im_end|>\n' in modelfile
     theirs = transformers.AutoModelForCausalLM.from_pretrained(clone, dtype=torch.float32)
     assert theirs.config.eos_token_id == tokenizer.im_end and (clone / "persona.json").exists()
     with torch.no_grad():
@@ -223,29 +230,28 @@ def test_merge_command_writes_a_folder_that_transformers_loads(base, tokenizer, 
     assert not (tmp_path / "other").exists()
 
 
-def test_a_merge_that_changes_the_answers_is_refused(folder, monkeypatch):
-    real = lora.merge
+def test_merge_that_changes_the_logits_is_refused(folder, monkeypatch):
+    merge = lora.merge
 
-    def wrong(model):
+    def wrong_merge(model):
         model.model.layers[1].mlp.up_proj.scale *= 1.5
-        return real(model)
+        return merge(model)
 
     ids = tokens()[0].tolist()
-    merge_and_check(grown(folder), ids)
-    monkeypatch.setattr(lora, "merge", wrong)
-    with pytest.raises(UserError, match="logits differ by .*%.*\nNothing was written"):
-        merge_and_check(grown(folder), ids)
+    merge_and_check(with_adapter(folder), ids)
+    monkeypatch.setattr(lora, "merge", wrong_merge)
+    with pytest.raises(UserError, match="merging changes the logits by .*%.*\nNothing was written"):
+        merge_and_check(with_adapter(folder), ids)
 
 
-def test_an_adapter_of_another_base_is_refused_by_name(base, tmp_path):
-    lora.save(grown(base), tmp_path, base)
+def test_adapter_of_another_base_or_kind_is_refused(base, tmp_path):
+    lora.save(with_adapter(base), tmp_path, base)
     other = save_mistral(tmp_path / "other", hidden_size=32)
-    with pytest.raises(
-        UserError, match=r"is \[2, 64\], the base makes it \[2, 32\]\n.*another base"
-    ):
+    message = r"is \[2, 64\], the base makes it \[2, 32\]\n.*another base"
+    with pytest.raises(UserError, match=message):
         load_model(str(tmp_path), base=str(other))
-    said = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**said, "use_dora": True}))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
     with pytest.raises(UserError, match="use_dora"):
         load_model(str(tmp_path))
 
@@ -253,29 +259,19 @@ def test_an_adapter_of_another_base_is_refused_by_name(base, tmp_path):
 # --- over a base in 4 bits
 
 
-def packed(folder, dtype=torch.float32):
-    """A QLoRA model as train.py builds it, with values in its adapter that aren't at their start."""
+def qlora_model(folder, dtype=torch.float32):
+    """A QLoRA model as train.py builds it, its adapter moved from its initial values."""
     shape = hf.with_vocab_size(hf.read_config(folder), VOCAB + 2)
-    model = step.build_model(shape, ALONE, folder, {"rank": 8, "rows": ROWS}, dtype, nf4=True)
-    return stir(model)
+    spec = step.ModelSpec({"rank": 8, "rows": ROWS}, dtype, nf4=True)
+    model = step.build_model(shape, ALONE, spec, folder)
+    return perturb(model)
 
 
-def stir(model):
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for parameter in lora.adapter_parameters(model).values():
-            parameter += torch.randn_like(parameter) * 0.1
-    return model
-
-
-def test_qlora_keeps_the_blocks_linear_layers_in_4_bits_and_all_else_as_it_was(folder):
-    model, file = packed(folder), load_file(folder / "model.safetensors")
+def test_qlora_quantizes_the_linear_layers_of_blocks_and_nothing_else(folder):
+    model, file = qlora_model(folder), load_file(folder / "model.safetensors")
     stored = dict(model.named_parameters())
-    linears = {
-        name
-        for name in file
-        if name.startswith("model.layers.") and not name.endswith("norm.weight")
-    }
+    linears = {name for name in file if name.startswith("model.layers.")}
+    linears = {name for name in linears if not name.endswith("norm.weight")}
     assert len(linears) == 7 * 2 and not linears & set(stored)
     for name in linears:
         for part, expected in zip(("codes", "scales", "ranges"), quantize.quantize(file[name])):
@@ -287,27 +283,21 @@ def test_qlora_keeps_the_blocks_linear_layers_in_4_bits_and_all_else_as_it_was(f
     assert all(".lora_" in name or name.endswith("row_values") for name in set(stored) - set(whole))
 
 
-def test_qlora_trains_as_lora_does_over_the_weights_that_its_4_bits_stand_for(folder):
-    model = packed(folder)
-    plain = grown(folder, rank=8).train()
+def test_qlora_trains_like_lora_over_the_dequantized_weights(folder):
+    model = qlora_model(folder)
+    plain = with_adapter(folder, rank=8).train()
     with torch.no_grad():
         for module in plain.modules():
             if isinstance(module, lora.LoRALinear):
-                module.weight.copy_(
-                    quantize.dequantize(*quantize.quantize(module.weight), torch.float32)
-                )
-        for one, other in zip(
-            lora.adapter_parameters(plain).values(),
-            lora.adapter_parameters(model).values(),
-            strict=True,
-        ):
-            one.copy_(other)
-    losses = [m(tokens(), labels=tokens())[0] for m in (model, plain, grown(folder, rank=8))]
-    assert (
-        losses[0].item()
-        == pytest.approx(losses[1].item(), rel=1e-6)
-        != pytest.approx(losses[2].item(), rel=1e-4)
-    )
+                codes = quantize.quantize(module.weight)
+                module.weight.copy_(quantize.dequantize(*codes, torch.float32))
+        parameters = lora.adapter_parameters(model)
+        for name, parameter in lora.adapter_parameters(plain).items():
+            parameter.copy_(parameters[name])
+    exact = with_adapter(folder, rank=8)
+    losses = [m(tokens(), labels=tokens())[0] for m in (model, plain, exact)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    assert losses[0].item() != pytest.approx(losses[2].item(), rel=1e-4)
     losses[0].backward()
     losses[1].backward()
     expected = lora.adapter_parameters(plain)
@@ -315,8 +305,8 @@ def test_qlora_trains_as_lora_does_over_the_weights_that_its_4_bits_stand_for(fo
         torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-5, rtol=1e-5)
 
 
-def test_what_qlora_saves_is_an_adapter_of_the_unquantised_base(folder, tmp_path):
-    model = packed(folder)
+def test_saved_qlora_is_an_adapter_of_the_unquantized_base(folder, tmp_path):
+    model = qlora_model(folder)
     lora.save(model, tmp_path, folder)
     loaded = load_model(str(tmp_path), torch.bfloat16)
     assert {type(m).__name__ for m in loaded.model.layers.modules()} >= {"LoRALinear"}
@@ -326,15 +316,14 @@ def test_what_qlora_saves_is_an_adapter_of_the_unquantised_base(folder, tmp_path
     assert loaded(tokens()).isfinite().all()
 
 
-def test_a_base_is_quantised_as_it_is_read_never_whole_in_memory(tmp_path):
+def test_base_is_quantized_as_it_is_read_never_whole_in_memory(tmp_path):
     base = save_mistral(
         tmp_path, vocab_size=100, hidden_size=128, intermediate_size=512, num_hidden_layers=8
     ).resolve()
     sizes = [t.nbytes for t in load_file(base / "model.safetensors").values()]  # float32
     with memory.MemoryTracker() as live:
-        model = step.build_meta_model(
-            hf.read_config(base), ALONE, {"rank": 4}, torch.float32, "none", True, False
-        )
+        spec = step.ModelSpec({"rank": 4}, torch.float32, nf4=True)
+        model = step.build_meta_model(hf.read_config(base), ALONE, spec)
         shards.materialize(model, "cpu")
         held = live.peak = live.now
         load_weights(model, base)

@@ -21,7 +21,7 @@ from model import (
     Transformer,
     attend,
     attention_layout,
-    varlen,
+    varlen_kernel,
 )
 from training import distributed, memory, metrics, optim, step
 from weights.load import load_model
@@ -40,22 +40,18 @@ VARIANTS = {
 def pair(request, tmp_path_factory):
     """(folder, transformers' model, ours) of one variant."""
     folder = save_mistral(tmp_path_factory.mktemp("variant"), **VARIANTS[request.param])
-    return (
-        folder,
-        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        load_model(str(folder), torch.float32),
-    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return folder, theirs, load_model(str(folder), torch.float32)
 
 
-def tokens_like(model, *shape):
-    return torch.randint(
-        0, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(1)
-    )
+def random_tokens(model, *shape):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, model.config.vocab_size, shape, generator=generator)
 
 
 def test_logits_equal_transformers(pair):
     _, theirs, ours = pair
-    tokens = tokens_like(ours, 2, 33)
+    tokens = random_tokens(ours, 2, 33)
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
 
@@ -63,7 +59,7 @@ def test_logits_equal_transformers(pair):
 def test_gradients_equal_transformers(pair):
     folder, theirs, _ = pair
     ours = load_model(str(folder), torch.float32).requires_grad_(True)
-    tokens = tokens_like(ours, 2, 20)
+    tokens = random_tokens(ours, 2, 20)
     labels = tokens.roll(-1, 1)
     labels[:, -1] = -100
     labels[0, :7] = -100
@@ -79,7 +75,7 @@ def test_gradients_equal_transformers(pair):
 def test_packed_logits_equal_separate_logits(pair):
     _, _, ours = pair
     lengths = [[9, 4, 17], [30]]
-    tokens = tokens_like(ours, 2, 30)
+    tokens = random_tokens(ours, 2, 30)
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
     with torch.no_grad():
         packed = ours(tokens, positions)
@@ -95,7 +91,7 @@ def test_packed_logits_equal_separate_logits(pair):
 
 def test_cached_decoding_equals_the_full_forward(pair):
     _, _, ours = pair
-    tokens = tokens_like(ours, 1, 25)
+    tokens = random_tokens(ours, 1, 25)
     cache = KVCache(ours.config, 40)
     with torch.no_grad():
         full = ours(tokens)
@@ -108,39 +104,39 @@ def test_cached_decoding_equals_the_full_forward(pair):
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 150, 900])
-def test_attention_by_document_equals_the_plain_formula_and_so_do_its_gradients(window):
-    """Documents shorter and longer than a block of queries, and the reference is torch's own attention under a mask."""
+def test_document_attention_and_its_gradients_equal_masked_sdpa(window):
+    """Documents are shorter and longer than a block of queries."""
     lengths = [1, 5, 127, 128, 129, 300, 40]
     positions = torch.cat([torch.arange(n) for n in lengths]).view(2, -1)
-    positions = torch.cat([positions[0], torch.arange(positions.shape[1])]).view(
-        2, -1
-    )  # the second row is one document
-    where = attention_layout(positions, window, None, torch.float32)
     T = positions.shape[1]
+    positions[1] = torch.arange(T)  # one document
+    layout = attention_layout(positions, window, None, torch.float32)
     document = torch.stack([(positions[0] == 0).cumsum(0), torch.ones(T, dtype=torch.long)])
     query, key = torch.arange(T)[:, None], torch.arange(T)
-    sees = (
-        (key <= query)
-        & (query - key < (window or T))
-        & (document[:, None, :, None] == document[:, None, None, :])
-    )
+    mask = (key <= query) & (query - key < (window or T))
+    mask = mask & (document[:, None, :, None] == document[:, None, None, :])
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, T, heads, 16, requires_grad=True) for heads in (6, 2, 2))
     expected = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=sees, enable_gqa=True
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True
     ).transpose(1, 2)
-    got, direction = attend(q, k, v, where), torch.randn(2, T, 6, 16)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
-    for one, other in zip(*(torch.autograd.grad(x, (q, k, v), direction) for x in (got, expected))):
+    actual, grad = attend(q, k, v, layout), torch.randn(2, T, 6, 16)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+    assert_grads_close((q, k, v), actual, expected, grad)
+
+
+def assert_grads_close(inputs, actual, expected, grad):
+    ours, theirs = (torch.autograd.grad(x, inputs, grad) for x in (actual, expected))
+    for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_a_mask_with_repeated_heads_attends_alike(monkeypatch):
-    """On a GPU a cache is read with a mask and without groups."""
+def test_masked_attention_with_repeated_heads_equals_grouped(monkeypatch):
+    """A GPU reads its cache with a mask and without groups."""
     mask = attention_layout(torch.arange(20, 25)[None], 7, 20, torch.float32)
     q, k, v = (torch.randn(1, n, heads, 16) for n, heads in ((5, 4), (25, 2), (25, 2)))
     expected = attend(q, k, v, mask)
-    monkeypatch.setattr(model, "GROUPS_WITH_A_MASK", ())
+    monkeypatch.setattr(model, "GQA_MASK_DEVICES", ())
     torch.testing.assert_close(attend(q, k, v, mask), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -148,7 +144,7 @@ def test_saved_folder_loads_in_transformers_with_equal_logits(pair, tmp_path, to
     _, _, ours = pair
     save_model(ours, tmp_path, tokenizer, dtype=torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    tokens = tokens_like(ours, 1, 20)
+    tokens = random_tokens(ours, 1, 20)
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(
@@ -157,15 +153,15 @@ def test_saved_folder_loads_in_transformers_with_equal_logits(pair, tmp_path, to
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-def test_recomputed_blocks_give_the_same_gradient(base, adapter):
+def test_activation_checkpointing_gives_the_same_gradients(base, adapter):
     grads = []
-    for recompute in AC_MODES:
+    for mode in AC_MODES:
         ours = load_model(str(base), torch.float32).requires_grad_(True)
         if adapter:
             lora.inject(ours)
         for block in ours.model.layers:
-            block.recompute = recompute
-        tokens = tokens_like(ours, 1, 12)
+            block.activation_checkpointing = mode
+        tokens = random_tokens(ours, 1, 12)
         ours(tokens, labels=tokens)[0].backward()
         grads.append([p.grad for p in ours.parameters() if p.requires_grad])
     for others in grads[1:]:
@@ -176,12 +172,11 @@ def test_recomputed_blocks_give_the_same_gradient(base, adapter):
 # --- as on CUDA
 
 
-def small(recompute, adapter):
-    """Three random layers to train in float32, whole or by an adapter; the same whenever it is called."""
+def small_model(activation_checkpointing, adapter):
+    """Three random layers to train in float32, whole or with an adapter; the same at every call."""
     torch.manual_seed(0)
-    model = Transformer(
-        ModelConfig(100, 64, 128, 3, 4, 2, 16, sliding_window=20), recompute=recompute
-    )
+    config = ModelConfig(100, 64, 128, 3, 4, 2, 16, sliding_window=20)
+    model = Transformer(config, activation_checkpointing=activation_checkpointing)
     if adapter:
         lora.inject(model, 8)
     for parameter in lora.adapter_parameters(model).values():
@@ -189,81 +184,61 @@ def small(recompute, adapter):
     return model.train()
 
 
-def batch_of(seed, documents, rows=2, length=64):
-    """Some documents in `rows` rows, their cu_seqlens in a tensor of one size."""
+def random_batch(seed, documents, rows=2, length=64):
+    """At least so many documents in `rows` rows, their cu_seqlens in a tensor of one size."""
     generator = torch.Generator().manual_seed(seed)
     size = rows * length
     tokens = torch.randint(0, 100, (rows, length), generator=generator)
     labels = tokens.where(torch.rand(rows, length, generator=generator) < 0.4, IGNORE_INDEX)
-    cu_seqlens = sorted(
-        {
-            *range(0, size + 1, length),
-            *torch.randint(1, size, (documents,), generator=generator).tolist(),
-        }
-    )
-    positions = torch.cat(
-        [torch.arange(end - begin) for begin, end in zip(cu_seqlens, cu_seqlens[1:])]
-    ).view(rows, length)
-    cu_seqlens = torch.tensor(cu_seqlens + [size] * (65 - len(cu_seqlens)), dtype=torch.int32)
-    return step.Batch(
-        tokens,
-        positions,
-        labels,
-        cu_seqlens,
-        (labels != IGNORE_INDEX).flatten().nonzero().flatten(),
-    )
+    borders = torch.randint(1, size, (documents,), generator=generator).tolist()
+    borders = sorted({*range(0, size + 1, length), *borders})
+    lengths = [end - begin for begin, end in zip(borders, borders[1:])]
+    positions = torch.cat([torch.arange(n) for n in lengths]).view(rows, length)
+    cu_seqlens = torch.tensor(borders + [size] * (65 - len(borders)), dtype=torch.int32)
+    target_positions = (labels != IGNORE_INDEX).flatten().nonzero().flatten()
+    return step.Batch(tokens, positions, labels, cu_seqlens, target_positions)
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_the_stand_in_for_cudas_kernel_attends_as_the_cpus_kernel_does(window):
-    batch = batch_of(0, 7)
+def test_varlen_stand_in_equals_document_attention(window):
+    batch = random_batch(0, 7)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 64, heads, 16, requires_grad=True) for heads in (4, 2, 2))
     expected = attend(q, k, v, attention_layout(batch.positions, window, 0, torch.float32))
-    got = varlen_attn(*(x.flatten(0, 1) for x in (q, k, v)), batch.cu_seqlens, window or 128)[
-        0
-    ].view_as(q)
-    direction = torch.randn_like(q)
-    torch.testing.assert_close(got, expected)
-    for one, other in zip(*(torch.autograd.grad(x, (q, k, v), direction) for x in (got, expected))):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    flat = (x.flatten(0, 1) for x in (q, k, v))
+    actual = varlen_attn(*flat, batch.cu_seqlens, window or 128)[0].view_as(q)
+    torch.testing.assert_close(actual, expected)
+    assert_grads_close((q, k, v), actual, expected, torch.randn_like(q))
 
 
-@pytest.mark.parametrize("recompute", AC_MODES)
+@pytest.mark.parametrize("mode", AC_MODES)
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-def test_compiled_blocks_train_as_others_do_and_are_compiled_once(
-    recompute, adapter, edges_in_a_tensor, monkeypatch
-):
-    """Once for all layers, but for a first one whose input needs no gradient; and never again for other documents."""
+def test_compiled_blocks_train_the_same_and_compile_once(mode, adapter, varlen_on_cpu, monkeypatch):
+    """Once for all layers and documents; a first block whose input needs no gradient is another."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
     curves, graphs = [], []
     for compiled in (False, True):
-        model = small(recompute, adapter)
+        model = small_model(mode, adapter)
         if compiled:
             model.compile_blocks()
         optimizer, curve = optim.make_optimizer(model, 1e-2, 0.0), []
+        ranks = distributed.Distributed(torch.device("cpu"))
         for seed in range(4):
-            curve.append(
-                step.train_step(
-                    model,
-                    optimizer,
-                    [batch_of(seed, 3 + 4 * seed)],
-                    distributed.Distributed(torch.device("cpu")),
-                )
-            )
+            batches = [random_batch(seed, 3 + 4 * seed)]
+            curve.append(step.train_step(model, optimizer, batches, ranks))
             graphs.append(metrics.count_compiled_graphs())
         curves.append(torch.tensor(curve))
     torch.testing.assert_close(curves[1], curves[0], atol=1e-5, rtol=1e-5)
     assert graphs == [0] * 4 + [2 if adapter else 1] * 4
 
 
-def test_sampling_between_steps_compiles_nothing(edges_in_a_tensor, monkeypatch):
+def test_decoding_between_steps_compiles_nothing(varlen_on_cpu, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
-    model = small("none", True)
+    model = small_model("none", True)
     model.compile_blocks()
     cache = KVCache(model.config, 8)
     with torch.inference_mode():
@@ -272,8 +247,8 @@ def test_sampling_between_steps_compiles_nothing(edges_in_a_tensor, monkeypatch)
     assert metrics.count_compiled_graphs() == 0
 
 
-class Matmuls(TorchDispatchMode):
-    """Counts them: the blocks' and their gradients'."""
+class MatmulCounter(TorchDispatchMode):
+    """Counts the matmuls of blocks and of their gradients."""
 
     count = 0
 
@@ -283,101 +258,60 @@ class Matmuls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-def test_selective_recomputation_keeps_less_and_does_no_matmul_twice(adapter, edges_in_a_tensor):
-    kept, matmuls = {}, {}
-    for recompute in AC_MODES:
-        model, batch = small(recompute, adapter), batch_of(0, 5)
-        with Matmuls() as counted:
-            with memory.MemoryTracker() as live:
+def test_selective_checkpointing_saves_memory_and_repeats_no_matmul(adapter, varlen_on_cpu):
+    saved, matmuls = {}, {}
+    for mode in AC_MODES:
+        model, batch = small_model(mode, adapter), random_batch(0, 5)
+        with MatmulCounter() as counter:
+            with memory.MemoryTracker() as tracker:
                 loss, _ = model(**batch._asdict())
-                kept[recompute] = live.now
+                saved[mode] = tracker.now
             loss.backward()
-        matmuls[recompute] = counted.count
-    assert kept["none"] > 1.15 * kept["selective"] > 1.15**2 * kept["full"] > 0
+        matmuls[mode] = counter.count
+    assert saved["none"] > 1.15 * saved["selective"] > 1.15**2 * saved["full"] > 0
     assert matmuls["selective"] == matmuls["none"] < matmuls["full"]
 
 
-def new_kernel(
-    query,
-    key,
-    value,
-    cu_seq_q,
-    cu_seq_k,
-    max_q,
-    max_k,
-    *,
-    return_aux=None,
-    scale=None,
-    window_size=(-1, -1),
-    enable_gqa=False,
+def grouped_kernel(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False
 ):
-    """The signature of torch 2.13's."""
-    return (
-        query,
-        key,
-        value,
-        (cu_seq_q, cu_seq_k, max_q, max_k),
-        (return_aux, scale, window_size),
-        enable_gqa,
-    )
+    """The arguments of torch 2.13's kernel that we use."""
+    return query, key, value, (cu_seq_q, cu_seq_k, max_q, max_k), window_size, enable_gqa
 
 
-def old_kernel(
-    query,
-    key,
-    value,
-    cu_seq_q,
-    cu_seq_k,
-    max_q,
-    max_k,
-    *,
-    return_aux=None,
-    scale=None,
-    window_size=(-1, -1),
-):
-    """The signature of torch 2.11's."""
-    return (
-        query,
-        key,
-        value,
-        (cu_seq_q, cu_seq_k, max_q, max_k),
-        (return_aux, scale, window_size),
-        False,
-    )
+def ungrouped_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
+    """Those of torch 2.11's."""
+    return query, key, value, (cu_seq_q, cu_seq_k, max_q, max_k), window_size, False
 
 
-@pytest.mark.parametrize(("window", "size"), [(None, (-1, 0)), (1, (0, 0)), (7, (6, 0))])
-@pytest.mark.parametrize("kernel", [new_kernel, old_kernel])
-def test_cudas_kernel_gets_its_window_and_heads_in_its_own_words(kernel, window, size, monkeypatch):
-    """It counts a window without the token itself, and knows groups of heads or not."""
+@pytest.mark.parametrize(("window", "expected"), [(None, (-1, 0)), (1, (0, 0)), (7, (6, 0))])
+@pytest.mark.parametrize("kernel", [grouped_kernel, ungrouped_kernel])
+def test_varlen_kernel_gets_its_window_and_heads(kernel, window, expected, monkeypatch):
+    """Its window doesn't count the token itself; it knows groups of heads or not."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
-    varlen.cache_clear()
+    varlen_kernel.cache_clear()
     try:
-        where = Documents(varlen(), torch.tensor([0, 3, 8, 8]), 8, window)
+        documents = Documents(varlen_kernel(), torch.tensor([0, 3, 8, 8]), 8, window)
     finally:
-        varlen.cache_clear()
+        varlen_kernel.cache_clear()
     q, k, v = (torch.randn(8, heads, 16) for heads in (6, 2, 2))
-    query, key, value, lengths, options, grouped = where.kernel(q, k, v, where)
-    assert (
-        query is q
-        and lengths == (where.cu_seqlens, where.cu_seqlens, 8, 8)
-        and options == (None, None, size)
-    )
+    query, key, value, lengths, window_size, grouped = documents.kernel(q, k, v, documents)
+    assert query is q and window_size == expected
+    assert lengths == (documents.cu_seqlens, documents.cu_seqlens, 8, 8)
+    assert grouped == (kernel is grouped_kernel)
     if grouped:
         assert key is k and value is v
     else:
         for head in range(6):
-            assert torch.equal(key[:, head], k[:, head // 3]) and torch.equal(
-                value[:, head], v[:, head // 3]
-            )
-    assert grouped == (kernel is new_kernel)
+            assert torch.equal(key[:, head], k[:, head // 3])
+            assert torch.equal(value[:, head], v[:, head // 3])
 
 
 # --- the head
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7, 2500])  # none, one, several chunks
-def test_loss_is_exact_in_float32_whatever_the_head_computes_in(tokens):
+def test_linear_cross_entropy_is_exact_in_float32_with_a_bf16_head(tokens):
     torch.manual_seed(0)
     head = torch.nn.Linear(16, 300, bias=False, dtype=torch.bfloat16)
     hidden = (torch.randn(tokens, 16, dtype=torch.bfloat16) * 4).requires_grad_()
@@ -387,18 +321,15 @@ def test_loss_is_exact_in_float32_whatever_the_head_computes_in(tokens):
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, expected, atol=1e-6, rtol=1e-6)
     (losses.sum() / 3).backward()
-    got = hidden.grad.clone(), head.weight.grad.clone()
+    grads = hidden.grad.clone(), head.weight.grad.clone()
     hidden.grad = head.weight.grad = None
     (expected.sum() / 3).backward()
-    for mine, theirs in zip(got, (hidden.grad, head.weight.grad)):
+    for mine, theirs in zip(grads, (hidden.grad, head.weight.grad)):
         assert (mine - theirs).float().norm() <= 0.01 * theirs.float().norm()  # both are bf16
 
 
 def test_mistral_7b_has_7_241_732_096_parameters():
-    shape = ModelConfig(32000, 4096, 14336, 32, 32, 8, 128)
+    config = ModelConfig(32000, 4096, 14336, 32, 32, 8, 128)
     with torch.device("meta"):
-        assert (
-            sum(p.numel() for p in Transformer(shape).parameters())
-            == shape.num_parameters
-            == 7_241_732_096
-        )
+        parameters = sum(p.numel() for p in Transformer(config).parameters())
+    assert parameters == config.num_parameters == 7_241_732_096
