@@ -1,4 +1,4 @@
-"""What every program does alike: its command line (made from a frozen dataclass), its folders, JSON and tensor files, and how it ends."""
+"""What all programs share: flags from a dataclass, files and folders, and how a program ends."""
 
 import argparse
 import contextlib
@@ -16,141 +16,159 @@ import re
 import shutil
 import sys
 import typing
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # what weights are kept in, by safetensors' names
-DISGUISES = {  # the first bytes of what often lies where another file belongs
-    (
-        b"PK\3\4",
-        b"\x80\2",
-        b"\x80\3",
-        b"\x80\4",
-        b"\x80\5",
-    ): "it is a pickle, as torch.save writes it, and may run code",
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that weights have
+FILE_SIGNATURES = {  # the first bytes of files that often lie where another one belongs
+    (b"PK\3\4", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"): (
+        "it is a pickle, as torch.save writes it, and may run code"
+    ),
     (
         b"version https://git-lfs",
     ): "it is git-LFS's pointer to the file, not the file (git lfs pull)",
     (b"<!", b"<h", b"<H", b"<?"): "it is a web page",
     (b"GGUF",): "it is a GGUF file (python -m weights.gguf_convert makes a folder of one)",
 }
-
-
-PRIMITIVES = (
-    "64"  # shapes whose kernels a CPU keeps; of a thousand, the default, they are gigabytes
-)
+NUMBER_KINDS = {int: "a whole number", float: "a number", bool: "true or false,"}
+# shapes whose kernels oneDNN and ideep keep; of 1,000, their default, the code is gigabytes
+PRIMITIVE_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 M_MMAP_THRESHOLD = -3  # mallopt's option, from glibc's malloc.h
-MMAP_BYTES = 1 << 20  # bytes: memory of this size and more goes back to the system when it is freed
+MMAP_BYTES = 1 << 20  # freed memory of this size and more goes back to the system
+StrPath = str | os.PathLike
+T = typing.TypeVar("T")
 
 
 class UserError(Exception):
-    """Something a person can mend: what is wrong, naming the file or the flag, and the way out."""
+    """What the user can fix: the problem, naming the file or the flag, and a hint how to fix it."""
 
-    def __init__(self, problem, way_out):
-        super().__init__(f"{problem}\n{way_out}")
+    def __init__(self, problem: str, hint: str):
+        super().__init__(f"{problem}\n{hint}")
+
+
+# --- flags
 
 
 def flag(
-    default, help, choices=None, short=None, positional=False, shown=None, group=None, alias=None
-):
-    """A dataclass field that is also a flag: `--micro-batch` for `micro_batch`; a bool is a switch.
+    default: Any,
+    help: str,
+    choices: Iterable[str] | None = None,
+    short: str | None = None,
+    positional: bool = False,
+    shown: str | None = None,
+    group: str | None = None,
+    alias: str | None = None,
+) -> Any:
+    """Declare a dataclass field that is also a flag: `--micro-batch` for `micro_batch`.
 
-    `shown`: the default in words, where its value doesn't tell. `group`: heads this flag and those after it in `--help`.
-    `alias`: the flag's old name, still taken, not shown.
+    A bool is a switch. `shown`: the default in words, where its value doesn't tell. `group`: the
+    heading in `--help` of this flag and of those after it. `alias`: an old name, not shown.
     """
     return dataclasses.field(default=default, metadata=locals())
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(
-            f"{self.prog}: {message}", f"python {self.prog} --help lists what it takes."
-        )
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{self.prog}: {message}", f"python {self.prog} --help lists the flags.")
 
 
-def parse(cls, argv=None, prog=None):
-    """Fill dataclass `cls` from `argv` (default: the command line); its docstring heads `--help`."""
+def parse(cls: type[T], argv: list[str] | None = None, prog: str | None = None) -> T:
+    """Fill dataclass `cls` from `argv` or the command line; its docstring heads `--help`."""
     width = min(100, shutil.get_terminal_size((100, 24)).columns)
-    layout = functools.partial(
-        argparse.RawDescriptionHelpFormatter, max_help_position=26, width=width
-    )
     parser = Parser(
         prog=prog,
         usage="%(prog)s [flags]",
         description=inspect.getdoc(cls),
-        formatter_class=layout,
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=26, width=width
+        ),
         add_help=False,
+        argument_default=argparse.SUPPRESS,  # the dataclass has the defaults
     )
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-    hints, group = typing.get_type_hints(cls), parser
-    for field in dataclasses.fields(cls):
-        hint, meta, default = hints[field.name], field.metadata, field.default
-        many = typing.get_origin(hint) in (list, tuple)
-        kind = (typing.get_args(hint) or (hint,))[0]  # of `str | None` too
-        shown = meta["shown"] or (
-            ""
-            if default in (None, "", ()) or kind is bool
-            else f"{default:g}"
-            if kind is float
-            else default
-        )
-        said = f"{meta['help']}: {', '.join(meta['choices'])}" if meta["choices"] else meta["help"]
-        said += f" (default: {shown})" if shown != "" else ""
-        options = {"help": said.replace("%", "%%"), "default": default}
-        group = parser.add_argument_group(meta["group"]) if meta["group"] else group
-        if meta["positional"]:
-            metavar = field.name.upper().removesuffix("S")
-            parser.usage += f" [{metavar} ...]" if many else f" {metavar}"
-            group.add_argument(
-                field.name, metavar=metavar, type=kind, nargs="*" if many else None, **options
-            )
+    types = typing.get_type_hints(cls)
+    group: Any = parser
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if title := field.metadata["group"]:
+            group = parser.add_argument_group(title)
+        add_flag(parser, group, field, types[field.name])
+    values = vars(parser.parse_intermixed_args(argv))
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+    return cls(**values)
+
+
+def add_flag(parser: Parser, group: Any, field: dataclasses.Field, hint: Any) -> None:
+    """Add a field of type `hint` to the group as a flag or a positional argument."""
+    meta = field.metadata
+    many = typing.get_origin(hint) in (list, tuple)
+    kind = (typing.get_args(hint) or (hint,))[0]  # of `str | None` too
+    text = meta["help"]
+    if meta["choices"]:
+        text += f": {', '.join(meta['choices'])}"
+    default = f"{field.default:g}" if kind is float and field.default else field.default
+    if meta["shown"] or (default not in (None, "", ()) and kind is not bool):
+        text += f" (default: {meta['shown'] or default})"
+    text = text.replace("%", "%%")
+    if meta["positional"]:
+        metavar = field.name.upper().removesuffix("S")
+        parser.usage += f" [{metavar} ...]" if many else f" {metavar}"
+        nargs = "*" if many else None
+        group.add_argument(field.name, metavar=metavar, type=kind, nargs=nargs, help=text)
+        return
+    names = ["--" + field.name.removesuffix("_").replace("_", "-")]  # `as_` is --as
+    if meta["short"]:
+        names.insert(0, meta["short"])
+    metavar = {int: "N", float: "X"}.get(kind, "TEXT")
+    settings: dict[str, Any] = {"metavar": metavar, "type": kind, "choices": meta["choices"]}
+    if many:
+        settings["action"] = "append"
+    if kind is bool:
+        settings = {"action": "store_true"}
+    group.add_argument(*names, dest=field.name, help=text, **settings)
+    if meta["alias"]:
+        group.add_argument(meta["alias"], dest=field.name, help=argparse.SUPPRESS, **settings)
+
+
+def check_ranges(options: Any, minimums: dict, positive: Iterable[str]) -> None:
+    """Check the flags that train.py and plan.py share. UserError for a value out of range.
+
+    `minimums`: {flag: its smallest value}; `positive`: flags that must be above 0 and finite.
+    """
+    for name in (*minimums, *positive):
+        value, minimum = getattr(options, name), minimums.get(name)
+        if value is None:
             continue
-        names = [
-            n for n in (meta["short"], "--" + field.name.removesuffix("_").replace("_", "-")) if n
-        ]  # `as_` is --as
-        takes = {
-            "metavar": {int: "N", float: "X"}.get(kind, "TEXT"),
-            "type": kind,
-            "choices": meta["choices"],
-        }
-        if many:
-            takes |= {"action": "append", "default": None}
-        if kind is bool:
-            takes = {"action": "store_true"}
-        group.add_argument(*names, dest=field.name, **options | takes)
-        if meta["alias"]:
-            hidden = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
-            group.add_argument(meta["alias"], dest=field.name, **takes | hidden)
-    given = vars(parser.parse_intermixed_args(argv))
-    return cls(
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in given.items()
-            if value is not None
-        }
-    )
+        if minimum is None and not 0 < value < math.inf:
+            bound = "more than 0"
+        elif minimum is not None and value < minimum:
+            bound = f"at least {minimum}"
+        else:
+            continue
+        spelling = f"--{name.replace('_', '-')}"
+        raise UserError(
+            f"{spelling} must be {bound}, got {value}", f"Leave {spelling} out for the default."
+        )
+    if options.lora and options.pure_bf16:
+        raise UserError(
+            "--pure-bf16 is for full fine-tuning: an adapter's fp32 masters are small",
+            "Leave one of them out.",
+        )
 
 
-def run(main):
-    """Call `main()`; end with its UserError on stderr and exit code 2, with 130 on Ctrl-C. Under torchrun one rank a host speaks."""
-    for cache in (
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
-        "LRU_CACHE_CAPACITY",
-    ):  # oneDNN's, and ideep's above it
-        os.environ.setdefault(cache, PRIMITIVES)  # read at the first product
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # another C library than glibc
-            # else such memory lies between what is kept, and a run of many shapes takes twice what lives
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
-    os.umask(0o077)  # what our programs write is chats, or was made of them: for its owner's eyes
-    for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # Windows' pipes and files are in its old code pages, which have no emoji
-            stream.reconfigure(
-                encoding=stream.encoding if stream.isatty() else "utf-8", errors="replace"
-            )
+# --- how a program runs and ends
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Call `main()`. A UserError or OSError ends it with exit code 2 and two lines on stderr.
+
+    Ctrl-C ends it with code 130. Under torchrun one rank per host prints the error.
+    """
+    prepare_process()
     try:
         main()
         sys.stdout.flush()
@@ -160,48 +178,77 @@ def run(main):
     except BrokenPipeError:  # `python data.py … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
-        if isinstance(
-            error, OSError
-        ):  # no right to read or write, a full disk, a folder where a file belongs
-            path = error.filename or "a file"
-            other = UserError(f"{path}: {error.strerror or error}", "Mend that, then run it again.")
-            error = write_error(path, error) if error.errno == errno.ENOSPC else other
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(error, file=sys.stderr)
+            print(
+                describe_os_error(error) if isinstance(error, OSError) else error, file=sys.stderr
+            )
         sys.exit(2)
     finally:
-        gc.freeze()  # or Python looks through all of torch for garbage before it ends: a third of a second
+        gc.freeze()  # else Python's last collection goes through all of torch: a third of a second
 
 
-def write_error(path, error, way_out="Make room, or mend that, and run it again."):
-    """What kept a file from being written (an OSError, or safetensors' own) → UserError"""
+def prepare_process() -> None:
+    """Set what every program needs: memory limits, private files, and text streams in UTF-8."""
+    for cache, capacity in PRIMITIVE_CACHES.items():
+        os.environ.setdefault(cache, capacity)  # read at the first matrix product
+    if sys.platform == "linux":
+        # glibc alone has it. Without it a run of many shapes takes twice the memory that is in use
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
+    os.umask(0o077)  # our files hold chats, or were made from them
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        # Windows' pipes and files use its old code pages, which have no emoji
+        if isinstance(stream, io.TextIOWrapper):
+            encoding = stream.encoding if stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="replace")
+
+
+def describe_os_error(error: OSError) -> UserError:
+    """Turn a failed read or write (permissions, a full disk) into a UserError."""
+    path = error.filename or "a file"
+    if error.errno == errno.ENOSPC:
+        return write_error(path, error)
+    return UserError(f"{path}: {error.strerror or error}", "Fix that, then run it again.")
+
+
+def write_error(
+    path: StrPath,
+    error: Any,
+    hint: str = "Make room on the disk, or fix that, then run it again.",
+) -> UserError:
+    """Make a UserError of what kept a file from being written: an OSError, or safetensors' own."""
     full = getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)
-    return UserError(f"{path} can't be written: {'the disk is full' if full else error}", way_out)
+    return UserError(f"{path} can't be written: {'the disk is full' if full else error}", hint)
 
 
-def check_output_dir(path, overwrite, but=()):
-    """UserError when an output folder holds something already, unless `overwrite`, or it is of these names."""
+# --- folders and text files
+
+
+def check_output_dir(path: StrPath, overwrite: bool, allowed: Iterable[str] = ()) -> None:
+    """UserError when an output folder holds more than `allowed` names, unless `overwrite`."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file", "Name another folder.")
-    if path.is_dir() and any(inner.name not in but for inner in path.iterdir()) and not overwrite:
+    if overwrite or not path.is_dir():
+        return
+    if any(child.name not in allowed for child in path.iterdir()):
         raise UserError(
             f"{path} already holds something",
-            "Name another folder, or say --overwrite to replace it.",
+            "Name another folder, or pass --overwrite to replace what it holds.",
         )
 
 
-def refuse_overlap(out, *sources):
-    """UserError when an output folder is one of those that are read."""
+def refuse_overlap(out: StrPath, *sources: StrPath | None) -> None:
+    """UserError when the output folder is also an input."""
     for source in sources:
         if source and Path(source).is_dir() and Path(source).resolve() == Path(out).resolve():
             raise UserError(
-                f"{out} is read, it can't be written too", "Name another folder to write."
+                f"{out} is an input and can't be the output too", "Name another output folder."
             )
 
 
-def make_private_dir(path):
-    """Make a folder for its owner's eyes only (0700): chats, or what was learned from them, will be in it."""
+def make_private_dir(path: StrPath) -> Path:
+    """Make a folder that only its owner can read (0700), for chats and what is made of them."""
     path = Path(path)
     if not path.is_dir():
         path.mkdir(parents=True, exist_ok=True)  # another rank may have been quicker
@@ -209,27 +256,43 @@ def make_private_dir(path):
     return path
 
 
-def read_text(path):
-    """What a text file holds that a person may have edited, a BOM left off. UserError when it isn't UTF-8."""
+def read_text(path: StrPath) -> str:
+    """Read a text file that a person may have edited, without its BOM. UserError unless UTF-8."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text: {error}", "Save it again in UTF-8.") from None
+        raise UserError(f"{path} is not UTF-8 text: {error}", "Save it again as UTF-8.") from None
 
 
-def read_metrics(folder):
-    """The lines of a run's metrics.jsonl, if there is one, to the first that is none: half a line, where a machine was lost."""
-    path, found = Path(folder) / "metrics.jsonl", []
+def write_text(path: Path, text: str) -> None:
+    """Write beside the file, then rename: a crash never leaves half a file."""
+    beside = path.with_name(path.name + ".new")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)  # the system names no file when a disk is full
+        raise
+
+
+def read_metrics(folder: StrPath) -> list[dict]:
+    """Read a run's metrics.jsonl, if there is one, up to the first broken line."""
+    path = Path(folder) / "metrics.jsonl"
+    metrics: list[dict] = []
     for line in read_text(path).splitlines() if path.exists() else []:
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            metrics.append(json.loads(line))
+        except ValueError:  # the machine went down while it was written
             break
-    return found
+    return metrics
 
 
-def read_json(path, missing=None):
-    """The object in a JSON file, or `missing` where there is no such file. UserError when it isn't one."""
+# --- JSON
+
+
+def read_json(path: StrPath, missing: dict | None = None) -> dict:
+    """Read the object in a JSON file; return `missing`, if given, where there is no such file."""
     path = Path(path)
     if not path.exists() and missing is not None:
         return missing
@@ -246,116 +309,100 @@ def read_json(path, missing=None):
     return value
 
 
-KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false,"}
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def check_number(path, name, value, least, most, kind=int):
-    """A number (or bool) that a JSON file gives. UserError unless it is one, within these limits."""
-    if (
-        type(value) not in ((int, float) if kind is float else (kind,))
-        or not least <= value <= most
-    ):
-        raise UserError(
-            f"{path}: {name} is {value!r:.60}, it must be {KIND_NAMES[kind]} from {least} to {most}",
-            "Copy it again.",
-        )
+def check_number(
+    path: StrPath, name: str, value: Any, least: float, most: float, kind: type = int
+) -> Any:
+    """Return a number or bool that a JSON file gives. UserError unless it is within the limits."""
+    kinds = (int, float) if kind is float else (kind,)
+    if type(value) not in kinds or not least <= value <= most:
+        wanted = f"{NUMBER_KINDS[kind]} from {least} to {most}"
+        raise UserError(f"{path}: {name} is {value!r:.60}, it must be {wanted}", "Copy it again.")
     return value
 
 
-def describe_file(path, error):
-    """Why a file can't be read: what its first bytes tell that it is, else the reader's own `error`."""
+# --- safetensors
+
+
+def describe_file(path: Path, error: Any) -> str:
+    """Say why a file can't be read: what its first bytes show, else the reader's `error`."""
     if path.is_dir():
         return "it is a folder"
     with open(path, "rb") as file:
         head = file.read(64)
+    if not head:
+        return "it is empty"
     if not any(head):
-        return "it holds zeros, it was never wholly written" if head else "it is empty"
-    found = [what for begins, what in DISGUISES.items() if head.lstrip().startswith(begins)]
-    if found and head[8:9] != b"{":  # where a safetensors file's header begins
-        return found[0]
+        return "it holds only zeros: it was not written completely"
+    if head[8:9] != b"{":  # where the header of a safetensors file begins
+        for signatures, description in FILE_SIGNATURES.items():
+            if head.lstrip().startswith(signatures):
+                return description
     return str(error).splitlines()[0]
 
 
-def open_safetensors(path, way_out="Copy it again."):
-    """→ the open file, its header read and its length right. UserError says what it really is."""
+def open_safetensors(path: Path, hint: str = "Copy it again.") -> Any:
+    """Open a safetensors file and check its header and length. UserError says what is wrong."""
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
-        raise UserError(
-            f"{path} can't be read: it is missing{pickle_hint(path.parent)}", way_out
-        ) from None
+        problem = f"it is missing{pickle_hint(path.parent)}"
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} can't be read: {describe_file(path, error)}", way_out) from None
+        problem = describe_file(path, error)
+    raise UserError(f"{path} can't be read: {problem}", hint)
 
 
-def pickle_hint(folder):
-    found = [path.name for path in folder.glob("*.*") if path.suffix in (".bin", ".pth", ".pt")]
-    return f", only {found[0]} is there, which is a pickle and may run code" if found else ""
+def pickle_hint(folder: Path) -> str:
+    """Name a pickle in a folder that lacks safetensors, or return ""."""
+    pickles = [path.name for path in folder.glob("*.*") if path.suffix in (".bin", ".pth", ".pt")]
+    return f", only {pickles[0]} is there, which is a pickle and may run code" if pickles else ""
 
 
-def check_tensors(where, found, wanted, maker, way_out, dtypes=FLOAT_DTYPES):
-    """UserError unless `found` {name: open file} are just the `wanted` {name: shape}, and of `dtypes`. Reads headers alone."""
-    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    if missing or unknown:
-        what = (
-            f"{missing[0]} is missing"
-            if missing
-            else f"{unknown[0]} belongs to no part of the model"
-        )
+def check_tensors(
+    path: StrPath,
+    files: dict,
+    shapes: dict,
+    source: str,
+    hint: str,
+    dtypes: tuple = FLOAT_DTYPES,
+) -> None:
+    """UserError unless `files` {name: open file} hold just these `shapes`, of these `dtypes`.
+
+    `source`: what the shapes come from. Only headers are read.
+    """
+    missing, unknown = sorted(shapes.keys() - files.keys()), sorted(files.keys() - shapes.keys())
+    counts = f"({len(missing)} missing, {len(unknown)} unknown)"
+    if missing:
+        raise UserError(f"{path}: tensor {missing[0]} is missing {counts}", hint)
+    if unknown:
         raise UserError(
-            f"{where}: tensor {what} ({len(missing)} missing, {len(unknown)} unknown)", way_out
+            f"{path}: tensor {unknown[0]} belongs to no part of the model {counts}", hint
         )
-    for name, shape in wanted.items():
-        tensor = found[name].get_slice(name)
-        if tensor.get_shape() != [*shape]:
+    for name, shape in shapes.items():
+        tensor = files[name].get_slice(name)
+        stored, dtype = tensor.get_shape(), tensor.get_dtype()
+        if stored != [*shape]:
             raise UserError(
-                f"{where}: tensor {name} is {tensor.get_shape()}, {maker} makes it {[*shape]}",
-                way_out,
+                f"{path}: tensor {name} is {stored}, {source} makes it {[*shape]}", hint
             )
-        if tensor.get_dtype() not in dtypes:
-            raise UserError(
-                f"{where}: tensor {name} is of {tensor.get_dtype()}, weights are of {', '.join(dtypes)}",
-                way_out,
-            )
+        if dtype not in dtypes:
+            names = ", ".join(dtypes)
+            raise UserError(f"{path}: tensor {name} is of {dtype}, weights are of {names}", hint)
 
 
-def counted(n, what):
-    """1, "sessions kept" → "1 session kept", 1,000 as it is; a name, such as Saved Messages, has no singular."""
-    return f"{n:,} " + (re.sub(r"^((?:[a-z-]+ )?[a-z]+)s\b", r"\1", what) if n == 1 else what)
+# --- printed text
 
 
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+def counted(n: int, noun: str) -> str:
+    """Format a count: 1, "sessions kept" → "1 session kept"; a name (Saved Messages) stays."""
+    if n == 1:
+        noun = re.sub(r"^((?:[a-z-]+ )?[a-z]+)s\b", r"\1", noun)
+    return f"{n:,} {noun}"
 
 
-def write_text(path, text):
-    """Written beside, then renamed: never half a file."""
-    beside = path.with_name(path.name + ".new")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        error.filename = error.filename or str(path)  # the system names no file when a disk is full
-        raise
-
-
-def check_ranges(options, least, positive):
-    """UserError for what train.py's flags and ours can't be. `least`: {flag: its least value}; `positive`: those above 0."""
-    for name, limit in {**least, **dict.fromkeys(positive, 0)}.items():
-        value, flag_ = getattr(options, name), f"--{name.replace('_', '-')}"
-        if value is not None and not (0 < value < math.inf if name in positive else value >= limit):
-            bound = f"{'more than' if name in positive else 'at least'} {limit}"
-            raise UserError(
-                f"{flag_} {value}: {bound} is needed", f"Leave {flag_} out for the default."
-            )
-    if options.lora and options.pure_bf16:
-        raise UserError(
-            "--pure-bf16 is for full fine-tuning: an adapter's fp32 masters are small",
-            "Leave one of them out.",
-        )
-
-
-def printable(text):
-    """Without what would command a terminal."""
+def printable(text: str) -> str:
+    """Replace control characters, which could command a terminal."""
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "\ufffd", text)

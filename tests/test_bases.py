@@ -18,11 +18,11 @@ from conftest import ROOT, VOCAB, save_mistral
 
 import chat
 import evaluate
-import lora
 import train
+from inference import scoring
 from training import cost, metrics
 from training import run_dir as training_run_dir
-from weights import devices
+from weights import devices, merge
 from weights.tokenizer import load_tokenizer
 
 for package in ("sklearn", "bm25s"):
@@ -62,7 +62,7 @@ def save_base(folder, tokens, vocabulary, head):
 
 
 def run(module, *args, stdin=""):
-    """One of the programs with a command line. → its standard output"""
+    """Run a program with a command line and return its standard output."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
         patch.setattr(sys, "stdin", io.StringIO(stdin))
@@ -71,20 +71,22 @@ def run(module, *args, stdin=""):
 
 
 def lines(folder, *keys):
-    """Those of metrics.jsonl that have all keys, with the values of these alone."""
-    found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [[line[key] for key in keys] for line in found if {*keys} <= line.keys()]
+    """Return the values of `keys` of the lines of metrics.jsonl that have them all."""
+    metrics_lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [[line[key] for key in keys] for line in metrics_lines if {*keys} <= line.keys()]
 
 
 def held_out(folder):
-    """(before training, the best) in bits per character"""
+    """Return the bits per character (before training, of the best evaluation)."""
     first, *others = lines(folder, "val_loss", "val_bits_per_char")
     return first[1], min(others)[1]
 
 
 def bits(folder):
-    found = json.loads((folder / "report.json").read_text())["bits_per_char"]
-    return {name: found[name]["value"] for name in ("clone", "other", "base") if name in found}
+    measured = json.loads((folder / "report.json").read_text())["bits_per_char"]
+    return {
+        name: measured[name]["value"] for name in ("clone", "other", "base") if name in measured
+    }
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,7 +102,7 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "default_dtype", lambda device: torch.float32)
         patch.setattr(evaluate, "CHOICES", 3)
-        patch.setattr(evaluate, "LONGEST", 4)
+        patch.setattr(scoring, "LONGEST", 4)
         patch.setattr(cost, "choose_micro_batch", choose_once)
         patch.setattr(metrics, "measure_peak_flops", lambda *_: 1e9)
         patch.setattr(training_run_dir, "plot_losses", lambda folder: None)
@@ -121,6 +123,7 @@ def few(chats, tmp_path_factory):
     for name, count in (("train.jsonl", 24), ("val.jsonl", 6), ("persona.json", 1)):
         lines = (chats / name).read_text().splitlines(keepends=True)
         (folder / name).write_text("".join(lines[:count]))
+    (folder / "facts.md").write_text("lives by the sea\n")
     return folder
 
 
@@ -132,7 +135,7 @@ def ckpt(base, few):
     return out
 
 
-def test_the_measured_base_is_transformers_resized_with_mean_rows(base, ckpt, request):
+def test_evaluated_base_equals_transformers_resized(base, ckpt, request):
     model, base_tokenizer, _ = evaluate.load(base, evaluate.Options(device="cpu"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     rows, (tokens, *_) = theirs.config.vocab_size, KINDS[request.node.callspec.params["base"]]
@@ -147,7 +150,7 @@ def test_the_measured_base_is_transformers_resized_with_mean_rows(base, ckpt, re
         torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_the_report_measures_the_clones_and_their_base_as_training_did(base, ckpt, few, tmp_path):
+def test_report_equals_the_training_metrics(base, ckpt, few, tmp_path):
     whole = tmp_path / "whole"
     run(train, "--model", base, "--data", few, "--out", whole, "--max-steps", 2, *QUICK)
     measured = ("--data", few, "--replies", 12, "--device", "cpu")
@@ -160,15 +163,14 @@ def test_the_report_measures_the_clones_and_their_base_as_training_did(base, ckp
     # the table is of the same moments: text alone there too, not the tokens that end a turn
     table = json.loads((ckpt / "report.json").read_text())["baselines"]
     table = {row["name"]: row["bits_per_char"]["value"] for row in table}
-    names = {"clone": "clone, LoRA", "other": "other, all weights", "base": "base"}
-    table_bits = {key: table[name] for key, name in names.items()}
+    table_bits = {name: table[name] for name in ("clone", "other", "base")}
     assert table_bits == pytest.approx(measured_bits, rel=1e-4)
-    assert {"base + past messages", "base + similar exchanges"} <= {*table}
+    assert {"base + past messages", "clone + similar exchanges", "base + facts"} <= {*table}
     run(evaluate, whole, *measured)
     assert bits(whole) == {"clone": measured_bits["other"], "base": measured_bits["base"]}
 
 
-def test_an_adapter_over_4_bits_is_measured_beside_the_same_base(base, ckpt, few, tmp_path):
+def test_qlora_is_compared_with_the_unquantized_base(base, ckpt, few, tmp_path):
     packed = tmp_path / "packed"
     run(train, "--qlora", "--model", base, "--data", few, "--out", packed, "--max-steps", 1, *QUICK)
     run(evaluate, packed, "--data", few, "--replies", 1, "--device", "cpu")
@@ -176,15 +178,15 @@ def test_an_adapter_over_4_bits_is_measured_beside_the_same_base(base, ckpt, few
     assert bits(packed)["clone"] == pytest.approx(held_out(packed)[1], rel=0.1)
 
 
-def test_a_blind_test_can_be_made(ckpt, few):
+def test_blind_test_is_written(ckpt, few):
     flags = ("--data", few, "--blind-test", "--with", "Bob", "--replies", 4, "--device", "cpu")
     assert "the clone:" in run(evaluate, ckpt, *flags, stdin="y\n" * 4)
     assert '"real"' in (ckpt / "blind-test.html").read_text()
 
 
-def test_merged_it_answers_as_with_its_adapter(base, ckpt, tmp_path):
+def test_merged_clone_answers_like_the_adapter(base, ckpt, tmp_path):
     clone = tmp_path / "clone"
-    run(lora, "merge", ckpt, clone)
+    run(merge, "merge", ckpt, clone)
     flags = ("-p", "shall we meet?", "--seed", 0, "--max-tokens", 24, "--weights", "bf16")
     folders = (ckpt, clone, base)
     answer, merged, other = (run(chat, folder, *flags, "--device", "cpu") for folder in folders)
@@ -193,14 +195,14 @@ def test_merged_it_answers_as_with_its_adapter(base, ckpt, tmp_path):
     assert theirs.config.vocab_size == len(transformers.AutoTokenizer.from_pretrained(clone))
 
 
-def test_init_begins_where_it_ended(ckpt, few, tmp_path):
+def test_init_continues_from_the_adapter(ckpt, few, tmp_path):
     """The base is the one that the adapter names."""
     run(train, "--init", ckpt, "--data", few, "--out", tmp_path / "more", "--max-steps", 1, *QUICK)
     assert held_out(tmp_path / "more")[0] == pytest.approx(held_out(ckpt)[1], rel=1e-5)
 
 
-def test_a_resumed_run_is_the_same(base, ckpt, few, tmp_path, monkeypatch):
-    out, take = tmp_path / "ckpt", train.Trainer.take
+def test_resumed_run_is_bit_equal(base, ckpt, few, tmp_path, monkeypatch):
+    out, take = tmp_path / "ckpt", train.Trainer.step
     flags = ("--lora", "--model", base, "--data", few, "--out", out, "--max-steps", 3, *QUICK)
 
     def stopped(steps, number, rows):
@@ -209,7 +211,7 @@ def test_a_resumed_run_is_the_same(base, ckpt, few, tmp_path, monkeypatch):
         return line
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train.Trainer, "take", stopped)
+        patch.setattr(train.Trainer, "step", stopped)
         run(train, *flags)
     assert len(lines(out, "loss")) == 1
     run(train, *flags, "--resume")

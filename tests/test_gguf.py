@@ -20,22 +20,20 @@ READ = """
 import json, sys
 from llama_cpp import Llama
 path, text, count = sys.argv[1:]
-model, said = Llama(path, n_ctx=256, n_threads=1, verbose=False), []
+model, generated = Llama(path, n_ctx=256, n_threads=1, verbose=False), []
 ids = model.tokenize(text.encode(), add_bos=True, special=True)
 for id in model.generate(ids, temp=0.0, top_k=1):
-    said.append(id)
-    if len(said) == int(count):
+    generated.append(id)
+    if len(generated) == int(count):
         break
-print(json.dumps([ids, said]))
+print(json.dumps([ids, generated]))
 """
 
 
 @pytest.mark.skipif(
     not (PEERS / "done").exists(), reason="llama.cpp is not here: make peers (a quarter of an hour)"
 )
-def test_a_gguf_of_our_folder_has_our_ids_and_goes_on_with_the_same_tokens(
-    base, tokenizer, tmp_path
-):
+def test_llama_cpp_reads_our_folder_with_equal_tokens(base, tokenizer, tmp_path):
     folder = tmp_path / "clone"
     folder.mkdir()
     model = Transformer(hf.with_vocab_size(hf.read_config(base), VOCAB + 2))
@@ -47,7 +45,7 @@ def test_a_gguf_of_our_folder_has_our_ids_and_goes_on_with_the_same_tokens(
 
 
 def assert_llama_cpp_agrees(folder, model, tokenizer, file):
-    """llama.cpp converts `folder` to `file`, gives PROMPT the same ids, and goes on greedily as `model` does."""
+    """llama.cpp converts `folder`, gives PROMPT the same ids and greedily the same tokens."""
     converter, env = (
         PEERS / "vendor" / "llama.cpp",
         {**os.environ, "PYTHONPATH": str(PEERS / "vendor" / "llama.cpp" / "gguf-py")},
@@ -68,9 +66,9 @@ def assert_llama_cpp_agrees(folder, model, tokenizer, file):
         capture_output=True,
         text=True,
     )
-    ids, said = json.loads(done.stdout.splitlines()[-1])
+    ids, generated = json.loads(done.stdout.splitlines()[-1])
     assert ids == tokenizer.encode(PROMPT)[0]
     with torch.no_grad():
-        for expected in said:
+        for expected in generated:
             assert int(model(torch.tensor([ids]))[0, -1].argmax()) == expected
             ids.append(expected)

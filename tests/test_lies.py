@@ -1,4 +1,7 @@
-"""Files that aren't what they seem: refused with their name and the reason, before anything is changed. `make soak` damages 10,000 of them."""
+"""Files that aren't what they seem are refused, with name and reason, before anything changes.
+
+`make soak` damages 10,000 of them.
+"""
 
 import dataclasses
 import itertools
@@ -16,27 +19,26 @@ import torch
 from conftest import ROOT, V1, VOCABULARIES, command, refused
 from safetensors.torch import load_file, save_file
 
-import chat
 import cli
 import lora
 import train
 from cli import UserError
 from inference import generate
 from model import ModelConfig, Transformer
-from training import checkpoint, distributed, optim
+from training import checkpoint, distributed, optim, run
 from weights import hf, shards
 from weights import save as weights_save
 from weights.load import fingerprint, index_tensors, load_model
 from weights.merge import main
 from weights.save import save_model
-from weights.tokenizer import load_tokenizer
+from weights.tokenizer import load_tokenizer, read_names
 
 MUTANTS = int(os.environ.get("MUTANTS", 150))
 ALONE = distributed.Distributed(torch.device("cpu"))
 NORM = "model.layers.1.input_layernorm.weight"
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 DELTA = "base_model.model.lm_head.token_adapter.trainable_tokens_delta"
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12\n"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a2146" * 8 + b"\nsize 12\n"
 PAGE = b"<!DOCTYPE html><html><head><title>404</title></head></html>" * 9
 
 
@@ -50,7 +52,7 @@ def random_model(seed=0):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Folders in which nothing lies: a base, the same in two files, an adapter of it; and another base of the same shape."""
+    """Undamaged folders: a base, the same in two files, its adapter, another base."""
     folder, tokenizer = tmp_path_factory.mktemp("whole"), load_tokenizer(ROOT / "examples" / "base")
     for name, seed, bytes_ in (("base", 0, 1 << 30), ("two", 0, 400_000), ("other", 1, 1 << 30)):
         (folder / name).mkdir()
@@ -59,12 +61,12 @@ def whole(tmp_path_factory):
             save_model(random_model(seed), folder / name, tokenizer)
         tokenizer.save(folder / name)
     model = random_model()
-    found = index_tensors(model, folder / "base")
+    stored = index_tensors(model, folder / "base")
     lora.inject(model, rank=4, rows=[2000, 2001])
     (folder / "ckpt").mkdir()
     lora.save(model, folder / "ckpt", folder / "base")
     tokenizer.save(folder / "ckpt")
-    cli.write_json(folder / "ckpt" / "run.json", {"fingerprint": fingerprint(found)})
+    cli.write_json(folder / "ckpt" / "run.json", {"fingerprint": fingerprint(stored)})
     cli.write_json(folder / "ckpt" / "persona.json", {"me": "Ann", "contacts": []})
     return folder
 
@@ -77,10 +79,10 @@ def folders(whole, tmp_path):
     return copy
 
 
-def load(folder, **ways):
+def load(folder, **options):
     """What chat.py and merge do: tokenizer, then model; and a few tokens through it."""
     tokenizer = load_tokenizer(folder)
-    model = load_model(str(folder), tokenizer=tokenizer, **ways)
+    model = load_model(str(folder), tokenizer=tokenizer, **options)
     model(torch.tensor([tokenizer.encode("<|im_start|>Ann\n>>> hi<|im_end|>")[0]]))
     return model
 
@@ -100,9 +102,9 @@ def edit(name, **values):
     """Change a JSON file's keys; … takes one away."""
 
     def change(folder):
-        said = {**json.loads((folder / name).read_text()), **values}
+        content = {**json.loads((folder / name).read_text()), **values}
         (folder / name).write_text(
-            json.dumps({key: value for key, value in said.items() if value is not ...})
+            json.dumps({key: value for key, value in content.items() if value is not ...})
         )
 
     return change
@@ -112,19 +114,19 @@ def tensors(name, act):
     """Change what a safetensors file holds, by a function of its {name: tensor}."""
 
     def change(folder):
-        held = load_file(folder / name)
-        act(held)
-        save_file(held, folder / name, metadata={"format": "pt"})
+        weights = load_file(folder / name)
+        act(weights)
+        save_file(weights, folder / name, metadata={"format": "pt"})
 
     return change
 
 
 def moved(name, file):
-    """Change where an index says that a tensor lies."""
+    """Change the file in which an index says that a tensor is."""
 
     def change(folder):
-        where = json.loads((folder / "two" / INDEX).read_text())["weight_map"]
-        edit(f"two/{INDEX}", weight_map={**where, name: file})(folder)
+        weight_map = json.loads((folder / "two" / INDEX).read_text())["weight_map"]
+        edit(f"two/{INDEX}", weight_map={**weight_map, name: file})(folder)
 
     return change
 
@@ -146,11 +148,11 @@ def both(*acts):
 
 
 def retyped(name, dtype):
-    return lambda held: held.update({name: held[name].to(dtype)})
+    return lambda weights: weights.update({name: weights[name].to(dtype)})
 
 
 def poisoned(name, value):
-    return lambda held: held[name].view(-1)[5:6].fill_(value)
+    return lambda weights: weights[name].view(-1)[5:6].fill_(value)
 
 
 INDEX = "model.safetensors.index.json"
@@ -169,7 +171,7 @@ LIES = {
     "git-LFS's pointer": ("base", put(MODEL, LFS), r"git-LFS's pointer.*git lfs pull"),
     "GGUF": ("base", put(MODEL, b"GGUF\3" + bytes(99)), "it is a GGUF file"),
     "an empty file": ("base", put(MODEL, b""), "it is empty"),
-    "a file of zeros": ("base", put(MODEL, bytes(9999)), "it holds zeros"),
+    "a file of zeros": ("base", put(MODEL, bytes(9999)), "it holds only zeros"),
     "a folder": ("base", made_a_folder(MODEL), "it is a folder"),
     "cut off": ("base", cut(MODEL, 0.9), "model.safetensors can't be read"),
     "only pytorch_model.bin": ("base", renamed(MODEL, "base/pytorch_model.bin"), r"only pytorch_model.bin.*a pickle"),
@@ -194,7 +196,7 @@ LIES = {
     "an adapter's tensor that is missing": ("ckpt", tensors(ADAPTER, lambda t: t.pop(QUERY)), f"{QUERY} is missing"),
     # the index
     "an index that names a missing file": ("two", lambda f: (f / SECOND).unlink(), "00002.safetensors can't be read: it is missing"),
-    "an index that leaves the folder": ("two", moved(NORM, "../base/model.safetensors"), r"'\.\./base/model.*no safetensors file of this"),
+    "an index that leaves the folder": ("two", moved(NORM, "../base/model.safetensors"), r"'\.\./base/model.*not a safetensors file of this"),
     "an index with an absolute path": ("two", moved(NORM, "/etc/x.safetensors"), "'/etc/x.safetensors'"),
     "an index that names a pickle": ("two", moved(NORM, "pytorch_model.bin"), "pytorch_model.bin"),
     "an index that names no file": ("two", edit(f"two/{INDEX}", weight_map=[1]), "weight_map names"),
@@ -207,8 +209,8 @@ LIES = {
     "no layers": ("base", edit(CONFIG, num_hidden_layers=0), "num_hidden_layers is 0"),
     "a billion layers": ("base", edit(CONFIG, num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
     "negative heads": ("base", edit(CONFIG, num_attention_heads=-4), "num_attention_heads is -4"),
-    "heads that don't divide": ("base", edit(CONFIG, num_key_value_heads=3), "4 heads of 16 numbers over 3"),
-    "an odd head": ("base", edit(CONFIG, head_dim=15), "4 heads of 15"),
+    "heads that don't divide": ("base", edit(CONFIG, num_key_value_heads=3), "4 heads of size 16 with 3"),
+    "an odd head": ("base", edit(CONFIG, head_dim=15), "4 heads of size 15"),
     "a size that is true": ("base", edit(CONFIG, vocab_size=True), "vocab_size is True"),
     "an epsilon that is none": ("base", edit(CONFIG, rms_norm_eps=float("nan")), "rms_norm_eps is nan"),
     "RoPE as a list": ("base", edit(CONFIG, rope_parameters=[1]), "RoPE"),
@@ -241,7 +243,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_lie_is_refused_with_its_name_and_the_reason(lie, folders):
+def test_lie_is_refused_with_file_and_reason(lie, folders):
     which, act, expected = LIES[lie]
     load(folders / which)
     act(folders)
@@ -250,7 +252,7 @@ def test_a_lie_is_refused_with_its_name_and_the_reason(lie, folders):
     assert len(str(caught.value).splitlines()) == 2
 
 
-def test_an_adapter_knows_its_base_wherever_it_lies_and_no_other_of_the_same_shape(folders):
+def test_adapter_loads_over_its_own_base_only(folders):
     with pytest.raises(UserError, match="same shapes, but other weights\n.*--model.*To insist"):
         load(folders / "ckpt", base=str(folders / "other"))
     (folders / "base").rename(folders / "moved")
@@ -269,7 +271,7 @@ def test_an_adapter_knows_its_base_wherever_it_lies_and_no_other_of_the_same_sha
 
 
 @pytest.mark.parametrize(("model", "rows", "fits"), [("v1", 32000, True), ("v1", 32002, True), ("v1", 32064, True), ("v1", 32768, False), ("v3", 32768, True), ("v3", 32000, False)])  # fmt: skip
-def test_a_tokenizer_must_fit_the_model_whose_rows_may_be_padded(model, rows, fits, folders):
+def test_tokenizer_must_fit_the_models_rows(model, rows, fits, folders):
     name = {"v1": V1, "v3": VOCABULARIES / "mistral_instruct_tokenizer_240323.model.v3"}[model]
     edit(CONFIG, vocab_size=rows, eos_token_id=2)(folders)
     for old in ("tokenizer.json", "tokenizer_config.json"):
@@ -302,20 +304,27 @@ def test_tokenizer_files_of_different_bases_are_refused(folders):
             load_tokenizer(folders / "base")
 
 
-def test_a_sentencepiece_model_that_is_no_bpe_is_refused(tmp_path):
+def test_unigram_sentencepiece_model_is_refused(tmp_path):
     text = [
         "The quick brown fox jumps over the lazy dog, don't you know? 12345 >>> yes and no"
     ] * 50
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_prefix=str(tmp_path / "tokenizer"), model_type="unigram", vocab_size=300, hard_vocab_limit=False,
-        byte_fallback=True, normalization_rule_name="identity", minloglevel=2, remove_extra_whitespaces=False,
-    )  # fmt: skip
-    with pytest.raises(UserError, match="is no BPE model"):
+        sentence_iterator=iter(text),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="unigram",
+        vocab_size=300,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        minloglevel=2,
+        remove_extra_whitespaces=False,
+    )
+    with pytest.raises(UserError, match="is not a BPE model"):
         load_tokenizer(tmp_path)
 
 
-def test_a_special_token_without_a_row_is_never_written_and_keeps_nobody_from_talking(folders):
-    """Some bases' tokenizers have a pad token behind the last row."""
+def test_special_token_without_a_row_is_never_generated(folders):
+    """Some bases' tokenizers have a pad token after the last row."""
     engine = load_tokenizer(folders / "base").engine
     engine.add_special_tokens(["<pad>"])
     engine.save(str(folders / "base" / "tokenizer.json"))
@@ -342,18 +351,18 @@ def state_of(folder):
 @pytest.mark.parametrize(
     "lie", ["cut off", "int8 weights", "NaN in weights", "turned ChatML tokens", "code of its own"]
 )
-def test_what_a_program_would_replace_stays_as_it_was(
+def test_refused_program_changes_nothing(
     program, lie, folders, chats, tmp_path, monkeypatch, capsys
 ):
     LIES[lie][1](folders)
     out = shutil.copytree(folders / "other", tmp_path / "out")
-    for more in (
+    for file in (
         "metrics.jsonl",
         "resume/step-00000003/rank-00000.json",
         "adapter_model.safetensors",
     ):
-        (out / more).parent.mkdir(parents=True, exist_ok=True)
-        (out / more).write_text("precious")
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        (out / file).write_text("precious")
     before = state_of(out)
     own = shutil.copytree(chats, tmp_path / "chats")
     arguments = {
@@ -380,7 +389,7 @@ def test_what_a_program_would_replace_stays_as_it_was(
     assert end.value.code == 2 and str(folders) in last[0] and state_of(out) == before
 
 
-def test_the_commands_say_it_in_two_lines(folders, chats, tmp_path):
+def test_commands_refuse_in_two_lines(folders, chats, tmp_path):
     pickled(MODEL)(folders)
     refused(command("chat.py", folders / "ckpt", "-p", "hi", "--device", "cpu"), MODEL, "pickle")
     refused(command("lora.py", "merge", folders / "ckpt", tmp_path / "out"), MODEL, "pickle")
@@ -401,7 +410,7 @@ def test_the_commands_say_it_in_two_lines(folders, chats, tmp_path):
     )
     (folders / "other" / "persona.json").write_text('{"contacts": [1]}')
     with pytest.raises(UserError, match="persona.json holds no names"):
-        chat.who(folders / "other", chat.Options())
+        read_names(folders / "other")
     assert not (tmp_path / "out").exists()
 
 
@@ -442,10 +451,10 @@ def rewritten(name, act):
 
     def change(folder):
         with cli.open_safetensors(folder / name) as file:
-            kept = file.metadata()
-        held = load_file(folder / name)
-        act(held)
-        save_file(held, folder / name, metadata=kept)
+            metadata = file.metadata()
+        weights = load_file(folder / name)
+        act(weights)
+        save_file(weights, folder / name, metadata=metadata)
 
     return change
 
@@ -461,33 +470,33 @@ TENSORS, NOTE, NAME = (
     (cut(TENSORS, 0.5), "rank-00001.safetensors can't be read"),
     (pickled(TENSORS), "it is a pickle"),
     (lambda f: (f / TENSORS).unlink(), "it is missing"),
-    (edit(NOTE, world=...), "damaged, or not of one save"),
-    (cut(NOTE, 0.5), "damaged, or not of one save"),
-    (lambda f: shutil.copyfile(f.parent / "step-00000002" / TENSORS, f / TENSORS), "damaged, or not of one save"),
+    (edit(NOTE, world=...), "damaged, or of two different checkpoints"),
+    (cut(NOTE, 0.5), "damaged, or of two different checkpoints"),
+    (lambda f: shutil.copyfile(f.parent / "step-00000002" / TENSORS, f / TENSORS), "damaged, or of two different checkpoints"),
     (lambda f: [shutil.copyfile(f.parent / "step-00000002" / n, f / n) for n in (TENSORS, NOTE)], "rank 1 at step 2"),
     (lambda f: [shutil.copyfile(f / n.replace("1", "0"), f / n) for n in (TENSORS, NOTE)], "rank 0 at step 3"),
     (rewritten(TENSORS, lambda t: t.pop(NAME)), f"{NAME} is missing"),
     (rewritten(TENSORS, lambda t: t.update({NAME: torch.ones(3)})), r"lora_B is \[3\], rank-00001.json makes it"),
     (rewritten(TENSORS, retyped(NAME, torch.int8)), "lora_B is of I8"),
-    (rewritten(TENSORS, retyped(NAME, torch.float16)), "lora_B is of torch.float16, this run"),
-    (lambda f: [path.unlink() for path in f.glob("*")], "holds nothing"),
+    (rewritten(TENSORS, retyped(NAME, torch.float16)), "lora_B is torch.float16, this run"),
+    (lambda f: [path.unlink() for path in f.glob("*")], "is empty"),
 ], ids=["cut off", "a pickle", "missing", "a key less", "half a note", "another step's tensors", "another step's", "another rank's", "a tensor less", "another shape", "int8", "another dtype", "empty"])  # fmt: skip
-def test_a_save_that_lies_is_refused(act, expected, save):
+def test_damaged_checkpoint_is_refused(act, expected, save):
     checkpoint.restore(*adapted(), save, ALONE)
     act(save)
     with pytest.raises(UserError, match=expected):
         checkpoint.restore(*adapted(), save, ALONE)
 
 
-def test_an_adapters_run_goes_on_over_its_own_base_alone(save):
+def test_adapter_run_resumes_over_its_own_base_only(save):
     options = train.Options(lora=True)
     own = {"data": "rows", "fingerprint": "its own"}
     note = {"step": 3, "updates": 3, "config": dataclasses.asdict(options), **own}
     shutil.rmtree(save)
     checkpoint.CheckpointWriter(save, {}, ALONE, note).join()
-    assert train.validate_metadata(save, options, ALONE, own)["step"] == 3
-    with pytest.raises(UserError, match="holds other weights than when the run"):
-        train.validate_metadata(save, options, ALONE, own | {"fingerprint": "another's"})
+    assert run.validate_metadata(save, options, ALONE, own)["step"] == 3
+    with pytest.raises(UserError, match="has other weights than when the run"):
+        run.validate_metadata(save, options, ALONE, own | {"fingerprint": "another's"})
 
 
 # --- damage at random
@@ -553,7 +562,7 @@ TARGETS = {
 }
 
 
-def test_whatever_is_damaged_is_refused_or_loads(folders):
+def test_damaged_files_are_refused_or_load(folders):
     targets, loaded = [(which, name) for which, names in TARGETS.items() for name in names], 0
     content = {target: (folders / Path(*target)).read_bytes() for target in targets}
     for number in range(MUTANTS):

@@ -1,4 +1,4 @@
-"""NF4 beside bitsandbytes' own: the same codes for the same weight, and no worse a weight out of them."""
+"""NF4 against bitsandbytes: the same codes for the same weight, and no larger an error."""
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -52,13 +52,13 @@ def error(weight, approximation):
 # --- the bytes
 
 
-def test_the_points_are_those_of_bitsandbytes():
+def test_nf4_points_equal_bitsandbytes():
     assert torch.equal(POINTS, bnb.get_4bit_type("nf4", device="cpu"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["normal", "uniform", "heavy tails", "subnormal", "zeros"])
-def test_codes_are_those_of_bitsandbytes_byte_for_byte(kind, dtype):
+def test_nf4_codes_equal_bitsandbytes(kind, dtype):
     weight = drawn(kind).to(dtype)
     codes, _, _ = quantize.quantize(weight)
     assert torch.equal(codes, theirs(weight)[0])
@@ -66,7 +66,7 @@ def test_codes_are_those_of_bitsandbytes_byte_for_byte(kind, dtype):
 
 
 @pytest.mark.parametrize("absmax", [1.0, 0.25, 3.0, 0.017])
-def test_a_weight_on_a_midpoint_or_beside_it_falls_as_in_bitsandbytes(absmax):
+def test_midpoints_round_as_in_bitsandbytes(absmax):
     middle = (POINTS[1:] + POINTS[:-1]) / 2
     above, below = middle.nextafter(torch.tensor(2.0)), middle.nextafter(torch.tensor(-2.0))
     row = torch.cat([torch.ones(1), middle, above, below, POINTS, torch.zeros(2)])
@@ -74,13 +74,13 @@ def test_a_weight_on_a_midpoint_or_beside_it_falls_as_in_bitsandbytes(absmax):
     assert torch.equal(quantize.quantize(weight)[0], theirs(weight)[0])
 
 
-def test_the_first_of_two_weights_is_in_the_high_nibble():
+def test_first_weight_is_in_the_high_nibble():
     weight = torch.zeros(1, 64)
     weight[0, :4] = torch.tensor([1.0, -1.0, 0.0, 0.72])
     assert quantize.quantize(weight)[0][0, :3].tolist() == [0xF0, 0x7E, 0x77]
 
 
-def test_rows_quantised_apart_give_the_same_bytes(monkeypatch):
+def test_rows_quantized_apart_give_the_same_bytes(monkeypatch):
     weight = drawn("zeros").bfloat16()
     whole = quantize.quantize(weight)
     shards = [
@@ -88,13 +88,15 @@ def test_rows_quantised_apart_give_the_same_bytes(monkeypatch):
     ]
     assert all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, zip(*shards)))
     monkeypatch.setattr(
-        quantize, "in_pieces", lambda *tensors, width: zip(*(tensor.split(7) for tensor in tensors))
+        quantize,
+        "row_chunks",
+        lambda *tensors, width: zip(*(tensor.split(7) for tensor in tensors)),
     )
     assert all(torch.equal(a, b) for a, b in zip(whole, quantize.quantize(weight)))
     assert torch.equal(quantize.dequantize(*whole, torch.float32), as_written(*whole))
 
 
-def test_a_weight_that_lies_across_memory_gives_the_same_bytes():
+def test_transposed_weight_gives_the_same_bytes():
     weight = drawn("normal", 128, 128)
     assert all(
         torch.equal(a, b)
@@ -102,14 +104,14 @@ def test_a_weight_that_lies_across_memory_gives_the_same_bytes():
     )
 
 
-def test_every_stored_tensor_has_a_row_for_each_row_and_is_no_float():
+def test_stored_tensors_are_integers_with_one_row_per_row():
     codes, scales, ranges = quantize.quantize(drawn("normal", 96, 1024))
     assert (codes.shape, codes.dtype) == ((96, 512), torch.uint8)
     assert (scales.shape, scales.dtype) == ((96, 16), torch.uint8)
     assert (ranges.shape, ranges.dtype) == ((96, 2), torch.int32)
 
 
-def test_a_width_that_64_does_not_divide_is_refused():
+def test_width_not_divisible_by_64_is_refused():
     with pytest.raises(ValueError, match="96"):
         quantize.quantize(torch.zeros(4, 96))
 
@@ -117,13 +119,13 @@ def test_a_width_that_64_does_not_divide_is_refused():
 # --- what comes back
 
 
-def test_the_error_is_no_larger_than_bitsandbytes():
+def test_error_is_at_most_bitsandbytes():
     weight = drawn("normal", 512, 1024)
     ours = quantize.dequantize(*quantize.quantize(weight), torch.float32)
     assert 0 < error(weight, ours) <= error(weight, theirs(weight, double=True)[1])
 
 
-def test_each_absmax_is_kept_to_half_a_step():
+def test_absmax_is_kept_to_half_a_step():
     weight = drawn("heavy tails")
     _, scales, ranges = quantize.quantize(weight)
     exact = weight.unflatten(1, (-1, 64)).abs().amax(-1)
@@ -133,7 +135,7 @@ def test_each_absmax_is_kept_to_half_a_step():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [64, 1024])
-def test_the_weight_is_the_float32_product_rounded_once(width, dtype):
+def test_dequantized_weight_is_rounded_once(width, dtype):
     stored = quantize.quantize(drawn("normal", width=width))
     weight = quantize.dequantize(*stored, dtype)
     assert weight.dtype == dtype
@@ -148,7 +150,7 @@ def test_zeros_stay_zeros():
     assert (back[3] == 0).all() and (back[:, 128:896] == 0).all() and (back[5:7, :64] == 0).all()
 
 
-def test_an_empty_shard_stays_empty():
+def test_empty_shard_stays_empty():
     stored = quantize.quantize(torch.empty(0, 128))
     assert [tuple(t.shape) for t in stored] == [(0, 64), (0, 2), (0, 2)]
     assert quantize.dequantize(*stored, torch.bfloat16).shape == (0, 128)
@@ -171,7 +173,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_fake_tensors_pass_and_no_float32_copy_of_the_whole_is_made(device):
+def test_fake_tensors_pass_without_a_float32_copy(device):
     with FakeTensorMode(), Largest() as largest:
         stored = quantize.quantize(torch.empty(14336, 4096, dtype=torch.bfloat16, device=device))
         weight = quantize.dequantize(*stored, torch.bfloat16)
@@ -183,7 +185,7 @@ def test_fake_tensors_pass_and_no_float32_copy_of_the_whole_is_made(device):
     assert largest.bytes <= 14336 * 4096 * 4 / 8
 
 
-def test_a_compiler_can_trace_it_whole():
+def test_dequantize_compiles_to_a_full_graph():
     stored = quantize.quantize(drawn("normal"))
     traced = torch.compile(quantize.dequantize, backend="aot_eager", fullgraph=True)
     assert torch.equal(
@@ -195,7 +197,7 @@ def test_a_compiler_can_trace_it_whole():
     not torch.cuda.is_available(), reason="compares a GPU's bytes with the CPU's: no GPU here"
 )
 @pytest.mark.parametrize("kind", ["normal", "heavy tails", "zeros"])
-def test_a_gpu_makes_the_same_bytes(kind):
+def test_gpu_bytes_equal_cpu_bytes(kind):
     weight = drawn(kind)
     here, there = quantize.quantize(weight), quantize.quantize(weight.cuda())
     assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there))

@@ -1,7 +1,8 @@
-"""Which device to compute on, in which dtype, and how much memory it has free."""
+"""Which device to compute on, in which dtype, and how much memory is free."""
 
 import ctypes
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -9,72 +10,77 @@ import torch
 
 from cli import UserError
 
-# --- devices
-
-
-def pick_device(name=None):
-    """`name`, else cuda, then mps, then cpu. UserError for an NVIDIA card that this torch can't use: never silently the CPU."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if name not in (None, "cuda", "mps", "cpu"):
-        raise UserError(
-            f"--device {name} is not known",
-            "It is cuda, mps or cpu; choose one of several GPUs with CUDA_VISIBLE_DEVICES.",
-        )
-    if torch.cuda.is_available() and name in (None, "cuda"):
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"There are {torch.cuda.device_count()} GPUs for more processes",
-                "Start one a GPU: torchrun --nproc_per_node.",
-            )
-        return torch.device("cuda", local)
-    if name == "cpu" or name == "mps" and torch.backends.mps.is_available():
-        return torch.device(name)
-    driver = Path("/proc/driver/nvidia/version")
-    if driver.exists():
-        version = next(
-            (w for w in driver.read_text(encoding="utf-8").split() if w[0].isdigit() and "." in w),
-            "unknown",
-        )
-        if torch.version.cuda is None:
-            raise UserError(
-                f"This machine has an NVIDIA card (driver {version}), but this torch ({torch.__version__}) is built for the CPU.",
-                "Install torch with CUDA (pytorch.org, 'Get started'), or say --device cpu.",
-            )
-        raise UserError(
-            f"The NVIDIA driver {version} is too old for this torch ({torch.__version__}, CUDA {torch.version.cuda}).",
-            "Update the driver, or install a torch built for an older CUDA (pytorch.org), or say --device cpu.",
-        )
-    if name:
-        raise UserError(
-            f"--device {name}: there is no such device here, or this torch ({torch.__version__}) can't use it",
-            "Leave it out.",
-        )
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def default_dtype(device):
-    """bf16, except on CPUs without instructions for it: there its matmul takes seven times as long as float32's."""
-    if device.type != "cpu":
-        return torch.bfloat16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
 GIB = 1 << 30
 
 
-def free_memory():
-    """Bytes of memory that this machine can give now."""
+def pick_device(name: str | None = None) -> torch.device:
+    """Return device `name`, else cuda, then mps, then cpu.
+
+    UserError for an NVIDIA card that this torch can't use: never silently the CPU.
+    """
+    if name not in (None, "cuda", "mps", "cpu"):
+        raise UserError(
+            f"--device {name} is not supported",
+            "Take cuda, mps or cpu; choose one of several GPUs with CUDA_VISIBLE_DEVICES.",
+        )
+    if torch.cuda.is_available() and name in (None, "cuda"):
+        local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= count:
+            raise UserError(
+                f"There are more processes than GPUs ({count})",
+                f"Start one per GPU: torchrun --nproc_per_node {count}",
+            )
+        return torch.device("cuda", local_rank)
+    has_mps = torch.backends.mps.is_available()
+    if name == "cpu" or name == "mps" and has_mps:
+        return torch.device(name)
+    driver = Path("/proc/driver/nvidia/version")
+    if driver.exists():
+        raise unusable_cuda(driver.read_text(encoding="utf-8"))
+    if name:
+        raise UserError(
+            f"--device {name}: there is no such device here, "
+            f"or this torch ({torch.__version__}) can't use it",
+            "Leave it out.",
+        )
+    return torch.device("mps" if has_mps else "cpu")
+
+
+def unusable_cuda(driver: str) -> UserError:
+    """Say why torch can't use the NVIDIA card whose driver describes itself so."""
+    found = re.search(r"\s(\d[^\s]*\.\S*)", driver)
+    version = found[1] if found else "unknown"
+    if torch.version.cuda is None:
+        return UserError(
+            f"This machine has an NVIDIA card (driver {version}), "
+            f"but this torch ({torch.__version__}) is built for the CPU.",
+            "Install torch with CUDA (pytorch.org, 'Get started'), or pass --device cpu.",
+        )
+    return UserError(
+        f"The NVIDIA driver {version} is too old for this torch "
+        f"({torch.__version__}, CUDA {torch.version.cuda}).",
+        "Update the driver, or install a torch built for an older CUDA (pytorch.org), "
+        "or pass --device cpu.",
+    )
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Return bf16, except on CPUs without instructions for it: there it is 7 times slower."""
+    if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        return torch.float32
+    return torch.bfloat16
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that this machine can still give."""
     if sys.platform == "win32":
-        status = (ctypes.c_uint64 * 8)(
-            64
-        )  # a MEMORYSTATUSEX: its size in bytes, then the memory in all and what is free of it
+        # a MEMORYSTATUSEX: its own size in bytes, then all memory and what is free of it
+        status = (ctypes.c_uint64 * 8)(64)
         ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
         return status[2]
-    try:
-        lines = dict(
-            line.split(":")
-            for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        )
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        available = re.search(r"MemAvailable: *(\d+)", meminfo.read_text(encoding="utf-8"))
+        if available:
+            return int(available[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

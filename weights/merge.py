@@ -1,8 +1,9 @@
-"""`python lora.py merge ckpt/ clone/`: fold an adapter into its base, and write a folder that any tool reads."""
+"""`python lora.py merge ckpt/ clone/`: merge an adapter into a model folder that any tool reads."""
 
 import dataclasses
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import cli
 import lora
 from cli import UserError, flag
+from model import Transformer
 from weights import hf
 from weights.load import load_model
 from weights.save import save_model
@@ -23,44 +25,10 @@ from weights.tokenizer import (
     unknown_name_warning,
 )
 
-MAX_LOGIT_CHANGE = (
-    0.05  # of the logits' deviation: what a merge may add, whose every weight is rounded
-)
-
-
-@torch.no_grad()
-def merge_and_check(model, ids):
-    """`merge`; UserError unless the logits after `ids` stay the adapter's, but for the rounding of the merged weights."""
-    model.dtype, dtype = torch.float32, model.dtype
-    before = model(torch.tensor([ids]))
-    gap = float((lora.merge(model)(torch.tensor([ids])) - before).std() / before.std())
-    model.dtype = dtype
-    if not gap < MAX_LOGIT_CHANGE:
-        raise UserError(
-            f"merged, the model answers otherwise than with its adapter: logits differ by {gap:.1%} (rounding makes up to {MAX_LOGIT_CHANGE:.0%})",
-            "Nothing was written. Use the adapter folder as it is, and report this.",
-        )
-    return model
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Merge an adapter into its base: a folder that any tool reads.  python lora.py merge ckpt/ clone/"""
-
-    ckpt: str = flag(
-        "", "an adapter folder (train.py --lora)", positional=True, group="what to merge"
-    )
-    model: str = flag("", "the base, when it lies elsewhere than the adapter says")
-
-    out: str = flag("", "the folder to write", positional=True, group="what to write")
-    weights: str = flag(
-        "bf16", "precision, all but bf16 for chat.py alone", choices=("bf16", "int8", "int4")
-    )
-    as_: str | None = flag(None, "an Ollama Modelfile too, for a talk with this person")
-    overwrite: bool = flag(False, "replace what OUT holds")
-
-
-# Ollama's recipe for a merged folder; >>> comes before what is said, by whom Ollama calls user and assistant
+COMPANION_FILES = ("persona.json", "facts.md", "run.json", "metrics.jsonl")
+# of the logits' standard deviation: how far rounding the merged weights may move them
+MAX_LOGIT_CHANGE = 0.05
+# Ollama's recipe for a merged folder. Ollama calls the two people user and assistant
 MODELFILE = """# ollama create clone -f Modelfile
 FROM .
 TEMPLATE \"""{{ range .Messages }}<|im_start|>
@@ -74,43 +42,87 @@ PARAMETER top_p 0.95
 """
 
 
-def modelfile(me, you):
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Merge an adapter into a folder that any tool reads.  python lora.py merge ckpt/ clone/"""
+
+    ckpt: str = flag(
+        "", "an adapter folder (train.py --lora)", positional=True, group="what to merge"
+    )
+    model: str = flag("", "the base, if it is not where the adapter says")
+
+    out: str = flag("", "the folder to write", positional=True, group="what to write")
+    weights: str = flag(
+        "bf16", "weight format; only chat.py reads int8, int4", choices=("bf16", "int8", "int4")
+    )
+    as_: str | None = flag(None, "also write an Ollama Modelfile, to chat as this person")
+    overwrite: bool = flag(False, "replace what OUT holds")
+
+
+@torch.no_grad()
+def merge_and_check(model: Transformer, ids: list[int]) -> Transformer:
+    """Merge the adapter. UserError if the logits for `ids` change more than rounding explains."""
+    dtype, model.dtype = model.dtype, torch.float32
+    before = model(torch.tensor([ids]))
+    after = lora.merge(model)(torch.tensor([ids]))
+    model.dtype = dtype
+    change = float((after - before).std() / before.std())
+    if not change < MAX_LOGIT_CHANGE:
+        raise UserError(
+            f"merging changes the logits by {change:.1%} "
+            f"(rounding explains up to {MAX_LOGIT_CHANGE:.0%})",
+            "Nothing was written. Use the adapter folder as it is, and report this.",
+        )
+    return model
+
+
+def modelfile(me: str, you: str) -> str:
     names = {"<YOU>": you, "<ME>": me}
-    return re.sub(
-        "<YOU>|<ME>",
-        lambda found: f"{{{{ {json.dumps(names[found[0]], ensure_ascii=False)} }}}}",
-        MODELFILE,
-    )
+
+    def literal(match: re.Match) -> str:
+        return f"{{{{ {json.dumps(names[match[0]], ensure_ascii=False)} }}}}"
+
+    return re.sub("<YOU>|<ME>", literal, MODELFILE)
 
 
-def main():
-    if sys.argv[1:2] not in (["merge"], ["--help"], ["-h"]):
-        raise UserError("lora.py knows one verb: merge", "python lora.py merge ckpt/ clone/")
-    options = cli.parse(
-        Options, sys.argv[2:] if sys.argv[1] == "merge" else sys.argv[1:], prog="lora.py merge"
-    )
-    if options.weights == "bf16" and not (Path(options.ckpt) / "adapter_config.json").exists():
+def main() -> None:
+    verb, *argv = sys.argv[1:] or [""]
+    if verb in ("--help", "-h"):
+        argv = [verb]
+    elif verb != "merge":
+        raise UserError("lora.py has one command: merge", "python lora.py merge ckpt/ clone/")
+    options = cli.parse(Options, argv, prog="lora.py merge")
+    if options.weights == "bf16" and not hf.is_adapter(options.ckpt):
         raise UserError(
             f"{options.ckpt} holds no adapter (adapter_config.json)",
             "Give the folder that train.py --lora wrote.",
         )
     cli.check_output_dir(options.out, options.overwrite)
-    base = lora.read_adapter_config(options.ckpt)[1] if hf.is_adapter(options.ckpt) else None
+    base = hf.adapter_base(options.ckpt) if hf.is_adapter(options.ckpt) else None
     cli.refuse_overlap(options.out, options.ckpt, options.model or base)
     tokenizer = load_tokenizer(options.ckpt)
     me, _ = read_names(options.ckpt)
-    if stranger := unknown_name_warning(options.ckpt, options.as_):
-        print(stranger, file=sys.stderr)
-    given = {"base": options.model or None, "words": tokenizer}
+    if warning := unknown_name_warning(options.ckpt, options.as_):
+        print(warning, file=sys.stderr)
     if options.weights == "bf16":
-        probe = tokenizer.encode(f"{IM_START}{me}\n>>> {PROBE_TEXT}{IM_END}")[0]
-        model = merge_and_check(load_model(options.ckpt, **given), probe)
+        model = load_model(options.ckpt, base=options.model, tokenizer=tokenizer)
+        probe, _ = tokenizer.encode(f"{IM_START}{me}\n>>> {PROBE_TEXT}{IM_END}")
+        merge_and_check(model, probe)
     else:
-        model = load_model(options.ckpt, torch.bfloat16, weights=options.weights, **given)
+        model = load_model(
+            options.ckpt,
+            torch.bfloat16,
+            base=options.model,
+            tokenizer=tokenizer,
+            weights=options.weights,
+        )
+    # everything was checked: from here on OUT changes
     out = cli.make_private_dir(options.out)
     hf.clear_output(out)
     save_model(model, out, tokenizer)
-    hf.copy_companions(options.ckpt, out)
+    for name in COMPANION_FILES:
+        if (source := Path(options.ckpt) / name).is_file():
+            shutil.copyfile(source, out / name)
     tokenizer.save(out)
     if options.as_:
         cli.write_text(out / "Modelfile", modelfile(me, options.as_))

@@ -20,13 +20,15 @@ class Options:
     keep: tuple[str, ...] = flag((), "keep it")
     mode: str = flag("a", "which", choices=("a", "b"))
     prompt: str | None = flag(None, "text", short="-p")
+    batch: int = flag(8, "rows", alias="--rows")
 
 
-def test_a_dataclass_is_the_command_line(capsys):
+def test_dataclass_is_parsed_from_flags(capsys):
     assert cli.parse(Options, ["x"]) == Options("x")
     assert cli.parse(
         Options, ["x", "--fast", "--rate", "1e-3", "--keep", "a", "--keep", "b", "-p", "hi"]
     ) == Options("x", True, 1e-3, ("a", "b"), "a", "hi")
+    assert cli.parse(Options, ["x", "--rows", "3"]).batch == 3  # the old name
     for wrong in (["x", "--mode", "c"], [], ["x", "--rate", "much"]):
         with pytest.raises(UserError, match="--help"):
             cli.parse(Options, wrong)
@@ -35,7 +37,7 @@ def test_a_dataclass_is_the_command_line(capsys):
     assert "how much, in %" in capsys.readouterr().out
 
 
-def test_what_a_person_can_mend_ends_with_code_2_and_two_lines(capsys):
+def test_user_error_exits_with_code_2_and_two_lines(capsys):
     def main():
         raise UserError("--x is wrong", "Say --y.")
 
@@ -44,7 +46,7 @@ def test_what_a_person_can_mend_ends_with_code_2_and_two_lines(capsys):
     assert ended.value.code == 2 and capsys.readouterr().err == "--x is wrong\nSay --y.\n"
 
 
-def test_a_folder_with_something_in_it_is_kept(tmp_path):
+def test_output_dir_that_is_not_empty_is_refused(tmp_path):
     assert cli.make_private_dir(tmp_path / "new" / "one").stat().st_mode & 0o777 == 0o700
     cli.check_output_dir(tmp_path / "new" / "one", False)
     (tmp_path / "file").write_text("")
@@ -55,7 +57,7 @@ def test_a_folder_with_something_in_it_is_kept(tmp_path):
     cli.check_output_dir(tmp_path, False, ["file", "new"])
 
 
-def test_metrics_are_read_up_to_half_a_line(tmp_path):
+def test_read_metrics_stops_at_a_broken_line(tmp_path):
     assert cli.read_metrics(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
     assert cli.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
@@ -71,11 +73,11 @@ class Grouped:
     file: str = flag("", "the file", positional=True, group="what is read")
     rows: int = flag(0, "rows")
     minutes: float = flag(10.0, "minutes from save to save", group="the run")
-    way: str = flag("a", "which", choices=("a", "b"), shown="a, as ever")
+    mode: str = flag("a", "which", choices=("a", "b"), shown="a, as ever")
     quiet: bool = flag(False, "say nothing")
 
 
-def test_flags_stand_under_the_group_last_named_with_choices_and_defaults(capsys):
+def test_help_shows_groups_choices_and_defaults(capsys):
     with pytest.raises(SystemExit):
         cli.parse(Grouped, ["--help"], prog="grouped.py")
     assert (
@@ -92,14 +94,14 @@ what is read:
 
 the run:
   --minutes X  minutes from save to save (default: 10)
-  --way TEXT   which: a, b (default: a, as ever)
+  --mode TEXT  which: a, b (default: a, as ever)
   --quiet      say nothing
 """
     )
 
 
 @pytest.mark.parametrize("columns", ["50", "200"])
-def test_help_is_as_wide_as_the_terminal_and_at_most_100(columns, capsys, monkeypatch):
+def test_help_width_is_the_terminals_up_to_100(columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", columns)
     long = dataclasses.make_dataclass("Long", [("rows", int, flag(1, "some words " * 20))])
     with pytest.raises(SystemExit):
@@ -119,22 +121,22 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize(
-    "words", [*([program] for program in PROGRAMS), ["lora.py", "merge"]], ids=" ".join
+    "arguments", [*([program] for program in PROGRAMS), ["lora.py", "merge"]], ids=" ".join
 )
-def test_help_warns_of_nothing_and_is_grouped_in_short_entries(words):
-    done = command(*words, "--help", env={"COLUMNS": "100"})
+def test_help_of_each_program_is_grouped_and_short(arguments):
+    done = command(*arguments, "--help", env={"COLUMNS": "100"})
     assert (done.returncode, done.stderr) == (0, "")
     assert re.match(r"usage: [a-z.]+( merge)? \[flags\][A-Z .[\]]*\n\n", done.stdout)
     assert not re.search("^(options|positional arguments):", done.stdout, re.M)
     assert max(map(len, done.stdout.splitlines())) <= 100
     entries = re.split(r"\n(?=  \S)", done.stdout)[1:]
-    assert [
-        entry for entry in entries if "\n   " in entry and "--gpu " not in entry
-    ] == []  # one line each, but for the cards' names
+    # One line each, but for the names of the GPUs and the longest flag.
+    longer = ("  --gpu ", "  --activation-checkpointing ")
+    assert [e for e in entries if "\n   " in e and not e.startswith(longer)] == []
 
 
 @pytest.mark.parametrize("module", PROGRAMS.values())
-def test_a_default_that_is_shown_can_be_typed(module, capsys):
+def test_shown_default_can_be_passed(module, capsys):
     options = importlib.import_module(module).Options
     needed = [field.name for field in dataclasses.fields(options) if field.metadata["positional"]]
     with pytest.raises(SystemExit):
@@ -147,18 +149,18 @@ def test_a_default_that_is_shown_can_be_typed(module, capsys):
         )
     )
     for field in dataclasses.fields(options):
-        given = "--" + field.name.rstrip("_").replace("_", "-")
+        spelling = "--" + field.name.rstrip("_").replace("_", "-")
         if (
             field.default not in (None, "", ())
             and not isinstance(field.default, bool)
-            and given != "--lora-targets"
+            and spelling != "--lora-targets"
         ):
-            assert cli.parse(options, [*needed, given, shown[given]]) == cli.parse(
+            assert cli.parse(options, [*needed, spelling, shown[spelling]]) == cli.parse(
                 options, needed
-            ), given
+            ), spelling
 
 
-def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     cli.write_json(tmp_path / "run.json", {"steps": 1})
 
     def half(path, text, **_):
@@ -171,33 +173,31 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path, monkeypatch):
     assert cli.read_json(tmp_path / "run.json") == {"steps": 1}
 
 
-def test_a_full_disk_is_said_with_the_file_that_found_no_room_and_leaves_nothing_half_written(
-    tmp_path, capsys
-):
+def test_enospc_names_file_and_leaves_no_partial_write(tmp_path, capsys):
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
     cli.write_json(tmp_path / "run.json", {"steps": 1})
     (tmp_path / "run.json.new").symlink_to("/dev/full")
     with pytest.raises(SystemExit) as end:
         cli.run(lambda: cli.write_json(tmp_path / "run.json", {"steps": 2}))
-    heard = capsys.readouterr().err.splitlines()
+    errors = capsys.readouterr().err.splitlines()
     assert (
         end.value.code == 2
-        and heard[0] == f"{tmp_path / 'run.json'} can't be written: the disk is full"
-        and "Make room" in heard[1]
+        and errors[0] == f"{tmp_path / 'run.json'} can't be written: the disk is full"
+        and "Make room" in errors[1]
     )
     assert cli.read_json(tmp_path / "run.json") == {"steps": 1} and [*tmp_path.iterdir()] == [
         tmp_path / "run.json"
     ]
 
 
-def test_lora_has_one_verb():
+def test_lora_command_is_merge():
     refused(command("lora.py"), "merge")
     refused(command("lora.py", "split", "--help"), "merge")
 
 
-def test_one_of_a_kind_is_said_in_the_singular():
-    for what, one in {
+def test_counted_makes_a_singular_of_one():
+    for noun, singular in {
         "rows": "row",
         "sessions in which I say nothing": "session in which I say nothing",
         "private channels (--include takes it)": "private channel (--include takes it)",
@@ -208,7 +208,7 @@ def test_one_of_a_kind_is_said_in_the_singular():
         "<address>": "<address>",
     }.items():
         assert (
-            cli.counted(1, what) == f"1 {one}"
-            and cli.counted(1000, what) == f"1,000 {what}"
-            and cli.counted(0, what) == f"0 {what}"
+            cli.counted(1, noun) == f"1 {singular}"
+            and cli.counted(1000, noun) == f"1,000 {noun}"
+            and cli.counted(0, noun) == f"0 {noun}"
         )

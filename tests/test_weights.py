@@ -13,12 +13,13 @@ import torch
 from conftest import ROOT, VOCAB, command, refused, save_mistral
 from safetensors.torch import load_file, save_file
 
+import cli
 from cli import UserError
 from model import Transformer
 from weights import devices, hf
 from weights import load as weights_load
 from weights import save as weights_save
-from weights.load import load_model, load_weights
+from weights.load import load_for_chat, load_model, load_weights
 from weights.save import save_model
 
 
@@ -43,13 +44,24 @@ NORM = "model.layers.1.input_layernorm.weight"
     (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(3)}), "layers.2.mlp.up_proj.weight belongs to no part"),
     (lambda t: t.update({"lm_head.weight": torch.ones(VOCAB + 5, 64)}), rf"lm_head.weight is \[{VOCAB + 5}, 64\]"),
 ], ids=["missing", "wrong shape", "unknown", "larger vocabulary"])  # fmt: skip
-def test_a_folder_with_a_wrong_tensor_is_refused_by_name(broken, edit, expected):
+def test_wrong_tensor_is_named(broken, edit, expected):
     change(broken, edit)
     with pytest.raises(UserError, match=expected):
         load_model(str(broken))
 
 
-def test_files_that_cannot_be_read_are_named(broken):
+def test_chat_reads_config_and_index_once(base, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights_save, "MAX_FILE_BYTES", 300_000)
+    save_model(load_model(str(base)), tmp_path, tokenizer)
+    read, read_json = [], cli.read_json
+    monkeypatch.setattr(
+        cli, "read_json", lambda path, *rest: read.append(path.name) or read_json(path, *rest)
+    )
+    load_for_chat(str(tmp_path), None, 512, torch.device("cpu"), tokenizer, "bf16")
+    assert sorted(read) == ["config.json", "model.safetensors.index.json"]
+
+
+def test_unreadable_file_is_named(broken):
     whole = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="model.safetensors can't be read"):
@@ -62,28 +74,28 @@ def test_files_that_cannot_be_read_are_named(broken):
 @pytest.mark.parametrize(("key", "value", "expected"), [
     ("model_type", "gpt2", "gpt2"),
     ("rope_parameters", {"rope_type": "longrope", "rope_theta": 1e4}, "longrope"),
-    ("quantization_config", {"bits": 4}, "quantised"),
+    ("quantization_config", {"bits": 4}, "quantized"),
 ])  # fmt: skip
-def test_models_that_we_do_not_compute_are_refused(broken, key, value, expected):
-    said = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps(said | {key: value}))
+def test_unsupported_models_are_refused(broken, key, value, expected):
+    raw_config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(raw_config | {key: value}))
     with pytest.raises(UserError, match=expected):
         hf.read_config(broken)
 
 
-def test_old_and_new_spellings_of_rope_are_read(tmp_path):
+def test_old_and_new_rope_keys_are_read(tmp_path):
     for name, spelling in {
         "old": {"rope_theta": 5e5, "rope_parameters": None},
         "new": {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
     }.items():
         folder = save_mistral(tmp_path / name)
-        said = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(said | spelling))
+        raw_config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(raw_config | spelling))
         assert hf.read_config(folder).rope_theta == 5e5
 
 
-def held():
-    """Bytes of memory in use that are a file's pages."""
+def mapped_bytes():
+    """Return the bytes of memory in use that are pages of files."""
     return next(
         int(line.split()[1]) * 1024
         for line in open("/proc/self/status")
@@ -92,26 +104,24 @@ def held():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
-@pytest.mark.parametrize("where", [0, -1])
-def test_weights_are_looked_at_to_the_last_and_come_into_memory_when_they_are_used(
-    tmp_path, where, monkeypatch
-):
+@pytest.mark.parametrize("position", [0, -1])
+def test_weights_are_mapped_and_all_checked_for_nan(tmp_path, position, monkeypatch):
     monkeypatch.setattr(weights_load, "SCAN_BYTES", 1 << 20)
     folder = save_mistral(tmp_path, intermediate_size=1 << 16)
-    before = held()
+    before = mapped_bytes()
     model = load_model(str(folder))
-    looked = held() - before
+    after_load = mapped_bytes() - before
     up = model.model.layers[1].mlp.up_proj.weight
-    assert up.shape == (1 << 16, 64) and looked < up.nbytes
+    assert up.shape == (1 << 16, 64) and after_load < up.nbytes
     assert (
         float(sum(layer.mlp.up_proj.weight.sum() for layer in model.model.layers)) != 0
-        and held() - before - looked > up.nbytes
+        and mapped_bytes() - before - after_load > up.nbytes
     )
     change(
         folder,
         lambda t: (
             t["model.layers.1.mlp.up_proj.weight"]
-            .view(-1)[where : where + 1 or None]
+            .view(-1)[position : position + 1 or None]
             .fill_(torch.inf)
         ),
     )
@@ -119,9 +129,9 @@ def test_weights_are_looked_at_to_the_last_and_come_into_memory_when_they_are_us
         load_model(str(folder))
 
 
-def test_new_rows_are_the_mean_of_the_old_and_the_size_is_not_padded(base):
-    shape = hf.with_vocab_size(hf.read_config(base), VOCAB + 2)
-    model = Transformer(shape)
+def test_new_rows_are_the_mean_of_the_old(base):
+    config = hf.with_vocab_size(hf.read_config(base), VOCAB + 2)
+    model = Transformer(config)
     load_weights(model, base)
     old = load_file(base / "model.safetensors")["lm_head.weight"]
     assert model.lm_head.weight.shape == (VOCAB + 2, 64) and torch.equal(
@@ -130,7 +140,7 @@ def test_new_rows_are_the_mean_of_the_old_and_the_size_is_not_padded(base):
     torch.testing.assert_close(model.lm_head.weight[VOCAB + 1], old.mean(0))
 
 
-def test_a_saved_model_is_split_and_indexed(base, tmp_path, tokenizer, monkeypatch):
+def test_save_model_splits_files_and_writes_an_index(base, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(weights_save, "MAX_FILE_BYTES", 300_000)
     model = load_model(str(base))
     save_model(model, tmp_path, tokenizer, torch.float32)
@@ -146,32 +156,30 @@ def test_a_saved_model_is_split_and_indexed(base, tmp_path, tokenizer, monkeypat
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
 
 
-def unless_spent(left, act, *given, **named):
-    """`act`, or a kill when nothing is left of an iterator."""
+def unless_spent(left, act, *args, **kwargs):
+    """Call `act`, or raise KeyboardInterrupt when the iterator is used up."""
     if next(left, None) is None:
         raise KeyboardInterrupt
-    return act(*given, **named)
+    return act(*args, **kwargs)
 
 
-def test_a_model_in_several_files_is_replaced_whole_or_not_at_all(
-    base, tmp_path, tokenizer, monkeypatch
-):
-    """Every renaming and writing on the way is where a kill may come; what loads is the old model, or from the index on the new one."""
+def test_killed_save_leaves_a_whole_model(base, tmp_path, tokenizer, monkeypatch):
+    """A kill at any write or rename leaves the old model, or the whole new one."""
     monkeypatch.setattr(weights_save, "MAX_FILE_BYTES", 300_000)
-    model, kept = load_model(str(base)), []
+    model, norms = load_model(str(base)), []
     for number in range(3):
         with torch.no_grad():
             model.model.norm.weight.fill_(number)
         for limit in itertools.count():
             left = iter(range(limit))
             with monkeypatch.context() as patch:
-                for where, what in (
+                for module, name in (
                     (weights_save.os, "replace"),
                     (weights_save, "write_json"),
                     (weights_save, "save_file"),
                 ):
                     patch.setattr(
-                        where, what, functools.partial(unless_spent, left, getattr(where, what))
+                        module, name, functools.partial(unless_spent, left, getattr(module, name))
                     )
                 try:
                     save_model(model, tmp_path, tokenizer, torch.float32)
@@ -179,10 +187,10 @@ def test_a_model_in_several_files_is_replaced_whole_or_not_at_all(
                 except KeyboardInterrupt:
                     ended = False
             if number or ended:
-                kept.append(float(load_model(str(tmp_path)).model.norm.weight[0]))
+                norms.append(float(load_model(str(tmp_path)).model.norm.weight[0]))
             if ended:
                 break
-        assert limit > 5 and kept == sorted(kept) and kept[-1] == number
+        assert limit > 5 and norms == sorted(norms) and norms[-1] == number
         assert len([*tmp_path.glob("model*.safetensors")]) == len(
             {
                 *json.loads((tmp_path / "model.safetensors.index.json").read_text())[
@@ -192,10 +200,11 @@ def test_a_model_in_several_files_is_replaced_whole_or_not_at_all(
         )
 
 
-def test_what_an_earlier_run_left_goes_and_nothing_else(tmp_path):
-    """An adapter beside a whole model would be taken for the model."""
-    old = "adapter_config.json adapter_model.safetensors config.json model.safetensors model-00001-of-00002.safetensors metrics.jsonl "
-    old += "model.safetensors.index.json loss.png Modelfile new-1.safetensors resume/step-00000001"
+def test_clear_output_deletes_only_our_files(tmp_path):
+    """An adapter beside a whole model would be loaded instead of the model."""
+    old = "adapter_config.json adapter_model.safetensors config.json model.safetensors "
+    old += "model-00001-of-00002.safetensors model.safetensors.index.json new-1.safetensors "
+    old += "metrics.jsonl loss.png Modelfile resume/step-00000001"
     mine = {"notes.txt", "facts.md", "model.txt"}
     (tmp_path / "resume").mkdir()
     for name in (*old.split(), *mine):
@@ -204,7 +213,7 @@ def test_what_an_earlier_run_left_goes_and_nothing_else(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == mine
 
 
-def test_a_card_that_this_torch_cannot_use_is_an_error_never_the_cpu(tmp_path, monkeypatch):
+def test_unusable_gpu_is_an_error_never_the_cpu(tmp_path, monkeypatch):
     driver = tmp_path / "version"
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27\n")
     real = devices.Path
@@ -224,7 +233,10 @@ def test_a_card_that_this_torch_cannot_use_is_an_error_never_the_cpu(tmp_path, m
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves one model folder under any repository name; `refuse` answers everything with that status and code."""
+    """Serves one model folder under any repository name.
+
+    `refuse`: (status, error code) of every answer, if set.
+    """
 
     folder, refuse, asked = None, None, []
 
@@ -310,7 +322,7 @@ def hub(base, tmp_path):
     server.shutdown()
 
 
-def test_a_hub_id_brings_config_tokenizer_and_the_indexed_weights_only(hub):
+def test_hub_downloads_config_tokenizer_and_weights_only(hub):
     done = command("train.py", "--download-only", "--model", "some/base", env=hub)
     assert done.returncode == 0, done.stderr
     folder = done.stdout.strip().rpartition(" ")[2]
@@ -336,7 +348,7 @@ def test_a_hub_id_brings_config_tokenizer_and_the_indexed_weights_only(hub):
         (500, "", "500"),
     ],
 )
-def test_a_refusal_says_what_to_accept_and_which_base_needs_no_account(hub, status, code, expected):
+def test_hub_error_says_what_to_do(hub, status, code, expected):
     Hub.refuse = status, code
     refused(
         command("train.py", "--download-only", "--model", "some/base", env=hub),
@@ -345,8 +357,13 @@ def test_a_refusal_says_what_to_accept_and_which_base_needs_no_account(hub, stat
     )
 
 
-def test_a_full_disk_is_known_before_the_download(hub, tmp_path):
-    code = "import shutil, collections, train, cli; shutil.disk_usage = lambda p: collections.namedtuple('U', 'free')(1000); cli.run(train.main)"
+def test_hub_checks_the_disk_before_a_download(hub, tmp_path):
+    code = """if True:
+        import collections, shutil, cli, train
+        usage = collections.namedtuple("Usage", "free")(1000)
+        shutil.disk_usage = lambda path: usage
+        cli.run(train.main)
+    """
     done = subprocess.run(
         [sys.executable, "-c", code, "--download-only", "--model", "some/base"],
         cwd=ROOT,
