@@ -1,4 +1,7 @@
-"""Several hosts: fsdp_launch.sh twice on this machine, and (KILLS=…, as `make soak` sets it) in two network namespaces that can be cut apart."""
+"""Several hosts: fsdp_launch.sh twice on this machine.
+
+With KILLS=… (`make soak`) also in two network namespaces whose link can be cut.
+"""
 
 import os
 import signal
@@ -8,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_resume import KINDS, QUICK, alike, run, saved, until
+from test_resume import KINDS, QUICK, assert_same_run, has_checkpoint, run, wait_until
 
 import cli
 from training import checkpoint
@@ -18,8 +21,8 @@ AREA = f"dg{os.getpid() % 10000}"
 
 
 def launch(out, base, chats, *flags, within=(), **env):
-    """fsdp_launch.sh on one "host", what it says in OUT.NODE_RANK.txt."""
-    words = (
+    """Start fsdp_launch.sh on one "host", its output in OUT.NODE_RANK.txt."""
+    command_line = (
         *within,
         "./fsdp_launch.sh",
         "--model",
@@ -39,23 +42,23 @@ def launch(out, base, chats, *flags, within=(), **env):
         "RESTARTS": "0",
         **{key: str(value) for key, value in env.items()},
     }
-    with open(f"{out}.{env.get('NODE_RANK', env.get('SLURM_NODEID'))}.txt", "a") as heard:
+    with open(f"{out}.{env.get('NODE_RANK', env.get('SLURM_NODEID'))}.txt", "a") as log:
         return subprocess.Popen(
-            [*map(str, words)],
+            [*map(str, command_line)],
             cwd=ROOT,
             env=env,
-            stdout=heard,
-            stderr=heard,
+            stdout=log,
+            stderr=log,
             start_new_session=True,
         )
 
 
-def heard(out, node):
+def log(out, node):
     return Path(f"{out}.{node}.txt").read_text()
 
 
-def over(processes, *codes):
-    """They end, with these codes if any are given."""
+def wait_for_exit(processes, *codes):
+    """Wait until all processes end, with these exit codes if any are given."""
     try:
         ended = tuple(process.wait(timeout=600) for process in processes)
         assert not codes or ended == codes
@@ -65,8 +68,9 @@ def over(processes, *codes):
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_two_hosts_of_two_ranks_compute_what_one_process_does(base, chats, tmp_path):
-    """Started as Slurm starts them, saved by both, gone on with on one host: sharded in a host, replicated over hosts."""
+def test_two_hosts_of_two_ranks_equal_one_process(base, chats, tmp_path):
+    """Started like Slurm does, saved by both hosts, resumed on one. Sharded inside a host,
+    replicated over hosts."""
     flags, out = (*KINDS["lora"], "--lora-dropout", 0, "--micro-batch", 1), tmp_path / "ckpt"
     (tmp_path / "scontrol").write_text(
         '[ "$*" = "show hostnames box-[7,9]" ] && printf "127.0.0.1\\nbox-9\\n"'
@@ -78,15 +82,15 @@ def test_two_hosts_of_two_ranks_compute_what_one_process_does(base, chats, tmp_p
         "SLURM_JOB_ID": os.getpid(),
         "MASTER_PORT": 20000 + os.getpid() % 9000,
     }
-    ways = {"GPUS": 2, "PATH": tmp_path, **slurm}
+    kwargs = {"GPUS": 2, "PATH": tmp_path, **slurm}
     processes = [
-        launch(out, base, chats, *flags, "--save-every", 1, SLURM_NODEID=node, **ways)
+        launch(out, base, chats, *flags, "--save-every", 1, SLURM_NODEID=node, **kwargs)
         for node in (1, 0)
     ]
-    until(saved(out, 4), processes[0])
+    wait_until(has_checkpoint(out, 4), processes[0])
     processes[0].terminate()
-    over(processes)
-    assert "SIGTERM: stopped after step" in heard(out, 0) and "stopped after" not in heard(
+    wait_for_exit(processes)
+    assert "SIGTERM: stopped after step" in log(out, 0) and "stopped after" not in log(
         out, 1
     )  # the first host's first rank speaks
     notes = [
@@ -99,24 +103,24 @@ def test_two_hosts_of_two_ranks_compute_what_one_process_does(base, chats, tmp_p
     )
     run(out, base, chats, *flags, "--resume")
     run(tmp_path / "alone", base, chats, *flags)
-    alike(tmp_path / "alone", out, exactly=False)
+    assert_same_run(tmp_path / "alone", out, exactly=False)
 
 
-def test_without_an_address_of_the_first_host_nothing_starts(base, chats, tmp_path):
-    over([launch(tmp_path / "ckpt", base, chats, NNODES=2, NODE_RANK=1, GPUS=1)], 2)
-    assert heard(tmp_path / "ckpt", 1).count("\n") == 2 and "MASTER_ADDR" in heard(
-        tmp_path / "ckpt", 1
-    )
+def test_missing_master_addr_is_an_error(base, chats, tmp_path):
+    wait_for_exit([launch(tmp_path / "ckpt", base, chats, NNODES=2, NODE_RANK=1, GPUS=1)], 2)
+    assert log(tmp_path / "ckpt", 1).count("\n") == 2 and "MASTER_ADDR" in log(tmp_path / "ckpt", 1)
 
 
 @pytest.fixture
-def apart():
-    """Two network namespaces with a line between them. → (what to start a program with in each, what turns the line "up" and "down")"""
+def two_namespaces():
+    """Two network namespaces with a link. Yield (the command prefix of each, set_link(state))."""
     if not SOAK:
         pytest.skip("two network namespaces are for `make soak`")
     one, other = f"{AREA}a", f"{AREA}b"
     address = {one: "10.99.0.1", other: "10.99.0.2"}
-    ip = lambda *words: subprocess.run(["ip", *words], check=True, capture_output=True)
+    ip = lambda *command_line: subprocess.run(
+        ["ip", *command_line], check=True, capture_output=True
+    )
     try:
         for name in address:
             ip("netns", "add", name)
@@ -139,17 +143,15 @@ def apart():
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_host_that_is_cut_off_ends_the_job_which_goes_on_from_the_last_save(
-    kind, apart, base, chats, tmp_path
-):
+def test_cut_off_host_ends_the_job_and_resumes(kind, two_namespaces, base, chats, tmp_path):
     flags, out = (
         (*KINDS[kind], "--lora-dropout", 0, "--save-every", 1, "--timeout", 6),
         tmp_path / "ckpt",
     )
-    within, line = apart
+    within, set_link = two_namespaces
 
-    def both(*more, **ways):
-        ways |= {"NNODES": 2, "MASTER_ADDR": "10.99.0.1", "GPUS": 2 if kind == "lora" else 1}
+    def both(*extra, **kwargs):
+        kwargs |= {"NNODES": 2, "MASTER_ADDR": "10.99.0.1", "GPUS": 2 if kind == "lora" else 1}
         nodes = list(enumerate(within))[::-1]
         return [
             launch(
@@ -157,35 +159,35 @@ def test_a_host_that_is_cut_off_ends_the_job_which_goes_on_from_the_last_save(
                 base,
                 chats,
                 *flags,
-                *more,
+                *extra,
                 within=within[name],
                 NODE_RANK=node,
                 GLOO_SOCKET_IFNAME=name,
-                **ways,
+                **kwargs,
             )
             for node, name in nodes
         ]
 
     run(tmp_path / "alone", base, chats, *flags)
     processes = both()
-    until(saved(out, 3), processes[0])
-    line("down")
+    wait_until(has_checkpoint(out, 3), processes[0])
+    set_link("down")
     assert processes[1].wait(timeout=240) == 1
-    assert "gave no sign for 6 s" in heard(out, 0)
-    until(
-        lambda: "the first rank, or its host, gave no answer for 6 s" in heard(out, 1), seconds=240
+    assert "gave no sign for 6 s" in log(out, 0)
+    wait_until(
+        lambda: "the first rank, or its host, gave no answer for 6 s" in log(out, 1), seconds=240
     )
-    line("up")
-    over(processes, 1, 1)
-    over(both("--resume"), 0, 0)
-    assert "going on after step" in heard(out, 0)
-    alike(tmp_path / "alone", out, exactly=False)
+    set_link("up")
+    wait_for_exit(processes, 1, 1)
+    wait_for_exit(both("--resume"), 0, 0)
+    assert "resuming after step" in log(out, 0)
+    assert_same_run(tmp_path / "alone", out, exactly=False)
 
     out = tmp_path / "again"  # a line that comes back within torchrun's patience needs nobody
     processes = both(RESTARTS=2)
-    until(saved(out, 3), processes[0])
-    line("down")
-    until(lambda: "gave no sign for 6 s" in heard(out, 0), processes[1], seconds=240)
-    line("up")
-    over(processes, 0, 0)
-    alike(tmp_path / "alone", out, exactly=False)
+    wait_until(has_checkpoint(out, 3), processes[0])
+    set_link("down")
+    wait_until(lambda: "gave no sign for 6 s" in log(out, 0), processes[1], seconds=240)
+    set_link("up")
+    wait_for_exit(processes, 0, 0)
+    assert_same_run(tmp_path / "alone", out, exactly=False)

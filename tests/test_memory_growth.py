@@ -1,6 +1,6 @@
-"""Memory doesn't grow with the number of shapes seen: peak after 300 rounds near that after 10. `make soak` runs it.
+"""Memory doesn't grow with the number of shapes: after 300 rounds the peak is near that after 10.
 
-Each case is a process of its own, run as a program is: oneDNN keeps kernels for shapes that it met in bf16.
+`make soak` runs it. Each case is a process of its own: oneDNN keeps kernels of bf16 shapes.
 """
 
 import json
@@ -14,8 +14,7 @@ import pytest
 
 import cli
 import data
-import evaluate
-from inference import generate
+from inference import generate, scoring
 from model import ModelConfig
 from training import distributed, metrics, optim, step
 from weights.tokenizer import load_tokenizer
@@ -30,7 +29,8 @@ def make_model(adapter=None):
     import torch
 
     config = ModelConfig(2048, 256, 768, 8, 4, 2, 64, max_position_embeddings=SEQ_LEN)
-    return step.build_model(config, distributed.Distributed(torch.device("cpu")), adapter=adapter)
+    ranks = distributed.Distributed(torch.device("cpu"))
+    return step.build_model(config, ranks, step.ModelSpec(adapter))
 
 
 def random_row(rng):
@@ -93,14 +93,15 @@ def evaluates(rng):
     import torch
 
     model, tokenizer = make_model().eval(), base_tokenizer()
-    decoder = generate.Decoder(model, tokenizer, SEQ_LEN + evaluate.PACKED)
+    decoder = generate.Decoder(model, tokenizer, scoring.cache_size(SEQ_LEN))
     ranks = distributed.Distributed(torch.device("cpu"))
     while True:
         before = random_turns(rng)
         replies = [random_turns(rng)[0].messages for _ in range(3)]
-        evaluate.likelihoods(decoder, before, replies, "Bob", SEQ_LEN)
+        scoring.reply_nats(decoder, scoring.Example(0, before, "Bob", replies), SEQ_LEN)
         if rng.random() < 0.25:  # 64 tokens each: most of the time
-            evaluate.reply_to(decoder, before, "Bob", rng.randrange(99))
+            for _ in generate.Answer(decoder, before, "Bob", 64, seed=rng.randrange(99)):
+                pass
         step.evaluate(model, [random_row(rng)], ranks, 1)
         model.eval()
         yield
@@ -131,9 +132,9 @@ def main():
 @pytest.mark.skipif(not ROUNDS, reason="300 rounds of each take minutes: make soak")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_peak_memory_does_not_grow_while_it(case, base):
-    words = [sys.executable, __file__, case.__name__, str(ROUNDS)]
+    command = [sys.executable, __file__, case.__name__, str(ROUNDS)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "BASE": str(base)}
-    done = subprocess.run(words, env=env, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
     early, late = json.loads(done.stdout)
     print(f"{case.__name__}: peak {early:.0f} MiB after 10 rounds, {late:.0f} after {ROUNDS}")
     assert late < 1.1 * early + SLACK

@@ -1,7 +1,6 @@
-"""A run that cannot be lost. KILLS=30 (`make soak`) kills that often in place of a few times."""
+"""Resuming, kills, hung ranks, signals, full disks. KILLS=30 (`make soak`): the number of kills."""
 
 import contextlib
-import io
 import json
 import os
 import random
@@ -21,8 +20,8 @@ from safetensors.torch import load_file, save_file
 import data
 import train
 from cli import UserError
-from exports.command import wipe
 from training import checkpoint, distributed, optim, step
+from training.run import is_elastic_restart, last_checkpoint
 from weights import hf
 from weights.load import load_model
 
@@ -51,49 +50,54 @@ TORCHRUN = (
 
 
 def start(out, base, chats, *flags, ranks=1, program="train.py", restarts=None, env=None):
-    """train.py in the background, what it says in OUT.txt; with a number of `restarts` under torchrun."""
-    words = (program, "--model", base, "--data", chats, "--out", out, *QUICK, *flags)
-    with open(f"{out}.txt", "a") as said, open(os.devnull) as nothing:
+    """Start train.py in the background, its output in OUT.txt; with `restarts` under torchrun."""
+    command_line = (program, "--model", base, "--data", chats, "--out", out, *QUICK, *flags)
+    with open(f"{out}.txt", "a") as log, open(os.devnull) as devnull:
         if restarts is None:
-            return Program(words, (nothing, said, said), env, ranks)
-        words = (
+            return Program(command_line, (devnull, log, log), env, ranks)
+        command_line = (
             sys.executable,
             *TORCHRUN,
             "--nproc_per_node",
             ranks,
             "--max-restarts",
             restarts,
-            *words,
+            *command_line,
         )
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
         return subprocess.Popen(
-            [*map(str, words)], cwd=ROOT, env=env, stdout=said, stderr=said, start_new_session=True
+            [*map(str, command_line)],
+            cwd=ROOT,
+            env=env,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
 
 
-def run(out, *given, code=0, **ways):
-    """→ what it said"""
-    before = len(said(out))
-    process = start(out, *given, **ways)
-    assert process.wait(timeout=600) == code, said(out)[-3000:]
-    return said(out)[before:]
+def run(out, *args, code=0, **kwargs):
+    """Run train.py to its end. Return its output."""
+    before = len(log(out))
+    process = start(out, *args, **kwargs)
+    assert process.wait(timeout=600) == code, log(out)[-3000:]
+    return log(out)[before:]
 
 
-def said(out):
+def log(out):
     path = Path(f"{out}.txt")
     return path.read_text() if path.exists() else ""
 
 
-def until(condition, process=None, seconds=300):
+def wait_until(condition, process=None, seconds=300):
     for _ in range(seconds * 50):
         if condition():
             return
-        assert process is None or process.poll() is None, "it ended too early"
+        assert process is None or process.poll() is None, "the process ended too early"
         time.sleep(0.02)
-    raise AssertionError("it never came about")
+    raise AssertionError("the condition never held")
 
 
-def saved(out, at_least=1):
+def has_checkpoint(out, at_least=1):
     return lambda: any(
         checkpoint.step_of(save) >= at_least
         for save in checkpoint.list_checkpoints(Path(out) / "resume")
@@ -124,7 +128,7 @@ def kill(process, *pids):
 
 
 def curve(out):
-    """All that metrics.jsonl says but how long it took."""
+    """Return the lines of metrics.jsonl without what depends on time."""
     timed = {"tok_per_s", "mfu", "hfu", "peak_gib", "seconds"}
     lines = [json.loads(text) for text in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in timed} for line in lines]
@@ -139,8 +143,8 @@ def weights(out):
     return load_file(out / name)
 
 
-def alike(one, other, exactly=True):
-    """Two runs' losses and what they left."""
+def assert_same_run(one, other, exactly=True):
+    """Compare the metrics of two runs, and their weights if `exactly`."""
     if exactly:
         assert curve(one) == curve(other)
         first, second = weights(one), weights(other)
@@ -161,8 +165,8 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def undisturbed(base, chats, tmp_path_factory):
-    """(kind, ranks) → the folder of a run that nothing happened to."""
+def reference_run(base, chats, tmp_path_factory):
+    """Return a function: (kind, ranks) → the folder of an uninterrupted run."""
     folder, made = tmp_path_factory.mktemp("undisturbed"), {}
 
     def of(kind, ranks=1):
@@ -174,31 +178,31 @@ def undisturbed(base, chats, tmp_path_factory):
     return of
 
 
-# --- going on
+# --- resuming
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_is_the_same_to_the_last_bit(kind, undisturbed, base, chats, tmp_path):
-    """Stopped by SIGTERM in the middle; dropout, or rounding at random, would give away a lost random state."""
+def test_resume_is_bit_exact(kind, reference_run, base, chats, tmp_path):
+    """Stopped by SIGTERM. Dropout, or stochastic rounding, would show a lost random state."""
     out = tmp_path / "ckpt"
     process = start(out, base, chats, *KINDS[kind], "--save-every", 2)
-    until(saved(out, 3), process)
+    wait_until(has_checkpoint(out, 3), process)
     process.terminate()
     assert process.wait(timeout=240) == 128 + signal.SIGTERM
     assert (
-        "SIGTERM: stopped after step" in said(out)
-        and "saved in" in said(out)
-        and "Traceback" not in said(out)
+        "SIGTERM: stopped after step" in log(out)
+        and "saved in" in log(out)
+        and "Traceback" not in log(out)
     )
     steps = sum("loss" in line for line in curve(out))
-    assert saved(out, steps)() and steps < 12
-    assert f"going on after step {steps}" in run(out, base, chats, *KINDS[kind], "--resume")
-    alike(undisturbed(kind), out)
+    assert has_checkpoint(out, steps)() and steps < 12
+    assert f"resuming after step {steps}" in run(out, base, chats, *KINDS[kind], "--resume")
+    assert_same_run(reference_run(kind), out)
     assert json.loads((out / "run.json").read_text())["resumed"] == [steps]
 
 
-def test_another_number_of_ranks_goes_on_with_the_same_run(undisturbed, base, chats, tmp_path):
-    """Saved by one process, taken up by three, ended by two; no dropout, whose draws are each rank's own."""
+def test_resume_with_another_number_of_ranks(reference_run, base, chats, tmp_path):
+    """Saved by 1 process, resumed by 3, then by 2. Without dropout: each rank draws its own."""
     for kind in ("lora", "full"):
         flags, out = (*KINDS[kind], "--lora-dropout", 0, "--max-steps", 9), tmp_path / kind
         run(tmp_path / f"{kind}-alone", base, chats, *flags)
@@ -213,29 +217,29 @@ def test_another_number_of_ranks_goes_on_with_the_same_run(undisturbed, base, ch
                 *(["--resume"] if ranks == 3 else []),
                 ranks=ranks,
             )
-            until(saved(out, steps), process)
+            wait_until(has_checkpoint(out, steps), process)
             kill(process)
         run(out, base, chats, *flags, "--resume", ranks=2)
-        alike(tmp_path / f"{kind}-alone", out, exactly=False)
+        assert_same_run(tmp_path / f"{kind}-alone", out, exactly=False)
 
 
-def test_what_is_said_of_runs_that_have_begun(undisturbed, base, chats, tmp_path):
+def test_resume_and_overwrite_messages(reference_run, base, chats, tmp_path):
     out, flags = tmp_path / "ckpt", KINDS["lora"]
     process = start(out, base, chats, *flags)
-    until(lambda: (out / "run.json").exists(), process)
+    wait_until(lambda: (out / "run.json").exists(), process)
     kill(process)
     assert "already holds something" in run(out, base, chats, *flags, code=2)
     process = start(out, base, chats, *flags, "--resume", "--save-every", 1)
-    until(saved(out, 2), process)
-    assert "nothing is saved in" in said(out)
+    wait_until(has_checkpoint(out, 2), process)
+    assert "has no checkpoint yet" in log(out)
     kill(process)
-    for more, text in {
-        (): "The same command and --resume".replace("The", "the"),
+    for extra, text in {
+        (): "the same command and --resume",
         ("--resume", "--lr", "1e-3"): "--lr is 0.001 now, and was 0.01",
         ("--resume", "--overwrite"): "Leave one of them out",
     }.items():
-        heard = run(out, base, chats, *flags, *more, code=2)
-        assert text in heard and "Traceback" not in heard
+        printed = run(out, base, chats, *flags, *extra, code=2)
+        assert text in printed and "Traceback" not in printed
     other = shutil.copytree(chats, tmp_path / "other")
     (other / "train.jsonl").write_text(
         "".join((other / "train.jsonl").read_text().splitlines(keepends=True)[1:])
@@ -245,7 +249,7 @@ def test_what_is_said_of_runs_that_have_begun(undisturbed, base, chats, tmp_path
         (out / "metrics.jsonl").read_text() + '{"step": 3, "lo'
     )  # as a kill may leave it
     run(out, base, chats, *flags, "--resume", "--keep", 1)
-    alike(undisturbed("lora"), out)
+    assert_same_run(reference_run("lora"), out)
     assert len(checkpoint.list_checkpoints(out / "resume")) == 1
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert "is finished" in run(out, base, chats, *flags, "--resume")
@@ -254,16 +258,14 @@ def test_what_is_said_of_runs_that_have_begun(undisturbed, base, chats, tmp_path
     assert "already holds something" in run(out, base, chats, *flags, code=2)
 
 
-def test_a_start_that_torchrun_repeats_takes_no_other_run_for_its_own(
-    base, chats, tmp_path, monkeypatch
-):
-    """The first try failed before it began: a mistyped --model, no room for the weights. What --out holds is of another run."""
+def test_elastic_restart_ignores_another_run_in_out(base, chats, tmp_path, monkeypatch):
+    """The first start failed before it made the folder: what --out holds is another run."""
     out, flags = tmp_path / "ckpt", (*KINDS["lora"], "--max-steps", 1)
     run(out, base, chats, *flags)
     again = {"TORCHELASTIC_RESTART_COUNT": "1"}
     assert "already holds something" in run(out, base, chats, *flags, code=2, env=again)
-    heard = run(out, base, chats, *flags, "--overwrite", env=again)
-    assert "before training" in heard and "is finished" not in heard
+    printed = run(out, base, chats, *flags, "--overwrite", env=again)
+    assert "before training" in printed and "is finished" not in printed
     for count, launcher, again in (
         ("1", os.getppid(), True),
         ("1", os.getppid() + 1, False),
@@ -271,44 +273,41 @@ def test_a_start_that_torchrun_repeats_takes_no_other_run_for_its_own(
     ):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
         (out / "run.json").write_text(json.dumps({"launcher": launcher}))
-        assert train.is_elastic_restart(out) is again
+        assert is_elastic_restart(out) is again
 
 
-def test_saves_on_some_hosts_only_are_said_not_erased(tmp_path):
+def test_checkpoints_on_some_hosts_only_are_an_error(tmp_path):
     options = train.Options(out=str(tmp_path), resume=True)
     other = SimpleNamespace(
         is_main=True, broadcast=lambda number: number, all_reduce_max=lambda number: max(number, 1)
     )  # it has one save
-    with pytest.raises(UserError, match="holds saves on some hosts only"):
-        train.last_checkpoint(options, other)
+    with pytest.raises(UserError, match="holds checkpoints on some hosts only"):
+        last_checkpoint(options, other)
 
 
-def test_a_save_is_tensors_and_json_of_which_some_stay(base, chats, tmp_path, monkeypatch):
+def test_checkpoint_files_and_how_many_are_kept(base, chats, tmp_path):
     out = tmp_path / "ckpt"
     run(out, base, chats, *KINDS["full"], "--save-every", 3, ranks=2)
-    kept = checkpoint.list_checkpoints(out / "resume")
-    assert len(kept) == 2 and not [*out.rglob("*.new")]
-    assert {path.name for path in kept[-1].iterdir()} == {
+    checkpoints = checkpoint.list_checkpoints(out / "resume")
+    assert len(checkpoints) == 2 and not [*out.rglob("*.new")]
+    assert {path.name for path in checkpoints[-1].iterdir()} == {
         f"rank-0000{r}.{kind}" for r in (0, 1) for kind in ("json", "safetensors")
     }
     assert all(path.stat().st_mode & 0o077 == 0 for path in (out / "resume").rglob("*"))
-    names = load_file(kept[-1] / "rank-00000.safetensors").keys()
+    names = load_file(checkpoints[-1] / "rank-00000.safetensors").keys()
     assert {name for name in names if name.startswith("lm_head")} == {
         f"lm_head.weight{end}" for end in ("", ".exp_avg", ".exp_avg_sq")
     }
-    notes = [json.loads(path.read_text()) for path in sorted(kept[-1].glob("*.json"))]
+    notes = [json.loads(path.read_text()) for path in sorted(checkpoints[-1].glob("*.json"))]
     for name, place in notes[0]["tensors"].items():
         assert place["first"] == 0 and notes[1]["tensors"][name]["first"] == place["rows"]
         assert place["rows"] + notes[1]["tensors"][name]["rows"] == place["shape"][0]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("yes\n"))
-    wipe(tmp_path, dry_run=False)  # which knows them, and all else of a run
-    assert not out.exists()
 
 
-def test_damaged_saves_are_named_with_the_way_out(base, chats, tmp_path):
+def test_damaged_checkpoint_is_named_with_a_hint(base, chats, tmp_path):
     out = tmp_path / "ckpt"
     process = start(out, base, chats, *KINDS["lora"], "--save-every", 1)
-    until(saved(out, 3), process)
+    wait_until(has_checkpoint(out, 3), process)
     kill(process)
     before, last = checkpoint.list_checkpoints(out / "resume")[-2:]
     file = last / "rank-00000.safetensors"
@@ -317,39 +316,32 @@ def test_damaged_saves_are_named_with_the_way_out(base, chats, tmp_path):
     assert f"Delete {last}" in run(out, base, chats, *KINDS["lora"], "--resume", code=2)
     tensors = load_file(before / "rank-00000.safetensors")
     save_file({name: tensor for name, tensor in tensors.items() if "lora_A" in name}, file)
-    assert "not of one save" in run(out, base, chats, *KINDS["lora"], "--resume", code=2)
+    assert "of two different checkpoints" in run(
+        out, base, chats, *KINDS["lora"], "--resume", code=2
+    )
     assert (out / "metrics.jsonl").read_bytes() == metrics
     shutil.rmtree(last)
-    assert f"going on after step {checkpoint.step_of(before)}" in run(
+    assert f"resuming after step {checkpoint.step_of(before)}" in run(
         out, base, chats, *KINDS["lora"], "--resume"
     )
 
 
-def keeper(folder, keep, done=0, every=1, minutes=10.0):
+def make_manager(folder, keep, step=0, every=1, minutes=10.0):
     model = torch.nn.Linear(3, 2)
-    return checkpoint.CheckpointManager(
-        folder,
-        model,
-        optim.make_optimizer(model, 0.1, 0.0),
-        ALONE,
-        done,
-        keep,
-        every,
-        minutes,
-        None,
-    )
+    optimizer = optim.make_optimizer(model, 0.1, 0.0)
+    return checkpoint.CheckpointManager(folder, model, optimizer, ALONE, step, keep, every, minutes)
 
 
-def test_a_save_gets_its_name_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
-    """A machine without power may keep a name and lose what it names."""
-    done, fsync, rename = [], os.fsync, Path.rename
+def test_checkpoint_is_named_after_fsync(tmp_path, monkeypatch):
+    """After a power failure a file name may survive without its contents."""
+    calls, fsync, rename = [], os.fsync, Path.rename
     monkeypatch.setattr(
-        os, "fsync", lambda handle: done.append(os.fstat(handle).st_ino) or fsync(handle)
+        os, "fsync", lambda handle: calls.append(os.fstat(handle).st_ino) or fsync(handle)
     )
-    monkeypatch.setattr(Path, "rename", lambda path, to: done.append("named") or rename(path, to))
-    keeper(tmp_path, 2).save(1, dict)
+    monkeypatch.setattr(Path, "rename", lambda path, to: calls.append("named") or rename(path, to))
+    make_manager(tmp_path, 2).save(1, dict)
     names = {path.stat().st_ino: path.name for path in (tmp_path, *tmp_path.rglob("*"))}
-    assert [names.get(what, what) for what in done] == [
+    assert [names.get(call, call) for call in calls] == [
         "rank-00000.safetensors",
         "rank-00000.json",
         "named",
@@ -357,51 +349,57 @@ def test_a_save_gets_its_name_when_all_of_it_is_on_the_disk(tmp_path, monkeypatc
     ]
 
 
-def test_a_save_that_is_half_dropped_has_no_name(tmp_path, monkeypatch):
-    saves = keeper(tmp_path, 1)
-    saves.save(1, dict)
-    monkeypatch.setattr(
-        shutil, "rmtree", lambda path, **_: next(path.iterdir()).unlink()
-    )  # then it is killed
-    saves.save(2, dict)
+def test_half_pruned_checkpoint_has_no_name(tmp_path, monkeypatch):
+    manager = make_manager(tmp_path, 1)
+    manager.save(1, dict)
+    # As if it were killed after the first file.
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: next(path.iterdir()).unlink())
+    manager.save(2, dict)
     assert [checkpoint.step_of(save) for save in checkpoint.list_checkpoints(tmp_path)] == [2]
 
 
-def test_saves_of_steps_to_come_are_of_another_run_and_go(tmp_path):
-    """Of one that --overwrite replaces, on hosts whose disks the first one doesn't see; or of a host that was a save ahead of the others."""
+def test_checkpoints_of_later_steps_are_deleted(tmp_path):
+    """They are of a run that --overwrite replaced, or of a host that was ahead."""
     for number in (3, 5, 9):
         (tmp_path / f"step-{number:08}").mkdir()
-    saves = keeper(tmp_path, 2, done=5)
+    manager = make_manager(tmp_path, 2, step=5)
     assert [*map(checkpoint.step_of, checkpoint.list_checkpoints(tmp_path))] == [3, 5]
-    saves.save(9, dict)
+    manager.save(9, dict)
     assert [*map(checkpoint.step_of, checkpoint.list_checkpoints(tmp_path))] == [5, 9]
-    keeper(tmp_path, 2)
+    make_manager(tmp_path, 2)
     assert not checkpoint.list_checkpoints(tmp_path)
 
 
-def test_a_save_that_was_gone_on_from_is_not_written_again_before_a_step_was_taken(tmp_path):
+def test_resumed_checkpoint_is_not_written_again(tmp_path):
     """Compiling may take longer than --save-minutes."""
-    keeper(tmp_path, 2).save(7, dict)
-    saves = keeper(tmp_path, 2, done=7, every=None, minutes=0.0)
-    assert saves.between(7, dict) is None and saves.writer is None
-    assert saves.between(8, dict) is None
-    saves.finish()
+    make_manager(tmp_path, 2).save(7, dict)
+    manager = make_manager(tmp_path, 2, step=7, every=None, minutes=0.0)
+    assert manager.poll(7, dict) is None and manager.writer is None
+    assert manager.poll(8, dict) is None
+    manager.finish()
     assert [*map(checkpoint.step_of, checkpoint.list_checkpoints(tmp_path))] == [7, 8]
+
+
+def test_save_every_counts_from_the_last_checkpoint_started(tmp_path):
+    manager = make_manager(tmp_path, 9, every=3)
+    for number in range(1, 9):
+        manager.poll(number, dict)
+        if manager.writer:
+            manager.writer.join()  # committed by the next poll
+    assert [*map(checkpoint.step_of, checkpoint.list_checkpoints(tmp_path))] == [3, 6]
 
 
 # --- kills
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_at_any_moment_a_run_ends_as_if_nothing_had_been(
-    ranks, undisturbed, base, chats, tmp_path
-):
-    """kill -9, of all processes or of one rank, at random moments of a run that saves after every step (half of its time is saving)."""
+def test_killed_run_resumes_bit_exact(ranks, reference_run, base, chats, tmp_path):
+    """kill -9 of all processes or of one rank, at random moments, with a checkpoint every step."""
     chance, kills, number, hit = random.Random(ranks), 0, 0, 0
     while kills < (KILLS if ranks == 1 else max(1, KILLS // 2)):
         number += 1
         kind, out = chance.choice(["lora", "full"]), tmp_path / f"run-{number}"
-        reference, again = undisturbed(kind, ranks), ()
+        reference, again = reference_run(kind, ranks), ()
         while True:
             process = start(out, base, chats, *KINDS[kind], "--save-every", 1, *again, ranks=ranks)
             done = max(
@@ -412,17 +410,17 @@ def test_killed_at_any_moment_a_run_ends_as_if_nothing_had_been(
                 done + chance.randint(1, 4),
             )  # some before the first step, most between saves or in one
             if late:
-                until(ended_or(process, saved(out, aim)))
+                wait_until(ended_or(process, has_checkpoint(out, aim)))
             try:
-                assert process.wait(chance.uniform(0, 0.3 if late else 5)) == 0, said(out)[-3000:]
+                assert process.wait(chance.uniform(0, 0.3 if late else 5)) == 0, log(out)[-3000:]
                 break
             except subprocess.TimeoutExpired:
-                under = workers(process)
+                worker_pids = workers(process)
                 kill(
                     process,
                     *(
-                        [chance.choice(under)]
-                        if ranks > 1 and under and chance.random() < 0.5
+                        [chance.choice(worker_pids)]
+                        if ranks > 1 and worker_pids and chance.random() < 0.5
                         else []
                     ),
                 )
@@ -435,31 +433,30 @@ def test_killed_at_any_moment_a_run_ends_as_if_nothing_had_been(
                 and (out / "adapter_config.json").exists() | (out / "config.json").exists()
             ):
                 load_model(str(out), torch.float32)
-        alike(reference, out)
+        assert_same_run(reference, out)
     print(f"{kills} kills in {number} runs of {ranks} processes, {hit} while a save was written")
 
 
-def test_torchrun_starts_again_by_itself_after_a_rank_was_killed(
-    undisturbed, base, chats, tmp_path
-):
+def test_torchrun_restarts_after_a_killed_rank(reference_run, base, chats, tmp_path):
     out = tmp_path / "ckpt"
     process = start(
         out, base, chats, *KINDS["lora"], "--save-every", 1, "--overwrite", ranks=2, restarts=1
     )
-    until(saved(out, 3), process)
+    wait_until(has_checkpoint(out, 3), process)
     os.kill(workers(process)[1], signal.SIGKILL)
-    assert process.wait(timeout=240) == 0, said(out)[-3000:]
-    assert "going on after step" in said(out) and "rank 1 is gone, it was in step" in said(out)
-    alike(undisturbed("lora", 2), out)
+    assert process.wait(timeout=240) == 0, log(out)[-3000:]
+    assert "resuming after step" in log(out) and "rank 1 is gone, it was in step" in log(out)
+    assert_same_run(reference_run("lora", 2), out)
 
 
 # --- ranks that die or hang
 
 HANG = """
 import os, sys, time
-import config, step, train
+import cli, train
+from training import step
 
-add, calls = step.gradients, []
+add, calls = step.accumulate_gradients, []
 
 def slow(*given):
     calls.append(1)
@@ -467,15 +464,15 @@ def slow(*given):
         time.sleep(1000)
     return add(*given)
 
-step.gradients = slow
-config.run(train.main)
+step.accumulate_gradients = slow
+cli.run(train.main)
 """
 
 
-def test_a_rank_that_hangs_ends_the_job_in_time_and_is_named_with_its_place(base, chats, tmp_path):
+def test_hung_rank_ends_the_job_and_is_named(base, chats, tmp_path):
     (tmp_path / "hang.py").write_text(HANG)
-    out, began = tmp_path / "ckpt", time.time()
-    heard = run(
+    out, started = tmp_path / "ckpt", time.time()
+    printed = run(
         out,
         base,
         chats,
@@ -489,17 +486,17 @@ def test_a_rank_that_hangs_ends_the_job_in_time_and_is_named_with_its_place(base
         code=1,
     )
     assert (
-        "rank 1 hasn't moved for 6 s, it is in step 3, " in heard
-        and "step.py, line" in heard
-        and checkpoint.RESUME_HINT in heard
+        "rank 1 hasn't moved for 6 s, it is in step 3, " in printed
+        and "step.py, line" in printed
+        and checkpoint.RESUME_HINT in printed
     )
     assert (
-        "rank 0 hasn't" not in heard and time.time() - began < 240
+        "rank 0 hasn't" not in printed and time.time() - started < 240
     )  # and not the 1,000 s that it hangs
-    assert saved(out)()
+    assert has_checkpoint(out)()
 
 
-def test_a_rank_that_is_gone_or_stopped_ends_the_job_and_is_named(base, chats, tmp_path):
+def test_dead_or_stopped_rank_ends_the_job_and_is_named(base, chats, tmp_path):
     for sign, text in {
         signal.SIGKILL: "rank 1 is gone, it was in step",
         signal.SIGSTOP: "rank 1 gave no sign for 5 s, it was in step",
@@ -518,22 +515,22 @@ def test_a_rank_that_is_gone_or_stopped_ends_the_job_and_is_named(base, chats, t
             5,
             ranks=2,
         )
-        until(saved(out, 2), process)
-        under = workers(process)
-        os.kill(under[1], sign)
+        wait_until(has_checkpoint(out, 2), process)
+        worker_pids = workers(process)
+        os.kill(worker_pids[1], sign)
         assert process.wait(timeout=240) == 1  # not after the 400 steps, nor torch's own hour
-        assert text in said(out) and checkpoint.RESUME_HINT in said(out)
-        for pid in under:
+        assert text in log(out) and checkpoint.RESUME_HINT in log(out)
+        for pid in worker_pids:
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
 
 
-# --- no room, no numbers
+# --- out of memory, nonfinite losses
 
 FULL = """
 import os
 import torch
-import config, model, train
+import cli, model, train
 
 forward = model.Transformer.forward
 
@@ -543,38 +540,36 @@ def small(self, tokens, *given, **named):
     if torch.is_grad_enabled():
         torch.rand(3)  # who tries again must draw the same
     if len(tokens) > 2 and torch.is_grad_enabled() and os.environ.get("RANK", "1") == "1":
-        raise torch.OutOfMemoryError("no room")
+        raise torch.OutOfMemoryError("out of memory")
     return forward(self, tokens, *given, **named)
 
 model.Transformer.forward = small
-config.run(train.main)
+cli.run(train.main)
 """
 
 
-def test_without_room_one_process_takes_fewer_rows_at_a_time_and_computes_the_same(
-    base, chats, tmp_path
-):
+def test_oom_halves_micro_batch_with_the_same_result(base, chats, tmp_path):
     (tmp_path / "full.py").write_text(FULL)
     flags = (*KINDS["lora"], "--max-steps", 4, "--micro-batch", 8)
-    heard = run(tmp_path / "ckpt", base, chats, *flags, program=tmp_path / "full.py")
+    printed = run(tmp_path / "ckpt", base, chats, *flags, program=tmp_path / "full.py")
     assert (
-        "no room for 8 rows at a time: 4 from here on" in heard
-        and "no room for 4 rows at a time: 2 from here on" in heard
+        "8 rows at a time don't fit: 4 from here on" in printed
+        and "4 rows at a time don't fit: 2 from here on" in printed
     )
     run(tmp_path / "two", base, chats, *flags, "--micro-batch", 2, program=tmp_path / "full.py")
-    alike(tmp_path / "two", tmp_path / "ckpt")
+    assert_same_run(tmp_path / "two", tmp_path / "ckpt")
 
 
-def test_ranks_without_room_end_together_and_torchrun_starts_again_with_less(base, chats, tmp_path):
+def test_oom_on_one_rank_ends_all_and_torchrun_restarts_smaller(base, chats, tmp_path):
     (tmp_path / "full.py").write_text(FULL)
     flags = (*KINDS["lora"], "--max-steps", 4)
-    heard = run(
+    printed = run(
         tmp_path / "none", base, chats, *flags, ranks=2, program=tmp_path / "full.py", code=1
     )
     assert (
-        "rank 1: the GPU has no room for 4 rows" in heard
-        and "--micro-batch 2" in heard
-        and "is gone" not in heard
+        "rank 1: 4 rows of 160 tokens don't fit" in printed
+        and "--micro-batch 2" in printed
+        and "is gone" not in printed
     )
     run(tmp_path / "again", base, chats, *flags, ranks=2, program=tmp_path / "full.py", restarts=1)
     run(
@@ -587,16 +582,15 @@ def test_ranks_without_room_end_together_and_torchrun_starts_again_with_less(bas
         ranks=2,
         program=tmp_path / "full.py",
     )
-    alike(tmp_path / "two", tmp_path / "again")
+    assert_same_run(tmp_path / "two", tmp_path / "again")
 
 
-def test_the_probe_says_what_does_not_fit_and_leaves_no_trace(base, chats, tokenizer, monkeypatch):
+def test_probe_raises_out_of_memory_and_changes_nothing(base, chats, tokenizer, monkeypatch):
     model = step.build_model(
         hf.with_vocab_size(hf.read_config(base), VOCAB + 2),
         ALONE,
+        step.ModelSpec({"dropout": 0.5}, torch.float32),
         base,
-        {"dropout": 0.5},
-        torch.float32,
     )
     rows = data.load_rows(chats / "train.jsonl", tokenizer, 160)
     tried = []
@@ -618,34 +612,35 @@ def test_the_probe_says_what_does_not_fit_and_leaves_no_trace(base, chats, token
 
 BAD = """
 import torch
-import config, step, train
+import cli, train
+from training import step
 
-add, calls = step.gradients, []
+add, calls = step.accumulate_gradients, []
 
 def poisoned(model, batches, *given):
     calls.extend([1] * (type(batches[0].tokens) is torch.Tensor))  # not a prediction's
     return add(model, batches, *given) * (float("nan") if len(calls) in {4, 6} else 1.0)
 
-def timed(*given, probe=step.probe):
-    probe(*given)
+def timed(*given, probe=step.probe_micro_batch, **named):
+    probe(*given, **named)
     calls.clear()  # a step's are counted
 
-step.gradients, step.probe = poisoned, timed
-config.run(train.main)
+step.accumulate_gradients, step.probe_micro_batch = poisoned, timed
+cli.run(train.main)
 """
 
 
-def test_numbers_that_are_none_stop_the_run_saved_or_are_left_out(base, chats, tmp_path):
+def test_nonfinite_loss_stops_or_is_skipped(base, chats, tmp_path):
     (tmp_path / "bad.py").write_text(BAD)
     out = tmp_path / "ckpt"
-    heard = run(out, base, chats, *KINDS["lora"], program=tmp_path / "bad.py", code=2)
+    printed = run(out, base, chats, *KINDS["lora"], program=tmp_path / "bad.py", code=2)
     assert (
-        "step 4: loss nan" in heard
-        and "on lines [" in heard
-        and "--skip-nonfinite" in heard
-        and "Traceback" not in heard
+        "step 4: loss nan" in printed
+        and "on lines [" in printed
+        and "--skip-nonfinite" in printed
+        and "Traceback" not in printed
     )
-    assert saved(out, 3)() and not saved(out, 4)()
+    assert has_checkpoint(out, 3)() and not has_checkpoint(out, 4)()
     run(out, base, chats, *KINDS["lora"], "--resume")
     assert [line["step"] for line in curve(out) if "loss" in line] == [*range(1, 13)]
     assert "step 6: loss nan" in run(
@@ -675,10 +670,10 @@ def test_numbers_that_are_none_stop_the_run_saved_or_are_left_out(base, chats, t
 # --- signals, time, disks
 
 
-def test_a_second_ctrl_c_ends_at_once_and_the_first_saves(undisturbed, base, chats, tmp_path):
+def test_ctrl_c_saves_and_a_second_one_stops_at_once(reference_run, base, chats, tmp_path):
     out = tmp_path / "ckpt"
     process = start(out, base, chats, *KINDS["lora"], ranks=2, restarts=0)
-    until(
+    wait_until(
         lambda: (
             '"loss"'
             in ((out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").exists() else "")
@@ -687,13 +682,13 @@ def test_a_second_ctrl_c_ends_at_once_and_the_first_saves(undisturbed, base, cha
     )
     process.send_signal(signal.SIGINT)  # torchrun passes it on
     process.wait(timeout=240)
-    assert "Ctrl-C: stopped after step" in said(out) and saved(out)()
+    assert "Ctrl-C: stopped after step" in log(out) and has_checkpoint(out)()
     run(out, base, chats, *KINDS["lora"], "--resume", ranks=2)
-    alike(undisturbed("lora", 2), out)
+    assert_same_run(reference_run("lora", 2), out)
 
     out = tmp_path / "other"
     process = start(out, base, chats, *KINDS["lora"], "--max-steps", 500)
-    until(
+    wait_until(
         lambda: (
             '"loss"'
             in ((out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").exists() else "")
@@ -708,34 +703,34 @@ def test_a_second_ctrl_c_ends_at_once_and_the_first_saves(undisturbed, base, cha
     assert process.wait(timeout=240) == 130
 
 
-def test_max_minutes_ends_before_the_time_is_over(base, chats, tmp_path):
+def test_max_minutes_stops_in_time(base, chats, tmp_path):
     out, steps = tmp_path / "ckpt", []
-    for more in ((), ("--resume",)):
-        began = time.time()
-        heard = run(
-            out, base, chats, *KINDS["lora"], "--max-minutes", 0.1, "--max-steps", 9999, *more
+    for extra in ((), ("--resume",)):
+        started = time.time()
+        printed = run(
+            out, base, chats, *KINDS["lora"], "--max-minutes", 0.2, "--max-steps", 9999, *extra
         )
-        assert "--max-minutes 0.1: stopped after step" in heard
+        assert "--max-minutes 0.2: stopped after step" in printed
         assert (
-            time.time() - began < 240
-        )  # six seconds, and Python's start and end on a busy machine; 9,999 steps take longer
+            time.time() - started < 240
+        )  # twelve seconds, and Python's start and end on a busy machine; 9,999 steps take longer
         steps.append(curve(out)[-1]["step"])
-        assert saved(out, steps[-1])()
+        assert has_checkpoint(out, steps[-1])()
     assert (
         0 < steps[0] <= steps[1]
-    )  # on a busy machine six seconds may be over before the first step
+    )  # on a busy machine twelve seconds may be over before the first step
     assert [line["step"] for line in curve(out) if "loss" in line] == [*range(1, steps[1] + 1)]
 
 
-def test_a_run_that_ends_before_its_first_step_does_not_say_that_it_saved(base, chats, tmp_path):
+def test_stop_before_the_first_step_claims_no_checkpoint(base, chats, tmp_path):
     out = tmp_path / "ckpt"
-    heard = run(out, base, chats, *KINDS["lora"], "--max-minutes", 0.0001, "--max-steps", 2)
+    printed = run(out, base, chats, *KINDS["lora"], "--max-minutes", 0.0001, "--max-steps", 2)
     assert (
-        "stopped before the first step" in heard
-        and "saved in" not in heard
+        "stopped before the first step" in printed
+        and "saved in" not in printed
         and not [*out.glob("resume/step-*")]
     )
-    assert "starts at the beginning" in run(
+    assert "starts from the beginning" in run(
         out, base, chats, *KINDS["lora"], "--max-steps", 2, "--resume"
     )
     assert [line["step"] for line in curve(out) if "loss" in line] == [1, 2]
@@ -754,7 +749,7 @@ rm -f "$OUT/other"; cp -r "$OUT" "$OUT.kept"; exit $code
 
 def on_a_small_disk(out, base, chats, size, fill, *flags):
     out.mkdir()
-    words = (
+    command_line = (
         "unshare",
         "-rm",
         "bash",
@@ -773,7 +768,7 @@ def on_a_small_disk(out, base, chats, size, fill, *flags):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OUT": str(out), "SIZE": size, "FILL": fill}
     try:
         done = subprocess.run(
-            [*map(str, (*words, *QUICK, *flags))],
+            [*map(str, (*command_line, *QUICK, *flags))],
             cwd=ROOT,
             env=env,
             capture_output=True,
@@ -787,19 +782,17 @@ def on_a_small_disk(out, base, chats, size, fill, *flags):
     return done
 
 
-def test_a_disk_too_small_is_known_before_the_first_step(base, chats, tmp_path):
+def test_small_disk_is_an_error_before_the_first_step(base, chats, tmp_path):
     done = on_a_small_disk(tmp_path / "ckpt", base, chats, "4m", "", *KINDS["full"], "--overwrite")
     assert (
         done.returncode == 2
-        and "this run needs 0.0 GB there" in done.stderr
+        and "this run needs 0.0 GB" in done.stderr
         and "--keep 1" in done.stderr
     )
     assert not (tmp_path / "ckpt.kept" / "resume").exists() and "Traceback" not in done.stderr
 
 
-def test_a_disk_that_fills_up_during_a_save_leaves_the_save_before(
-    undisturbed, base, chats, tmp_path
-):
+def test_enospc_keeps_the_checkpoint_before(reference_run, base, chats, tmp_path):
     done = on_a_small_disk(
         tmp_path / "ckpt",
         base,
@@ -815,10 +808,12 @@ def test_a_disk_that_fills_up_during_a_save_leaves_the_save_before(
     assert (
         done.returncode == 2
         and "the disk is full" in last[0]
-        and "Make room" in last[1]
+        and (
+            "Free some space" in last[1] or "Make room" in last[1]
+        )  # as a save or the weights met it
         and "Traceback" not in done.stderr
     ), done.stderr
     out = tmp_path / "ckpt.kept"
     assert checkpoint.list_checkpoints(out / "resume") and not [*out.rglob("*.new")]
     run(out, base, chats, *KINDS["full"], "--resume")
-    alike(undisturbed("full"), out)
+    assert_same_run(reference_run("full"), out)

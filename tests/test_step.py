@@ -14,6 +14,7 @@ import data
 import lora
 from model import AC_MODES, IGNORE_INDEX, ModelConfig
 from training import distributed, memory, metrics, optim, step
+from training.step import ModelSpec
 from weights import hf
 
 ALONE = distributed.Distributed(torch.device("cpu"))
@@ -25,19 +26,14 @@ def rows(chats, tokenizer):
 
 
 def build(base, **adapter):
-    return step.build_model(
-        hf.with_vocab_size(hf.read_config(base), VOCAB + 2),
-        ALONE,
-        base,
-        adapter or None,
-        torch.float32,
-    )
+    config = hf.with_vocab_size(hf.read_config(base), VOCAB + 2)
+    return step.build_model(config, ALONE, step.ModelSpec(adapter or None, torch.float32), base)
 
 
-def test_collated_rows_keep_their_documents_apart_and_pad_with_a_document_without_targets(rows):
-    some = rows[:3]
-    tokens, positions, labels, *_ = step.collate(some, "cpu")
-    for i, row in enumerate(some):
+def test_collate_keeps_documents_apart_and_pads_without_targets(rows):
+    part = rows[:3]
+    tokens, positions, labels, *_ = step.collate(part, "cpu")
+    for i, row in enumerate(part):
         n = len(row.ids)
         assert (
             tokens[i, :n].tolist() == row.ids.tolist()
@@ -50,12 +46,12 @@ def test_collated_rows_keep_their_documents_apart_and_pad_with_a_document_withou
         )
 
 
-def test_data_and_model_mark_what_is_no_target_alike():
-    """Two files know the number, for data.py does without torch."""
+def test_data_and_model_share_ignore_index():
+    """data.py has its own copy of the number, because it does not import torch."""
     assert data.IGNORE_INDEX == IGNORE_INDEX
 
 
-def test_every_rank_gets_as_many_micro_batches_and_each_row_once(rows):
+def test_ranks_get_equal_numbers_of_micro_batches_and_each_row_once(rows):
     for world in (1, 2, 3, 8):
         shares = [
             step.micro_batches(
@@ -70,10 +66,8 @@ def test_every_rank_gets_as_many_micro_batches_and_each_row_once(rows):
         assert trained == sum(int((row.labels != IGNORE_INDEX).sum()) for row in rows[:7])
 
 
-def test_for_cuda_all_micro_batches_have_one_shape_and_a_power_of_two_of_documents(
-    rows, monkeypatch
-):
-    """Without a GPU, but for the way to it: the last, empty ones of some ranks too."""
+def test_cuda_micro_batches_have_one_shape_and_padded_documents(rows, monkeypatch):
+    """Without a GPU: only the copy to it is left out. Also the empty batches of some ranks."""
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
     sizes = set()
     for world in (1, 3):
@@ -109,26 +103,24 @@ def test_for_cuda_all_micro_batches_have_one_shape_and_a_power_of_two_of_documen
 
 
 @pytest.mark.parametrize("adapter", [{}, {"rows": [VOCAB, VOCAB + 1]}], ids=["full", "lora"])
-def test_micro_batches_change_nothing(base, rows, adapter):
+def test_micro_batch_size_changes_nothing(base, rows, adapter):
     """1 x 8 and 8 x 1, although the rows have different numbers of targets."""
-    found = []
+    curves, trained = [], []
     for size in (8, 3, 1):
         model = build(base, **adapter)
         optimizer = optim.make_optimizer(model, 1e-3, 0.0)
-        results = [
-            step.train_step(model, optimizer, step.micro_batches(rows[:8], size, ALONE), ALONE)
-            for _ in range(3)
-        ]
-        found.append((results, [p.detach() for p in model.parameters() if p.requires_grad]))
-    for results, weights in found[1:]:
+        batches = step.micro_batches(rows[:8], size, ALONE)
+        curves.append([step.train_step(model, optimizer, batches, ALONE) for _ in range(3)])
+        trained.append([p.detach() for p in model.parameters() if p.requires_grad])
+    for curve, weights in zip(curves[1:], trained[1:]):
         torch.testing.assert_close(
-            torch.tensor(results), torch.tensor(found[0][0]), atol=1e-5, rtol=1e-5
+            torch.tensor(curve), torch.tensor(curves[0]), atol=1e-5, rtol=1e-5
         )
-        for one, other in zip(weights, found[0][1]):
+        for one, other in zip(weights, trained[0]):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
-def test_loss_is_the_mean_over_targets_of_transformers_too(base, rows, tmp_path):
+def test_loss_equals_transformers(base, rows, tmp_path):
     import transformers
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -165,7 +157,7 @@ def test_a_step_without_targets_changes_nothing(base, rows):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_numbers_that_are_none_stop_before_the_weights_are_touched(base, rows):
+def test_nonfinite_loss_leaves_the_weights(base, rows):
     model = build(base)
     with torch.no_grad():
         model.model.norm.weight[3] = math.inf
@@ -180,16 +172,16 @@ def test_numbers_that_are_none_stop_before_the_weights_are_touched(base, rows):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_evaluation_counts_bits_on_the_words_of_my_messages_alone(base, chats, tokenizer):
+def test_evaluate_counts_bits_of_message_text_only(base, chats, tokenizer):
     rows = data.load_rows(chats / "val.jsonl", tokenizer, 160)
     model = build(base)
-    found = step.evaluate(model, rows, ALONE, 3)
+    results = step.evaluate(model, rows, ALONE, 3)
     talks = data.load_sessions(chats / "val.jsonl")
-    assert found.chars.tolist() == [
+    assert results.chars.tolist() == [
         sum(len(m) for t in talk.turns if t.me for m in t.messages) for talk in talks
     ]
     loss = sum(model(**step.collate([row], "cpu")._asdict())[0].item() for row in rows)
-    assert found.nats == pytest.approx(loss, rel=1e-5) and found.count == sum(
+    assert results.nats == pytest.approx(loss, rel=1e-5) and results.count == sum(
         int((r.labels != IGNORE_INDEX).sum()) for r in rows
     )
     words_only = [
@@ -199,13 +191,15 @@ def test_evaluation_counts_bits_on_the_words_of_my_messages_alone(base, chats, t
     bits = sum(
         model(**step.collate([row], "cpu")._asdict())[0].item() for row in words_only
     ) / math.log(2)
-    assert found.metrics["val_bits_per_char"] == pytest.approx(bits / found.chars.sum(), rel=1e-5)
-    assert found.metrics["val_format_loss"] == pytest.approx(
-        (loss - bits * math.log(2)) / (found.count - found.content_tokens), rel=1e-4
+    assert results.metrics["val_bits_per_char"] == pytest.approx(
+        bits / results.chars.sum(), rel=1e-5
+    )
+    assert results.metrics["val_format_loss"] == pytest.approx(
+        (loss - bits * math.log(2)) / (results.count - results.content_tokens), rel=1e-4
     )
 
 
-def test_what_is_held_out_is_measured_without_dropout_which_is_back_for_the_next_step(base, rows):
+def test_evaluate_turns_dropout_off_and_on_again(base, rows):
     model = build(base, dropout=0.5)
     with torch.no_grad():
         for parameter in lora.adapter_parameters(model).values():
@@ -214,7 +208,7 @@ def test_what_is_held_out_is_measured_without_dropout_which_is_back_for_the_next
     assert one == other and model.training
 
 
-def test_frozen_weights_stay_and_new_rows_begin_as_the_mean(base, rows):
+def test_frozen_weights_stay_and_new_rows_start_as_the_mean(base, rows):
     model = build(base, rows=[VOCAB, VOCAB + 1])
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     old = frozen["lm_head.weight"][:VOCAB].mean(0)
@@ -227,7 +221,7 @@ def test_frozen_weights_stay_and_new_rows_begin_as_the_mean(base, rows):
     assert all(p.dtype == torch.float32 for p in lora.adapter_parameters(model).values())
 
 
-def test_flops_are_those_that_torch_counts(base, rows):
+def test_flops_equal_those_that_torch_counts(base, rows):
     from torch.utils.flop_counter import FlopCounterMode
 
     ops = {  # which torch's counter doesn't know
@@ -244,7 +238,7 @@ def test_flops_are_those_that_torch_counts(base, rows):
         with FlopCounterMode(display=False, custom_mapping=ops) as counter:
             model(*step.collate([row], "cpu")[:2]).sum().backward()
         needed, done = metrics.step_flops(model, [row])
-        model.recompute = "full"
+        model.activation_checkpointing = "full"
         assert metrics.step_flops(model, [row])[1] > needed == done
         counted = sum(
             n
@@ -259,11 +253,11 @@ def test_flops_are_those_that_torch_counts(base, rows):
         assert needed - attention == pytest.approx(counted + first, rel=1e-6)
 
 
-# --- bf16 without masters
+# --- AdamW
 
 
-def test_updates_far_below_a_weights_last_bit_arrive_on_average():
-    """300 times 1e-6, where half of a bf16's last bit is 2e-3: rounding to nearest loses all of it."""
+def test_bf16_adamw_keeps_tiny_updates_on_average():
+    """300 updates of 1e-6, where half of a bf16's last bit is 2e-3: nearest rounding loses all."""
     torch.manual_seed(0)
     start = (
         1 + 0.1 * torch.randn(400_000)
@@ -283,7 +277,7 @@ def test_updates_far_below_a_weights_last_bit_arrive_on_average():
     )
 
 
-def test_pure_bf16_adamw_stays_as_near_to_fp32s_as_fifty_roundings_allow():
+def test_bf16_adamw_stays_near_fp32_adamw():
     torch.manual_seed(0)
     start, pull = (
         1.5 + 0.1 * torch.randn(20_000).clamp(-4, 4),
@@ -312,8 +306,8 @@ def test_pure_bf16_adamw_stays_as_near_to_fp32s_as_fifty_roundings_allow():
 
 
 @pytest.mark.parametrize("pure", [False, True])
-def test_a_spike_of_the_gradient_is_forgotten_within_a_run(pure):
-    """After 200 steps, as few as a run may have, they are as long as ever; torch's own 0.999 would make them a seventh of that."""
+def test_adamw_forgets_a_gradient_spike(pure):
+    """After 200 steps updates are of full length; beta2 0.999 would leave a seventh of it."""
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16 if pure else torch.float32))
     optimizer = optim.make_optimizer(torch.nn.ParameterList([weight]), 1e-3, 0.0, pure)
@@ -325,11 +319,11 @@ def test_a_spike_of_the_gradient_is_forgotten_within_a_run(pure):
     assert (before - weight.detach().float().mean()).item() == pytest.approx(10 * 1e-3, rel=0.1)
 
 
-def test_weights_are_updated_alike_in_pieces(monkeypatch):
+def test_bf16_adamw_chunks_change_nothing(monkeypatch):
     monkeypatch.setattr(optim, "stochastic_round", lambda x: x)
-    found = []
+    results = []
     for piece in (1 << 24, 7):
-        monkeypatch.setattr(optim.BF16AdamW, "PIECE", piece)
+        monkeypatch.setattr(optim.BF16AdamW, "CHUNK_SIZE", piece)
         torch.manual_seed(0)
         weight = torch.nn.Parameter(torch.randn(5, 6).bfloat16())
         optimizer = optim.BF16AdamW(
@@ -338,11 +332,11 @@ def test_weights_are_updated_alike_in_pieces(monkeypatch):
         for _ in range(3):
             weight.grad = torch.randn(5, 6).bfloat16()
             optimizer.step()
-        found.append(weight.detach())
-    assert torch.equal(*found)
+        results.append(weight.detach())
+    assert torch.equal(*results)
 
 
-def test_rounding_at_random_takes_one_of_two_neighbours_in_proportion():
+def test_stochastic_round_picks_a_neighbour_in_proportion():
     torch.manual_seed(0)
     x = torch.randn(100_000) * 10 ** (torch.rand(100_000) * 60 - 30)
     near = x.bfloat16()
@@ -359,7 +353,7 @@ def test_rounding_at_random_takes_one_of_two_neighbours_in_proportion():
 # --- memory
 
 
-def test_live_bytes_are_those_of_the_tensors_that_live():
+def test_memory_tracker_counts_live_bytes():
     with memory.MemoryTracker() as live:
         one = torch.ones(1000)
         view = one.view(10, 100)[3]
@@ -375,23 +369,23 @@ def test_live_bytes_are_those_of_the_tensors_that_live():
 
 
 SMALL = ModelConfig(2000, 256, 512, 3, 8, 2, 32)
-WAYS = {
-    **{f"lora, {kind}": {"adapter": {"rank": 8}, "recompute": kind} for kind in AC_MODES},
-    "qlora": {"adapter": {"rank": 8, "rows": [1998, 1999]}, "nf4": True},
-    **{f"full, {kind}": {"recompute": kind} for kind in AC_MODES},
-    "pure": {"pure": True},
+SPECS = {
+    **{f"lora, {mode}": ModelSpec({"rank": 8}, activation_checkpointing=mode) for mode in AC_MODES},
+    "qlora": ModelSpec({"rank": 8, "rows": [1998, 1999]}, nf4=True),
+    **{f"full, {mode}": ModelSpec(activation_checkpointing=mode) for mode in AC_MODES},
+    "pure": ModelSpec(pure_bf16=True),
 }
 ROWS, LENGTH = 2, 192
 
 
 @functools.cache
-def predicted(way, world=1):
-    return memory.predict_peak_memory(SMALL, ROWS, LENGTH, 2, world, labelled=0.4, **WAYS[way])
+def predicted(kind, world=1):
+    return memory.predict_peak_memory(SMALL, SPECS[kind], ROWS, LENGTH, 2, world, target_share=0.4)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_predicted_memory_is_what_a_step_takes(way, edges_in_a_tensor, monkeypatch):
-    """On this CPU, by Live; the prediction runs torch's own kernel. What a GPU adds is measured in test_cuda.py."""
+@pytest.mark.parametrize("kind", SPECS)
+def test_predicted_memory_equals_measured(kind, varlen_on_cpu, monkeypatch):
+    """Measured on this CPU by MemoryTracker; test_cuda.py measures what a GPU adds."""
     tokens, positions = (
         torch.randint(0, SMALL.vocab_size, (ROWS, LENGTH)),
         torch.arange(LENGTH).expand(ROWS, -1),
@@ -401,8 +395,8 @@ def test_predicted_memory_is_what_a_step_takes(way, edges_in_a_tensor, monkeypat
         tokens, positions, tokens, cu_seqlens, torch.arange(int(ROWS * LENGTH * 0.4))
     )
     with memory.MemoryTracker() as live:
-        model = step.build_model(SMALL, ALONE, **WAYS[way])
-        optimizer = optim.make_optimizer(model, 1e-4, 0.0, WAYS[way].get("pure", False))
+        model = step.build_model(SMALL, ALONE, SPECS[kind])
+        optimizer = optim.make_optimizer(model, 1e-4, 0.0, SPECS[kind].pure_bf16)
         for _ in range(2):
             live.peak = live.now
             assert step.train_step(model, optimizer, [batch] * 2, ALONE)[2] > 0
@@ -410,10 +404,10 @@ def test_predicted_memory_is_what_a_step_takes(way, edges_in_a_tensor, monkeypat
     grouped = (
         "enable_gqa" in inspect.signature(varlen_attn).parameters
     )  # torch 2.11's kernel is given keys and values repeated
-    assert 0.99 < predicted(way) / live.peak < (1.01 if grouped else 1.06)
+    assert 0.99 < predicted(kind) / live.peak < (1.01 if grouped else 1.06)
 
 
-def test_predicted_memory_falls_with_all_that_saves_memory():
+def test_predicted_memory_falls_with_each_saving():
     for kind in ("lora", "full"):
         assert (
             predicted(f"{kind}, none")
@@ -428,14 +422,17 @@ def test_predicted_memory_falls_with_all_that_saves_memory():
     assert not torch.distributed.is_initialized()
 
 
-def test_the_peak_is_this_process_s_own_not_that_of_who_started_it():
+def test_peak_gib_is_not_inherited_from_the_parent():
     import subprocess
     import sys
 
     code = (
         "import torch; from training import metrics; print(metrics.peak_gib(torch.device('cpu')))"
     )
-    big = f"import subprocess, sys; x = bytearray(2 << 30); x[::4096] = bytes([1]) * (2 << 18); subprocess.run([sys.executable, '-c', {code!r}])"
+    big = (
+        "import subprocess, sys; x = bytearray(2 << 30); x[::4096] = bytes([1]) * (2 << 18); "
+        f"subprocess.run([sys.executable, '-c', {code!r}])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", big], cwd=ROOT, capture_output=True, text=True, check=True
     )

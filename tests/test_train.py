@@ -14,7 +14,8 @@ import data
 import lora
 import train
 from training import distributed, optim, step
-from training.run_dir import RunDir
+from training.run import Plan, plan_run
+from training.run_dir import BestTracker, EvalPoint, RunDir
 from weights import hf
 from weights.load import load_model
 from weights.tokenizer import load_tokenizer
@@ -49,43 +50,43 @@ def fine_tune(base, chats, out, *flags, ranks=1, env=None):
 
 
 @pytest.fixture(scope="module", params=["lora", "qlora", "full"])
-def alone(request, base, chats, tmp_path_factory):
-    """(flags, out) of a run in one process with one micro-batch; a base without ChatML tokens, so that rows are added and trained."""
+def reference_run(request, base, chats, tmp_path_factory):
+    """(flags, out, output) of a run in one process, one micro-batch. The base lacks ChatML tokens:
+    new rows are added and trained."""
     flags = ("--lr", 3e-3) if request.param == "full" else (f"--{request.param}", "--lr", 1e-2)
     flags = (*flags, "--max-steps", 6, "--micro-batch", 8)
     out = tmp_path_factory.mktemp("alone") / "ckpt"
     return flags, out, fine_tune(base, chats, out, *flags, "--samples", 1)
 
 
-def test_one_process_two_processes_and_micro_batches_give_the_same_curve(
-    alone, base, chats, tmp_path
-):
-    flags, out, _ = alone
-    losses, held_out = curve(out)
+def test_ranks_and_micro_batches_give_the_same_curve(reference_run, base, chats, tmp_path):
+    flags, out, _ = reference_run
+    losses, val_lines = curve(out)
     assert len(losses) == 6 and losses[-1] < losses[0]
     for name, other in {
         "two ranks": {"ranks": 2, "more": ("--samples", 1)},
-        "three ranks, recomputing": {"ranks": 3, "more": ("--recompute", "full")},
+        "three ranks, recomputing": {"ranks": 3, "more": ("--activation-checkpointing", "full")},
         "four micro-batches": {"micro": 2},
     }.items():
         changed = [*flags[:-1], other.get("micro", 8), *other.get("more", ())]
         fine_tune(base, chats, tmp_path / name, *changed, ranks=other.get("ranks", 1))
-        got, got_held_out = curve(tmp_path / name)
-        assert got == pytest.approx(losses, rel=2e-4), name
-        assert [line["val_bits_per_char"] for line in got_held_out] == pytest.approx(
-            [line["val_bits_per_char"] for line in held_out], rel=1e-3
+        other_losses, other_val_lines = curve(tmp_path / name)
+        assert other_losses == pytest.approx(losses, rel=2e-4), name
+        assert [line["val_bits_per_char"] for line in other_val_lines] == pytest.approx(
+            [line["val_bits_per_char"] for line in val_lines], rel=1e-3
         ), name
         for file in ("adapter_model.safetensors", "model.safetensors"):
             if (out / file).exists():
                 one, two = load_file(out / file), load_file(tmp_path / name / file)
                 assert one.keys() == two.keys(), name
-                for key in one:  # AdamW's first steps are signs of gradients: where one is nearly 0 they may differ by some lr
+                # AdamW's first steps are signs of gradients: near 0 they may differ by some lr.
+                for key in one:
                     off = (one[key].float() - two[key].float()).abs()
                     assert off.mean() < 2e-3 and one[key].shape == two[key].shape, (name, key)
 
 
-def test_what_training_leaves_is_complete_and_says_what_it_computes(alone, base, tokenizer):
-    flags, out, done = alone
+def test_output_folder_is_complete(reference_run, base, tokenizer):
+    flags, out, done = reference_run
     names = {path.name for path in out.iterdir()}
     assert {
         "tokenizer.json",
@@ -127,8 +128,8 @@ def test_what_training_leaves_is_complete_and_says_what_it_computes(alone, base,
         assert rows == {"embed_tokens": tokenizer.added, "lm_head": tokenizer.added}
 
 
-def test_init_begins_where_the_former_run_ended(alone, base, chats, tmp_path):
-    flags, out, _ = alone
+def test_init_starts_from_the_earlier_run(reference_run, base, chats, tmp_path):
+    flags, out, _ = reference_run
     ended = min(line["val_loss"] for line in curve(out)[1][1:])
     kind = [flag for flag in flags if flag in ("--lora", "--qlora")]
     for ranks in (1, 2):
@@ -164,9 +165,7 @@ def test_init_begins_where_the_former_run_ended(alone, base, chats, tmp_path):
     )
 
 
-def test_auto_takes_what_fits_and_the_run_keeps_what_was_predicted_and_measured(
-    base, chats, tmp_path
-):
+def test_auto_micro_batch_and_measured_prediction(base, chats, tmp_path):
     own = {
         "OMP_NUM_THREADS": "1"
     }  # a Python of its own: of a fork the pages of torch aren't counted
@@ -174,7 +173,7 @@ def test_auto_takes_what_fits_and_the_run_keeps_what_was_predicted_and_measured(
     run = json.loads((tmp_path / "ckpt" / "run.json").read_text())
     assert (
         run["config"]["micro_batch"] == 2
-        and "2 rows at a time, recompute none" in done.stdout + done.stderr
+        and "2 rows at a time, activation checkpointing none" in done.stdout + done.stderr
     )
     pairs = run["prediction"]
     assert (
@@ -186,9 +185,8 @@ def test_auto_takes_what_fits_and_the_run_keeps_what_was_predicted_and_measured(
     assert f"timed: {pairs['tok_per_s']:,.0f} tok/s, 4 steps in about" in done.stdout + done.stderr
 
 
-def test_the_checkpoint_is_the_best_evaluation_not_the_last(base, chats, tmp_path):
-    """A learning rate that ruins the model after a while: what is kept evaluates as the best line of metrics.jsonl did."""
-
+def test_saved_weights_are_the_best_not_the_last(base, chats, tmp_path):
+    """With a rate that ruins the model after a while, the saved one has the best line's loss."""
     fine_tune(
         base,
         chats,
@@ -203,10 +201,10 @@ def test_the_checkpoint_is_the_best_evaluation_not_the_last(base, chats, tmp_pat
         "--warmup",
         1,
     )
-    losses, held_out = curve(tmp_path / "ckpt")
-    best = min(line["val_loss"] for line in held_out[1:])
-    assert best < held_out[-1]["val_loss"]
-    assert [line["val_loss"] for line in held_out[-5:]].index(
+    losses, val_lines = curve(tmp_path / "ckpt")
+    best = min(line["val_loss"] for line in val_lines[1:])
+    assert best < val_lines[-1]["val_loss"]
+    assert [line["val_loss"] for line in val_lines[-5:]].index(
         best
     ) == 0  # patience: four worse ones, then the end
     model = load_model(str(tmp_path / "ckpt"), torch.float32)
@@ -214,7 +212,7 @@ def test_the_checkpoint_is_the_best_evaluation_not_the_last(base, chats, tmp_pat
     assert step.evaluate(model, rows, ALONE, 2).metrics["val_loss"] == pytest.approx(best, rel=1e-3)
 
 
-def test_from_scratch_needs_no_weights_and_trains_the_same_on_two_ranks(base, chats, tmp_path):
+def test_from_scratch_needs_no_weights_and_equals_two_ranks(base, chats, tmp_path):
     shape = tmp_path / "shape"
     shape.mkdir()
     for name in ("config.json", "tokenizer.model"):
@@ -236,7 +234,7 @@ def test_tied_weights_stay_tied_on_two_ranks(chats, tmp_path):
         )
 
 
-def test_pure_bf16_trains_and_leaves_a_bf16_folder(base, chats, tmp_path):
+def test_pure_bf16_trains_and_saves_bf16(base, chats, tmp_path):
     fine_tune(
         base,
         chats,
@@ -255,61 +253,85 @@ def test_pure_bf16_trains_and_leaves_a_bf16_folder(base, chats, tmp_path):
     assert losses[-1] < losses[0] - 0.5
     saved = load_file(tmp_path / "ckpt" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
-    assert hf.stored_dtype(tmp_path / "ckpt") == torch.bfloat16
+    assert hf.open_folder(tmp_path / "ckpt").dtype == torch.bfloat16
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ckpt")
     assert theirs.dtype == torch.bfloat16 and torch.equal(
         theirs.model.norm.weight, saved["model.norm.weight"]
     )
 
 
+BILLIONS, MILLIONS = 7_000_000_000, 135_000_000
+
+
 @pytest.mark.parametrize(
     ("rows", "batch", "steps"),
     [(1000, 8, 375), (200, 8, 75), (52, 8, 50), (20, 1, 60), (3, 1, 51), (1, 1, 50)],
 )
-def test_too_little_data_still_gets_fifty_steps(rows, batch, steps):
-    plan = train.plan_run(rows, train.Options())
+def test_little_data_still_gets_50_steps(rows, batch, steps):
+    plan = plan_run(rows, train.Options(), BILLIONS)
     assert plan.batch <= batch + 2 and plan.steps >= 50 and abs(plan.steps - steps) <= 5, plan
     evaluations = [s for s in plan.evaluate_at if s <= plan.epoch]
     assert len(evaluations) >= min(4, plan.epoch) and plan.steps in plan.evaluate_at
 
 
-def test_the_rate_is_what_help_says_it_is():
-    rates = [
-        train.plan_run(1000, train.Options(lora=adapter, lr=lr)).lr
-        for adapter, lr in ((True, None), (False, None), (True, 1e-3))
+def test_recompute_is_an_alias_of_activation_checkpointing():
+    options = cli.parse(train.Options, ["--recompute", "full"])
+    assert options.activation_checkpointing == "full"
+
+
+def test_best_tracker_counts_evaluations_since_the_best():
+    tracker = BestTracker()
+    assert not tracker.add(EvalPoint(0, 0.0, 1.0, 1.0))  # before training: never the best
+    added = [
+        tracker.add(EvalPoint(n, n / 9, loss, loss)) for n, loss in ((1, 3.0), (2, 2.0), (3, 2.0))
     ]
-    assert rates == [2e-4, 2e-5, 1e-3]  # an adapter's would ruin the weights of a full fine-tune
+    assert added == [True, True, False]
+    assert (tracker.best.step, tracker.last.step, tracker.since_best) == (2, 3, 1)
+    assert BestTracker.from_metadata(json.loads(json.dumps(tracker.state()))) == tracker
 
 
-def test_the_rate_climbs_then_falls_by_half_a_cosine():
+def test_default_learning_rates_are_those_of_help():
+    """A LoRA's rate would ruin the weights of a full fine-tune; a small base learns too slowly."""
+    for adapter, lr, parameters, expected in (
+        (True, None, BILLIONS, 2e-4),
+        (False, None, BILLIONS, 2e-5),
+        (True, None, MILLIONS, 2e-3),
+        (False, None, MILLIONS, 2e-4),
+        (True, 1e-3, MILLIONS, 1e-3),
+    ):
+        plan = plan_run(1000, train.Options(lora=adapter, lr=lr), parameters)
+        assert plan.lr == pytest.approx(expected)
+
+
+def test_learning_rate_warms_up_then_follows_a_cosine():
     rates = [optim.lr_at(n, 100, 1.0, 0.03) for n in range(1, 101)]
     assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1]) and rates[-1] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(rates[2:], rates[3:]))
 
 
-def test_every_epoch_has_each_row_once_in_an_order_of_its_own():
-    plan = train.Plan(batch=4, epoch=3, steps=7, lr=1.0, evaluate_at=frozenset())
-    got = list(train.batches(list(range(10)), plan, seed=0))
-    epochs = [sum(got[0:3], []), sum(got[3:6], [])]
+def test_each_epoch_has_every_row_once_in_a_new_order():
+    plan = Plan(batch=4, epoch=3, steps=7, lr=1.0, evaluate_at=frozenset())
+    steps = list(train.batches(list(range(10)), plan, seed=0))
+    epochs = [sum(steps[0:3], []), sum(steps[3:6], [])]
     assert (
-        [len(b) for b in got] == [4, 4, 2, 4, 4, 2, 4]
+        [len(b) for b in steps] == [4, 4, 2, 4, 4, 2, 4]
         and [sorted(e) for e in epochs] == [list(range(10))] * 2
         and epochs[0] != epochs[1]
     )
-    assert got == list(train.batches(list(range(10)), plan, seed=0))
+    assert steps == list(train.batches(list(range(10)), plan, seed=0))
 
 
-def test_samples_between_two_steps_leave_dropout_on(base, chats, tokenizer):
+def test_generate_samples_leaves_dropout_on(base, chats, tokenizer):
     shape = hf.with_vocab_size(hf.read_config(base), VOCAB + 2)
-    model = step.build_model(shape, ALONE, None, {"dropout": 0.5}, torch.float32)
-    asked = train.sample_prompts(train.Options(data=str(chats), samples=1))
-    assert len([*train.generate_samples(model, tokenizer, asked, ALONE, 0)]) == 1 and model.training
+    model = step.build_model(shape, ALONE, step.ModelSpec({"dropout": 0.5}, torch.float32))
+    prompts = train.sample_prompts(train.Options(data=str(chats), samples=1))
+    (sample,) = train.generate_samples(model, tokenizer, prompts, ALONE, 0)
+    assert "you wrote: ok then / day" in sample and model.training
 
 
-def test_a_sharded_adapter_is_saved_as_it_is_trained_not_as_it_was_gathered_to_compute(
-    base, tokenizer, monkeypatch
-):
-    """After a forward pass FSDP2 shows the root's parameters in bf16: new rows saved from there would have lost 16 bits."""
+def test_sharded_adapter_is_saved_in_fp32(base, tokenizer, monkeypatch):
+    """After a forward pass FSDP2 shows the root's parameters in bf16: not those must be saved."""
+    # Private: two ranks in one process, without a network.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     saved = {}
@@ -318,12 +340,12 @@ def test_a_sharded_adapter_is_saved_as_it_is_trained_not_as_it_was_gathered_to_c
     try:
         ranks = distributed.Distributed(torch.device("cpu"), 0, 2)
         shape = hf.with_vocab_size(hf.read_config(base), tokenizer.rows_needed)
-        model = step.build_model(shape, ranks, None, {"rows": tokenizer.added}, torch.bfloat16)
+        options = train.Options(lora=True, model=str(base))
+        model = step.build_model(shape, ranks, step.ModelSpec({"rows": tokenizer.added}))
         with torch.no_grad():
             model(torch.arange(3, 9)[None])
-        options = train.Options(lora=True, model=str(base))
-        job = SimpleNamespace(ranks=ranks, options=options, folder=base)
-        RunDir.save(SimpleNamespace(job=job, model=model, out=None))
+        run = SimpleNamespace(options=options, base=SimpleNamespace(folder=base))
+        RunDir(run, ranks).save_weights(model)
     finally:
         torch.distributed.destroy_process_group()
     assert len(saved) == 2 * 7 * 2 + 2 and {tensor.dtype for tensor in saved.values()} == {
@@ -331,10 +353,10 @@ def test_a_sharded_adapter_is_saved_as_it_is_trained_not_as_it_was_gathered_to_c
     }
 
 
-# --- what a person can mend
+# --- errors that a user can fix
 
 
-def test_no_data_no_gpu_no_network_each_say_what_to_do(base, chats, tmp_path):
+def test_missing_data_gpu_or_network_say_what_to_do(base, chats, tmp_path):
     refused(
         command("train.py", "--lora", "--data", tmp_path / "none"), "python data.py result.json"
     )
@@ -355,25 +377,22 @@ def test_no_data_no_gpu_no_network_each_say_what_to_do(base, chats, tmp_path):
     )
 
 
-def test_overwrite_forgets_how_few_rows_the_former_run_had_room_for(base, chats, tmp_path):
+def test_overwrite_forgets_the_earlier_micro_batch(base, chats, tmp_path):
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt" / "micro-batch.json").write_text('{"micro_batch": 1}')
     fine_tune(base, chats, tmp_path / "ckpt", "--lora", "--max-steps", 1, "--overwrite")
     assert not (tmp_path / "ckpt" / "micro-batch.json").exists()
 
 
-def test_no_room_for_a_line_of_metrics_is_said_with_what_is_kept(tmp_path):
+def test_enospc_of_metrics_says_what_is_kept(tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    record = SimpleNamespace(
-        job=SimpleNamespace(ranks=ALONE), out=tmp_path, kept=lambda: "the best is kept"
-    )
     with pytest.raises(
         cli.UserError,
-        match="metrics.jsonl can't be written: the disk is full\nthe best is kept. Make room.",
+        match="metrics.jsonl can't be written: the disk is full\n.* holds no model yet. Free some",
     ):
-        RunDir.append(record, {"step": 1})
+        RunDir(SimpleNamespace(options=train.Options(out=str(tmp_path))), ALONE).append({"step": 1})
 
 
 def test_bad_flags_and_folders_write_nothing(base, chats, tmp_path):
@@ -404,7 +423,7 @@ def test_bad_flags_and_folders_write_nothing(base, chats, tmp_path):
         "blocks of 64",
         "96 wide",
     )
-    refused(command("train.py", *common[:4], "--out", base, "--overwrite", *QUICK), "is read")
+    refused(command("train.py", *common[:4], "--out", base, "--overwrite", *QUICK), "is an input")
     assert not (tmp_path / "ckpt").exists()
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt" / "mine.txt").write_text("precious")

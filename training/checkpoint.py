@@ -1,9 +1,12 @@
-"""A run that cannot be lost: saves written by a thread, signals that end a run saved, and a watch over the ranks.
+"""Checkpoints to resume from: written by a thread, committed when every rank has written its part.
 
-    ckpt/resume/step-00000120/rank-00003.safetensors    rank 3's rows of what is trained, and of AdamW's moments of it
-                              rank-00003.json           where they lie in the whole; step, random state, the run so far
+    ckpt/resume/step-00000120/rank-00003.safetensors  rank 3's rows of the trained parameters and
+                                                      of the optimizer's state
+                              rank-00003.json         where these rows belong; step, random state,
+                                                      the run so far
 
-A save is written beside (`step-….new`) and renamed when every rank has written: what has its name is whole. Any number of ranks reads it.
+A checkpoint is written as `step-….new` and renamed when it is complete. Any number of ranks can
+read it.
 """
 
 import base64
@@ -17,7 +20,9 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -25,175 +30,189 @@ from safetensors.torch import save_file
 
 import cli
 from cli import UserError
-from training import distributed, optim, step
+from training import distributed, optim
+from training.distributed import Distributed
+from training.step import rng_state, set_rng_state
 from weights import shards
 
-DISK_BYTES_PER_S = (
-    200e6  # bytes a second that a disk is trusted to write before it has shown its speed
-)
-RESUME_HINT = "Go on with the same command and --resume."
+DISK_BYTES_PER_S = 200e6  # assumed, until the first checkpoint is written
+RESUME_HINT = "Continue with the same command and --resume."
 
 
-# --- what a run is made of
+def training_state(model, optimizer) -> dict[str, torch.Tensor]:
+    """Return the tensors of a checkpoint: trained parameters, and `parameter.state` for each.
 
-
-def training_state(model, optimizer):
-    """{name: tensor} of all that training changes but the number of updates. To be asked before the first forward pass: after one,
-
-    FSDP2 may show gathered parameters, which are others than the optimizer's.
+    Call it before the first forward pass: after one, FSDP2 may show gathered parameters, which
+    aren't those of the optimizer.
     """
-    found = {}
+    tensors = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            found |= {name: parameter} | {
-                f"{name}.{key}": optimizer.state[parameter][key] for key in optim.ADAM_STATE
-            }
-    return found
+        if not parameter.requires_grad:
+            continue
+        tensors[name] = parameter
+        for key, state in optim.saved_state(optimizer, parameter).items():
+            tensors[f"{name}.{key}"] = state
+    return tensors
 
 
-def count_updates(optimizer):
-    return int(next(iter(optimizer.state.values()))["step"])
+# --- reading
 
 
-def list_checkpoints(folder):
-    """The whole saves in a `resume/` folder, oldest first."""
-    return sorted(
-        path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d{8}", path.name)
-    )
+class RankPart(NamedTuple):
+    """What one rank wrote: its metadata, and its tensors in an open safetensors file."""
+
+    metadata: dict
+    file: Any
 
 
-def step_of(save):
-    return int(save.name.removeprefix("step-"))
+def list_checkpoints(folder: Path | str) -> list[Path]:
+    """Return the complete checkpoints in a `resume/` folder, oldest first."""
+    paths = Path(folder).glob("step-*")
+    return sorted(path for path in paths if re.fullmatch(r"step-\d{8}", path.name))
 
 
-def read_checkpoint(save):
-    """{rank: (what it noted, its open tensors)} of all that are there in a save. UserError when one isn't as it was written."""
-    parts, way_out = {}, f"Delete {save}: --resume then takes the save before."
-    for path in sorted(save.glob("rank-*.json")):
-        file = cli.open_safetensors(path.with_suffix(".safetensors"), way_out)
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def read_checkpoint(checkpoint: Path) -> dict[int, RankPart]:
+    """Open the parts of a checkpoint, by rank. UserError if one is damaged or misplaced."""
+    parts = {}
+    hint = f"Delete {checkpoint}: --resume then uses the checkpoint before it."
+    for path in sorted(checkpoint.glob("rank-*.json")):
+        tensors_path = path.with_suffix(".safetensors")
+        file = cli.open_safetensors(tensors_path, hint)
         if (file.metadata() or {}).get("note") != digest_metadata(path.read_bytes()):
-            raise UserError(f"{path} and .safetensors are damaged, or not of one save", way_out)
-        note = cli.read_json(path)
-        if (f"step-{note['step']:08}", f"rank-{note['rank']:05}") != (save.name, path.stem):
-            raise UserError(f"{path} is of rank {note['rank']} at step {note['step']}", way_out)
-        shapes = {
-            name: (place["rows"], *place["shape"][1:]) for name, place in note["tensors"].items()
-        }
-        cli.check_tensors(
-            path.with_suffix(".safetensors"),
-            dict.fromkeys(file.keys(), file),
-            shapes,
-            path.name,
-            way_out,
-        )
-        parts[note["rank"]] = note, file
-    if len({note["world"] for note, _ in parts.values()}) != 1:
-        raise UserError(f"{save} holds {'parts of several saves' if parts else 'nothing'}", way_out)
+            raise UserError(
+                f"{path} and .safetensors are damaged, or of two different checkpoints", hint
+            )
+        metadata = cli.read_json(path)
+        rank, number = metadata["rank"], metadata["step"]
+        if (f"step-{number:08}", f"rank-{rank:05}") != (checkpoint.name, path.stem):
+            raise UserError(f"{path} is of rank {rank} at step {number}", hint)
+        shapes = {}
+        for name, place in metadata["tensors"].items():
+            shapes[name] = (place["rows"], *place["shape"][1:])
+        files = dict.fromkeys(file.keys(), file)
+        cli.check_tensors(tensors_path, files, shapes, path.name, hint)
+        parts[rank] = RankPart(metadata, file)
+    if not parts:
+        raise UserError(f"{checkpoint} is empty", hint)
+    if len({part.metadata["world"] for part in parts.values()}) > 1:
+        raise UserError(f"{checkpoint} holds parts of several checkpoints", hint)
     return parts
 
 
-def digest_metadata(note):
-    """What binds a rank's tensors to its note: each without the other, or changed, is worth nothing."""
-    return hashlib.blake2b(note, digest_size=16).hexdigest()
+def digest_metadata(metadata: bytes) -> str:
+    """Return the digest that binds a rank's tensors to its metadata."""
+    return hashlib.blake2b(metadata, digest_size=16).hexdigest()
 
 
-def load_metadata(save, rank):
-    """What `rank` noted in a save, or the first rank that is there."""
-    parts = read_checkpoint(save)
-    return parts.get(rank, next(iter(parts.values())))[0]
+def own_metadata(parts: dict[int, RankPart], rank: int) -> dict:
+    """Return what `rank` saved, or the first rank of this folder."""
+    return parts.get(rank, next(iter(parts.values()))).metadata
+
+
+def load_metadata(checkpoint: Path, rank: int) -> dict:
+    return own_metadata(read_checkpoint(checkpoint), rank)
 
 
 @torch.no_grad()
-def restore(model, optimizer, save, ranks):
-    """Fill what is trained, its moments and the random state from a save, whatever number of ranks wrote it.
+def restore(model, optimizer, checkpoint: Path, ranks: Distributed) -> None:
+    """Load parameters, optimizer state and random state, saved by any number of ranks.
 
     UserError names a file that can't be read, or what is missing.
     """
-    parts = read_checkpoint(save)
+    parts = read_checkpoint(checkpoint)
     for name, target in training_state(model, optimizer).items():
-        local, first = shards.local_shard(target)
-        filled, known = 0, set()
-        for note, file in parts.values():
-            said = note["tensors"].get(name)
-            if said is None or said["shape"] != list(target.shape):
-                raise UserError(
-                    f"{save}: {name} is missing or of another shape",
-                    "Is --model the base that this run began with?",
-                )
-            begin, end = (
-                max(first, said["first"]),
-                min(first + len(local), said["first"] + said["rows"]),
-            )
-            if begin < end and begin not in known:  # each host has saved its copy
-                rows = file.get_slice(name)[begin - said["first"] : end - said["first"]]
-                if rows.dtype != local.dtype:
-                    raise UserError(
-                        f"{save}: {name} is of {rows.dtype}, this run keeps it in {local.dtype}",
-                        "Is --pure-bf16 as it was?",
-                    )
-                local[begin - first : end - first] = rows.to(local.device)
-                filled, known = filled + end - begin, known | {begin}
-        if filled != len(local):
+        load_rows(name, target, parts, checkpoint)
+    metadata = own_metadata(parts, ranks.rank)
+    optim.set_update_count(optimizer, metadata["updates"])
+    if metadata["world"] == ranks.world:
+        states = {}
+        for name, text in metadata["random"].items():
+            states[name] = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        set_rng_state(states)
+
+
+def load_rows(name: str, target: torch.Tensor, parts: dict, checkpoint: Path) -> None:
+    """Fill this rank's rows of a tensor from all parts that hold some of them."""
+    local, first = shards.local_shard(target)
+    filled = set()  # the first row of each stretch: every host has saved a copy of it
+    missing = len(local)
+    for metadata, file in parts.values():
+        place = metadata["tensors"].get(name)
+        if place is None or place["shape"] != list(target.shape):
             raise UserError(
-                f"{save}: rows of {name} are missing",
-                "Bring the resume/ folders of all its machines together; or delete it: --resume then takes the save before.",
+                f"{checkpoint}: {name} is missing or has another shape",
+                "Is --model the base that this run began with?",
             )
-    own = parts.get(ranks.rank, next(iter(parts.values())))[0]
-    for moments in optimizer.state.values():
-        moments["step"].fill_(own["updates"])
-    if own["world"] == ranks.world:
-        states = {
-            name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-            for name, text in own["random"].items()
-        }
-        step.set_random_state(states)
+        begin = max(first, place["first"])
+        end = min(first + len(local), place["first"] + place["rows"])
+        if begin >= end or begin in filled:
+            continue
+        rows = file.get_slice(name)[begin - place["first"] : end - place["first"]]
+        if rows.dtype != local.dtype:
+            raise UserError(
+                f"{checkpoint}: {name} is {rows.dtype}, this run has it in {local.dtype}",
+                "Is --pure-bf16 as it was?",
+            )
+        local[begin - first : end - first] = rows.to(local.device)
+        filled.add(begin)
+        missing -= end - begin
+    if missing:
+        raise UserError(
+            f"{checkpoint}: rows of {name} are missing",
+            "Copy the resume/ folders of all hosts into one; or delete it: --resume then uses the "
+            "checkpoint before it.",
+        )
 
 
-# --- saving
+# --- writing
 
 
 class CheckpointWriter(threading.Thread):
-    """Copies this rank's part at once, then writes it beside, to the disk itself, while training goes on."""
+    """Copies this rank's part to CPU memory at once, then writes it while training goes on."""
 
-    def __init__(self, folder, tensors, ranks, note):
+    def __init__(self, folder: Path, tensors: dict, ranks: Distributed, metadata: dict):
         super().__init__(daemon=True)
-        self.path, self.error, self.began = folder / f"rank-{ranks.rank:05}", None, time.monotonic()
-        shards = {name: (tensor, *shards.local_shard(tensor)) for name, tensor in tensors.items()}
-        self.tensors = {
-            name: local.to("cpu", copy=True).contiguous() for name, (_, local, _) in shards.items()
-        }
-        places = {
-            name: {"first": first, "rows": len(local), "shape": list(tensor.shape)}
-            for name, (tensor, local, first) in shards.items()
-        }
-        random = {
-            name: base64.b64encode(value.numpy().tobytes()).decode()
-            for name, value in step.random_state(ranks.device).items()
-        }
-        own = {"rank": ranks.rank, "world": ranks.world, "random": random}
-        self.note = {**note, **own, "tensors": places}
+        self.path = folder / f"rank-{ranks.rank:05}"
+        self.error: Exception | None = None
+        self.started = time.monotonic()
+        self.tensors, places = {}, {}
+        for name, tensor in tensors.items():
+            local, first = shards.local_shard(tensor)
+            self.tensors[name] = local.to("cpu", copy=True).contiguous()
+            places[name] = {"first": first, "rows": len(local), "shape": list(tensor.shape)}
+        random = {}
+        for name, state in rng_state(ranks.device).items():
+            random[name] = base64.b64encode(state.numpy().tobytes()).decode()
+        own = {"rank": ranks.rank, "world": ranks.world, "random": random, "tensors": places}
+        self.metadata = metadata | own
         self.start()
 
-    def run(self):
+    def run(self) -> None:
         try:
             cli.make_private_dir(self.path.parent)
-            file, note = self.path.with_suffix(".safetensors"), self.path.with_suffix(".json")
-            text = json.dumps(self.note, ensure_ascii=False).encode()
-            save_file(self.tensors, file, metadata={"note": digest_metadata(text)})
-            note.write_bytes(text)
-            fsync(file)
-            fsync(note)
+            tensors_path = self.path.with_suffix(".safetensors")
+            metadata_path = self.path.with_suffix(".json")
+            text = json.dumps(self.metadata, ensure_ascii=False).encode()
+            save_file(self.tensors, tensors_path, metadata={"note": digest_metadata(text)})
+            metadata_path.write_bytes(text)
+            fsync(tensors_path)
+            fsync(metadata_path)
         except (OSError, SafetensorError) as error:
             self.error = error
-        self.tensors = None
-        self.took = time.monotonic() - self.began
+        self.tensors = {}
+        self.seconds = time.monotonic() - self.started
 
 
-def fsync(path):
-    """Wait until a file, or the names in a folder, would survive the machine's end."""
-    if path.is_dir() and os.name == "nt":
+def fsync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk itself."""
+    windows = os.name == "nt"
+    if windows and path.is_dir():
         return
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -201,183 +220,208 @@ def fsync(path):
 
 
 class CheckpointManager:
-    """Saves a run and says when it must end: `between` is called by every rank before each step.
+    """Writes, commits and prunes checkpoints, and says when the run must stop.
 
-    No rank waits for a disk: the one collective of `between` says, a step later, that all have written, and only then is the save's name
-    made. Signals arrive at one rank or all; the same collective tells the others.
+    Every rank calls `poll` before each step. No rank waits for a disk: the one collective in
+    `poll` tells, some steps later, that all ranks have written, and only then the checkpoint gets
+    its name. A signal may arrive at one rank or at all: the same collective tells the others.
     """
 
-    def __init__(self, folder, model, optimizer, ranks, done, keep, every, minutes, limit):
-        """`keep` saves in `folder`, one each `every` steps or `minutes`; end before `limit` (of time.monotonic()). The run stands at step
-        `done`: saves of later ones are of a run that it replaces, or of a host that was ahead of the others, and go.
-        """
-        self.folder, self.state, self.optimizer, self.ranks = (
-            Path(folder),
-            training_state(model, optimizer),
-            optimizer,
-            ranks,
-        )
-        self.keep, self.every, self.minutes, self.limit = keep, every, minutes, limit
-        self.writer = self.at = self.signal = None
-        self.done = done  # the last step that is saved
-        self.fresh = False  # a save got its name in this step: the oldest goes in the next, when all hosts' have theirs
-        self.saved = self.last = time.monotonic()
-        self.slowest = 0.0  # seconds between two calls
-        own = sum(shards.local_shard(tensor)[0].nbytes for tensor in self.state.values())
-        self.bytes = int(ranks.all_reduce(torch.tensor(own, device=ranks.device)))
-        self.save_seconds = self.bytes / DISK_BYTES_PER_S
-        if distributed.local_rank() == 0:
-            for old in [
-                *self.folder.glob("*.new"),
-                *(save for save in list_checkpoints(folder) if step_of(save) > done),
-            ]:
-                shutil.rmtree(
-                    old, ignore_errors=True
-                )  # on a disk that hosts share, another one does so too
+    def __init__(
+        self,
+        folder: Path,
+        model,
+        optimizer,
+        ranks: Distributed,
+        step: int = 0,
+        keep: int = 2,
+        save_every: int | None = None,
+        save_minutes: float = 10.0,
+        deadline: float | None = None,
+    ):
+        """`step`: where the run stands. `deadline`: of time.monotonic()."""
+        self.folder, self.ranks = Path(folder), ranks
+        self.optimizer, self.tensors = optimizer, training_state(model, optimizer)
+        self.save_every, self.save_minutes = save_every, save_minutes
+        self.keep, self.deadline = keep, deadline
+        self.saved_step = self.started_step = step  # of the last checkpoint, committed or not
+        self.path: Path | None = None  # of the checkpoint that is being written
+        self.writer: CheckpointWriter | None = None
+        self.signal: int | None = None
+        self.prune_next = False
+        self.last_save = self.last_poll = time.monotonic()
+        self.slowest_step = 0.0  # seconds
+        local = [shards.local_shard(tensor)[0] for tensor in self.tensors.values()]
+        own_bytes = torch.tensor(sum(part.nbytes for part in local), device=ranks.device)
+        self.bytes = int(ranks.all_reduce(own_bytes))
+        self.write_seconds = self.bytes / DISK_BYTES_PER_S
+        self.drop_leftovers(step)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
-        """What a run that fails was writing has no name and never will: away with it."""
+        """Delete what a failed run was writing: it will never get its name."""
         if error is not None and self.writer:
             self.writer.join()
             shutil.rmtree(self.writer.path.parent, ignore_errors=True)
 
-    def check_room(self, best):
-        """UserError when the disk has no room for all saves and two copies of `best` bytes, old and new."""
+    def drop_leftovers(self, step: int) -> None:
+        """Delete unfinished checkpoints, and those of later steps than the run stands at.
+
+        The later ones are of a run that this one replaces, or of a host that was ahead.
+        """
+        if distributed.local_rank():
+            return
+        later = [path for path in list_checkpoints(self.folder) if step_of(path) > step]
+        for path in (*self.folder.glob("*.new"), *later):
+            shutil.rmtree(path, ignore_errors=True)  # hosts may share the disk
+
+    def check_free_space(self, model_bytes: int) -> None:
+        """UserError if the disk can't hold all checkpoints and the best model twice."""
         if distributed.local_rank():
             return
         out = self.folder.parent
-        per_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / self.ranks.world
-        need = self.bytes * per_host * (self.keep + 1 if self.keep else 0) + 2 * best
-        has = shutil.disk_usage(out).free + sum(
-            path.stat().st_size for path in out.rglob("*.safetensors")
-        )
-        if has < need:
+        host_share = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / self.ranks.world
+        copies = self.keep + 1 if self.keep else 0
+        needed = self.bytes * host_share * copies + 2 * model_bytes
+        old = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
+        free = shutil.disk_usage(out).free + old
+        if free < needed:
             raise UserError(
-                f"{out}: this run needs {need / 1e9:,.1f} GB there ({self.keep} saves and one being written, {self.bytes / 1e9:,.1f} GB "
-                f"each, and the best model), {has / 1e9:,.1f} GB are free",
-                "Make room, name a larger disk with --out, or keep fewer: --keep 1 (0: none, then a run that ends early is lost).",
+                f"{out} has too little space: this run needs {needed / 1e9:,.1f} GB ({self.keep} "
+                f"checkpoints and one being written, {self.bytes / 1e9:,.1f} GB each, and the best "
+                f"model), {free / 1e9:,.1f} GB are free",
+                "Free some space, use --out on a larger disk, or keep fewer checkpoints: --keep 1 "
+                "(0: none, then a run that stops early is lost).",
             )
 
-    def listen(self):
-        """From now on SIGTERM and Ctrl-C end the run when its step is done; a second Ctrl-C ends it at once."""
-        for kind in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(kind, self.hear)
+    def install_handlers(self) -> None:
+        """From now on SIGTERM and Ctrl-C stop the run after its step; a second Ctrl-C at once."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
 
-    def hear(self, number, _):
+    def on_signal(self, number: int, _) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             print("\nstopped at once", file=sys.stderr, flush=True)
             os._exit(130)
         self.signal = number
 
-    def between(self, done, note):
-        """After step `done`, of which `note()` tells all but the tensors: write, name and drop saves. → why the run must end now:
+    def poll(self, step: int, state: Callable[[], dict]) -> int | str | None:
+        """Write, commit and prune checkpoints after `step`. Return why the run must stop now.
 
-        a signal's number, "time", or None. UserError when some rank couldn't write: the saves before are as they were.
+        That is a signal's number, "time", or None. `state`: the run so far, for the metadata.
+        UserError if a rank couldn't write; earlier checkpoints stay as they are.
         """
         now = time.monotonic()
-        self.slowest, self.last = max(self.slowest, now - self.last), now
-        first = self.ranks.is_main
-        due = (
-            first
-            and done != self.done
-            and (
-                done - self.done >= self.every
-                if self.every
-                else now - self.saved >= 60 * self.minutes
-            )
+        self.slowest_step = max(self.slowest_step, now - self.last_poll)
+        self.last_poll = now
+        on_any_rank = self.any_rank(
+            writing=self.writer is not None and self.writer.is_alive(),
+            failed=self.writer is not None and self.writer.error is not None,
+            save_due=self.is_save_due(step, now),
+            time_over=self.is_time_over(now),
+            sigint=self.signal == signal.SIGINT,
+            sigterm=self.signal == signal.SIGTERM,
         )
-        late = (
-            first
-            and self.limit is not None
-            and now + 1.5 * self.slowest + 1.5 * self.save_seconds > self.limit
-        )
-        heard = [self.signal == signal.SIGTERM, self.signal == signal.SIGINT]
-        writing, failed, due, late, *heard = self.agree(
-            self.writing, self.failed, due, late, *heard
-        )
-        if self.fresh:
-            self.drop()
-        if self.writer and not writing:
-            self.name(failed)
-        ends = (
-            signal.SIGTERM if heard[0] else signal.SIGINT if heard[1] else "time" if late else None
-        )
-        if ends is not None:
-            self.save(done, note)
-        elif due and not self.writer and self.keep:
-            self.begin(done, note)
-        return ends
+        # A step after the commit all hosts have the new checkpoint: drop the oldest.
+        if self.prune_next:
+            self.prune()
+        if self.writer and not on_any_rank["writing"]:
+            self.commit(on_any_rank["failed"])
 
-    def save(self, done, note):
-        """Save step `done` and wait for it."""
+        stop: int | str | None = None
+        if on_any_rank["sigterm"]:
+            stop = signal.SIGTERM
+        elif on_any_rank["sigint"]:
+            stop = signal.SIGINT
+        elif on_any_rank["time_over"]:
+            stop = "time"
+        if stop is not None:
+            self.save(step, state)
+        elif on_any_rank["save_due"] and not self.writer and self.keep:
+            self.start_save(step, state)
+        return stop
+
+    def any_rank(self, **flags: bool) -> dict[str, bool]:
+        """Return which of these flags are set on any rank."""
+        counts = torch.tensor([int(flag) for flag in flags.values()], device=self.ranks.device)
+        return dict(zip(flags, map(bool, self.ranks.all_reduce(counts).tolist())))
+
+    def is_save_due(self, step: int, now: float) -> bool:
+        if self.save_every:
+            return step - self.started_step >= self.save_every
+        if step == self.started_step:
+            return False
+        return now - self.last_save >= 60 * self.save_minutes
+
+    def is_time_over(self, now: float) -> bool:
+        """Whether one more step and a checkpoint may not fit before the deadline."""
+        needed = 1.5 * (self.slowest_step + self.write_seconds)
+        return self.deadline is not None and now + needed > self.deadline
+
+    def save(self, step: int, state: Callable[[], dict]) -> None:
+        """Write and commit a checkpoint of `step`, unless it is saved already."""
         self.finish()
-        if done != self.done and self.keep:
-            self.begin(done, note)
+        if step != self.saved_step and self.keep:
+            self.start_save(step, state)
             self.finish()
 
-    def finish(self):
-        """Wait for the save that is being written; afterwards `keep` of them are there."""
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, then commit it and prune."""
         if self.writer:
             self.writer.join()
-            self.name(self.agree(self.failed)[0])
+            self.commit(self.any_rank(failed=self.writer.error is not None)["failed"])
         self.ranks.barrier()
-        self.drop()
+        self.prune()
 
-    @property
-    def writing(self):
-        return self.writer is not None and self.writer.is_alive()
+    def start_save(self, step: int, state: Callable[[], dict]) -> None:
+        self.path = self.folder / f"step-{step:08}"
+        self.started_step = step
+        self.last_save = time.monotonic()
+        metadata = {"step": step, "updates": optim.update_count(self.optimizer), **state()}
+        self.writer = CheckpointWriter(unnamed(self.path), self.tensors, self.ranks, metadata)
 
-    @property
-    def failed(self):
-        return self.writer is not None and self.writer.error is not None
-
-    def agree(self, *signs):
-        return self.ranks.all_reduce(
-            torch.tensor([int(sign) for sign in signs], device=self.ranks.device)
-        ).tolist()
-
-    def begin(self, done, note):
-        self.at, self.saved = self.folder / f"step-{done:08}", time.monotonic()
-        told = {"step": done, "updates": count_updates(self.optimizer), **note()}
-        self.writer = CheckpointWriter(
-            self.at.with_name(self.at.name + ".new"), self.state, self.ranks, told
-        )
-
-    def name(self, failed):
-        """The save that was written gets its name, or is dropped when a rank `failed`."""
-        new, writer, self.writer = self.at.with_name(self.at.name + ".new"), self.writer, None
+    def commit(self, failed: bool) -> None:
+        """Name the checkpoint that was written; UserError if a rank `failed` to write."""
+        writer, path = self.writer, self.path
+        assert writer and path
+        self.writer = None
         if failed:
             if distributed.local_rank() == 0:
-                shutil.rmtree(new, ignore_errors=True)
-            last = (
-                f"The save of step {self.done} is as it was"
-                if self.done
-                else "Nothing was saved before"
-            )
+                shutil.rmtree(unnamed(path), ignore_errors=True)
+            kept = "No checkpoint was written before."
+            if self.saved_step:
+                kept = f"The checkpoint of step {self.saved_step} is intact."
             raise cli.write_error(
-                new, writer.error or "another rank failed", f"{last}. Make room. {RESUME_HINT}"
+                unnamed(path),
+                writer.error or "another rank failed",
+                f"{kept} Free some space. {RESUME_HINT}",
             )
         if distributed.local_rank() == 0:
             try:
-                new.rename(self.at)
+                unnamed(path).rename(path)
                 fsync(self.folder)
             except FileNotFoundError:
-                if not self.at.is_dir():  # on a disk that hosts share another one was first
+                if not path.is_dir():  # on a shared disk another host was first
                     raise
-        self.done, self.save_seconds, self.fresh = step_of(self.at), writer.took, True
+        self.saved_step = step_of(path)
+        self.write_seconds = writer.seconds
+        self.prune_next = True
 
-    def drop(self):
-        self.fresh = False
-        if distributed.local_rank() == 0 and self.keep:
-            for old in list_checkpoints(self.folder)[: -self.keep]:
-                half = old.with_name(
-                    old.name + ".new"
-                )  # first the name: half a save must have none
-                with contextlib.suppress(
-                    OSError
-                ):  # on a disk that hosts share, another one was first
-                    old.rename(half)
-                shutil.rmtree(half, ignore_errors=True)
+    def prune(self) -> None:
+        """Delete all checkpoints but the newest `keep`."""
+        self.prune_next = False
+        if distributed.local_rank() or not self.keep:
+            return
+        for path in list_checkpoints(self.folder)[: -self.keep]:
+            # First take its name away, so that half a checkpoint never has one. On a shared disk
+            # another host may have been first.
+            with contextlib.suppress(OSError):
+                path.rename(unnamed(path))
+            shutil.rmtree(unnamed(path), ignore_errors=True)
+
+
+def unnamed(path: Path) -> Path:
+    """Return where a checkpoint is written, or deleted: under another name."""
+    return path.with_name(path.name + ".new")

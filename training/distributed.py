@@ -7,62 +7,64 @@ import os
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from cli import UserError
 from weights import devices, quantize
 
-SHARDS_UINT8 = tuple(map(int, torch.__version__.split(".")[:2])) > (
-    2,
-    11,
-)  # 2.11's FSDP2 wants a gradient of every parameter
+# FSDP2 of torch 2.11 needs a gradient of every parameter, and packed 4-bit weights have none.
+SHARDS_UINT8 = tuple(map(int, torch.__version__.split(".")[:2])) > (2, 11)
 
 
 @dataclasses.dataclass(frozen=True)
 class Distributed:
-    """Who computes: this process's device and number, how many there are, and how many hosts hold the whole model each."""
+    """This process among the ranks: its device, its rank, how many ranks and model replicas.
+
+    `progress`: a counter that the watchdog reads to see that this rank gets on.
+    """
 
     device: torch.device
     rank: int = 0
     world: int = 1
     replicas: int = 1
-    progress: list = dataclasses.field(
-        default_factory=lambda: [0], compare=False
-    )  # how often this rank got on with its work
+    progress: list[int] = dataclasses.field(default_factory=lambda: [0], compare=False)
 
-    def advance(self):
+    def advance(self) -> None:
         self.progress[0] += 1
 
     @property
-    def shards(self):
-        """How many ranks share one copy of what is trained."""
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def shards(self) -> int:
+        """The number of ranks that share one copy of the parameters."""
         return self.world // self.replicas
 
     @functools.cached_property
     def mesh(self):
-        """Sharded in a host, replicated over hosts: between them travels one sum of gradients a step."""
-        dims = (
-            {"replicate": self.replicas, "shard": self.shards}
-            if self.replicas > 1
-            else {"shard": self.world}
-        )
-        device = self.device.type  # the default would take a GPU whatever --device says
+        """Shard inside a host, replicate over hosts: one all-reduce a step between them."""
+        dims = {"shard": self.shards}
+        if self.replicas > 1:
+            dims = {"replicate": self.replicas, **dims}
         return dist.device_mesh.init_device_mesh(
-            device, tuple(dims.values()), mesh_dim_names=tuple(dims)
+            self.device.type, tuple(dims.values()), mesh_dim_names=tuple(dims)
         )
 
-    @property
-    def is_main(self):
-        return self.rank == 0
+    def print(self, text: str) -> None:
+        """Print above the progress bar, on the main rank only."""
+        if self.is_main:
+            tqdm.write(text)
 
-    def all_reduce(self, tensor):
-        """`tensor` summed over all ranks, in place."""
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` over all ranks, in place."""
         self.advance()
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def broadcast(self, number):
-        """Rank 0's int, on every rank."""
+    def broadcast(self, number: int) -> int:
+        """Return rank 0's number on every rank."""
         self.advance()
         if self.world == 1:
             return number
@@ -70,96 +72,92 @@ class Distributed:
         dist.broadcast(tensor, 0)
         return int(tensor)
 
-    def all_reduce_max(self, number):
-        """The largest of all ranks' ints."""
+    def all_reduce_max(self, number: int) -> int:
+        """Return the largest number of all ranks."""
         if self.world == 1:
             return number
         tensor = torch.tensor([number], device=self.device)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
-    def barrier(self):
+    def barrier(self) -> None:
+        # dist.barrier() guesses a device; .item() waits for the GPU.
         if self.world > 1:
-            self.all_reduce(
-                torch.zeros((), device=self.device)
-            ).item()  # dist.barrier() guesses a device; .item() waits for the GPU
+            self.all_reduce(torch.zeros((), device=self.device)).item()
 
 
-def init_distributed(device=None):
-    """Join the other ranks when torchrun started us: nccl on CUDA, gloo elsewhere. UserError for hosts of unlike size. → Ranks"""
+def init_distributed(device: str | None = None) -> Distributed:
+    """Join the other ranks if torchrun started this process: NCCL on CUDA, else Gloo.
+
+    UserError if the hosts have different numbers of ranks.
+    """
     device = devices.pick_device(device)
-    if device.type == "cuda":
+    cuda = device.type == "cuda"
+    if cuda:
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
         return Distributed(device)
-    world, local = (
-        int(os.environ["WORLD_SIZE"]),
-        int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])),
-    )
-    if world % local or int(os.environ.get("GROUP_WORLD_SIZE", world // local)) != world // local:
+    world = int(os.environ["WORLD_SIZE"])
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    hosts = int(os.environ.get("GROUP_WORLD_SIZE", world // local_world))
+    if hosts * local_world != world:
         raise UserError(
-            f"this host has {local} of {world} ranks",
-            "Start as many on each host: GPUS=… ./fsdp_launch.sh",
+            f"this host has {local_world} of {world} ranks",
+            "Start the same number on each host: GPUS=… ./fsdp_launch.sh",
         )
-    cuda = device.type == "cuda"
-    patience = datetime.timedelta(hours=1)  # the other ranks wait while rank 0 downloads
-    given = {}
+    store_options = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        given = {"store": open_store("group"), "rank": int(os.environ["RANK"]), "world_size": world}
+        rank = int(os.environ["RANK"])
+        store_options = {"store": open_store("group"), "rank": rank, "world_size": world}
     dist.init_process_group(
-        "nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=patience, **given
+        "nccl" if cuda else "gloo",
+        device_id=device if cuda else None,
+        timeout=datetime.timedelta(hours=1),  # the other ranks wait while rank 0 downloads
+        **store_options,
     )
-    replicas = (
-        world // local if local > 1 else 1
-    )  # with one GPU a host the model is sharded over all
-    return Distributed(device, dist.get_rank(), world, replicas)
+    # With one GPU a host the model is sharded over all hosts.
+    return Distributed(device, dist.get_rank(), world, hosts if local_world > 1 else 1)
 
 
-def open_store(name):
-    """A connection of its own to the ranks' store, under a prefix of its own in each start of the job.
+def open_store(name: str) -> dist.Store:
+    """Open another connection to torchrun's store, with a prefix for this start of the job.
 
-    torchrun --max-restarts hands the same store to every start: without the prefix ranks find the addresses of those before them.
+    torchrun --max-restarts gives every start the same store: without the prefix, ranks would find
+    the addresses of the ranks before them.
     """
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        wait_for_workers=False,
-    )
-    return dist.PrefixStore(f"{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, is_master=False, wait_for_workers=False)
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    return dist.PrefixStore(f"{name}/{restarts}", store)
 
 
-def shard_model(model, ranks, dtype):
-    """FSDP2, a unit per block, as `Ranks.mesh` says: parameters gathered in `dtype`, gradients reduced in fp32."""
-    from torch.distributed.fsdp import (  # half a second, for several ranks alone
-        MixedPrecisionPolicy,
-        fully_shard,
-    )
+def shard_model(model, ranks: Distributed, dtype: torch.dtype) -> None:
+    """Shard with FSDP2, a unit per block: gather in `dtype`, reduce gradients in fp32."""
+    # Imported here: it takes half a second, and only several ranks need it.
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # Inputs are not cast: cos and sin stay fp32.
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )  # cos and sin stay fp32
-    blocks, whole = list(model.model.layers), set()
-    if not SHARDS_UINT8:  # then each rank holds the 4-bit base whole
-        whole = {
-            part
-            for module in model.modules()
-            if isinstance(module, quantize.PackedLinear)
-            for part in module.stored()
-        }
+    )
+    ignored = set()
+    if not SHARDS_UINT8:  # each rank holds the whole 4-bit base
+        for module in model.modules():
+            if isinstance(module, quantize.PackedLinear):
+                ignored.update(module.stored())
+    blocks = list(model.model.layers)
     for unit in (*blocks, model):
-        fully_shard(unit, mesh=ranks.mesh, mp_policy=policy, ignored_params=whole)
-    for one, following in zip(
-        blocks, blocks[1:]
-    ):  # the next block is gathered while this one computes
-        one.set_modules_to_forward_prefetch([following])
-        following.set_modules_to_backward_prefetch([one])
+        fully_shard(unit, mesh=ranks.mesh, mp_policy=policy, ignored_params=ignored)
+    # Gather the next block while this one computes.
+    for block, next_block in zip(blocks, blocks[1:]):
+        block.set_modules_to_forward_prefetch([next_block])
+        next_block.set_modules_to_backward_prefetch([block])
 
 
-def local_rank():
+def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def host_index():
-    """torchrun's number of this host: rented ones may all have the same name."""
+def host_index() -> int:
+    """Return torchrun's number of this host: rented hosts may all have the same name."""
     return int(os.environ.get("GROUP_RANK", 0))

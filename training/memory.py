@@ -1,7 +1,10 @@
-"""The memory of a training step, found by running it on fake tensors."""
+"""Predict the memory of a training step by running it on fake tensors."""
 
 import collections
+import contextlib
+import dataclasses
 import weakref
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,198 +13,238 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from model import ModelConfig, Transformer
 from training import distributed, optim, step
 from weights import shards
 
-CUDA_RESERVE = (
-    2 << 30
-)  # bytes of a GPU beside live tensors, assumed: CUDA's context 0.5 GiB, workspaces 0.5, what the allocator can't use 1
+# Bytes of a GPU beside live tensors, assumed: CUDA's context 0.5 GiB, workspaces 0.5 GiB, and 1 GiB
+# that the allocator can't use.
+CUDA_RESERVE = 2 << 30
 
 
-# --- speed and memory
+@dataclasses.dataclass
+class LiveStorage:
+    """A storage that MemoryTracker counts."""
+
+    kind: str
+    size: int  # bytes
+    ref: weakref.ref
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Bytes in live storages, `now` and at their `peak`; with fake tensors it needs neither the memory nor a GPU.
+    """Count the bytes of live storages: `now`, and at their `peak`.
 
-    `kind`: what new storages are counted as, in `held` and, at the peak, in `most`.
+    With fake tensors it needs neither the memory nor a GPU. A new storage counts as the tracker's
+    current `kind`; `by_kind` splits `now`, and `peak_by_kind` the peak.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.kind, self.held, self.most = "weights", collections.Counter(), {}
-        self.known = {}
+        self.kind = "weights"
+        self.by_kind: collections.Counter[str] = collections.Counter()
+        self.peak_by_kind: dict[str, int] = {}
+        self.storages: dict[int, LiveStorage] = {}  # by address
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
         for tensor in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                self.add(shards.local_part(tensor).untyped_storage())
+                self.add(tensor)
         if self.kind == "communication":
-            self.look_again()
+            self.update_sizes()
         if self.now > self.peak:
-            self.peak, self.most = self.now, dict(self.held)
+            self.reset_peak()
         return out
 
-    def look_again(self):
-        """FSDP2 makes storages empty to free what it gathered, and no op tells."""
-        for key, (kind, size, known) in [*self.known.items()]:
-            if (storage := known()) is not None and storage.nbytes() != size:
-                self.known[key] = kind, storage.nbytes(), known
-                self.count(kind, storage.nbytes() - size)
+    def reset_peak(self) -> None:
+        """Take what is live now as the peak."""
+        self.peak = self.now
+        self.peak_by_kind = dict(self.by_kind)
 
-    def add(self, storage):
-        if storage._cdata not in self.known:
-            self.known[storage._cdata] = self.kind, storage.nbytes(), weakref.ref(storage)
+    def update_sizes(self) -> None:
+        """Count storages again that FSDP2 emptied to free what it gathered: no operator does it."""
+        for live in list(self.storages.values()):
+            storage = live.ref()
+            if storage is not None and storage.nbytes() != live.size:
+                self.count(live.kind, storage.nbytes() - live.size)
+                live.size = storage.nbytes()
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage until it is freed."""
+        storage = shards.local_part(tensor).untyped_storage()
+        key = storage._cdata
+        if key not in self.storages:
+            self.storages[key] = LiveStorage(self.kind, storage.nbytes(), weakref.ref(storage))
             self.count(self.kind, storage.nbytes())
-            weakref.finalize(storage, self.drop, storage._cdata)
+            weakref.finalize(storage, self.remove, key)
 
-    def known_before(self, model, optimizer):
+    def add_existing(self, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
         """Count what a model and its optimizer already hold."""
-        states = [value for state in optimizer.state.values() for value in state.values()]
-        for tensor in (*model.parameters(), *states):
-            self.add(tensor.untyped_storage())
+        for tensor in model.parameters():
+            self.add(tensor)
+        for state in optimizer.state.values():
+            for tensor in state.values():
+                self.add(tensor)
 
-    def drop(self, key):
-        kind, size, _ = self.known.pop(key)
-        self.count(kind, -size)
+    def remove(self, key: int) -> None:
+        live = self.storages.pop(key)
+        self.count(live.kind, -live.size)
 
-    def count(self, kind, size):
+    def count(self, kind: str, size: int) -> None:
         self.now += size
-        self.held[kind] += size
+        self.by_kind[kind] += size
 
-    def rename(self, tensors, kind):
-        """From now on count these tensors as `kind`."""
+    def relabel(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
+        """Count these tensors as `kind` from now on."""
         for tensor in tensors:
-            storage = shards.local_part(tensor).untyped_storage()
-            if storage._cdata in self.known:
-                old, size, known = self.known[storage._cdata]
-                self.known[storage._cdata] = kind, size, known
-                self.held[old] -= size
-                self.held[kind] += size
+            live = self.storages.get(shards.local_part(tensor).untyped_storage()._cdata)
+            if live:
+                self.by_kind[live.kind] -= live.size
+                self.by_kind[kind] += live.size
+                live.kind = kind
 
 
 class PhasePeaks:
-    """The parts of a training step, and the most that was live in each: `found` is {part: {kind: bytes}}.
+    """The phases of a training step, and the most that is live in each.
 
-    A part is a micro-batch's way through a block, forward or backward, or what lies between. Blocks are counted from the first
-    (0, 1) and from the last (-1, -2); those between need no more than one of these. So all models of three blocks and more have the same
-    parts, and what is live in one is a constant and so much a block.
+    `peaks` is {phase: {kind: bytes}}. A phase is a micro-batch's pass through a block, forward or
+    backward, or what lies between. Blocks are numbered from the first (0, 1) and from the last
+    (-1, -2); those between need no more than one of these. So all models of three and more blocks
+    have the same phases, and a phase's peak is a constant plus a fixed amount per block.
     """
 
-    def __init__(self, live, model, ranks):
-        self.live, self.found, self.parts, self.sharded = live, {}, (), ranks.world > 1
+    def __init__(
+        self, tracker: MemoryTracker, model: Transformer, ranks: distributed.Distributed
+    ) -> None:
+        self.tracker = tracker
+        self.sharded = ranks.world > 1
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        for index, block in enumerate(layers := model.model.layers):
-            names = [n for n in (index, index - len(layers)) if n in (0, 1, -1, -2)]
-            self.watch(block, names)
-        model.model.norm.register_forward_pre_hook(lambda *_: self.at("head", "head"))
+        self.peaks: dict[str, dict[str, int]] = {}
+        self.phases: list[str] = []  # current ones: a middle block of three is both 1 and -2
+        blocks = model.model.layers
+        for index, block in enumerate(blocks):
+            numbers = [n for n in (index, index - len(blocks)) if n in (0, 1, -1, -2)]
+            self.hook_block(block, numbers)
+        model.model.norm.register_forward_pre_hook(lambda *_: self.begin("head", "head"))
 
-    def watch(self, block, names):
-        """Hooks around FSDP2's own: what they allocate is communication's, the rest activations."""
+    def hook_block(self, block: nn.Module, numbers: Sequence[int]) -> None:
+        """Count what FSDP2's hooks allocate as communication, and the rest as activations."""
 
-        def enter(*_):
-            self.at("forward", "communication", names)
+        def enter_forward(*_):
+            self.begin("forward", "communication", numbers)
 
-        def compute(module, args):
-            self.kind("activations")
+        def run_forward(module, args):
+            self.set_kind("activations")
             if args[0].requires_grad:
-                args[0].register_hook(
-                    lambda grad: self.kind("communication")
-                )  # FSDP2 reduces the block's gradients next
+                # With this gradient the block is done; FSDP2 reduces those of its weights next.
+                args[0].register_hook(lambda grad: self.set_kind("communication"))
 
-        def back(module, args, out):
-            out.register_hook(lambda grad: self.at("backward", "communication", names))
+        def enter_backward(module, args, out):
+            out.register_hook(lambda grad: self.begin("backward", "communication", numbers))
 
-        def computes_back(module, args, out):
-            out.register_hook(lambda grad: self.kind("activations"))
+        def run_backward(module, args, out):
+            out.register_hook(lambda grad: self.set_kind("activations"))
 
-        block.register_forward_pre_hook(enter, prepend=True)
-        block.register_forward_pre_hook(compute)
-        block.register_forward_hook(back, prepend=True)
-        block.register_forward_hook(computes_back)
+        block.register_forward_pre_hook(enter_forward, prepend=True)
+        block.register_forward_pre_hook(run_forward)
+        block.register_forward_hook(enter_backward, prepend=True)
+        block.register_forward_hook(run_backward)
 
-    def kind(self, kind):
+    def set_kind(self, kind: str) -> None:
+        """Count what is allocated from now on as `kind`; a single GPU has no communication."""
         if self.sharded:
-            self.live.look_again()
-        self.live.kind = "activations" if kind == "communication" and not self.sharded else kind
+            self.tracker.update_sizes()
+        elif kind == "communication":
+            kind = "activations"
+        self.tracker.kind = kind
 
-    def at(self, part, kind, names=("",)):
-        """One part ends and the next begins."""
-        live = self.live
-        for name in self.parts:
-            if sum(self.found.get(name, {}).values()) < live.peak:
-                self.found[name] = live.most
-        live.rename((p.grad for p in self.trained if p.grad is not None), "gradients")
-        self.parts = [f"{part} {name}" for name in names]
-        self.kind(kind)
-        live.peak, live.most = live.now, dict(live.held)
+    def begin(self, phase: str, kind: str, numbers: Sequence[int | str] = ("",)) -> None:
+        """End the current phase and begin the next one."""
+        for name in self.phases:
+            if sum(self.peaks.get(name, {}).values()) < self.tracker.peak:
+                self.peaks[name] = self.tracker.peak_by_kind
+        gradients = (p.grad for p in self.trained if p.grad is not None)
+        self.tracker.relabel(gradients, "gradients")
+        self.phases = [f"{phase} {number}" for number in numbers]
+        self.set_kind(kind)
+        self.tracker.reset_peak()
+
+
+@contextlib.contextmanager
+def fake_distributed(world: int) -> Iterator[distributed.Distributed]:
+    """Be the first of `world` ranks whose collectives move nothing."""
+    if world == 1:
+        yield distributed.Distributed(torch.device("cpu"))
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        ranks = distributed.Distributed(torch.device("cpu"), 0, world)
+        assert ranks.mesh  # made before tensors are fake
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+def zero_batch(
+    micro_batch: int, seq_len: int, target_share: float, doc_length: int | None
+) -> step.Batch:
+    """Make a batch of zeros; with a `doc_length` its attention is that of a CPU, else of CUDA."""
+    size = micro_batch * seq_len
+    tokens = torch.zeros(micro_batch, seq_len, dtype=torch.int64)
+    target_positions = torch.zeros(int(size * target_share), dtype=torch.int64)
+    cu_seqlens: list | torch.Tensor = torch.zeros(65, dtype=torch.int32)
+    if doc_length:
+        cu_seqlens = [*range(0, size, doc_length), size]
+    return step.Batch(tokens, tokens, tokens, cu_seqlens, target_positions)
 
 
 def trace_step_memory(
-    shape,
-    micro_batch,
-    length,
-    micro_batches=1,
-    world=1,
-    adapter=None,
-    dtype=torch.bfloat16,
-    recompute="none",
-    nf4=False,
-    pure=False,
-    labelled=0.4,
-    document=None,
-    compiled=False,
-):
-    """What one of `world` GPUs holds in each part of a training step, found by running it on fake tensors. → `Moments.found`
+    config: ModelConfig,
+    spec: step.ModelSpec,
+    micro_batch: int,
+    seq_len: int,
+    micro_batches: int = 1,
+    world: int = 1,
+    target_share: float = 0.4,
+    doc_length: int | None = None,
+    compiled: bool = False,
+) -> dict[str, dict[str, int]]:
+    """Run a training step on fake tensors, as one of `world` GPUs. → {phase: {kind: bytes}}
 
-    Of several micro-batches the last is run, beside the gradients of those before. `labelled`: the share of tokens with a target.
-    `document`: tokens in one, for a step on a CPU, whose attention keeps other things. `compiled`: the order of work of `compile_blocks`,
-    not what its compiler saves. The rest as for `build`.
+    Of several micro-batches only the last is run, beside the gradients of those before.
+    `target_share` is the share of tokens with a target. `doc_length` is for a step on a CPU, whose
+    attention keeps other tensors. `compiled` takes the order of work of `compile_blocks`, not what
+    its compiler saves.
     """
-    if world > 1:
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
-    try:
-        ranks = distributed.Distributed(torch.device("cpu"), 0, world)
-        if world > 1:
-            assert ranks.mesh  # made before tensors are fake
-        with FakeTensorMode(), MemoryTracker() as live:
-            model = step.build_meta_model(
-                shape, ranks, adapter, dtype, recompute, nf4, pure, "cpu"
-            ).train()
-            model.compiled = compiled
-            live.kind = "optimizer"
-            optimizer = optim.make_optimizer(model, 1e-4, 0.0, pure)
-            parts = PhasePeaks(live, model, ranks)
-            parts.at("start", "activations")
-            tokens = torch.zeros(micro_batch, length, dtype=torch.int64)
-            cu_seqlens = torch.zeros(65, dtype=torch.int32)  # a tensor: attention as on CUDA
-            if document:
-                cu_seqlens = [*range(0, micro_batch * length, document), micro_batch * length]
-            target_positions = torch.zeros(int(micro_batch * length * labelled), dtype=torch.int64)
-            batch = step.Batch(tokens, tokens, tokens, cu_seqlens, target_positions)
-            if micro_batches > 1:
-                for parameter in parts.trained:
-                    parameter.grad = torch.zeros_like(parameter)
-            step.accumulate_gradients(model, [batch], ranks, 1)
-            parts.at("clip", "activations")
-            nn.utils.clip_grad_norm_(parts.trained, 1.0)
-            parts.at("update", "activations")
-            optimizer.step()
-            optimizer.zero_grad()
-            parts.at("end", "activations")
-        return parts.found
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+    with fake_distributed(world) as ranks, FakeTensorMode(), MemoryTracker() as tracker:
+        model = step.build_meta_model(config, ranks, spec, "cpu").train()
+        model.compiled = compiled
+        tracker.kind = "optimizer"
+        optimizer = optim.make_optimizer(model, 1e-4, 0.0, spec.pure_bf16)
+        phases = PhasePeaks(tracker, model, ranks)
+        phases.begin("start", "activations")
+        batch = zero_batch(micro_batch, seq_len, target_share, doc_length)
+        if micro_batches > 1:
+            for parameter in phases.trained:
+                parameter.grad = torch.zeros_like(parameter)
+        step.accumulate_gradients(model, [batch], ranks, 1)
+        phases.begin("clip", "activations")
+        nn.utils.clip_grad_norm_(phases.trained, 1.0)
+        phases.begin("update", "activations")
+        optimizer.step()
+        optimizer.zero_grad()
+        phases.begin("end", "activations")
+    return phases.peaks
 
 
-def predict_peak_memory(*given, **more):
-    """The most bytes that one GPU holds in a training step, given as for `moments`. `plan.memory` says it sooner.
+def predict_peak_memory(*args, **kwargs) -> int:
+    """Predict the most bytes that one GPU holds in a training step.
 
-    Real runs need more: CUDA's context and libraries, and what the allocator can't use (RESERVE).
+    Takes the arguments of `trace_step_memory`; `cost.peak_memory` is faster. Real runs need
+    CUDA_RESERVE more.
     """
-    return max(sum(held.values()) for held in trace_step_memory(*given, **more).values())
+    phases = trace_step_memory(*args, **kwargs)
+    return max(sum(by_kind.values()) for by_kind in phases.values())

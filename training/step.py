@@ -1,10 +1,13 @@
 """Build a model, make batches, take one step, compute the validation loss.
 
-Loss = sum over targets / number of targets, over all micro-batches and ranks: micro-batch size and ranks change the speed only.
+Loss = sum over targets / number of targets, over all micro-batches and ranks. So the micro-batch
+size and the number of ranks change the speed, not the result.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,77 +16,111 @@ from torch import nn
 
 import lora
 from cli import UserError
-from data import IGNORE_INDEX
-from model import CPU_MULTIPLE, Transformer
+from data import IGNORE_INDEX, Row
+from model import CPU_MULTIPLE, ModelConfig, Transformer
 from training import distributed
+from training.distributed import Distributed
 from weights import quantize, shards
 from weights.load import load_weights
 from weights.quantize import NF4_BLOCK
 
-LONG_ROW = (
-    4 * CPU_MULTIPLE
-)  # tokens of a row on a CPU from which on it is filled up to a multiple of ROUND
+LONG_ROW = 4 * CPU_MULTIPLE  # on a CPU, longer rows are padded to a multiple of CPU_MULTIPLE
+
+
+# --- the model
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """How a model is built for training, beside its config.
+
+    `adapter`: the arguments of `lora.inject`; None trains all weights.
+    `dtype`: what it computes in. A frozen base is also stored in it; what is trained is fp32.
+    `activation_checkpointing`: one of AC_MODES.
+    `nf4`: the base's linear layers are stored in 4 bits.
+    `pure_bf16`: all weights are trained in `dtype`, without fp32 masters.
+    """
+
+    adapter: dict | None = None
+    dtype: torch.dtype = torch.bfloat16
+    activation_checkpointing: str = "none"
+    nf4: bool = False
+    pure_bf16: bool = False
 
 
 def build_model(
-    shape,
-    ranks,
-    folder=None,
-    adapter=None,
-    dtype=torch.bfloat16,
-    recompute="none",
-    nf4=False,
-    pure=False,
-    seed=0,
-):
-    """A model ready to train: sharded over the ranks, each rank reading only its own rows of `folder`'s tensors.
+    config: ModelConfig,
+    ranks: Distributed,
+    spec: ModelSpec,
+    folder: Path | str | None = None,
+    seed: int | None = 0,
+) -> Transformer:
+    """Build a model ready to train, sharded over the ranks. Each rank reads only its own rows.
 
-    `adapter`: the arguments of `lora.inject`; the base is then frozen in `dtype` and the adapter fp32. Without it everything is trained,
-    as fp32 masters, or in `dtype` itself if `pure`. `nf4`: the blocks' linear layers are quantised as they are read, tensor by tensor.
-    `folder=None`: random weights, N(0, 0.02), the same on any number of ranks; with `seed=None` too none at all, for who fills it.
+    `folder`: the weights; None for random ones, N(0, 0.02), the same on any number of ranks.
+    `folder` and `seed` None: the weights are left uninitialized, for a caller that fills them.
     """
-    model = build_meta_model(shape, ranks, adapter, dtype, recompute, nf4, pure)
+    model = build_meta_model(config, ranks, spec)
     shards.materialize(model, ranks.device)
     if folder:
         load_weights(model, folder, ranks)
     elif seed is not None:
         init_weights(model, seed)
-    if adapter:
+    if spec.adapter:
         with torch.no_grad():
             for parameter, value in lora.initial_values(model, seed, shards.gather_rows):
                 shards.copy_shard(parameter, value)
     return model.train()
 
 
-def build_meta_model(shape, ranks, adapter, dtype, recompute, nf4, pure, device="meta"):
-    """The model with its adapter, sharded, without memory."""
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype if adapter or pure else torch.float32)
+def build_meta_model(
+    config: ModelConfig, ranks: Distributed, spec: ModelSpec, device: str = "meta"
+) -> Transformer:
+    """Build the model with its adapter, sharded. On the meta device it takes no memory."""
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(spec.dtype if spec.adapter or spec.pure_bf16 else torch.float32)
     try:
         with torch.device(device):
-            model = Transformer(shape, dtype, recompute)
+            model = Transformer(config, spec.dtype, spec.activation_checkpointing)
     finally:
-        torch.set_default_dtype(usual)
-    if nf4:
+        torch.set_default_dtype(default_dtype)
+    if spec.nf4:
         quantize.pack_linears(model)
-    if adapter:
-        lora.inject(model, **adapter)
+    if spec.adapter:
+        lora.inject(model, **spec.adapter)
     if ranks.world > 1:
-        distributed.shard_model(model, ranks, dtype)
+        distributed.shard_model(model, ranks, spec.dtype)
     return model
 
 
 @torch.no_grad()
-def init_weights(model, seed):
+def init_weights(model: Transformer, seed: int) -> None:
+    """Set all weights: matrices N(0, 0.02), norms 1, biases 0."""
     generator = torch.Generator().manual_seed(seed)
     for name, target in shards.named_weights(model).items():
-        shape = shards.weight_shape(target)
-        vector = (
-            torch.full(shape, float(name.endswith("norm.weight"))) if len(shape) == 1 else None
-        )  # a norm, or a bias
-        shards.copy_shard(
-            target,
-            torch.empty(shape).normal_(0, 0.02, generator=generator) if vector is None else vector,
+        value = torch.empty(shards.weight_shape(target))
+        if value.dim() == 1:
+            value.fill_(float(name.endswith("norm.weight")))
+        else:
+            value.normal_(0, 0.02, generator=generator)
+        shards.copy_shard(target, value)
+
+
+def check_trainable(options, config: ModelConfig) -> None:
+    """UserError if the base can't be trained with these flags (of train.py or plan.py)."""
+    heads_width = config.num_attention_heads * config.head_dim
+    for width in (config.hidden_size, config.intermediate_size, heads_width):
+        if options.qlora and width % NF4_BLOCK:
+            raise UserError(
+                f"--qlora stores weights in blocks of {NF4_BLOCK}; {options.model} has layers "
+                f"{width} wide",
+                "Use --lora.",
+            )
+    if options.seq_len > config.max_position_embeddings:
+        raise UserError(
+            f"--seq-len {options.seq_len} is too long: {options.model} was trained for "
+            f"{config.max_position_embeddings} tokens",
+            "Use a smaller --seq-len.",
         )
 
 
@@ -91,148 +128,190 @@ def init_weights(model, seed):
 
 
 class Batch(NamedTuple):
-    """What `model.forward` takes, under its names: tokens, positions, labels (B, T) int64; cu_seqlens and target_positions as there."""
+    """The arguments of `model.forward`: tokens, positions, labels are (B, T) int64."""
 
     tokens: torch.Tensor
     positions: torch.Tensor
     labels: torch.Tensor
-    cu_seqlens: list | torch.Tensor
+    cu_seqlens: list[int] | torch.Tensor
     target_positions: torch.Tensor
 
 
-def collate(rows, device, shape=(1, 1)):
-    """Rows → Batch, as long as the longest row and at least of `shape`; what a row lacks is a document of its own, without targets.
+def collate(
+    rows: Sequence[Row], device: torch.device | str, min_shape: tuple[int, int] = (1, 1)
+) -> Batch:
+    """Make a batch as long as the longest row and at least of `min_shape` (rows, tokens).
 
-    On CUDA the number of cu_seqlens is a power of two, so that compiled blocks see few sizes; on a CPU long rows are multiples of ROUND.
+    Padding is a document of its own, without targets. On CUDA the number of documents is padded to
+    a power of two, so that compiled blocks see few sizes.
     """
     device = torch.device(device)
-    count, length = max(shape[0], len(rows)), max([shape[1], *(len(row.ids) for row in rows)])
+    count = max(min_shape[0], len(rows))
+    length = max([min_shape[1], *(len(row.ids) for row in rows)])
     if device.type == "cpu" and length > LONG_ROW:
         length += -length % CPU_MULTIPLE
-    tokens, labels, positions = (
-        np.full((count, length), fill, dtype=np.int64) for fill in (0, IGNORE_INDEX, 0)
-    )
-    cu_seqlens = []
-    for i, row in enumerate([*rows, *[None] * (count - len(rows))]):
-        lengths = [length]
-        if row is not None:
-            tokens[i, : len(row.ids)], labels[i, : len(row.ids)] = row.ids, row.labels
-            lengths = [n for n in (*row.doc_lengths.tolist(), length - len(row.ids)) if n]
+    tokens = np.zeros((count, length), dtype=np.int64)
+    labels = np.full((count, length), IGNORE_INDEX, dtype=np.int64)
+    positions = np.zeros((count, length), dtype=np.int64)
+    starts = []  # of each document, in the flattened batch
+    for i in range(count):
+        lengths = []
+        if i < len(rows):
+            row = rows[i]
+            tokens[i, : len(row.ids)] = row.ids
+            labels[i, : len(row.ids)] = row.labels
+            lengths = [n for n in row.doc_lengths.tolist() if n]
+        if padding := length - sum(lengths):
+            lengths.append(padding)
         positions[i] = np.concatenate([np.arange(n) for n in lengths])
-        cu_seqlens.extend(i * length + np.cumsum([0, *lengths[:-1]]))
-    cu_seqlens = [*map(int, cu_seqlens), count * length]
-    target_positions = torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX))
+        starts.extend(i * length + np.cumsum([0, *lengths[:-1]]))
+    cu_seqlens = [*map(int, starts), count * length]
     if device.type == "cuda":
-        cu_seqlens += cu_seqlens[-1:] * (
-            (1 << max(6, (len(cu_seqlens) - 1).bit_length())) + 1 - len(cu_seqlens)
-        )
+        size = 1 + (1 << max(6, (len(cu_seqlens) - 1).bit_length()))
+        cu_seqlens += cu_seqlens[-1:] * (size - len(cu_seqlens))
         cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
-    batch = *map(torch.from_numpy, (tokens, positions, labels)), cu_seqlens, target_positions
+    batch = Batch(
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(positions),
+        labels=torch.from_numpy(labels),
+        cu_seqlens=cu_seqlens,
+        target_positions=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
+    )
     return Batch(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in batch))
 
 
-def micro_batches(rows, size, ranks, length=1):
-    """This rank's share of a step's rows, `size` rows at a time; every rank gets as many micro-batches, empty ones if need be.
+def batch_shape(size: int, length: int, ranks: Distributed) -> tuple[int, int]:
+    """Return the least shape of a batch: on CUDA the full one, so that all batches are alike."""
+    return (size, length) if ranks.device.type == "cuda" else (1, 1)
 
-    On CUDA all are of one shape, (size, length) at least.
+
+def micro_batches(
+    rows: Sequence[Row], size: int, ranks: Distributed, length: int = 1
+) -> list[Batch]:
+    """Return this rank's share of a step's rows, `size` rows at a time.
+
+    Every rank gets the same number of micro-batches, some of them empty.
     """
     count = math.ceil(math.ceil(len(rows) / ranks.world) / size)
-    mine = rows[ranks.rank :: ranks.world]
-    shape = (size, length) if ranks.device.type == "cuda" else (1, 1)
-    return [collate(mine[i * size : (i + 1) * size], ranks.device, shape) for i in range(count)]
+    own_rows = rows[ranks.rank :: ranks.world]
+    shape = batch_shape(size, length, ranks)
+    parts = [own_rows[i * size : (i + 1) * size] for i in range(count)]
+    return [collate(part, ranks.device, shape) for part in parts]
 
 
 # --- one step
 
 
 class NonFiniteError(Exception):
-    """A loss or gradient that is no number: the weights were left as they were."""
+    """The loss or the gradient norm is NaN or infinite. The weights are unchanged."""
 
 
 class OutOfMemory(Exception):
-    """The GPU has no room for the micro-batch: nothing was changed."""
+    """The micro-batch doesn't fit in memory. Nothing was changed."""
 
 
-def train_step(model, optimizer, batches, ranks, clip=1.0):
-    """Forward, backward and update over micro-batches. → (loss per target, gradient norm, targets)
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    ranks: Distributed,
+    clip: float = 1.0,
+) -> tuple[float, float, int]:
+    """Take one step over micro-batches. Return (loss per target, gradient norm, targets).
 
-    A step without targets changes nothing. Raises NotFinite and NoRoom before the weights are touched.
+    A step without targets changes nothing. NonFiniteError and OutOfMemory leave the weights as
+    they were.
     """
-    count = ranks.all_reduce(
-        torch.tensor(sum(len(batch.target_positions) for batch in batches), device=ranks.device)
-    ).item()
+    # Count first, over micro-batches and ranks: then every backward pass knows its divisor.
+    own_count = sum(len(batch.target_positions) for batch in batches)
+    count = int(ranks.all_reduce(torch.tensor(own_count, device=ranks.device)).item())
     if count == 0:
         return 0.0, 0.0, 0
-    total = ranks.all_reduce(accumulate_gradients(model, batches, ranks, count)).item() / count
-    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
-    norm = shards.full_tensor(norm).item()
-    if not math.isfinite(total) or not math.isfinite(norm):
+    loss_sum = accumulate_gradients(model, batches, ranks, count)
+    loss = ranks.all_reduce(loss_sum).item() / count
+    trained = [p for p in model.parameters() if p.requires_grad]
+    norm = shards.full_tensor(nn.utils.clip_grad_norm_(trained, clip)).item()
+    if not math.isfinite(loss) or not math.isfinite(norm):
         optimizer.zero_grad()
-        raise NonFiniteError(f"loss {total}, gradient norm {norm}")
+        raise NonFiniteError(f"loss {loss}, gradient norm {norm}")
     optimizer.step()
     optimizer.zero_grad()
-    return total, norm, count
+    return loss, norm, count
 
 
-def accumulate_gradients(model, batches, ranks, count):
-    """Add the gradients of a step with `count` targets; → this rank's sum of losses. NoRoom: they are as if it had never begun."""
+def accumulate_gradients(
+    model: nn.Module, batches: Sequence[Batch], ranks: Distributed, count: int
+) -> torch.Tensor:
+    """Add up the gradients of a step with `count` targets. Return this rank's sum of losses.
+
+    OutOfMemory leaves no gradients, and the random state as it was.
+    """
     total = torch.zeros((), device=ranks.device)
-    random = random_state(ranks.device)
+    rng = rng_state(ranks.device)
     try:
-        for left, batch in zip(range(len(batches) - 1, -1, -1), batches):
+        for number, batch in enumerate(batches, 1):
             ranks.advance()
-            if ranks.replicas > 1:
-                model.set_requires_all_reduce(left == 0)  # hosts exchange their sums once
+            if ranks.replicas > 1:  # hosts exchange their sums once a step
+                model.set_requires_all_reduce(number == len(batches))
             loss, _ = model(**batch._asdict())
-            (
-                loss * (ranks.world / count)
-            ).backward()  # FSDP averages over ranks: times world makes it the sum
+            # FSDP2 averages over ranks: times world makes it the sum.
+            (loss * (ranks.world / count)).backward()
             total += loss.detach()
         return total
     except torch.OutOfMemoryError:
-        pass  # the error holds the frames, and they the tensors: leave it first
-    for parameter in model.parameters():
-        parameter.grad = None
+        pass  # the error holds the frames, and they hold the tensors: leave it first
+    drop_gradients(model)
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()
-    set_random_state(random)
+    set_rng_state(rng)
     raise OutOfMemory
 
 
-def probe_micro_batch(model, rows, size, ranks, length, accumulates):
-    """NoRoom when a micro-batch of the `size` longest rows doesn't fit; `accumulates`: beside the gradients of another one."""
+def probe_micro_batch(
+    model: nn.Module,
+    rows: Sequence[Row],
+    size: int,
+    ranks: Distributed,
+    length: int,
+    accumulates: bool,
+) -> None:
+    """OutOfMemory if a micro-batch of the `size` longest rows doesn't fit. Changes nothing.
+
+    `accumulates`: also beside the gradients of another micro-batch.
+    """
     longest = sorted(rows, key=lambda row: -len(row.ids))[:size]
-    random = random_state(ranks.device)
-    accumulate_gradients(
-        model,
-        micro_batches(longest * ranks.world, size, ranks, length) * (2 if accumulates else 1),
-        ranks,
-        1,
-    )
+    rng = rng_state(ranks.device)
+    batches = micro_batches(longest * ranks.world, size, ranks, length)
+    accumulate_gradients(model, batches * (2 if accumulates else 1), ranks, 1)
+    drop_gradients(model)
+    set_rng_state(rng)
+
+
+def drop_gradients(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.grad = None
-    set_random_state(random)
 
 
-def random_state(device):
-    """What the generators draw next in a step, by device; → {"cpu": bytes as a tensor, …}"""
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the states of the random generators that a step uses, by device."""
     states = {"cpu": torch.get_rng_state()}
     if device.type in ("cuda", "mps"):
         states[device.type] = getattr(torch, device.type).get_rng_state()
     return states
 
 
-def set_random_state(states):
+def set_rng_state(states: dict[str, torch.Tensor]) -> None:
     for name, state in states.items():
-        (torch if name == "cpu" else getattr(torch, name)).set_rng_state(state)
+        module = torch if name == "cpu" else getattr(torch, name)
+        module.set_rng_state(state)
 
 
-# --- held-out loss
+# --- validation loss
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Sums over held-out targets. `bits`, `chars`: (sessions,), on the text of messages alone."""
+    """Sums over the validation targets. `bits`, `chars`: (sessions,), of message text alone."""
 
     nats: float
     count: int
@@ -242,74 +321,58 @@ class Evaluation:
     chars: np.ndarray
 
     @property
-    def metrics(self):
+    def metrics(self) -> dict[str, float]:
+        format_tokens = self.count - self.content_tokens
         return {
             "val_loss": self.nats / max(1, self.count),
             "val_bits_per_char": float(self.bits.sum() / max(1, self.chars.sum())),
-            "val_format_loss": (self.nats - self.content_nats)
-            / max(1, self.count - self.content_tokens),
+            "val_format_loss": (self.nats - self.content_nats) / max(1, format_tokens),
         }
 
 
 @torch.no_grad()
-def evaluate(model, rows, ranks, micro_batch, length=1):
-    """The loss of every target of `rows`, summed over the ranks. `length` as in `micro_batches`. → Evaluation"""
-    shape = (micro_batch, length) if ranks.device.type == "cuda" else (1, 1)
+def evaluate(
+    model: nn.Module, rows: Sequence[Row], ranks: Distributed, micro_batch: int, length: int = 1
+) -> Evaluation:
+    """Compute the loss of every target, summed over the ranks. `length`: as in `micro_batches`."""
     model.eval()
+    shape = batch_shape(micro_batch, length, ranks)
     sessions = 1 + max(int(row.sessions.max()) for row in rows)
+    # One tensor, so that one collective adds it up: four totals, then bits and chars by session.
     sums = torch.zeros(4 + 2 * sessions, dtype=torch.float64)
-    bits, chars = sums[4 : 4 + sessions], sums[4 + sessions :]
-    mine = rows[ranks.rank :: ranks.world]
+    totals, bits, chars = sums.split([4, sessions, sessions])
+    own_rows = rows[ranks.rank :: ranks.world]
     for i in range(0, math.ceil(len(rows) / ranks.world), micro_batch):
         ranks.advance()
-        part = mine[i : i + micro_batch]
+        part = own_rows[i : i + micro_batch]
+        # Every rank takes part in every forward pass, with an empty batch if need be.
         losses, _ = model(**collate(part, ranks.device, shape)._asdict(), reduction="none")
-        if not part:
-            continue
-        losses = losses.cpu().double()
-        kept = torch.from_numpy(np.concatenate([row.labels for row in part]) != IGNORE_INDEX)
-        content = torch.from_numpy(np.concatenate([row.content_mask for row in part]))[kept]
-        session = torch.from_numpy(
-            np.concatenate([np.repeat(row.sessions, row.doc_lengths) for row in part])
-        ).long()[kept]
-        sums[:4] += torch.stack([losses.sum(), kept.sum(), losses[content].sum(), content.sum()])
-        bits.index_add_(0, session[content], losses[content] / math.log(2))
-        for row in part:
-            chars.index_add_(
-                0, torch.from_numpy(row.sessions).long(), torch.from_numpy(row.chars).double()
-            )
+        if part:
+            add_losses(part, losses.cpu().double(), totals, bits, chars)
     model.train()
     if ranks.world > 1:
         sums = ranks.all_reduce(sums.to(ranks.device)).cpu()
-    nats, count, content_nats, content_tokens = sums[:4].tolist()
+        totals, bits, chars = sums.split([4, sessions, sessions])
+    nats, count, content_nats, content_tokens = totals.tolist()
     return Evaluation(
-        nats,
-        int(count),
-        content_nats,
-        int(content_tokens),
-        sums[4 : 4 + sessions].numpy(),
-        sums[4 + sessions :].numpy(),
+        nats=nats,
+        count=int(count),
+        content_nats=content_nats,
+        content_tokens=int(content_tokens),
+        bits=bits.numpy(),
+        chars=chars.numpy(),
     )
 
 
-def check_trainable(options, shape):
-    """UserError for what the base, of this `shape`, can't be trained with."""
-    uneven = [
-        n
-        for n in (
-            shape.hidden_size,
-            shape.intermediate_size,
-            shape.num_attention_heads * shape.head_dim,
-        )
-        if n % NF4_BLOCK
-    ]
-    if options.qlora and uneven:
-        raise UserError(
-            f"--qlora keeps weights in blocks of {NF4_BLOCK}; {options.model} has layers {uneven[0]} wide",
-            "Take --lora.",
-        )
-    if options.seq_len > (most := shape.max_position_embeddings):
-        raise UserError(
-            f"--seq-len {options.seq_len}: {options.model} was made for {most} tokens",
-            "Take shorter rows.",
-        )
+def add_losses(rows, losses, totals, bits, chars) -> None:
+    """Add the losses (targets,) of some rows to the sums of `evaluate`, in place."""
+    labels = np.concatenate([row.labels for row in rows])
+    is_target = torch.from_numpy(labels != IGNORE_INDEX)
+    content = torch.from_numpy(np.concatenate([row.content_mask for row in rows]))[is_target]
+    session_ids = np.concatenate([np.repeat(row.sessions, row.doc_lengths) for row in rows])
+    session = torch.from_numpy(session_ids).long()[is_target]
+    totals += torch.stack([losses.sum(), is_target.sum(), losses[content].sum(), content.sum()])
+    bits.index_add_(0, session[content], losses[content] / math.log(2))
+    for row in rows:
+        session = torch.from_numpy(row.sessions).long()
+        chars.index_add_(0, session, torch.from_numpy(row.chars).double())

@@ -1,4 +1,4 @@
-"""Stops a run when a rank is gone or hangs, and says which one and where."""
+"""Stops a run of several ranks when one is gone or hangs, and says which one and where."""
 
 import json
 import os
@@ -6,46 +6,64 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
 import cli
 from training import checkpoint, distributed
+from training.distributed import Distributed
 
 ROOT = Path(__file__).parent.parent
+INTERVAL = 1.0  # seconds between two heartbeats
 
-# --- several ranks
+
+class Heartbeat(NamedTuple):
+    """What a rank tells of itself. `count` and `progress` (`Distributed.progress`) only grow."""
+
+    count: int
+    progress: int
+    host: int
+    pid: int
+    place: str
+
+
+class Seen(NamedTuple):
+    """A rank's last heartbeat, and when its count and its progress last changed, by our clock."""
+
+    heartbeat: Heartbeat
+    beat_at: float
+    progress_at: float
 
 
 class Watchdog(threading.Thread):
-    """Ends a job of which a rank is gone, or hasn't moved for `timeout` seconds, and says which and where.
+    """Ends the job when a rank is gone, or makes no progress for `timeout` seconds.
 
-    Each rank tells every second, through torchrun's store: I live, so often have I moved (`Distributed.progress`), here I am. What a rank finds of
-    the others it judges by its own clock. A rank without room for its micro-batch ends the others the same way.
+    Every second each rank writes a heartbeat to torchrun's store and reads those of the others.
+    A rank whose micro-batch doesn't fit ends the others the same way.
     """
 
-    def __init__(self, ranks, out, timeout):
+    def __init__(self, ranks: Distributed, out: str, timeout: float):
         super().__init__(daemon=True)
-        self.ranks, self.out, self.timeout, self.step, self.over = (
-            ranks,
-            Path(out),
-            timeout,
-            0,
-            threading.Event(),
-        )
-        self.main = threading.main_thread().ident
-        self.seen = {}  # rank → [its last sign, when that was new, when its moves were new]
+        self.ranks, self.timeout = ranks, timeout
+        self.out = Path(out)
+        self.step = 0  # where training is, for messages
+        self.over = threading.Event()
+        self.main_thread = threading.main_thread().ident
+        self.seen: dict[int, Seen] = {}
+        self.count = 0
         if ranks.world == 1:
             return
-        self.store, self.beat = distributed.open_store("watch"), 0
-        self.tell()
+        self.store = distributed.open_store("watch")
+        self.heartbeat()
         if ranks.is_main:
             self.store.set("end", "null")
-        ranks.barrier()  # all have told: nobody waits for a key
-        self.heard = time.monotonic()
+        ranks.barrier()  # every key is set now: no reader waits for one
+        self.answered_at = time.monotonic()
         self.start()
-        threading.Thread(target=self.guard, daemon=True).start()
+        threading.Thread(target=self.check_store, daemon=True).start()
 
     def __enter__(self):
         return self
@@ -53,129 +71,140 @@ class Watchdog(threading.Thread):
     def __exit__(self, kind, error, trace):
         if self.ranks.world == 1:
             return
-        if isinstance(
-            error, RuntimeError
-        ):  # a collective that failed, most likely: the watch says why, within seconds
+        # Most likely a failed collective: within seconds the watchdog says why.
+        if isinstance(error, RuntimeError):
             self.over.wait(5)
         self.over.set()
 
-    def tell(self):
-        self.beat += 1
-        self.store.set(
-            str(self.ranks.rank),
-            json.dumps(
-                [
-                    self.beat,
-                    self.ranks.progress[0],
-                    distributed.host_index(),
-                    os.getpid(),
-                    self.where(),
-                ]
-            ),
-        )
+    def run(self) -> None:
+        keys = ["end", *map(str, range(self.ranks.world))]
+        try:
+            while not self.over.wait(INTERVAL):
+                self.heartbeat()
+                end, *beats = map(json.loads, self.store.multi_get(keys))
+                self.answered_at = time.monotonic()
+                if end:
+                    self.end(**end)
+                self.check_ranks([Heartbeat(*beat) for beat in beats])
+        except (RuntimeError, dist.DistError):
+            if not self.over.wait(2):
+                self.on_store_lost("is gone")
 
-    def where(self):
-        """The step and the line of our own code that the main thread is in, and whether it waits there for other ranks."""
-        frame, waits, here = sys._current_frames().get(self.main), False, ""
-        while frame and not here:
+    def heartbeat(self) -> None:
+        self.count += 1
+        host = distributed.host_index()
+        beat = Heartbeat(self.count, self.ranks.progress[0], host, os.getpid(), self.place())
+        self.store.set(str(self.ranks.rank), json.dumps(beat))
+
+    def place(self) -> str:
+        """Return the step and the line of our code that the main thread is in.
+
+        Also whether it waits there for other ranks.
+        """
+        # Private, but the only way to another thread's frame without a tracing hook.
+        frame = sys._current_frames().get(self.main_thread)
+        waits = False
+        while frame:
             file = Path(frame.f_code.co_filename)
             waits |= "distributed" in file.parts
             if file.is_relative_to(ROOT) and ".venv" not in file.parts:
-                here = f"{file.name}, line {frame.f_lineno} ({frame.f_code.co_name})"
+                break
             frame = frame.f_back
-        return f"step {self.step}, {here}{', waiting for others' if waits else ''}"
+        line = ""
+        if frame:
+            line = f"{file.name}, line {frame.f_lineno} ({frame.f_code.co_name})"
+        return f"step {self.step}, {line}{', waiting for others' if waits else ''}"
 
-    def run(self):
-        try:
-            while not self.over.wait(1.0):
-                self.tell()
-                end, *signs = map(
-                    json.loads, self.store.multi_get(["end", *map(str, range(self.ranks.world))])
-                )
-                self.heard = time.monotonic()
-                if end:
-                    self.end(*end)
-                self.look(signs)
-        except (RuntimeError, dist.DistError):
-            if not self.over.wait(2):
-                self.cut_off("is gone")
+    def check_store(self) -> None:
+        """Notice a store behind a broken network: its calls never return."""
+        while not self.over.wait(INTERVAL):
+            if time.monotonic() - self.answered_at > self.timeout:
+                self.on_store_lost(f"gave no answer for {self.timeout:g} s")
 
-    def guard(self):
-        """A store behind a line that is down answers nothing, and its calls never return."""
-        while not self.over.wait(1.0):
-            if time.monotonic() - self.heard > self.timeout:
-                self.cut_off(f"gave no answer for {self.timeout:g} s")
-
-    def cut_off(self, what):
+    def on_store_lost(self, what: str) -> None:
         self.end(
             f"rank {self.ranks.rank}: the first rank, or its host, {what}",
             checkpoint.RESUME_HINT,
-            None,
-            [],
-            self.ranks.rank - distributed.local_rank(),
+            speaker=self.ranks.rank - distributed.local_rank(),
         )
 
-    def look(self, signs):
-        now, here = time.monotonic(), distributed.host_index()
-        for rank, sign in enumerate(signs):
-            known = self.seen.setdefault(rank, [sign, now, now])
-            if known[0][0] != sign[0]:
-                known[1] = now
-            if known[0][1] != sign[1]:
-                known[2] = now
-            known[0] = sign
-        gone = [
-            rank for rank, sign in enumerate(signs) if sign[2] == here and not is_alive(sign[3])
-        ]
-        silent = [rank for rank, (_, beat, _) in self.seen.items() if now - beat > self.timeout]
-        still = [rank for rank, (_, _, moved) in self.seen.items() if now - moved > self.timeout]
-        if gone:
-            self.blame(gone, "is gone, it was in", signs)
-        elif silent:
-            self.blame(silent, f"gave no sign for {self.timeout:g} s, it was in", signs)
-        elif len(still) == len(signs):  # all wait for those that have done the least
-            fewest = min(sign[1] for sign in signs)
-            late = [rank for rank in still if signs[rank][1] == fewest]
-            late = [rank for rank in late if "waiting" not in signs[rank][4]] or late
-            self.blame(late, f"hasn't moved for {self.timeout:g} s, it is in", signs)
+    def check_ranks(self, beats: list[Heartbeat]) -> None:
+        """End the job if a rank is gone, silent, or the cause that none makes progress."""
+        now, host = time.monotonic(), distributed.host_index()
+        for rank, beat in enumerate(beats):
+            last, beat_at, progress_at = self.seen.get(rank, Seen(beat, now, now))
+            if beat.count != last.count:
+                beat_at = now
+            if beat.progress != last.progress:
+                progress_at = now
+            self.seen[rank] = Seen(beat, beat_at, progress_at)
 
-    def blame(self, guilty, what, signs):
+        gone = [r for r, beat in enumerate(beats) if beat.host == host and not is_alive(beat.pid)]
+        silent = [r for r, seen in self.seen.items() if now - seen.beat_at > self.timeout]
+        stuck = [r for r, seen in self.seen.items() if now - seen.progress_at > self.timeout]
+        if gone:
+            self.report(gone, "is gone, it was in")
+        elif silent:
+            self.report(silent, f"gave no sign for {self.timeout:g} s, it was in")
+        elif len(stuck) == len(beats):
+            # All wait for those that have done the least; if some of them wait too, for the rest.
+            least = min(beat.progress for beat in beats)
+            late = [rank for rank in stuck if beats[rank].progress == least]
+            late = [rank for rank in late if "waiting" not in beats[rank].place] or late
+            self.report(late, f"hasn't moved for {self.timeout:g} s, it is in")
+
+    def report(self, guilty: list[int], what: str) -> None:
+        """Name the guilty ranks, kill those of this host, and end this rank."""
         if self.over.wait(0.2):  # the end of a run looks the same
             return
-        text = "; ".join(f"rank {rank} {what} {signs[rank][4]}" for rank in guilty)
-        pids = [
-            signs[rank][3]
-            for rank in guilty
-            if signs[rank][2] == distributed.host_index() and rank != self.ranks.rank
-        ]
-        speaker = min({*range(self.ranks.world)} - {*guilty}, default=0)
-        self.end(text, checkpoint.RESUME_HINT, None, pids, speaker)
+        beats = {rank: self.seen[rank].heartbeat for rank in guilty}
+        host = distributed.host_index()
+        self.end(
+            "; ".join(f"rank {rank} {what} {beat.place}" for rank, beat in beats.items()),
+            checkpoint.RESUME_HINT,
+            pids=[b.pid for r, b in beats.items() if b.host == host and r != self.ranks.rank],
+            speaker=min({*range(self.ranks.world)} - {*guilty}, default=0),
+        )
 
-    def no_room(self, size, length):
-        """This rank has no room for `size` rows of `length` tokens: end all ranks, and leave word of what to try. Never returns."""
-        less = max(1, size // 2)
-        problem = f"rank {self.ranks.rank}: the GPU has no room for {size} rows of {length} tokens"
-        way_out = f"Take fewer at a time: --micro-batch {less} (the result is the same). torchrun --max-restarts does so by itself."
-        if size == 1:
-            way_out = "Take --recompute full, --qlora, more GPUs, or a shorter --seq-len."
-        self.store.set("end", json.dumps([problem, way_out, less if size > 1 else None, []]))
+    def out_of_memory(self, size: int, length: int) -> None:
+        """End all ranks: this one can't fit `size` rows of `length` tokens. Never returns."""
+        what = f"{size} rows of {length} tokens don't fit in memory"
+        hint = "Try --activation-checkpointing full, --qlora, more GPUs, or a shorter --seq-len."
+        smaller = size // 2 or None
+        if smaller:
+            hint = (
+                f"Use a smaller micro-batch: --micro-batch {smaller} (the result is the same). "
+                "torchrun --max-restarts does so by itself."
+            )
+        end = {"problem": f"rank {self.ranks.rank}: {what}", "hint": hint, "micro_batch": smaller}
+        self.store.set("end", json.dumps(end))
         self.over.wait()
 
-    def end(self, problem, way_out, micro_batch, pids, speaker=0):
+    def end(
+        self,
+        problem: str,
+        hint: str,
+        micro_batch: int | None = None,
+        pids: Iterable[int] = (),
+        speaker: int = 0,
+    ) -> None:
+        """End this process. Rank `speaker` prints why; `micro_batch` is for the next start."""
         if micro_batch and self.ranks.is_main:
             cli.make_private_dir(self.out)
             cli.write_json(self.out / "micro-batch.json", {"micro_batch": micro_batch})
         if self.ranks.rank == speaker:
-            print(f"\n{problem}\n{way_out}", file=sys.stderr, flush=True)
+            print(f"\n{problem}\n{hint}", file=sys.stderr, flush=True)
         else:
-            time.sleep(1)  # the first to end takes the others with it: let it be who speaks
+            time.sleep(
+                1
+            )  # the first rank to end takes the others with it: let the speaker be first
         for pid in pids:
             if is_alive(pid):
                 os.kill(pid, signal.SIGKILL)
         os._exit(1)
 
 
-def is_alive(pid):
+def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
