@@ -1,4 +1,4 @@
-"""What plan.py says is what step.predict says; it answers in seconds, and bad input in two lines."""
+"""plan.py predicts memory as memory.py does on all blocks; bad flags end in two lines."""
 
 import dataclasses
 import json
@@ -15,28 +15,30 @@ import train
 from cli import UserError
 from model import AC_MODES, KVCache, ModelConfig, Transformer
 from training import cost, memory, metrics
+from training.step import ModelSpec
 from weights import devices, hf, hub, quantize
 from weights.load import chat_memory, choose_chat_weights
 
 MIDDLE = ModelConfig(4000, 256, 768, 6, 8, 2, 32)
 KINDS = {
-    "lora": {"adapter": {"rank": 8, "rows": [3998, 3999]}},
-    "qlora": {"adapter": {"rank": 8}, "nf4": True},
-    "full": {},
-    "pure": {"pure": True},
+    "lora": ModelSpec({"rank": 8, "rows": [3998, 3999]}),
+    "qlora": ModelSpec({"rank": 8}, nf4=True),
+    "full": ModelSpec(),
+    "pure": ModelSpec(pure_bf16=True),
 }
-LORA = {"adapter": {"rank": 32, "alpha": 16}}
+LORA = ModelSpec({"rank": 32, "alpha": 16})
+FULL_AC = ModelSpec(activation_checkpointing="full")
 
 
-def run(capsys, monkeypatch, *words):
-    """plan.py's own main, in this process. → what it printed"""
-    monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, words)])
+def run(capsys, monkeypatch, *flags):
+    """Run plan.py's main in this process. → what it prints"""
+    monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, flags)])
     plan.main()
     return capsys.readouterr().out
 
 
-def refuse(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, words)])
+def refuse(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, flags)])
     with pytest.raises(UserError) as error:
         plan.main()
     assert len(str(error.value).splitlines()) == 2
@@ -56,32 +58,33 @@ def test_memory_from_a_few_blocks_is_that_of_all_blocks(kind, world):
         if kind == "qlora"
         else ("none", "full")
     ):
-        given = (MIDDLE, 2, 128, 2, world)
-        whole = memory.predict_peak_memory(*given, recompute=way, **KINDS[kind])
-        needs = cost.peak_memory(*given, recompute=way, **KINDS[kind])
+        spec = dataclasses.replace(KINDS[kind], activation_checkpointing=way)
+        arguments = (MIDDLE, spec, 2, 128, 2, world)
+        whole = memory.predict_peak_memory(*arguments)
+        needs = cost.peak_memory(*arguments)
         assert sum(needs.values()) == pytest.approx(whole, rel=0.01), way
         assert set(needs) <= set(cost.MEMORY_KINDS) and ("communication" in needs) <= (world > 1)
 
 
-def test_memory_of_a_7b_is_that_of_all_its_blocks():
+def test_memory_of_a_7b_from_a_few_blocks_is_that_of_all_blocks():
     shape = plan.BASE_CONFIGS[hub.DEFAULT_BASE]
-    whole = memory.predict_peak_memory(shape, 1, 1024, 2, recompute="full", **LORA)
-    assert sum(
-        cost.peak_memory(shape, 1, 1024, 2, recompute="full", **LORA).values()
-    ) == pytest.approx(whole, rel=0.01)
+    spec = dataclasses.replace(LORA, activation_checkpointing="full")
+    whole = memory.predict_peak_memory(shape, spec, 1, 1024, 2)
+    needs = cost.peak_memory(shape, spec, 1, 1024, 2)
+    assert sum(needs.values()) == pytest.approx(whole, rel=0.01)
 
 
-def test_each_kind_of_memory_is_what_it_is_called():
-    needs = cost.peak_memory(MIDDLE, 1, 64, 2, recompute="full")
+def test_memory_kinds_have_the_expected_sizes():
+    needs = cost.peak_memory(MIDDLE, FULL_AC, 1, 64, 2)
     for kind, times in {"weights": 4, "gradients": 4, "optimizer": 8}.items():
         assert needs[kind] == pytest.approx(times * MIDDLE.num_parameters, rel=0.05), kind
-    shared = cost.peak_memory(MIDDLE, 1, 64, 2, 8, recompute="full")
+    shared = cost.peak_memory(MIDDLE, FULL_AC, 1, 64, 2, 8)
     assert shared["weights"] + shared["optimizer"] == pytest.approx(
         12 * MIDDLE.num_parameters / 8, rel=0.05
     )
     assert (
-        cost.peak_memory(MIDDLE, 1, 64, nf4=True, **LORA)["weights"]
-        < 0.65 * cost.peak_memory(MIDDLE, 1, 64, **LORA)["weights"]
+        cost.peak_memory(MIDDLE, dataclasses.replace(LORA, nf4=True), 1, 64)["weights"]
+        < 0.65 * cost.peak_memory(MIDDLE, LORA, 1, 64)["weights"]
     )
 
 
@@ -90,30 +93,30 @@ def test_each_kind_of_memory_is_what_it_is_called():
 def test_a_step_of_many_blocks_is_timed_on_fewer(layers, timed, vocabulary, monkeypatch):
     sizes = {"num_hidden_layers": layers, "vocab_size": vocabulary, "tie_word_embeddings": True}
     model_config = dataclasses.replace(MIDDLE, **sizes)
-    some = cost.StepWorkload(model_config, KINDS["lora"], 8, 256, cpu=True)
+    workload = cost.StepWorkload(model_config, KINDS["lora"], 8, 256, cpu=True)
     seen = []
 
-    def try_out(work, *_, **__):
-        seen.append(work.shape.num_hidden_layers)
+    def benchmark_step(part, *_, **__):
+        seen.append(part.config.num_hidden_layers)
         return 1.0 + 0.5 * seen[-1]
 
-    monkeypatch.setattr(cost, "benchmark_step", try_out)
+    monkeypatch.setattr(cost, "benchmark_step", benchmark_step)
     block = sum(wide * out for wide, out, _ in model_config.linears.values())
     monkeypatch.setattr(cost, "TIMED_PARAMETERS", 8 * block)
-    took = cost.time_step(some, cost.Choice(2, "none", {}, 1.0, True), torch.device("cpu"))
+    took = cost.time_step(workload, cost.Choice(2, "none", {}, 1.0, True), torch.device("cpu"))
     assert seen == timed and took == pytest.approx(4 * (1 + 0.5 * layers))
 
 
-def test_on_a_cpu_plan_says_of_memory_what_training_says(capsys, monkeypatch):
-    words = ("--gpu", "cpu", "--model", ROOT / "examples" / "base", "--tokens", 50_000, "--json")
-    gib = json.loads(run(capsys, monkeypatch, *words))["gib_per_gpu"]
+def test_cpu_memory_counts_reserve_and_checkpoint_copies(capsys, monkeypatch):
+    flags = ("--gpu", "cpu", "--model", ROOT / "examples" / "base", "--tokens", 50_000, "--json")
+    gib = json.loads(run(capsys, monkeypatch, *flags))["gib_per_gpu"]
     live = sum(gib[kind] for kind in cost.MEMORY_KINDS) + 1.5 * gib["optimizer"]  # a save's copies
     assert gib["total"] == pytest.approx(live + cost.CPU_RESERVE / devices.GIB, abs=0.05)
 
 
-# --- the card
+# --- GPUs
 
-SPELT = {
+SPELLINGS = {
     "3060": ["RTX 3060", "NVIDIA GeForce RTX 3060", "3060 12GB", "rtx_3060"],
     "4060ti-16": ["RTX 4060 Ti 16GB", "4060ti 16 gb", "NVIDIA GeForce RTX 4060 Ti 16"],
     "3090": ["NVIDIA GeForce RTX 3090", "RTX3090", "3090-24gb"],
@@ -141,15 +144,15 @@ SPELT = {
 }
 
 
-def test_a_card_is_known_by_every_spelling_and_no_other_card_is_taken_for_it():
-    for key, names in SPELT.items():
+def test_gpu_is_found_by_every_spelling_of_its_name_and_no_other():
+    for key, names in SPELLINGS.items():
         for name in names:
-            for spelt in (name, name.lower(), name.upper(), name.replace(" ", "-")):
-                assert cost.find_gpu(spelt) == key, spelt
+            for spelling in (name, name.lower(), name.upper(), name.replace(" ", "-")):
+                assert cost.find_gpu(spelling) == key, spelling
     assert all(cost.find_gpu(key) == key for key in cost.GPUS)
 
 
-def test_what_torch_calls_a_card_is_that_card_where_its_memory_is_too(monkeypatch):
+def test_gpu_of_torchs_name_is_known_if_its_memory_matches(monkeypatch):
     monkeypatch.setattr(metrics, "measure_peak_flops", lambda device, dtype: 5e13)
     for name, gib, expected in [
         ("NVIDIA A100-SXM4-80GB", 79.15, "A100 80 GB"),
@@ -161,25 +164,25 @@ def test_what_torch_calls_a_card_is_that_card_where_its_memory_is_too(monkeypatc
         ("Tesla V100-SXM2-32GB", 31.7, "Tesla V100-SXM2-32GB"),  # bf16 is slow there: measured
     ]:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gib=gib: (0, int(gib * devices.GIB)))
-        card = cost.gpu_from_name(name)
-        assert card.name == expected and card.gib == pytest.approx(gib, abs=0.01)
-        assert (card.peak == 50) == (card.name == name)
+        gpu = cost.gpu_from_name(name)
+        assert gpu.name == expected and gpu.gib == pytest.approx(gib, abs=0.01)
+        assert (gpu.peak == 50) == (gpu.name == name)
 
 
-def test_a_card_of_so_much_memory_is_planned_by_that_alone(capsys, monkeypatch):
-    def planned(*words):
+def test_gpu_known_by_memory_alone_has_no_time_and_no_cost(capsys, monkeypatch):
+    def planned(*flags):
         monkeypatch.setattr(cost, "peak_memory", lambda *_, **__: {"weights": 13 * devices.GIB})
-        return json.loads(run(capsys, monkeypatch, "--lora", "--json", *words))
+        return json.loads(run(capsys, monkeypatch, "--lora", "--json", *flags))
 
     nothing = ("tok_per_s", "efficiency", "hours", "cost")
     nothing += ("cost_range", "cost_of_training", "cost_of_setup")
     sizes = {"16gb": 15.52, "16 GB": 15.52, "16GiB": 16, "23.5gb": 23.5, "12gb": 11.64}
-    for spelt, gib in sizes.items():
-        found = planned("--gpu", spelt, "--price", 1)
-        assert found["gib_per_gpu"]["card"] == gib and found["fits"] == (gib > 15), spelt
-        assert not any(found[name] for name in nothing), spelt
-        assert {name for name, value in found.items() if value is None} == {*nothing}
-        assert found["setup_hours"] > 0 and found["disk_gb"]["total"] > 0
+    for spelling, gib in sizes.items():
+        answer = planned("--gpu", spelling, "--price", 1)
+        assert answer["gib_per_gpu"]["card"] == gib and answer["fits"] == (gib > 15), spelling
+        assert not any(answer[name] for name in nothing), spelling
+        assert {name for name, value in answer.items() if value is None} == {*nothing}
+        assert answer["setup_hours"] > 0 and answer["disk_gb"]["total"] > 0
     assert planned("--gpu", "4090 laptop")["hours"] is None
     assert planned("--gpu", "16gb", "--gpus", 2)["gib_per_gpu"]["total"] == 15
     text = run(capsys, monkeypatch, "--lora", "--gpu", "16gb", "--price", 1)
@@ -200,8 +203,8 @@ def work(kind="lora", rows=8, **more):
     return cost.StepWorkload(MIDDLE, KINDS[kind], rows, 256, **more)
 
 
-def test_the_choice_is_the_fastest_that_fits_and_says_when_none_does(monkeypatch):
-    """With memory that one knows: what is kept of a row, more or less of it, beside what is there anyway."""
+def test_micro_batch_is_the_fastest_that_fits(monkeypatch):
+    """The memory is made up: so much a row, by the checkpointing mode, and a constant."""
     kept = {"none": 10, "selective": 6, "full": 1}
     asked = []
 
@@ -210,55 +213,63 @@ def test_the_choice_is_the_fastest_that_fits_and_says_when_none_does(monkeypatch
         return {"weights": 50, "activations": kept[way] * rows + 5}
 
     monkeypatch.setattr(cost.StepWorkload, "memory", memory)
-    card, some = cost.GPUS["3090"], work()
+    gpu, workload = cost.GPUS["3090"], work()
     everything = {(rows, way): 55 + kept[way] * rows for rows in (1, 2, 4, 8) for way in AC_MODES}
     for free in sorted({*everything.values()}):
         asked.clear()
-        choice = cost.choose_micro_batch(some, card, free)
+        choice = cost.choose_micro_batch(workload, gpu, free)
         best = min(
-            (some.seconds(card, *pair), pair) for pair, need in everything.items() if need <= free
+            (workload.seconds(gpu, *pair), pair)
+            for pair, need in everything.items()
+            if need <= free
         )[1]
-        assert choice.fits and (choice.rows, choice.way) == best and len(asked) == len(set(asked))
-    none = cost.choose_micro_batch(some, card, 55)
-    assert not none.fits and (none.rows, none.way) == (1, "full")
+        assert (
+            choice.fits
+            and (choice.micro_batch, choice.ac_mode) == best
+            and len(asked) == len(set(asked))
+        )
+    none = cost.choose_micro_batch(workload, gpu, 55)
+    assert not none.fits and (none.micro_batch, none.ac_mode) == (1, "full")
 
 
-def test_on_a_cpu_it_fits_when_the_whole_run_does_not_its_tensors_alone(monkeypatch):
+def test_cpu_needs_more_than_the_live_tensors(monkeypatch):
     needs = {"weights": 1 << 30, "activations": 1 << 30}
     monkeypatch.setattr(cost.StepWorkload, "memory", lambda self, rows, way: needs)
-    some = cost.StepWorkload(MIDDLE, {**KINDS["lora"], "dtype": torch.float32}, 8, 256, cpu=True)
+    workload = cost.StepWorkload(
+        MIDDLE, dataclasses.replace(KINDS["lora"], dtype=torch.float32), 8, 256, cpu=True
+    )
     whole = (2 << 30) + cost.CPU_RESERVE
     assert [
-        cost.choose_micro_batch(some, cost.cpu_at_peak(1e12), free, [1], ("none",)).fits
+        cost.choose_micro_batch(workload, cost.cpu_at_peak(1e12), free, [1], ("none",)).fits
         for free in (whole - 1, whole)
     ] == [False, True]
 
 
-def test_time_grows_with_what_costs_time():
-    card = cost.GPUS["a100-80"]
-    usual = work().seconds(card, 4, "none")
-    assert work().seconds(card, 1, "none") > usual
-    assert work().seconds(card, 4, "full") > work().seconds(card, 4, "selective") > usual
+def test_step_time_grows_with_what_costs_time():
+    gpu = cost.GPUS["a100-80"]
+    usual = work().seconds(gpu, 4, "none")
+    assert work().seconds(gpu, 1, "none") > usual
+    assert work().seconds(gpu, 4, "full") > work().seconds(gpu, 4, "selective") > usual
     assert (
-        work("qlora").seconds(card, 4, "none") > usual
-        and work("full").seconds(card, 4, "none") > usual
+        work("qlora").seconds(gpu, 4, "none") > usual
+        and work("full").seconds(gpu, 4, "none") > usual
     )
-    assert work(rows=16).seconds(card, 4, "none") > 1.8 * usual
-    slow = dataclasses.replace(card, link=0.01)
+    assert work(rows=16).seconds(gpu, 4, "none") > 1.8 * usual
+    slow = dataclasses.replace(gpu, link=0.01)
     assert work("full", world=8).seconds(slow, 4, "none") > work("full", world=8).seconds(
-        card, 4, "none"
+        gpu, 4, "none"
     )
 
 
-def test_time_counts_the_same_flops_as_training():
-    """On a card whose memory and attention cost nothing, a step's time is the FLOPs of step.flops over the peak."""
-    card = cost.GPU("ideal", 1, 1e12, 1.0, 1.0, "", 1e12, attention=1.0)
+def test_step_time_counts_the_same_flops_as_training():
+    """With free memory traffic and perfect attention, time is FLOPs over the peak."""
+    gpu = cost.GPU("ideal", 1, 1e12, 1.0, 1.0, "", 1e12, attention=1.0)
     for kind in ("lora", "full"):
-        some = work(kind, filled=1.0, document=64, compiled=False)
-        some.model.compiled = True  # nobody drops rows in the last block
-        rows = [cost.synthetic_row(some, seed) for seed in range(8)]
-        needed, _ = metrics.step_flops(some.model, rows)
-        assert some.seconds(card, 8, "none") * 1e12 == pytest.approx(
+        workload = work(kind, fill_share=1.0, doc_length=64, compiled=False)
+        workload.model.compiled = True  # nobody drops rows in the last block
+        rows = [cost.synthetic_row(workload, seed) for seed in range(8)]
+        needed, _ = metrics.step_flops(workload.model, rows)
+        assert workload.seconds(gpu, 8, "none") * 1e12 == pytest.approx(
             needed * (1 + cost.HALF_SPEED_TOKENS / 2048), rel=0.03
         )
 
@@ -269,13 +280,20 @@ def test_too_little_data_still_gets_fifty_steps():
     assert batch == 1 and steps >= cost.MIN_STEPS and epoch == 20
 
 
-def test_a_trial_of_a_small_model_takes_what_it_was_said_to_take():
-    some = cost.StepWorkload(
-        MIDDLE, {"adapter": {"rank": 8}}, 2, 128, document=32, compiled=False, cpu=True, filled=1.0
+def test_benchmark_step_peaks_as_predicted():
+    workload = cost.StepWorkload(
+        MIDDLE,
+        ModelSpec({"rank": 8}),
+        2,
+        128,
+        doc_length=32,
+        compiled=False,
+        cpu=True,
+        fill_share=1.0,
     )
-    choice = cost.Choice(2, "none", some.memory(2, "none"), 1.0, True)
+    choice = cost.Choice(2, "none", workload.memory(2, "none"), 1.0, True)
     live = memory.MemoryTracker()
-    assert cost.benchmark_step(some, choice, torch.device("cpu"), seconds=0, watch=live) > 0
+    assert cost.benchmark_step(workload, choice, torch.device("cpu"), seconds=0, tracker=live) > 0
     # the prediction takes whole what a CPU does in pieces, which a small model shows most
     assert live.peak == pytest.approx(choice.bytes, rel=0.05)
 
@@ -283,8 +301,8 @@ def test_a_trial_of_a_small_model_takes_what_it_was_said_to_take():
 # --- the command
 
 
-def test_a_person_and_a_program_are_told_the_same(capsys, monkeypatch):
-    words = (
+def test_report_and_json_agree(capsys, monkeypatch):
+    flags = (
         "--gpu",
         "a100-80",
         "--lora",
@@ -295,27 +313,31 @@ def test_a_person_and_a_program_are_told_the_same(capsys, monkeypatch):
         "--price",
         1.5,
     )
-    found = json.loads(run(capsys, monkeypatch, *words, "--json"))
-    gib = found["gib_per_gpu"]
-    assert found["fits"] and gib["total"] == pytest.approx(
+    answer = json.loads(run(capsys, monkeypatch, *flags, "--json"))
+    gib = answer["gib_per_gpu"]
+    assert answer["fits"] and gib["total"] == pytest.approx(
         sum(gib[kind] for kind in (*cost.MEMORY_KINDS, "reserve")), abs=0.06
     )
-    assert found["cost"] == pytest.approx(1.5 * (found["hours"] + found["setup_hours"]), abs=0.02)
-    assert {"micro_batch", "tok_per_s", "hours", "setup_hours"} <= set(found) and found[
+    assert answer["cost"] == pytest.approx(
+        1.5 * (answer["hours"] + answer["setup_hours"]), abs=0.02
+    )
+    assert {"micro_batch", "tok_per_s", "hours", "setup_hours"} <= set(answer) and answer[
         "rows"
     ] == 992
-    four = json.loads(run(capsys, monkeypatch, *words, "--gpus", 4, "--json"))
+    four = json.loads(run(capsys, monkeypatch, *flags, "--gpus", 4, "--json"))
     assert four["cost"] == pytest.approx(4 * 1.5 * (four["hours"] + four["setup_hours"]), abs=0.02)
-    text = run(capsys, monkeypatch, *words)
+    text = run(capsys, monkeypatch, *flags)
     assert (
-        "fits" in text and f"{found['tok_per_s']:,.0f} tok/s" in text and "$1.50 a GPU-hour" in text
+        "fits" in text
+        and f"{answer['tok_per_s']:,.0f} tok/s" in text
+        and "$1.50 a GPU-hour" in text
     )
 
 
 def test_a_7b_fits_where_it_is_known_to_fit(capsys, monkeypatch):
-    for words, fits in {("3060",): False, ("3090",): True}.items():
-        found = json.loads(run(capsys, monkeypatch, "--gpu", *words, "--lora", "--json"))
-        assert found["fits"] == fits, words
+    for flags, fits in {("3060",): False, ("3090",): True}.items():
+        answer = json.loads(run(capsys, monkeypatch, "--gpu", *flags, "--lora", "--json"))
+        assert answer["fits"] == fits, flags
     text = run(capsys, monkeypatch, "--gpu", "3090")
     assert "does NOT fit" in text and text.endswith(
         "to make it fit  a card of more memory (h200, b200); --lora; --qlora; more --gpus\n"
@@ -337,20 +359,18 @@ def test_a_7b_fits_where_it_is_known_to_fit(capsys, monkeypatch):
     assert text.splitlines()[-1].endswith("a100-80, h100, h200, b200); more --gpus")
 
 
-def test_rows_are_those_of_the_data_and_nearly_so_without_a_tokenizer(
-    chats, base, tmp_path, monkeypatch
-):
+def test_rows_are_counted_and_without_a_tokenizer_estimated(chats, base, tmp_path, monkeypatch):
     options = plan.Options(data=str(chats), seq_len=160)
     exact = plan.dataset_size(options, base)
     guess = plan.dataset_size(options, None)
-    assert "own tokenizer" in exact.known and "guessed" in guess.known
-    assert guess.rows == pytest.approx(exact.rows, rel=0.2) and guess.labelled == pytest.approx(
-        exact.labelled, abs=0.2
+    assert "own tokenizer" in exact.source and "estimated" in guess.source
+    assert guess.rows == pytest.approx(exact.rows, rel=0.2) and guess.target_share == pytest.approx(
+        exact.target_share, abs=0.2
     )
 
 
 @pytest.mark.parametrize(
-    "words, expected",
+    "flags, expected",
     [
         ([], "--gpu"),
         (["--gpu", "9999"], "Known: 3060"),
@@ -362,7 +382,7 @@ def test_rows_are_those_of_the_data_and_nearly_so_without_a_tokenizer(
         (["--gpu", "t4", "--lora"], "no bf16"),
         (["--gpu", "Tesla V100-SXM2-32GB"], "--gpu 31.74gib counts as if"),
         (["--gpu", "mac-16"], "can only chat"),
-        (["--gpu", "3090", "--gpus", "0"], "--gpus 0"),
+        (["--gpu", "3090", "--gpus", "0"], "--gpus must be at least 1"),
         (["--gpu", "cpu", "--gpus", "2"], "--gpus 2"),
         (["--gpu", "3090", "--lora", "--pure-bf16"], "--pure-bf16"),
         (["--gpu", "3090", "--data", "nowhere"], "--data nowhere"),
@@ -373,12 +393,12 @@ def test_rows_are_those_of_the_data_and_nearly_so_without_a_tokenizer(
         (["--gpu", "3090", "--model", "./nowhere"], "no such folder"),
     ],
 )
-def test_what_can_not_be_is_said_in_two_lines(words, expected, monkeypatch):
-    assert expected in refuse(monkeypatch, *words)
+def test_user_errors_are_two_lines(flags, expected, monkeypatch):
+    assert expected in refuse(monkeypatch, *flags)
 
 
 @pytest.mark.parametrize(
-    "words",
+    "flags",
     [
         ["--lora", "--pure-bf16"],
         ["--batch", "0"],
@@ -387,12 +407,12 @@ def test_what_can_not_be_is_said_in_two_lines(words, expected, monkeypatch):
         ["--qlora"],
     ],
 )
-def test_train_and_plan_refuse_a_run_in_the_same_words(words, base, chats, tmp_path, monkeypatch):
+def test_train_and_plan_raise_the_same_errors(flags, base, chats, tmp_path, monkeypatch):
     model = shutil.copytree(base, tmp_path / "base")
-    if "--qlora" in words:
+    if "--qlora" in flags:
         settings = json.loads((model / "config.json").read_text())
         (model / "config.json").write_text(json.dumps(settings | {"intermediate_size": 129}))
-    said = refuse(monkeypatch, "--gpu", "cpu", "--model", model, *words)
+    message = refuse(monkeypatch, "--gpu", "cpu", "--model", model, *flags)
     run = (
         "train.py",
         "--device",
@@ -405,15 +425,15 @@ def test_train_and_plan_refuse_a_run_in_the_same_words(words, base, chats, tmp_p
         model,
         "--seq-len",
         160,
-        *words,
+        *flags,
     )
     monkeypatch.setattr(sys, "argv", [*map(str, run)])
     with pytest.raises(UserError) as error:
         train.main()
-    assert str(error.value) == said
+    assert str(error.value) == message
 
 
-def test_the_hub_is_asked_and_its_refusals_are_said(monkeypatch):
+def test_refusal_of_the_hub_is_reported(monkeypatch):
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError
 
@@ -424,19 +444,19 @@ def test_the_hub_is_asked_and_its_refusals_are_said(monkeypatch):
         raise GatedRepoError("no", response=Response())
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuses)
-    assert "accepted its terms" in refuse(
+    assert "accept its terms" in refuse(
         monkeypatch, "--gpu", "3090", "--check", "--model", "mistralai/Mistral-7B-v0.1"
     )
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuses)
-    assert "accepted its terms" in refuse(monkeypatch, "--gpu", "3090", "--model", "someone/else")
+    assert "accept its terms" in refuse(monkeypatch, "--gpu", "3090", "--model", "someone/else")
 
 
-def test_the_program_ends_with_two_and_no_traceback():
+def test_exit_code_is_two_without_traceback():
     refused(command("plan.py", "--gpu", "abacus"), "abacus", "Known")
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_chat_needs_its_weights_and_a_cache(tied):
+def test_chat_memory_is_weights_and_cache(tied):
     shape = ModelConfig(4000, 1024, 2048, 2, 8, 2, 128, tie_word_embeddings=tied)
     for name, need in chat_memory(shape, 5000).items():
         dtype = torch.float32 if name == "fp32" else torch.bfloat16
@@ -451,25 +471,24 @@ def test_a_chat_needs_its_weights_and_a_cache(tied):
         ), name
 
 
-def test_chat_takes_what_fits_on_the_device(base, monkeypatch):
-    cpu, shape = torch.device("cpu"), hf.read_config(base)
-    needs = chat_memory(shape, 512)
-    assert needs["fp32"] == 2 * needs["bf16"] > 4 * shape.num_parameters and list(
-        needs.values()
-    ) == sorted(needs.values(), reverse=True)
+def test_chat_weights_are_the_widest_that_fit_the_device(base, monkeypatch):
+    cpu, folder = torch.device("cpu"), hf.open_folder(base)
+    needs = chat_memory(folder.config, 512)
+    assert needs["fp32"] == 2 * needs["bf16"] > 4 * folder.config.num_parameters
+    assert list(needs.values()) == sorted(needs.values(), reverse=True)
     monkeypatch.setattr(devices, "default_dtype", lambda device: torch.float32)
     for name, need in needs.items():
         monkeypatch.setattr(devices, "free_memory", lambda need=need: need)
-        assert choose_chat_weights(base, None, 512, cpu) == name
+        assert choose_chat_weights(folder, 512, cpu) == name
     with pytest.raises(UserError, match="--weights int4"):
-        choose_chat_weights(base, None, 512, cpu, "fp32")
+        choose_chat_weights(folder, 512, cpu, "fp32")
     monkeypatch.setattr(devices, "free_memory", lambda: 1000)
     with pytest.raises(UserError, match="smaller base"):
-        choose_chat_weights(base, None, 512, cpu)
+        choose_chat_weights(folder, 512, cpu)
 
 
-def test_every_card_says_where_its_figures_are_from():
-    for name, card in cost.GPUS.items():
-        assert name == name.lower() and card.basis and card.gib > 0
-        assert not card.peak or 0 < card.efficiency <= 0.9 and 0 < card.price[0] < card.price[1]
+def test_every_gpu_has_figures_and_their_basis():
+    for name, gpu in cost.GPUS.items():
+        assert name == name.lower() and gpu.basis and gpu.gib > 0
+        assert not gpu.peak or 0 < gpu.efficiency <= 0.9 and 0 < gpu.price[0] < gpu.price[1]
     assert issubclass(UserError, Exception) and cli.UserError is UserError

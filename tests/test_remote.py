@@ -1,4 +1,4 @@
-"""A rented box: a real sshd on loopback, with a home, a PATH and keys of its own. Nothing else is talked to."""
+"""remote.sh against a rented box: a real sshd on loopback, with its own home, PATH and keys."""
 
 import getpass
 import json
@@ -16,15 +16,14 @@ import pytest
 import torch
 from conftest import ROOT, refused
 
-from exports.command import find_our_files
 from weights.load import load_model
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-TOOLS = "bash sh cat sed grep flock date mkdir mv rm cp ls cmp sort tee sleep id setsid nohup tail timeout true tar gzip cksum dirname wc".split()
+TOOLS = "bash sh cat sed grep date mkdir mv rm cp ls cmp sort tee sleep id tail timeout true dirname wc".split()
 QUICK = ("--seq-len", 160, "--device", "cpu", "--dtype", "fp32", "--samples", 0, "--micro-batch", 4)
-needs_sshd = pytest.mark.skipif(
-    SSHD is None or shutil.which("ssh") is None,
-    reason="there is no sshd to be the box (openssh-server)",
+needs_box = pytest.mark.skipif(
+    SSHD is None or not all(map(shutil.which, ("ssh", "rsync", "tmux"))),
+    reason="a box needs sshd (openssh-server), ssh, rsync and tmux",
 )
 
 
@@ -32,7 +31,7 @@ STARTED = []
 
 
 def provide(folder, *tools):
-    """A PATH of few tools: no nvidia-smi, no apt-get."""
+    """Make a PATH of few tools: no nvidia-smi, no apt-get."""
     folder.mkdir(parents=True)
     for name in {*TOOLS, *tools}:
         (folder / name).symlink_to(shutil.which(name))
@@ -44,14 +43,14 @@ def tool(folder, name, text):
     (folder / name).chmod(0o755)
 
 
-# pip comes with torch: to make another takes seconds
+# A python3 of an image with torch. Its venvs take the image's pip: to install another takes seconds.
 WITH_TORCH = f"""[ "$1 $2" != "-m venv" ] || set -- "$@" --without-pip
 exec {sys.executable} "$@\""""
 
 
 @pytest.fixture(scope="module")
 def venv(tmp_path_factory):
-    """The .venv that a box has after its first run."""
+    """Make the .venv that a box has after its first run."""
     folder = tmp_path_factory.mktemp("prepared")
     provide(folder / "bin")
     tool(folder / "bin", "python3", WITH_TORCH)
@@ -67,9 +66,12 @@ def on_box(folder, name, **env):
 
 
 class Box:
-    """A machine for rent: an sshd whose sessions see only `tools`, and a python3 that has torch. `venv`: what a run before has left."""
+    """A machine for rent: an sshd whose sessions see only `tools`, and a python3 that has torch.
 
-    def __init__(self, folder, *tools, venv=None):
+    `venv` is what an earlier run has left.
+    """
+
+    def __init__(self, folder, venv=None, tools=("rsync", "tmux")):
         self.home, self.bin = folder / "home", folder / "bin"
         for path in (self.home, folder / "tmux"):
             path.mkdir(parents=True)
@@ -92,7 +94,7 @@ class Box:
             f'ListenAddress 127.0.0.1\nPort {self.port}\nHostKey "{folder}/host"\nAuthorizedKeysFile "{folder}/mine.pub"\nPidFile none\n'
             f'ForceCommand "{self.bin}/enter"\nUsePAM no\nStrictModes no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\n'
         )
-        if os.getuid() == 0:  # sshd wants it, and only root can be refused for it
+        if os.getuid() == 0:  # as root, sshd doesn't start without it
             Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
         self.sshd = subprocess.Popen(
             [SSHD, "-D", "-e", "-f", folder / "sshd_config"], stderr=open(folder / "sshd.txt", "w")
@@ -110,22 +112,20 @@ class Box:
 
     def drop(self):
         """End the connections, and nothing else."""
-        for pid in subprocess.run(
-            ["pgrep", "-P", str(self.sshd.pid)], capture_output=True, text=True
-        ).stdout.split():
+        children = ["pgrep", "-P", str(self.sshd.pid)]
+        for pid in subprocess.run(children, capture_output=True, text=True).stdout.split():
             os.kill(int(pid), signal.SIGKILL)
 
-    def train(self, sign):
+    def signal_training(self, number):
         for pid in self.processes("train.py\0--"):
-            os.kill(pid, sign)
+            os.kill(pid, number)
 
-    def processes(self, named=""):
+    def processes(self, command=""):
+        """Yield the pids of processes on the box whose command line has `command`."""
         for path in Path("/proc").glob("[0-9]*"):
             try:
-                if (
-                    Path(os.readlink(path / "cwd")).is_relative_to(self.home)
-                    and named in (path / "cmdline").read_text()
-                ):
+                here = Path(os.readlink(path / "cwd")).is_relative_to(self.home)
+                if here and command in (path / "cmdline").read_text():
                     yield int(path.name)
             except OSError:
                 pass
@@ -145,40 +145,36 @@ class Box:
             return file.read()
 
     def files(self):
-        """What came there, and what was made of it but the run's own files and the tools'."""
-        found = {
-            str(path.relative_to(self.home)) for path in self.home.rglob("*") if path.is_file()
-        }
-        return {
-            name
-            for name in found
-            if not re.search(r"/(\.venv|\.run|__pycache__|ckpt|cache)/|^\.cache/", name)
-        }
+        """List what was copied there, without what the run and the tools make of it."""
+        made = re.compile(r"/(\.venv|\.run|__pycache__|ckpt|cache)/|^\.cache/")
+        paths = [path for path in self.home.rglob("*") if path.is_file()]
+        names = {str(path.relative_to(self.home)) for path in paths}
+        return {name for name in names if not made.search(name)}
 
 
 @pytest.fixture
 def box(tmp_path):
-    """box(name, *tools) → a Box"""
+    """box(name, venv=, tools=) → a Box"""
     boxes = []
 
-    def make(name, *tools, **ways):
-        boxes.append(Box(tmp_path / name, *tools, **ways))
+    def make(name, **options):
+        boxes.append(Box(tmp_path / name, **options))
         return boxes[-1]
 
     yield make
     for process in STARTED:
         if process.poll() is None:
             process.kill()
-    for one in boxes:
-        one.vanish()
-        one.sshd.terminate()
-        one.drop()
-        one.sshd.wait(10)
+    for each in boxes:
+        each.vanish()
+        each.sshd.terminate()
+        each.drop()
+        each.sshd.wait(10)
 
 
 @pytest.fixture
 def home(tmp_path, chats):
-    """Where a person works: names have spaces, and there is an export that must stay."""
+    """Make the user's folder: names with spaces, and an export that must not be copied."""
     folder = tmp_path / "at home"
     shutil.copytree(chats, folder / "my data")
     (folder / "my data" / "cache").mkdir(exist_ok=True)
@@ -193,61 +189,50 @@ def home(tmp_path, chats):
     return folder
 
 
-def start(home, line, *flags, on_done=None, env=None):
-    """remote.sh in the background, what it says in said.txt."""
-    words = [
-        "nice",
-        "-n",
-        "5",
-        "bash",
-        ROOT / "remote.sh",
-        line,
-        *(["--on-done", on_done] if on_done else []),
-        "--",
-        *flags,
-    ]
-    env = {**os.environ, "HOME": str(home), "FETCH_SECONDS": "1", **(env or {})}
-    with open(home / "said.txt", "w") as out:
-        STARTED.append(
-            subprocess.Popen(
-                [*map(str, words)],
-                cwd=home,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-            )
+def start(home, line, *flags, on_done=None):
+    """Start remote.sh in the background; what it prints goes to output.txt."""
+    command = ["nice", "-n", "5", "bash", ROOT / "remote.sh", line]
+    command += ["--on-done", on_done] if on_done else []
+    with open(home / "output.txt", "w") as out:
+        process = subprocess.Popen(
+            [*map(str, command), "--", *map(str, flags)],
+            cwd=home,
+            env={**os.environ, "HOME": str(home), "FETCH_SECONDS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
         )
-    return STARTED[-1]
+    STARTED.append(process)
+    return process
 
 
-def run(home, *given, code=0, **ways):
-    """→ what it said"""
-    process = start(home, *given, **ways)
-    assert process.wait(timeout=600) == code, said(home)
-    return said(home)
+def run(home, *args, code=0, **options):
+    """Run remote.sh as `start`, to the end. → what it prints"""
+    process = start(home, *args, **options)
+    assert process.wait(timeout=600) == code, output(home)
+    return output(home)
 
 
-def ask(home, *words):
-    env = {**os.environ, "HOME": str(home)}
+def invoke(home, *args, **env):
+    """Run remote.sh with these arguments. → its CompletedProcess"""
     return subprocess.run(
-        ["bash", ROOT / "remote.sh", *map(str, words)],
+        [shutil.which("bash"), ROOT / "remote.sh", *map(str, args)],
         cwd=home,
-        env=env,
+        env={**os.environ, "HOME": str(home), **env},
         capture_output=True,
         text=True,
         timeout=240,
     )
 
 
-def said(home):
-    with open(home / "said.txt", newline="") as file:
+def output(home):
+    with open(home / "output.txt", newline="") as file:
         return file.read()
 
 
 def flip(path):
-    """Its last byte, at its old time."""
+    """Change a file's last byte, but not its time."""
     times, text = path.stat(), path.read_bytes()
     path.write_bytes(text[:-1] + bytes([text[-1] ^ 1]))
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -259,7 +244,7 @@ def until(condition, process=None, seconds=300):
             return
         assert process is None or process.poll() is None, "it ended too early"
         time.sleep(0.05)
-    raise AssertionError("it never came about")
+    raise AssertionError("it never happened")
 
 
 NOTICE = re.compile(r"remote: [^\n]*\n")
@@ -287,6 +272,7 @@ SENT = {
         *ROOT.glob("weights/*.py"),
         *ROOT.glob("weights/*.toml"),
         *ROOT.glob("training/*.py"),
+        *ROOT.glob("training/*.toml"),
         *ROOT.glob("inference/*.py"),
     )
 }
@@ -294,214 +280,158 @@ SENT |= {f"doppelganger/{name}" for name in ("remote.sh", "fsdp_launch.sh", "req
 SENT |= {f"doppelganger/data/{name}" for name in ("train.jsonl", "val.jsonl", "persona.json")}
 
 
-@needs_sshd
-@pytest.mark.skipif(
-    not (shutil.which("rsync") and shutil.which("tmux")), reason="there is no rsync or no tmux"
-)
-def test_a_whole_run_brings_home_a_model_that_loads(box, home, base):
-    there = box("box", "tmux", "rsync")
+@needs_box
+def test_whole_run_brings_home_a_loadable_model(box, home, base):
+    machine, out = box("box"), home / "my ckpt"
     flags = ("--lora", "--model", base, "--lr", 1e-2, "--max-steps", 6, *FLAGS)
-    heard = run(home, there.line, *flags, on_done="echo 'well done' >> done.txt")
-    assert "with rsync" in heard and "torch works and is kept" in heard
-    assert heard.splitlines()[-1] == "remote: The box is still billing: destroy it."
-    out = home / "my ckpt"
-    assert there.files() == SENT and there.code.stat().st_mode & 0o777 == 0o700
+    text = run(home, machine.line, *flags, on_done="echo 'well done' >> done.txt")
+    assert "copying the code and my data/" in text and "torch works and is kept" in text
+    assert text.splitlines()[-1] == "remote: The box is still billing: destroy it."
+    assert machine.files() == SENT and machine.code.stat().st_mode & 0o777 == 0o700
     assert out.stat().st_mode & 0o777 == 0o700 and (home / "done.txt").read_text() == "well done\n"
     assert not (out / ".incoming").exists() and steps(out) == [1, 2, 3, 4, 5, 6]
     assert load_model(str(out), torch.float32).lora["rank"] == 32
     merge = re.search(
-        r"with the base that is there: (.* 'cd doppelganger && HF_HOME=\$PWD/\.hub .*')$",
-        heard,
-        re.MULTILINE,
-    )[1]
+        r"base that is there: (.* 'cd doppelganger && HF_HOME=\$PWD/\.hub .*')$", text, re.M
+    )
     done = subprocess.run(
-        ["bash", "-c", merge], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=240
+        ["bash", "-c", merge[1]],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=240,
     )
-    assert done.returncode == 0 and (there.code / "clone" / "model.safetensors").exists(), (
-        done.stderr
-    )
-    (
-        out / "run.json"
-    ).unlink()  # as if it had been lost while it came home, an adapter of before left in its place
+    assert done.returncode == 0, done.stderr
+    assert (machine.code / "clone" / "model.safetensors").exists()
+    # The connection was lost on the last way home; adapters of before lie in the right one's place.
+    (out / "run.json").unlink()
     adapter = (out / "adapter_model.safetensors").read_bytes()
+    flip(out / "adapter_model.safetensors")
     (out / ".incoming").mkdir()
-    shutil.copy2(there.code / "ckpt" / "adapter_model.safetensors", out / ".incoming")
-    flip(out / ".incoming" / "adapter_model.safetensors")
-    run(home, there.line, *flags)
-    assert (out / "adapter_model.safetensors").read_bytes() == adapter and (
-        out / "run.json"
-    ).exists()
-    again = ask(home, there.line, "--", *flags)
-    assert again.returncode == 0 and "is finished: nothing is left to do" in again.stdout
+    shutil.copy2(out / "adapter_model.safetensors", out / ".incoming")
+    run(home, machine.line, *flags)
+    assert (out / "adapter_model.safetensors").read_bytes() == adapter
+    assert (out / "run.json").exists()
+    again = invoke(home, machine.line, "--", *flags)
+    assert again.returncode == 0 and "my ckpt is finished" in again.stdout
 
 
-@needs_sshd
-def test_without_rsync_and_tmux_a_full_fine_tune_is_resumed_and_brings_only_the_end(
-    box, home, base, venv
-):
-    """tar and nohup in their place; killed there, the same command goes on."""
-    there, out = box("box", venv=venv), home / "my ckpt"
-    flags = (
-        "--model",
-        base,
-        "--max-steps",
-        40,
-        "--batch",
-        1,
-        "--lr",
-        3e-3,
-        "--save-every",
-        4,
-        *FLAGS,
-    )
-    process = start(home, there.line, *flags)
-    until(lambda: saves(there.code / "ckpt"), process)
+@needs_box
+def test_killed_full_finetune_resumes_and_only_its_result_comes_home(box, home, base, venv):
+    machine, out = box("box", venv=venv), home / "my ckpt"
+    flags = ("--model", base, *"--max-steps 40 --batch 1 --lr 3e-3 --save-every 4".split(), *FLAGS)
+    process = start(home, machine.line, *flags)
+    until(lambda: saves(machine.code / "ckpt"), process)
     assert not [path for path in out.rglob("*") if path.name not in (".remote", ".incoming")]
-    assert find_our_files(out) and find_our_files(there.code / ".run")  # --wipe knows them
-    there.train(signal.SIGKILL)
-    assert (
-        process.wait(timeout=240) == 137
-        and "with tar" in said(home)
-        and "Training ended before its time (exit code 137)" in said(home)
-    )
-    heard = run(home, there.line, *flags, on_done="exit 3", code=3)
-    assert "going on after step" in heard and "--on-done ended with exit code 3" in heard
-    assert there.files() == SENT and saves(there.code / "ckpt")
+    machine.signal_training(signal.SIGKILL)
+    assert process.wait(timeout=240) == 137
+    assert "Training ended before its time (exit code 137)" in output(home)
+    text = run(home, machine.line, *flags, on_done="exit 3", code=3)
+    assert "after step" in text and "--on-done ended with exit code 3" in text
+    assert machine.files() == SENT and saves(machine.code / "ckpt")
     assert not (out / "resume").exists() and steps(out) == [*range(1, 41)]
     load_model(str(out))
 
 
-@needs_sshd
-def test_a_planned_end_is_told_as_one(box, home, base, venv):
-    there = box("box", venv=venv)
+@needs_box
+def test_max_minutes_is_reported_as_a_planned_end(box, home, base, venv):
+    machine = box("box", venv=venv)
     flags = (
         "--lora",
         "--model",
         base,
-        "--lr",
-        1e-3,
-        "--max-steps",
-        9999,
-        "--batch",
-        1,
-        "--max-minutes",
-        0.05,
+        *"--lr 1e-3 --max-steps 9999 --batch 1 --max-minutes 0.05".split(),
         *FLAGS,
     )
-    heard = run(home, there.line, *flags)
-    assert (
-        "Training ended when --max-minutes were over, as planned. The same command goes on" in heard
-        and "before its time" not in heard
-    )
-    assert bool(saves(home / "my ckpt")) != (
-        "stopped before the first step" in heard
-    )  # a busy machine has no step done by then
+    text = run(home, machine.line, *flags)
+    assert "Training ended when --max-minutes were over, as planned. The same command" in text
+    assert "before its time" not in text
+    # A busy machine has no step done by then.
+    assert bool(saves(home / "my ckpt")) != ("stopped before the first step" in text)
 
 
-@needs_sshd
-@pytest.mark.skipif(
-    not (shutil.which("rsync") and shutil.which("tmux")), reason="there is no rsync or no tmux"
-)
-def test_lost_connections_and_lost_boxes_lose_no_more_than_what_no_save_holds(
-    box, home, base, venv
-):
-    there, out = box("box", "tmux", "rsync", venv=venv), home / "my ckpt"
+@needs_box
+def test_lost_connection_and_lost_box_lose_only_what_no_checkpoint_holds(box, home, base, venv):
+    machine, out = box("box", venv=venv), home / "my ckpt"
     flags = (
         "--lora",
         "--model",
         base,
-        "--lr",
-        1e-3,
-        "--max-steps",
-        60,
-        "--batch",
-        1,
-        "--save-every",
-        5,
+        *"--lr 1e-3 --max-steps 60 --batch 1 --save-every 5".split(),
         *FLAGS,
     )
-    process = start(home, there.line, *flags, on_done="echo done >> done.txt")
-    until(lambda: saves(there.code / "ckpt"), process)
-    there.train(signal.SIGSTOP)  # a fast machine shall not be done before we are
+    on_done = "echo done >> done.txt"
+    process = start(home, machine.line, *flags, on_done=on_done)
+    until(lambda: saves(machine.code / "ckpt"), process)
+    machine.signal_training(signal.SIGSTOP)  # or a fast machine would finish before we look
     until(lambda: saves(out), process)
-    until(lambda: there.drop() or "no connection" in said(home), process)
-    there.train(signal.SIGCONT)
-    at = len(there.log())
-    until(lambda: len(there.log()) > at, process)
-    there.train(signal.SIGSTOP)
-    until(lambda: NOTICE.sub("", said(home)) == NOTICE.sub("", there.log()), process)
+    until(lambda: machine.drop() or "no connection" in output(home), process)
+    machine.signal_training(signal.SIGCONT)
+    size = len(machine.log())
+    until(lambda: len(machine.log()) > size, process)
+    machine.signal_training(signal.SIGSTOP)
+    until(lambda: NOTICE.sub("", output(home)) == NOTICE.sub("", machine.log()), process)
 
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(
-        timeout=240
-    ) == 130 and "Training goes on there, and the box is still billing" in said(home)
-    refused(
-        ask(home, there.line, "--", *flags, "--seed", 1, "--out", "other"), "busy with another run"
-    )
-    process = start(home, there.line, *flags, on_done="echo done >> done.txt")
-    until(lambda: "back to the run that is there" in said(home), process)
-    before = saves(there.code / "ckpt")[-1]
-    there.train(signal.SIGCONT)
-    until(lambda: saves(there.code / "ckpt")[-1] > before, process)
-    there.train(signal.SIGSTOP)
+    assert process.wait(timeout=240) == 130
+    assert "Training goes on there, and the box is still billing" in output(home)
+    other = invoke(home, machine.line, "--", *flags, "--seed", 1, "--out", "other")
+    refused(other, "busy with another run")
+    process = start(home, machine.line, *flags, on_done=on_done)
+    until(lambda: "back to the run that is there" in output(home), process)
+    before = saves(machine.code / "ckpt")[-1]
+    machine.signal_training(signal.SIGCONT)
+    until(lambda: saves(machine.code / "ckpt")[-1] > before, process)
+    machine.signal_training(signal.SIGSTOP)
     until(lambda: saves(out) and saves(out)[-1] > before, process)
-    there.vanish()
-    assert process.wait(timeout=240) == 2 and "Nothing of this run is there any more" in said(home)
+    machine.vanish()
+    assert process.wait(timeout=240) == 2
+    assert "Nothing of this run is there any more" in output(home)
     (save,) = saves(out)
-    assert not (home / "done.txt").exists() and {
-        path.name for path in (out / "resume" / save).iterdir()
-    } == {
-        "rank-00000.json",
-        "rank-00000.safetensors",
-    }
+    names = {path.name for path in (out / "resume" / save).iterdir()}
+    assert names == {"rank-00000.json", "rank-00000.safetensors"}
+    assert not (home / "done.txt").exists()
 
-    heard = run(
-        home, box("new", "tmux", "rsync", venv=venv).line, *flags, on_done="echo done >> done.txt"
-    )
-    assert f"going on after step {int(save[5:])}" in heard and steps(out) == [*range(1, 61)]
+    text = run(home, box("new", venv=venv).line, *flags, on_done=on_done)
+    assert f"after step {int(save[5:])}" in text and steps(out) == [*range(1, 61)]
     assert (home / "done.txt").read_text() == "done\n" and load_model(str(out)).lora
 
 
-@needs_sshd
-def test_what_a_person_can_mend_is_said_in_two_lines_before_anything_goes_there(
-    box, home, tmp_path
-):
-    there = box("box")
+@needs_box
+def test_user_errors_are_two_lines_and_nothing_is_copied(box, home, tmp_path):
+    machine = box("box", tools=())
+    data = ("--", "--data", "my data")
     assert subprocess.run(["bash", "-n", ROOT / "remote.sh"]).returncode == 0
-    refused(ask(home, "--", "--lora"), "The line that the provider shows", "./remote.sh 'ssh -p")
-    refused(ask(home, there.line, "--lora"), "The line that the provider shows")
-    refused(ask(home, there.line, "--", "--lora"), "data/train.jsonl is missing", "data.py")
-    refused(ask(home, there.line, "--", "--data=my data"), "two words are needed", "--data my data")
+    refused(invoke(home, "--", "--lora"), "The line that the provider shows", "./remote.sh 'ssh -p")
+    refused(invoke(home, machine.line, "--lora"), "The line that the provider shows")
+    refused(invoke(home, machine.line, "--", "--lora"), "data/train.jsonl is missing", "data.py")
+    refused(invoke(home, machine.line, "--", "--data=no data"), "no data/train.jsonl is missing")
     (home / "held").mkdir()
     (home / "held" / "run.json").write_text("{}")
+    for flags in (("--out", "held"), ("--out=held/",)):
+        refused(invoke(home, machine.line, *data, *flags), "held already holds something", "--out")
+    provide(home / "bin")
     refused(
-        ask(home, there.line, "--", "--data", "my data", "--out", "held"),
-        "held already holds something",
-        "--out",
+        invoke(home, machine.line, *data, PATH=str(home / "bin")), "rsync is not installed here"
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        closed = re.sub(r"-p \d+", f"-p {free.getsockname()[1]}", there.line)
-        refused(
-            ask(home, closed, "--", "--data", "my data"), "Connection refused", "the whole line"
-        )
+        closed = re.sub(r"-p \d+", f"-p {free.getsockname()[1]}", machine.line)
+        refused(invoke(home, closed, *data), "Connection refused", "the whole line")
     tool(
-        there.bin,
+        machine.bin,
         "nvidia-smi",
         "echo '| NVIDIA-SMI 470.82    Driver Version: 470.82    CUDA Version: 11.4     |'",
     )
-    refused(ask(home, there.line, "--", "--data", "my data"), "too old", "CUDA 12.6")
-    (there.bin / "nvidia-smi").unlink()
-    tool(there.bin, "python3", "exit 1")
-    refused(ask(home, there.line, "--", "--data", "my data"), "no Python 3.11 or newer")
+    refused(invoke(home, machine.line, *data), "too old", "CUDA 12.6")
+    (machine.bin / "nvidia-smi").unlink()
+    refused(invoke(home, machine.line, *data), "no rsync or no tmux", "apt-get install rsync tmux")
+    tool(machine.bin, "python3", "exit 1")
+    refused(invoke(home, machine.line, *data), "no Python 3.11 or newer")
     other = (tmp_path / "box" / "mine.pub").read_text()
-    (tmp_path / "box" / "known").write_text(f"[127.0.0.1]:{there.port} {other}")
-    refused(
-        ask(home, there.line, "--", "--data", "my data"),
-        "Host key verification failed",
-        "ssh-keygen -R",
-    )
-    assert there.files() == set()
+    (tmp_path / "box" / "known").write_text(f"[127.0.0.1]:{machine.port} {other}")
+    refused(invoke(home, machine.line, *data), "Host key verification failed", "ssh-keygen -R")
+    assert machine.files() == set()
 
 
 PYTHON = """case "$*" in
@@ -524,7 +454,7 @@ esac"""
         ("", "cpu"),
     ],
 )
-def test_the_wheel_is_the_one_for_the_driver(driver, wheel, tmp_path):
+def test_torch_wheel_is_the_one_for_the_driver(driver, wheel, tmp_path):
     provide(tmp_path / "bin")
     tool(tmp_path / "bin", "python3", PYTHON)
     if driver:

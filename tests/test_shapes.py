@@ -1,4 +1,4 @@
-"""What bases.toml says of each base is what its maker says, and plan.py needs no hub for it."""
+"""bases.toml has each base's published config, and plan.py needs no hub for it."""
 
 import json
 import re
@@ -15,26 +15,29 @@ import bench.tokens
 import plan
 from cli import UserError
 from training import cost
+from training.step import ModelSpec
 from weights import devices, hf, hub
 
 KINDS = {"mistral": "Mistral", "ministral3": "Ministral3", "qwen3": "Qwen3", "llama": "Llama"}
 PAGE = (ROOT / "docs" / "BASES.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SEES = [name for name in plan.BASE_CONFIGS if re.search(r"Ministral-3-|Small-3\.", name)]
+VISION = [name for name in plan.BASE_CONFIGS if re.search(r"Ministral-3-|Small-3\.", name)]
 
 
 def theirs(name):
-    """transformers' settings of a base, from what bases.toml says; RoPE by its newer key."""
-    said = {
+    """Make transformers' config of a base from bases.toml, with RoPE in its newer key."""
+    raw_config = {
         key: value for key, value in vars(plan.BASE_CONFIGS[name]).items() if key != "rope_scaling"
     }
-    rope = {"rope_type": "default", "rope_theta": said.pop("rope_theta")}
+    rope = {"rope_type": "default", "rope_theta": raw_config.pop("rope_theta")}
     rope |= plan.BASE_CONFIGS[name].rope_scaling or {}
-    return getattr(transformers, f"{KINDS[said['model_type']]}Config")(**said, rope_parameters=rope)
+    return getattr(transformers, f"{KINDS[raw_config['model_type']]}Config")(
+        **raw_config, rope_parameters=rope
+    )
 
 
 @pytest.mark.parametrize("name", plan.BASE_CONFIGS)
-def test_its_weights_are_as_many_as_its_maker_says_and_as_transformers_makes(name):
+def test_parameter_count_is_the_published_one_and_that_of_transformers(name):
     shape, published = plan.BASE_CONFIGS[name], plan.BASES[name]["published"]
     last_digit = 10.0 ** -len(published.partition(".")[2])
     assert abs(shape.num_parameters / 1e9 - float(published)) < last_digit
@@ -45,33 +48,33 @@ def test_its_weights_are_as_many_as_its_maker_says_and_as_transformers_makes(nam
 
 
 @pytest.mark.parametrize("name", plan.BASE_CONFIGS)
-def test_a_folder_with_its_config_json_is_read_to_the_same_shape(name, tmp_path):
-    """Of one that sees: its text is inside `text_config`, which alone says if the head is tied."""
-    said = theirs(name).to_dict()
-    if name in SEES:
-        said = {
+def test_config_json_is_read_to_the_same_config(name, tmp_path):
+    """A vision model's language model is in `text_config`, which alone ties the head or doesn't."""
+    raw_config = theirs(name).to_dict()
+    if name in VISION:
+        raw_config = {
             "architectures": ["Mistral3ForConditionalGeneration"],
             "model_type": "mistral3",
-            "text_config": said,
+            "text_config": raw_config,
             "vision_config": {},
         }
-    (tmp_path / "config.json").write_text(json.dumps(said))
+    (tmp_path / "config.json").write_text(json.dumps(raw_config))
     assert hf.read_config(tmp_path) == plan.BASE_CONFIGS[name]
 
 
-def test_a_ministral_in_fp8_is_refused_as_its_instruct_models_are(tmp_path):
-    said = {
+def test_ministral_in_fp8_is_refused(tmp_path):
+    raw_config = {
         "model_type": "mistral3",
         "text_config": theirs("mistralai/Ministral-3-3B-Base-2512").to_dict(),
     }
-    said |= {"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}}
-    (tmp_path / "config.json").write_text(json.dumps(said))
-    with pytest.raises(UserError, match="quantised weights"):
+    raw_config |= {"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}}
+    (tmp_path / "config.json").write_text(json.dumps(raw_config))
+    with pytest.raises(UserError, match="quantized weights"):
         hf.read_config(tmp_path)
 
 
 @pytest.mark.parametrize("name", plan.BASE_CONFIGS)
-def test_where_its_keys_were_read_is_said_and_the_page_names_it(name):
+def test_base_has_a_source_and_a_place_on_the_page(name):
     assert plan.BASES[name]["source"] and plan.BASES[name]["published"]
     assert f"`{name}`" in PAGE
 
@@ -85,7 +88,7 @@ def offline(monkeypatch):
 
 
 @pytest.mark.parametrize("name", plan.BASE_CONFIGS)
-def test_it_is_planned_without_the_hub(name, capsys, monkeypatch):
+def test_base_is_planned_without_the_hub(name, capsys, monkeypatch):
     offline(monkeypatch)
     monkeypatch.setattr(cost, "peak_memory", lambda *_, **__: {"weights": devices.GIB})
     found = json.loads(
@@ -96,7 +99,7 @@ def test_it_is_planned_without_the_hub(name, capsys, monkeypatch):
     )
 
 
-def test_new_rows_are_those_that_the_vocabulary_lacks():
+def test_new_rows_are_the_missing_chatml_tokens():
     for name, shape in plan.BASE_CONFIGS.items():
         grown, rows, _ = (
             plan.base_config(name) if not hub.cached_folder(name) else (shape, (), None)
@@ -107,46 +110,42 @@ def test_new_rows_are_those_that_the_vocabulary_lacks():
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen99-8B", "someone/else"])
-def test_an_unknown_name_is_answered_with_those_that_are_known(name, monkeypatch):
+def test_unknown_base_error_lists_the_known_ones(name, monkeypatch):
     monkeypatch.setattr(
         hub,
         "fetch_config",
         lambda model: (_ for _ in ()).throw(UserError(f"{model} is nowhere", "Give a folder.")),
     )
     monkeypatch.setattr(hub, "cached_folder", lambda model: None)
-    said = refuse(monkeypatch, "--gpu", "3090", "--model", name)
-    assert said.startswith(f"{name} is nowhere\nGive a folder. ") and all(
-        known in said for known in plan.BASE_CONFIGS
+    message = refuse(monkeypatch, "--gpu", "3090", "--model", name)
+    assert message.startswith(f"{name} is nowhere\nGive a folder. ") and all(
+        known in message for known in plan.BASE_CONFIGS
     )
 
 
-def test_what_the_page_says_of_memory_plan_says(
+def test_memory_on_the_page_is_what_plan_prints(
     model="mistralai/Ministral-3-8B-Base-2512", way="lora"
 ):
-    """Of one row, which takes seconds; the others come from the same program."""
+    """One row of the table is enough: all come from the same program."""
     row = re.search(
         rf"^\| `{re.escape(model)}` \| `--gpu (\S+) --{way}` \| ([\d.]+) of", PAGE, re.M
     )
     card = cost.GPUS[row[1]]
     shape, added, _ = plan.base_config(model)
-    ways = {
-        "adapter": {"rank": 32, "alpha": 16, "rows": added},
-        "nf4": way == "qlora",
-        "pure": False,
-    }
+    spec = ModelSpec({"rank": 32, "alpha": 16, "rows": added}, nf4=way == "qlora")
     choice = cost.choose_micro_batch(
-        cost.StepWorkload(shape, ways, 8), card, (card.gib - 2) * devices.GIB
+        cost.StepWorkload(shape, spec, 8), card, (card.gib - 2) * devices.GIB
     )
     assert choice.fits and choice.bytes / devices.GIB + 2 == pytest.approx(float(row[2]), abs=0.06)
 
 
-def test_the_readme_recommends_what_plan_knows():
+def test_readme_recommends_known_bases():
     table = README.partition("## Which base")[2].partition("\n## ")[0]
     names = re.findall(r"^\| [^|]*\| `(\S+/\S+)`", table, re.M)
     assert len(names) >= 5 and set(names) <= {*plan.BASE_CONFIGS, "examples/base"}
 
 
-def test_a_talk_in_four_languages_is_counted_as_mistral_common_does(capsys, monkeypatch):
+def test_tokens_in_four_languages_are_those_of_mistral_common(capsys, monkeypatch):
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
     path = bench.tokens.OURS["tekken (Nemo, Small 3)"]

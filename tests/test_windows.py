@@ -1,6 +1,6 @@
-"""data.py, plan.py and chat.py without what only Linux and macOS have: what a Windows machine would find missing, found here.
+"""data.py, plan.py and chat.py run without the parts of Python that Windows lacks.
 
-mypy --platform win32 (`make lint`) looks at the lines that aren't run.
+mypy --platform win32 (`make lint`) checks the lines that aren't run.
 """
 
 import json
@@ -13,8 +13,8 @@ import numpy, safetensors.torch, tokenizers, tqdm
 import {library}
 for module in ("fcntl", "grp", "pwd", "readline", "resource", "termios"):
     sys.modules[module] = None
-gone = "fork geteuid getpgid getuid killpg mkfifo pread preadv pwrite pwritev setsid sysconf uname".split(), "SIGALRM SIGHUP SIGKILL".split()
-for owner, names in zip((os, signal), gone):
+missing = "fork geteuid getpgid getuid killpg mkfifo pread preadv pwrite pwritev setsid sysconf uname".split(), "SIGALRM SIGHUP SIGKILL".split()
+for owner, names in zip((os, signal), missing):
     for name in names:
         delattr(owner, name)
 sys.argv = sys.argv[1:]
@@ -23,16 +23,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def on_windows(tmp_path, *words, library="torch", stdin=""):
-    """What the program says where pipes are in an old code page. → its stdout, a str"""
+def run_as_on_windows(tmp_path, *args, library="torch", stdin=""):
+    """Run a program where pipes have an old code page. → its stdout"""
     boot = tmp_path / "boot.py"
     boot.write_text(WITHOUT.format(library=library))
-    done = command(boot, *words, env={"PYTHONIOENCODING": "cp1252"}, stdin=stdin)
+    done = command(boot, *args, env={"PYTHONIOENCODING": "cp1252"}, stdin=stdin)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_an_export_is_read(tmp_path):
+def test_data_reads_an_export(tmp_path):
     texts = [("user1", "Ann", "hey \U0001f986"), ("user2", "Bob", "привет")] * 4
     messages = [
         {"id": n, "type": "message", "date": f"2024-01-{n + 1:02}T00:00:0{m}", "date_unixtime": str(1704067200 + n * 86400 + m),
@@ -47,13 +47,15 @@ def test_an_export_is_read(tmp_path):
         ),
         encoding="utf-8",
     )
-    said = on_windows(tmp_path, "data.py", export, "--out", tmp_path / "data", library="json")
-    assert "\U0001f986" in said and "привет" in said
+    output = run_as_on_windows(
+        tmp_path, "data.py", export, "--out", tmp_path / "data", library="json"
+    )
+    assert "\U0001f986" in output and "привет" in output
     assert [*(tmp_path / "data").glob("*.jsonl")] and not [*tmp_path.glob("new-*")]
 
 
-def test_a_plan_is_made(tmp_path, base, chats):
-    assert "memory" in on_windows(
+def test_plan_prints_a_plan(tmp_path, base, chats):
+    assert "memory" in run_as_on_windows(
         tmp_path,
         "plan.py",
         "--gpu",
@@ -68,11 +70,11 @@ def test_a_plan_is_made(tmp_path, base, chats):
     )
 
 
-def test_it_answers(tmp_path, base):
-    assert on_windows(
+def test_chat_answers(tmp_path, base):
+    assert run_as_on_windows(
         tmp_path, "chat.py", base, "-p", "привет \U0001f986", "--device", "cpu"
     ).strip()
-    assert on_windows(
+    assert run_as_on_windows(
         tmp_path,
         "chat.py",
         base,
