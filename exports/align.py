@@ -1,43 +1,54 @@
-"""Which copies of a chat overlap, where messages have no numbers: the same texts in the same order, at a constant offset of time.
+"""Find exports of the same chat where messages have no ids: the same texts in the same order.
 
-Two phones, another time zone, a renamed contact or a copied file give one WhatsApp chat several times. Copies are compared by hashes
-of their texts, so that nothing of a chat stays in memory but 26 bytes a message, while two copies are compared.
+Two phones, another time zone, a renamed contact or a copied file give one WhatsApp chat several
+times. Copies are compared by hashes of their texts: 26 bytes a message, while two are compared.
 """
 
 import re
 from array import array
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
-STEP = 900  # seconds: time zones differ by whole quarters of an hour, and phones write minutes or seconds
-DST = 3600  # seconds by which the offset of two zones may change with the season
-MOST_COPIES = 8  # a text that stands in more copies tells none from another
+STEP = 900  # seconds: time zones differ by quarters of an hour
+DST = 3600  # seconds by which the offset of two zones changes with the season
+MAX_COPIES = 8  # a text in more copies than this tells none from another
 MARK = re.compile("<[a-z]+>")
-ODD = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], dtype=np.uint64).view(np.int64)  # to mix
+MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], dtype=np.uint64).view(np.int64)
 
 
 class Timeline(NamedTuple):
-    """A chat's messages in order of time, (n,) each."""
+    """A chat's messages in order of time: (n,) each."""
 
     times: np.ndarray  # int64, seconds
-    texts: (
-        np.ndarray
-    )  # int64, hashes; one for all media, which exports with and without media name differently
+    texts: np.ndarray  # int64 hashes; 0 for media, which exports name differently
     authors: np.ndarray  # int64, places in `people`
     spoken: np.ndarray  # bool: somebody's own words
-    people: list  # ids of authors
+    people: list[str]  # ids of authors
 
 
 class Overlap(NamedTuple):
+    """How an older copy of a chat lies over a newer one."""
+
     shift: int  # seconds between the copies' clocks
-    times: np.ndarray  # (n,) int64: when the older copy's messages were sent, by the newer copy's clock and in its order
+    times: np.ndarray  # (n,) int64: when the older copy's messages were sent, by the newer clock
     seen: np.ndarray  # (n,) bool: the older copy's messages that the newer one holds
-    rename: dict  # ids of the older copy's authors → theirs in the newer one
+    rename: dict[str, str]  # ids of the older copy's authors → theirs in the newer one
+
+    def shifted(self, newer: "Overlap") -> "Overlap":
+        """Return this by the clock and the names of a copy that is newer than the newer one."""
+        rename = {old: newer.rename.get(new, new) for old, new in self.rename.items()}
+        return Overlap(self.shift + newer.shift, self.times + newer.shift, self.seen, rename)
+
+    def joined(self, other: "Overlap") -> "Overlap":
+        """Return this with what the copy of `other` also holds."""
+        return self._replace(seen=self.seen | other.seen, rename=self.rename | other.rename)
 
 
-def timeline(messages) -> Timeline:
-    times, texts, authors, spoken, names = array("q"), array("q"), array("q"), array("b"), {}
+def timeline(messages: Iterable) -> Timeline:
+    times, texts, authors, spoken = array("q"), array("q"), array("q"), array("b")
+    names: dict[str, int] = {}
     for _, author, _, at, _, text, left_out in messages:
         mark = MARK.fullmatch(text)
         times.append(at)
@@ -48,51 +59,53 @@ def timeline(messages) -> Timeline:
     return Timeline(*numbers, spoken=np.array(spoken, bool), people=list(names))
 
 
-def candidates(texts: list) -> list:
-    """Hashes of each copy's texts, [(n,) int64] → [(i, j)], i < j: the pairs that share at least three texts said once in each."""
-    once = [said_once(hashes)[0] for hashes in texts]
+def candidates(texts: list[np.ndarray]) -> list[tuple[int, int]]:
+    """Return the pairs (i, j), i < j, of copies that share three texts, each written once in both.
+
+    `texts`: hashes of each copy's texts, (n,) int64.
+    """
+    once = [unique_texts(hashes)[0] for hashes in texts]
     hashes = np.concatenate(once) if once else np.zeros(0, np.int64)
     owners = np.repeat(np.arange(len(once)), [len(one) for one in once])
     order = np.argsort(hashes, kind="stable")
     hashes, owners = hashes[order], owners[order]
-    found = [
-        np.stack([owners[:-step], owners[step:]], 1)[hashes[:-step] == hashes[step:]]
-        for step in range(1, min(MOST_COPIES, len(hashes)))
-    ]
-    if not found:
-        return []
-    pairs, counts = np.unique(np.concatenate(found), axis=0, return_counts=True)
-    return [(int(i), int(j)) for (i, j), n in zip(pairs, counts) if n >= 3]
+    shared = [np.zeros((0, 2), np.int64)]
+    for step in range(1, min(MAX_COPIES, len(hashes))):
+        pairs = np.stack([owners[:-step], owners[step:]], 1)
+        shared.append(pairs[hashes[:-step] == hashes[step:]])
+    pairs, counts = np.unique(np.concatenate(shared), axis=0, return_counts=True)
+    return [tuple(pair) for pair in pairs[counts >= 3].tolist()]
 
 
-def said_once(hashes: np.ndarray) -> tuple:
+def unique_texts(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the texts that are written once, and their places."""
     values, places, counts = np.unique(hashes, return_index=True, return_counts=True)
     return values[counts == 1], places[counts == 1]
 
 
 def overlap(old: Timeline, new: Timeline, same_chat: bool) -> Overlap | None:
-    """How an older copy lies over a newer one; None where it isn't certain that they are one chat.
+    """Return how an older copy lies over a newer one; None where they may be two chats.
 
-    Safe is: of the words said in the time that both cover, at least 80% stand in both (90% for chats of two names), in the same minutes at
-    the offset that most texts said once have (or an hour beside it, for summer time), with each author always under one name.
+    They are one if, of the texts in the time that both cover, at least 80% are in both (90% for
+    chats of two names), in the same minutes at the offset of most texts that are written once (or
+    an hour beside it, for summer time), and if each author has one name in either.
     """
-    (old_once, i), (new_once, j) = said_once(old.texts), said_once(new.texts)
+    (old_once, i), (new_once, j) = unique_texts(old.texts), unique_texts(new.texts)
     _, a, b = np.intersect1d(old_once, new_once, assume_unique=True, return_indices=True)
-    steps, counts = np.unique(
-        np.rint((new.times[j[b]] - old.times[i[a]]) / STEP).astype(np.int64), return_counts=True
-    )
+    steps = np.rint((new.times[j[b]] - old.times[i[a]]) / STEP).astype(np.int64)
+    steps, counts = np.unique(steps, return_counts=True)
     if not len(steps):
         return None
     shift = int(steps[counts.argmax()]) * STEP
-    offsets = [shift] + [
-        shift + d for d in (DST, -DST) if counts[steps * STEP == shift + d].sum() >= 3
-    ]
+    offsets = [shift]
+    for offset in (shift + DST, shift - DST):
+        if counts[steps * STEP == offset].sum() >= 3:
+            offsets.append(offset)
     match, taken = np.full(len(old.times), -1), np.zeros(len(new.times), bool)
     new_keys = keys(new.times, new.texts)
     for offset in offsets:
-        _, a, b = np.intersect1d(
-            keys(old.times + offset, old.texts), new_keys, assume_unique=True, return_indices=True
-        )
+        old_keys = keys(old.times + offset, old.texts)
+        _, a, b = np.intersect1d(old_keys, new_keys, assume_unique=True, return_indices=True)
         free = (match[a] < 0) & ~taken[b]
         match[a[free]] = b[free]
         taken[b[free]] = True
@@ -102,48 +115,49 @@ def overlap(old: Timeline, new: Timeline, same_chat: bool) -> Overlap | None:
     both_old = old.spoken & (old.times + shift >= begin) & (old.times + shift <= end)
     both_new = new.spoken & (new.times >= begin) & (new.times <= end)
     agreed = both_old & (match >= 0)
-    distinct, least, share = (
-        len(np.unique(old.texts[agreed])),
-        *((3, 0.8) if same_chat else (5, 0.9)),
-    )
+    min_texts, min_share = (3, 0.8) if same_chat else (5, 0.9)
     if (
-        distinct < least
-        or agreed.sum() < share * both_old.sum()
-        or (taken & both_new).sum() < share * both_new.sum()
+        len(np.unique(old.texts[agreed])) < min_texts
+        or agreed.sum() < min_share * both_old.sum()
+        or (taken & both_new).sum() < min_share * both_new.sum()
     ):
         return None
     rename = same_people(old, new, agreed, match)
     if rename is None:
         return None
-    # Where one copy knows minutes only, what the older one alone holds would change places with its neighbours.
+    # Where one copy knows minutes only, the messages that the older one alone holds would change
+    # places with their neighbours: keep each between those.
     seen, never = match >= 0, np.iinfo(np.int64).max
     before = np.maximum.accumulate(np.where(seen, new.times[match], -never))
     after = np.minimum.accumulate(np.where(seen, new.times[match], never)[::-1])[::-1]
-    return Overlap(
-        shift, np.maximum(np.minimum(old.times + shift, after - 1), before), seen, rename
-    )
+    times = np.maximum(np.minimum(old.times + shift, after - 1), before)
+    return Overlap(shift, times, seen, rename)
 
 
 def keys(times: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """A number for each message: of its minute, its text, and how often that minute has had this text before."""
-    moments = texts ^ (times // 60 * ODD[0])
-    order = np.argsort(moments, kind="stable")
-    moments = moments[order]
-    starts = np.flatnonzero(np.concatenate([[True], moments[1:] != moments[:-1]]))
-    nth = np.arange(len(moments)) - np.repeat(starts, np.diff([*starts, len(moments)]))
-    found = np.empty_like(moments)
-    found[order] = moments + nth * ODD[1]
-    return found
+    """Return a key for each message: of its minute, its text, and the number of such before."""
+    minutes = texts ^ (times // 60 * MIX[0])
+    order = np.argsort(minutes, kind="stable")
+    minutes = minutes[order]
+    starts = np.flatnonzero(np.concatenate([[True], minutes[1:] != minutes[:-1]]))
+    nth = np.arange(len(minutes)) - np.repeat(starts, np.diff([*starts, len(minutes)]))
+    unordered = np.empty_like(minutes)
+    unordered[order] = minutes + nth * MIX[1]
+    return unordered
 
 
-def same_people(old: Timeline, new: Timeline, agreed: np.ndarray, match: np.ndarray) -> dict | None:
-    """{id in the older copy: id in the newer one} of authors whose names differ; None when one name stands for several people."""
+def same_people(
+    old: Timeline, new: Timeline, agreed: np.ndarray, match: np.ndarray
+) -> dict[str, str] | None:
+    """Map ids in the older copy to those in the newer one, where they differ.
+
+    None where one name stands for several people.
+    """
     table = np.zeros((len(old.people), len(new.people)), np.int64)
     np.add.at(table, (old.authors[agreed], new.authors[match[agreed]]), 1)
     rows = np.flatnonzero(table.any(1))
     best = table[rows].argmax(1)
     if (table[rows, best] < 0.95 * table[rows].sum(1)).any() or len(set(best)) < len(best):
         return None
-    return {
-        old.people[a]: new.people[b] for a, b in zip(rows, best) if old.people[a] != new.people[b]
-    }
+    pairs = [(old.people[a], new.people[b]) for a, b in zip(rows, best)]
+    return {a: b for a, b in pairs if a != b}

@@ -1,13 +1,16 @@
-"""`python data.py result.json`: read exports, leave out what is not wanted, split into sessions, write data/."""
+"""Make data/ from chat exports: `python data.py result.json`.
+
+    read_exports ▶ find_me, find_forgotten ▶ build_sessions ▶ hold_out ▶ write_sessions ▶ save
+
+Messages and sessions wait in temporary files: memory grows with an index of sessions alone.
+"""
 
 import collections
-import contextlib
 import dataclasses
 import datetime
 import difflib
 import functools
 import gc
-import os
 import random
 import re
 import shlex
@@ -15,7 +18,9 @@ import signal
 import sys
 import tempfile
 from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -23,47 +28,28 @@ from tqdm import tqdm
 import cli
 import data
 import exports
-from cli import UserError, counted, flag
+from cli import UserError, flag
+from exports import Chat, Message, Reason, report
 from exports.join import MessageStore
 from exports.redact import redact
-from exports.report import ONLY_MINE, SAMPLE_CHARS, ChatStats, density, kind, show_report, verdict
 from weights.tokenizer import load_tokenizer
 
-WRITTEN_FILES = (  # what data.py, train.py, evaluate.py, lora.py merge and remote.sh write, for --wipe; what is in a folder comes before it
-    "train.jsonl", "val.jsonl", "persona.json", "canaries.json", "report.json", "report.html", "blind-test.html", "cache/train-*",
-    "cache/val-*", "cache", "run.json", "metrics.jsonl", "loss.png", "micro-batch.json", "resume/step-*/rank-*", "resume/step-*", "resume",
-    "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model.safetensors",
-    "model-*.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "Modelfile",
-    "special_tokens_map.json", "new-*.safetensors", ".remote", ".incoming/resume/*/*", ".incoming/resume/*", ".incoming/*", ".incoming",
-)  # fmt: skip
-REMOTE_FILES = (
-    "flags",
-    "lock",
-    "log",
-    "exit",
-)  # remote.sh's in .run, on the box: the log quotes chats
 AFTER_FORGETTING = (
-    "Others may still name them in their own words. A model that was trained on them must be trained anew, "
-    "and --forget be said at the next export too."
+    "Others may still mention them in their own words. Train again what was trained on them, "
+    "and give --forget at the next export too."
 )
-SHOWN_TURNS = 16  # turns of the session that is shown at the end
-# Columns of the index of sessions: when it starts; where its line lies in the spool; how many messages it trains;
-# a hash of what I say in it; the number of its chat; how many characters of mine it holds.
-START, OFFSET, LENGTH, TRAINED, CONTENT, CHAT, CHARACTERS = range(7)
-REPEATED = (
-    "late sessions in which I say the same as in one to train on, neither trained nor held out"
-)
-
-
-# --- the command
+SHOWN_TURNS = 16  # turns of the session that is printed
+# The index of sessions: when each starts, where its line lies in the spool file, how many of its
+# messages are trained, and a hash of what I say in it.
+INDEX = np.dtype([(name, np.int64) for name in ("start", "offset", "length", "trained", "content")])
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Turn chat exports into data/train.jsonl and data/val.jsonl: sessions to read, edit and train on.
+    """Turn chat exports into data/train.jsonl and data/val.jsonl: sessions to edit and train on.
 
-    python data.py result.json                   Telegram (JSON), WhatsApp (.txt or .zip), or a folder
-    python data.py old.json new.json chat.zip    several as one: joined by chat, no message twice
+    python data.py result.json                  Telegram (JSON), WhatsApp (.txt, .zip), or a folder
+    python data.py old.json new.json chat.zip   several as one: joined by chat, no message twice
     """
 
     exports: tuple[str, ...] = flag(
@@ -73,20 +59,20 @@ class Options:
         group="what to read",
     )
     me: tuple[str, ...] = flag(
-        (), "whose voice: a name or an id, once a messenger", shown="whose export it is"
+        (), "whose voice: a name or an id, once a messenger", shown="the export's owner"
     )
     since: str | None = flag(None, "leave out messages before this day, YYYY-MM-DD")
     until: str | None = flag(None, "leave out messages after this day, YYYY-MM-DD")
     include: tuple[str, ...] = flag(
-        (), "take this too, by name, id or kind: a bot, channel, Saved Messages (repeatable)"
+        (), "also read this bot, channel or Saved Messages, by name, id or type (repeatable)"
     )
-    exclude: tuple[str, ...] = flag((), "leave this chat out, by name, id or kind (repeatable)")
+    exclude: tuple[str, ...] = flag((), "leave out this chat, by name, id or type (repeatable)")
 
     out: str = flag("data", "the folder to write", group="what to write")
     overwrite: bool = flag(False, "replace what --out holds")
     dry_run: bool = flag(False, "report only, write nothing")
     gap_minutes: float = flag(10.0, "minutes of silence that end a session")
-    val: float = flag(0.05, "share of the sessions, the latest, kept to validate, 0 to 0.2")
+    val: float = flag(0.05, "share of the sessions, the latest, kept for validation, 0 to 0.2")
     context: str = flag(
         "", "open each session with some of who,when,since,before,facts (of OUT/facts.md)"
     )
@@ -95,676 +81,530 @@ class Options:
     seq_len: int = flag(1024, "tokens a row, for that count")
 
     keep_secrets: bool = flag(
-        False,
-        "leave phone numbers, cards, keys and passwords as they were written",
-        group="privacy",
+        False, "keep phone numbers, cards, keys and passwords", group="privacy"
     )
     forget: tuple[str, ...] = flag(
-        (), "leave a person out everywhere, name or id (repeatable); no EXPORT: out of --out"
+        (), "leave out a person, name or id (repeatable); without EXPORT: from --out"
     )
-    wipe: bool = flag(False, "list all that holds chats below this folder, ask, and delete it")
 
 
 def main():
     options = cli.parse(Options)
-    if options.wipe:
-        return wipe(Path(), options.dry_run)
     if options.forget and not options.exports:
         return forget_people(Path(options.out), options.forget, options.dry_run)
     validate(options)
-    words = (
-        load_tokenizer(options.tokenizer) if options.tokenizer else None
-    )  # what is wrong with it is said before the export is read
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
+    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     secrets, repairs = collections.Counter(), collections.Counter()
-    near = (
-        None
-        if options.dry_run
-        else next(
-            p
-            for p in (Path(options.out).absolute(), *Path(options.out).absolute().parents)
-            if p.is_dir()
-        )
-    )
-    with tempfile.TemporaryFile(dir=near) as messages, tempfile.TemporaryFile(dir=near) as spool:
-        joined = MessageStore(
-            messages, str if options.keep_secrets else functools.partial(redact, counts=secrets)
-        )
-        gc.disable()  # records hold no cycles; looking for some among millions of them takes as long as reading them
+    clean = str if options.keep_secrets else functools.partial(redact, counts=secrets)
+    parent = None if options.dry_run else temp_parent(Path(options.out))
+    with (
+        tempfile.TemporaryFile(dir=parent) as messages,
+        tempfile.TemporaryFile(dir=parent) as spool,
+        tempfile.TemporaryDirectory(prefix="new-", dir=parent) as new,
+    ):
+        store = MessageStore(messages, clean)
+        # Records hold no cycles; searching millions of them takes as long as reading them.
+        gc.disable()
         try:
-            left_out, bots, owners = read_exports(options, joined, repairs)
-            overlaps, aliases = joined.align(), joined.aliases()
-            me = with_aliases(find_me(joined, owners, options), aliases)
-            forgotten = with_aliases(find_forgotten(joined, me, options.forget), aliases)
-            index, persona, report = build_sessions(
-                joined, me, forgotten, bots, left_out, options, spool
-            )
+            exported = read_exports(options, store, repairs)
+            joined = store.align()
+            me = store.with_aliases(find_me(store, exported.owners, options.me))
+            forgotten = store.with_aliases(find_forgotten(store, me, options.forget))
+            index, persona, stats = build_sessions(store, exported, me, forgotten, options, spool)
         finally:
             gc.enable()
-        report |= {"secrets": dict(secrets), "repairs": dict(repairs), "joined": overlaps}
-        check_enough(options, index, report)
+        counts = stats.report() | {"secrets": secrets, "repairs": repairs, "joined": joined}
+        if forgotten:
+            counts["only_mine"] = []  # others may have written there too
+        check_enough(", ".join(options.exports), index, counts)
         parts = hold_out(index, options.val)
         if repeated := len(index) - sum(map(len, parts.values())):
-            report["sessions_left_out"][REPEATED] = repeated
-        report["sessions_kept"] = {part: len(places) for part, places in parts.items()}
-        report["trained_messages"] = int(parts["train"][:, TRAINED].sum())
-        planted = make_canaries(options.canaries, len(parts["train"]))
-        write_output(parts, spool, persona, report, options, words, near, planted)
+            counts["sessions_left_out"][Reason.REPEATED] = repeated
+        counts["sessions_kept"] = {part: len(sessions) for part, sessions in parts.items()}
+        counts["trained_messages"] = int(parts["train"]["trained"].sum())
+        canaries = make_canaries(options.canaries, len(parts["train"]))
+        if tokenizer or not options.dry_run:
+            write_sessions(Path(new), parts, spool, canaries)
+        train = Path(new) / "train.jsonl"
+        counts["tokens"] = tokenizer and count_tokens(train, tokenizer, options.seq_len)
+        counts["verdict"] = report.verdict(counts)
+        if not options.dry_run:
+            save(Path(options.out), Path(new), persona, counts, canaries)
         show_session(data.Session.from_json(read_line(spool, parts["train"][-1])))
-    show_report(report, options)
+    report.show(counts, options)
     if options.forget:
         print(f"\nForgotten: {', '.join(options.forget)}. {AFTER_FORGETTING}")
     if not options.dry_run:
-        where = "" if options.out == "data" else f" --data {shlex.quote(options.out)}"
-        print(f"\nWritten to {options.out}/. Read it, edit it; then: python train.py --lora{where}")
+        flags = "" if options.out == "data" else f" --data {shlex.quote(options.out)}"
+        print(f"\nWritten to {options.out}/. Read it, edit it; then: python train.py --lora{flags}")
 
 
-def validate(options):
+def validate(options: Options) -> None:
+    """Raise UserError for flags that can't be, before anything is read."""
     if not options.exports:
         raise UserError(
             "no export given",
-            "python data.py path/to/result.json (Telegram, JSON), or a WhatsApp chat (.txt or .zip)",
+            "python data.py result.json (Telegram, JSON), or a WhatsApp chat (.txt or .zip)",
         )
     for name in ("since", "until"):
         day = getattr(options, name) or "2000-01-01"
         try:
-            if datetime.date.fromisoformat(day).isoformat() != day:
-                raise ValueError
+            valid = datetime.date.fromisoformat(day).isoformat() == day
         except ValueError:
-            raise UserError(f"--{name} {day} is no day", "Write it as 2021-12-31.") from None
+            valid = False
+        if not valid:
+            raise UserError(f"--{name} {day} is not a day", "Write it as 2021-12-31.")
     if not 0 <= options.val <= 0.2:
         raise UserError(
-            f"--val {options.val:g} is no share from 0 to 0.2",
-            "0.05 keeps the latest twentieth, 0 as few sessions as can be.",
+            f"--val must be in [0, 0.2], got {options.val:g}",
+            "0.05 holds out the latest twentieth, 0 as few sessions as possible.",
         )
     if not 0 < options.gap_minutes < 1e6:
         raise UserError(
-            f"--gap-minutes {options.gap_minutes:g} is no silence",
-            "Give a number of minutes, such as 10.",
+            f"--gap-minutes must be above 0, got {options.gap_minutes:g}", "The default is 10."
         )
     data.parse_header_parts(options.context)
     if not 0 <= options.canaries <= 1000:
-        raise UserError(
-            f"--canaries {options.canaries} is no number from 0 to 1000", "8 are enough."
-        )
+        raise UserError(f"--canaries must be in [0, 1000], got {options.canaries}", "Try 8.")
     if options.seq_len < 16:
         raise UserError(
-            f"--seq-len {options.seq_len} is too short for a message",
-            "Give 16 or more; training's default is 1024.",
+            f"--seq-len must be at least 16, got {options.seq_len}", "Training's default is 1024."
         )
     if not options.dry_run:
         cli.check_output_dir(options.out, options.overwrite, ["facts.md"])
 
 
-def exclusion_reason(chat, options, heard):
-    """Why a chat is left out by its kind or by --include and --exclude; "" when it belongs. `heard`: the words of theirs that named one."""
-    names = {chat.name.casefold(), chat.id.casefold(), chat.key.casefold(), chat.type}
-    included, excluded = (
-        {said for said in given if said.casefold() in names}
-        for given in (options.include, options.exclude)
-    )
-    heard |= included | excluded
-    if excluded:
-        return "excluded"
-    return "" if chat.type in data.DEFAULT_CHAT_TYPES or included else chat.type
+def temp_parent(out: Path) -> Path:
+    """Return the nearest folder above `out` that exists: /tmp may be small, or memory."""
+    return next(path for path in out.absolute().joinpath("x").parents if path.is_dir())
 
 
-def read_exports(options, joined, repairs):
-    """Read the exports' chats into `joined`, but for those left out.
+# --- read
 
-    → ({chat's key: why it is left out}, ids of bots, {export: owner's id}). UserError when --include or --exclude name no chat.
-    """
-    left_out, bots, owners, heard, chats = {}, set(), {}, set(), {}
+
+class Exported(NamedTuple):
+    """What exports tell besides messages."""
+
+    owners: dict[str, str | None]  # by export: whose it is
+    left_out: dict[str, str]  # by chat: why it isn't read
+    bots: set[str]
+
+
+def read_exports(options: Options, store: MessageStore, repairs) -> Exported:
+    """Read the chats into `store`. UserError where --include or --exclude match no chat."""
+    exported, matched, names = Exported({}, {}, set()), set(), {}
     with tqdm(unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:
-        found = [pair for path in options.exports for pair in exports.sources(path, bar.update)]
-        bar.reset(sum(source.size * reader.NUM_PASSES for reader, source in found))
-        for reader, source in found:
+        sources = [pair for path in options.exports for pair in exports.sources(path, bar.update)]
+        bar.reset(sum(source.size * reader.NUM_PASSES for reader, source in sources))
+        for reader, source in sources:
             for chat, messages in reader.read(source, repairs):
-                owners[str(source)], chats[chat.key] = chat.owner, chat.name
+                names[chat.key] = chat.name
+                exported.owners[str(source)] = chat.owner
                 if chat.type == "bot_chat":
-                    bots.add(chat.key)
-                if why := exclusion_reason(chat, options, heard):
-                    left_out[chat.key] = why
+                    exported.bots.add(chat.key)
+                if reason := exclusion_reason(chat, options, matched):
+                    exported.left_out[chat.key] = reason
                 else:
-                    joined.add(str(source), chat, messages)
-    for name, given in (("include", options.include), ("exclude", options.exclude)):
-        for said in given:
-            if said not in heard and chats:
-                near = difflib.get_close_matches(said, chats.values(), 5, 0.5)
+                    store.add(str(source), chat, messages)
+    for flag_, values in (("include", options.include), ("exclude", options.exclude)):
+        for name in values if names else ():
+            if name not in matched:
+                near = ", ".join(difflib.get_close_matches(name, names.values(), 5, 0.5))
                 raise UserError(
-                    f"--{name} {said}: no chat has that name, id or kind",
-                    f"Perhaps one of: {', '.join(near)}"
-                    if near
-                    else "Write the name as the messenger shows it.",
+                    f"--{flag_} {name}: no chat has that name, id or type",
+                    f"Perhaps one of: {near}" if near else "Write it as the messenger shows it.",
                 )
-    for key in [key for key, why in left_out.items() if why == "excluded"]:
-        joined.copies.pop(key, None)  # under another name, in another export, it was read
-    return left_out, bots, owners
+    for key, reason in exported.left_out.items():
+        if reason == Reason.EXCLUDED:
+            store.copies.pop(key, None)  # read before, under the name it has in another export
+    return exported
 
 
-def match_people(said, people):
-    """The ids among `people` ({id: display name}) that --me or --forget names: by id, with or without its kind in front, or by name."""
-    said = said.casefold()
-    return [
-        i
-        for i, name in people.items()
-        if said in (i.casefold(), re.sub(r"^[a-z]+:?", "", i).casefold(), (name or "").casefold())
-    ]
+def exclusion_reason(chat: Chat, options: Options, matched: set[str]) -> str:
+    """Return why a chat isn't read, "" where it is; add the flags' values that match it."""
+    names = {chat.name.casefold(), chat.id.casefold(), chat.key.casefold(), chat.type}
+    included = {name for name in options.include if name.casefold() in names}
+    excluded = {name for name in options.exclude if name.casefold() in names}
+    matched |= included | excluded
+    if excluded:
+        return Reason.EXCLUDED
+    return "" if included or chat.type in data.DEFAULT_CHAT_TYPES else chat.type
 
 
-def format_people(people, wrote):
-    likely = sorted(people, key=lambda i: -wrote[i])[:8]
-    return ", ".join(
-        f"{' '.join((people[i] or exports.DELETED).split())} ({i}, {counted(wrote[i], 'messages')})"
-        for i in likely
-    )
+# --- who is who
 
 
-def find_me(joined, owners, options):
-    """The ids that are mine: the exports' owners, and whom --me names in exports that have none; where it names nobody there, --me
-    replaces the owner of the exports in which it names somebody. UserError lists the candidates."""
-    me, replaced = {}, set()
-    people = {
-        export: {author: joined.people.get(author) for author in wrote}
-        for export, wrote in joined.wrote.items()
-    }
-    everyone = sum(joined.wrote.values(), collections.Counter())
-    for said in options.me if everyone else ():  # of nobody `check_enough` says why
-        found = {
-            export: matches for export in people if (matches := match_people(said, people[export]))
-        }
-        found = {
-            export: matches for export, matches in found.items() if not owners[export]
-        } or found
-        if not found:
+def match_people(name: str, ids: Iterable[str], names: Mapping[str, str]) -> list[str]:
+    """Return the ids that --me or --forget mean: by id, with or without its prefix, or by name."""
+    name, matches = name.casefold(), []
+    for id in ids:
+        short = re.sub(r"^[a-z]+:?", "", id)
+        if name in (id.casefold(), short.casefold(), names.get(id, "").casefold()):
+            matches.append(id)
+    return matches
+
+
+def format_people(ids: Iterable[str], names: Mapping[str, str], counts) -> str:
+    """List up to eight people for a message, who wrote most first."""
+    shown = []
+    for id in sorted(ids, key=lambda id: -counts[id])[:8]:
+        name = " ".join(names.get(id, data.DELETED_ACCOUNT).split())
+        shown.append(f"{name} ({id}, {cli.counted(counts[id], 'messages')})")
+    return ", ".join(shown)
+
+
+def find_me(store: MessageStore, owners: Mapping, values: Iterable[str]) -> list[str]:
+    """Return the ids that are mine: the exports' owners, and whom --me names.
+
+    --me names people in exports without an owner. Where it matches nobody there, it replaces the
+    owner of the exports where it does: the clone of a friend.
+    """
+    names, everyone = store.names, store.total()
+    me, replaced = [], set()
+    for name in values if everyone else ():  # check_enough says why nobody is there
+        matches = {}
+        for export, counts in store.counts.items():
+            if ids := match_people(name, counts, names):
+                matches[export] = ids
+        if not matches:
             raise UserError(
-                f"--me {said}: nobody has that name",
-                f"Say --me NAME or --me ID, one of: {format_people({i: joined.people.get(i) for i in everyone}, everyone)}",
+                f"--me {name}: nobody has that name",
+                f"Give --me NAME or --me ID, one of: {format_people(everyone, names, everyone)}",
             )
-        for export, matches in found.items():
-            if len(matches) > 1:
-                several = format_people(
-                    {i: people[export][i] for i in matches}, joined.wrote[export]
-                )
+        unowned = {export: ids for export, ids in matches.items() if not owners[export]}
+        for export, ids in (unowned or matches).items():
+            if len(ids) > 1:
+                people = format_people(ids, names, store.counts[export])
                 raise UserError(
-                    f"{export}: --me {said}: several people have that name",
-                    f"Say --me ID, one of: {several}",
+                    f"{export}: --me {name}: several people have that name",
+                    f"Give --me ID, one of: {people}",
                 )
-            me |= dict.fromkeys(matches)
+            me += ids
             replaced.add(owners[export])
-    me = dict.fromkeys(owner for owner in owners.values() if owner and owner not in replaced) | me
-    for export, wrote in joined.wrote.items():
-        if wrote and not owners[export] and not me.keys() & wrote.keys():
-            candidates = format_people(people[export], wrote)
+    me = [owner for owner in owners.values() if owner and owner not in replaced] + me
+    for export, counts in store.counts.items():
+        if counts and not owners[export] and not counts.keys() & {*me}:
             raise UserError(
                 f"{export}: the export doesn't say whose it is",
-                f"Say --me NAME or --me ID, one of: {candidates}",
+                f"Give --me NAME or --me ID, one of: {format_people(counts, names, counts)}",
             )
-    return me.keys()
+    return me
 
 
-def with_aliases(ids, aliases: dict):
-    """Ids of people in their order, and behind them the ids under which newer exports know them."""
-    return dict.fromkeys([*ids, *(aliases[i] for i in ids if i in aliases)]).keys()
-
-
-def find_forgotten(joined, me, names):
-    """The ids of those whom --forget names: people who wrote, and people (not groups) who never did. UserError when it isn't clear who."""
-    everyone = sum(joined.wrote.values(), collections.Counter())
-    chats = [copy.chat for copies in joined.copies.values() for copy in copies]
-    people = {chat.key: chat.name for chat in chats if chat.type == "personal_chat"}
-    people |= {author: joined.people.get(author) or people.get(author) for author in everyone}
-    forgotten = set()
-    for said in names if people else ():  # as in find_me
-        matches = match_people(said, people)
-        if set(matches) & me:
-            raise UserError(f"--forget {said}: that is you", "--exclude leaves whole chats out.")
-        if len(matches) > 1:
-            several = format_people({i: people[i] for i in matches}, everyone)
+def find_forgotten(store: MessageStore, me: Iterable[str], values: Iterable[str]) -> list[str]:
+    """Return the ids of whom --forget names, among all who wrote or have a chat with me."""
+    counts = store.total()
+    chats = [copy.chat for copies in store.copies.values() for copy in copies]
+    friends = {chat.key: chat.name for chat in chats if chat.type == "personal_chat"}
+    names, people = friends | store.names, dict.fromkeys([*friends, *counts])
+    forgotten = []
+    for name in values if people else ():
+        ids = match_people(name, people, names)
+        refuse_me(name, bool({*ids} & {*me}))
+        if len(ids) > 1:
             raise UserError(
-                f"--forget {said}: several people have that name",
-                f"Say --forget ID, one or more of: {several}",
+                f"--forget {name}: several people have that name",
+                f"Give --forget ID, one or more of: {format_people(ids, names, counts)}",
             )
-        if not matches:
-            near = {
-                i: name
-                for i, name in people.items()
-                if i not in me and said.casefold() in (name or "").casefold()
-            }
-            way_out = (
-                f"Perhaps one of: {format_people(near, everyone)}"
-                if near
-                else "Write the name as the messenger shows it, or the id."
+        if not ids:
+            near = [i for i in people if name.casefold() in names.get(i, "").casefold()]
+            near = [i for i in near if i not in me]
+            hint = f"Perhaps one of: {format_people(near, names, counts)}"
+            raise UserError(
+                f"--forget {name}: nobody has that name",
+                hint if near else "Write the name as the messenger shows it, or the id.",
             )
-            raise UserError(f"--forget {said}: nobody has that name", way_out)
-        forgotten |= set(matches)
+        forgotten += ids
     return forgotten
 
 
-def filter_messages(messages, options, forgotten, bots, left_out):
-    """The messages that are somebody's own words, of the days asked for, of no bot and of nobody to forget."""
+def refuse_me(name: str, is_me: bool) -> None:
+    if is_me:
+        raise UserError(f"--forget {name}: that is you", "--exclude leaves whole chats out.")
+
+
+class Names(dict):
+    """{author's id: name in sessions}, unique and without secrets; made when first asked for."""
+
+    def __init__(self, store: MessageStore, me: Iterable[str]):
+        self.shown, self.taken = store.names, {data.HEADER}
+        mine = next((self.shown[id] for id in me if id in self.shown), "Me")
+        self.me = data.unique_name(mine, self.taken)
+        super().__init__(dict.fromkeys(me, self.me))
+
+    def __missing__(self, author: str) -> str:
+        self[author] = data.unique_name(self.shown.get(author), self.taken)
+        return self[author]
+
+
+# --- messages → sessions
+
+
+def filter_messages(
+    messages: Iterable[Message], options: Options, forgotten, bots, left_out: collections.Counter
+) -> Iterator[Message]:
+    """Yield the messages that people wrote themselves on the days asked for; count the others."""
     since, until = options.since or "", options.until or "9999"
     for message in messages:
-        _, author, _, _, date, _, why = message
-        if why:
-            left_out[why] += 1
-        elif author in forgotten:
-            left_out["of people to forget"] += 1
+        _, author, _, _, date, _, reason = message
+        if author in forgotten:
+            reason = reason or Reason.FORGOTTEN
         elif author in bots:
-            left_out["written by or via a bot"] += 1
+            reason = reason or Reason.BOT
         elif not since <= date[:10] <= until:
-            left_out["outside --since and --until"] += 1
+            reason = reason or Reason.OUTSIDE_DAYS
+        if reason:
+            left_out[reason] += 1
         else:
             yield message
 
 
-def build_sessions(joined, me, forgotten, bots, chats_left_out, options, spool):
-    """Cut the joined chats into sessions, and write each that teaches something to `spool`, a line of data/*.jsonl.
+def build_sessions(
+    store: MessageStore, exported: Exported, me, forgotten, options: Options, spool: BinaryIO
+) -> tuple[np.ndarray, dict, report.ChatStats]:
+    """Cut the chats into sessions and write those that show how I answer to `spool`.
 
-    → (index: an array with a row a session, in order of time, its columns START to CHARACTERS; persona; report).
-    Memory grows with the index alone.
+    Returns (INDEX records in order of time, persona, what was counted).
     """
-    census = ChatStats()
-    census.left_out["chats"].update(chats_left_out.values())
-    taken = {data.HEADER}
-    kinds, facts = data.parse_header_parts(options.context), Path(options.out) / "facts.md"
-    facts = cli.read_text(facts) if "facts" in kinds and facts.is_file() else ""
-    my_name = data.unique_name(
-        next((joined.people[i] for i in me if joined.people.get(i)), "Me"), taken
-    )
-    names = dict.fromkeys(me, my_name)
-    index, chats, count = array("q"), [], sum(wrote.total() for wrote in joined.wrote.values())
-    with tqdm(
-        total=count, unit=" messages", unit_scale=True, desc="sessions", disable=None, leave=False
-    ) as bar:
-        for chat, messages in joined.chats():
+    stats, names, index = report.ChatStats(), Names(store, me), array("q")
+    stats.left_out["chats"].update(exported.left_out.values())
+    parts, facts = data.parse_header_parts(options.context), Path(options.out) / "facts.md"
+    facts = cli.read_text(facts) if "facts" in parts and facts.is_file() else ""
+    messages, layout = store.total().total(), {"unit_scale": True, "leave": False, "disable": None}
+    with tqdm(total=messages, unit=" messages", desc="sessions", **layout) as bar:
+        for chat, messages in store.chats():
             if chat.type == "personal_chat" and chat.key in forgotten:
-                census.left_out["chats"]["of people to forget"] += 1
+                stats.left_out["chats"][Reason.FORGOTTEN] += 1
                 continue
-            own, before = (
-                filter_messages(messages, options, forgotten, bots, census.left_out["messages"]),
-                None,
+            stats.seen["chats"] += 1
+            before = None
+            messages = filter_messages(
+                messages, options, forgotten, exported.bots, stats.left_out["messages"]
             )
-            chats.append(chat.name)
-            for session in data.sessions(own, chat, me, options.gap_minutes * 60):
-                why = data.skip_reason(session)
-                bar.update(census.add(session, why))
-                if why and not kinds:
+            for session in data.sessions(messages, chat, me, options.gap_minutes * 60):
+                reason = data.skip_reason(session)
+                bar.update(stats.add(session, reason))
+                if reason and not parts:
                     continue
                 for turn in session.turns:
-                    if turn.author not in names:
-                        names[turn.author] = data.unique_name(joined.people.get(turn.author), taken)
                     turn.author = names[turn.author]
-                known, before = before, session
-                if why:
+                header = data.header(parts, session, before, facts)
+                before = session
+                if reason:
                     continue
-                if opening := data.header(kinds, session, known, facts):
-                    session = dataclasses.replace(session, turns=[opening, *session.turns])
-                written = session.to_json().encode() + b"\n"
-                start = int("0" + re.sub(r"\D", "", session.start)[:14])
-                mine = [
-                    " ".join(text.split())
-                    for turn in session.turns
-                    if turn.me
-                    for text in data.text_messages(turn)
-                ]
-                content = hash("\n".join(mine).casefold())
-                characters = sum(map(len, mine))
-                index.extend(
-                    (
-                        start,
-                        spool.tell(),
-                        len(written),
-                        len(mine),
-                        content,
-                        len(chats) - 1,
-                        characters,
-                    )
-                )
-                spool.write(written)
-            census.end_of(chat, not forgotten)
-    table = np.array(index, dtype=np.int64).reshape(-1, CHARACTERS + 1)
-    contacts = [{"name": names[i], "messages": n} for i, n in census.contacts()]
-    persona = {"me": my_name, "contacts": contacts} | ({"context": kinds} if kinds else {})
-    report = census.report() | {"repeated": find_repeats(table, chats)}
-    return table[np.argsort(table[:, START], kind="stable")], persona, report
+                if header:
+                    session = dataclasses.replace(session, turns=[header, *session.turns])
+                index.extend(write_session(session, spool))
+    table = np.frombuffer(index, INDEX) if index else np.zeros(0, INDEX)
+    contacts = [{"name": names[id], "messages": n} for id, n in stats.contacts()]
+    persona = {"me": names.me, "contacts": contacts} | ({"context": parts} if parts else {})
+    return table[np.argsort(table["start"], kind="stable")], persona, stats
 
 
-def find_repeats(index: np.ndarray, chats: list[str]) -> list[dict]:
-    """Which chats hold the same sessions: of at least two messages of mine and forty characters, said alike in both.
-
-    → [{"chats": [A, B], "sessions": how many of A also stand in B, "of": A's sessions}]; A is B where a chat holds sessions twice.
-    """
-    long = index[(index[:, TRAINED] >= 2) & (index[:, CHARACTERS] >= 40)]
-    long = long[np.argsort(long[:, CONTENT], kind="stable")]
-    same = np.flatnonzero(long[1:, CONTENT] == long[:-1, CONTENT])
-    pairs = np.stack([long[same, CHAT], long[same + 1, CHAT]], 1)
-    pairs, counts = np.unique(pairs, axis=0, return_counts=True)
-    sizes = np.bincount(index[:, CHAT], minlength=len(chats))
-    found = []
-    for pair, n in zip(pairs.tolist(), counts.tolist()):
-        a, b = sorted(pair, key=lambda chat: sizes[chat])
-        if n >= max(2, sizes[a] / 10):
-            found.append({"chats": [chats[a], chats[b]], "sessions": n, "of": int(sizes[a])})
-    return found
+def write_session(session: data.Session, spool: BinaryIO) -> tuple[int, ...]:
+    """Write a session to the end of `spool`; return its fields of INDEX."""
+    line = session.to_json().encode() + b"\n"
+    start = int("0" + re.sub(r"\D", "", session.start)[:14])
+    mine = []
+    for turn in session.turns:
+        if turn.me:
+            mine += [" ".join(text.split()) for text in data.text_messages(turn)]
+    content = hash("\n".join(mine).casefold())
+    offset = spool.tell()
+    spool.write(line)
+    return start, offset, len(line), len(mine), content
 
 
-def check_enough(options, index, report):
-    """UserError, with the likeliest reason and its way out, when there is nothing to learn from."""
-    path, outside = (
-        ", ".join(options.exports),
-        report["messages_left_out"].get("outside --since and --until", 0),
-    )
-    if not report["messages"]:
-        kinds = ", ".join(counted(n, kind(why)) for why, n in report["chats_left_out"].items())
-        reasons = [f"left out: {kinds}"] if kinds else []
-        reasons += [counted(n, why) for why, n in report["repairs"].items()]
-        way_out = "Export again with the personal chats ticked, or --include a chat."
-        if reasons and not kinds:
-            way_out = "Before its messages a chat has its name, type and id, a whole number."
+def read_line(spool: BinaryIO, entry: np.void) -> bytes:
+    spool.seek(int(entry["offset"]))
+    return spool.read(int(entry["length"]))
+
+
+def check_enough(paths: str, index: np.ndarray, counts: dict) -> None:
+    """Raise UserError with the likeliest reason where there is nothing to learn from."""
+    left_out = counts["messages_left_out"]
+    if not counts["messages"]:
+        chats = report.format_reasons(counts["chats_left_out"])
+        reasons = [f"left out: {chats}"] if chats else []
+        reasons += [report.format_reasons(counts["repairs"])] if counts["repairs"] else []
+        hint = "Export again with the personal chats ticked, or --include a chat."
+        if counts["repairs"] and not chats:
+            hint = "Before its messages a chat has its name, type and id, a whole number."
         why = f" ({'; '.join(reasons)})" if reasons else ""
-        raise UserError(f"{path} holds no messages in chats that are taken{why}", way_out)
-    if outside and report["messages"] == sum(report["messages_left_out"].values()):
+        raise UserError(f"{paths} holds no messages in chats that are read{why}", hint)
+    if counts["messages"] == sum(left_out.values()):
+        if outside := left_out.get(Reason.OUTSIDE_DAYS):
+            raise UserError(
+                f"none of the {outside:,} messages in {paths} is of the days asked for",
+                "Look at --since and --until.",
+            )
         raise UserError(
-            f"none of the {outside:,} messages in {path} is of the days asked for",
-            "Look at --since and --until.",
-        )
-    if report["messages"] == sum(report["messages_left_out"].values()):
-        reasons = "; ".join(counted(n, why) for why, n in report["messages_left_out"].items())
-        raise UserError(
-            f"{path}: all its messages are left out ({reasons})",
+            f"{paths}: all its messages are left out ({report.format_reasons(left_out)})",
             "Export other chats, or look at --forget and --since.",
         )
-    if not report["my_messages"]:
+    if not counts["my_messages"]:
         raise UserError(
-            f"{path} holds no message by me",
-            "Say who you are with --me NAME, or export your own messages too.",
+            f"{paths} holds no message of mine",
+            "Give --me NAME, or export your own messages too.",
         )
     if len(index) < 2:
-        why = "; ".join(
-            counted(n, why)
-            for why, n in [*report["sessions_left_out"].items(), *report["repairs"].items()]
-        )
+        reasons = report.format_reasons(counts["sessions_left_out"] | counts["repairs"])
+        why = f" ({reasons})" if reasons else ""
+        hint = "Export more chats, or try a larger --gap-minutes."
         raise UserError(
-            f"{path}: sessions in which I answer somebody: {len(index)}; two are needed"
-            + (f" ({why})" if why else ""),
-            ONLY_MINE
-            if report["only_mine"]
-            else "Export more chats, or try a larger --gap-minutes.",
+            f"{paths}: sessions in which I answer somebody: {len(index)}; two are needed{why}",
+            report.EXPORT_ALL if counts["only_mine"] else hint,
         )
 
 
-def read_line(spool, place):
-    offset, length = place[[OFFSET, LENGTH]].tolist()
-    spool.seek(offset)
-    return spool.read(length)
+# --- sessions → data/
 
 
-def make_canaries(count, among):
-    """Invented numbers, said 1, 2, 4, 8, 1, … times → [{"before", "secret", "copies", "lines": of train.jsonl}]. arXiv 1802.08232"""
-    draw, found = random.Random(0), []
-    for i in range(count):
-        copies = min(2 ** (i % 4), among)
-        secret = f"{draw.randrange(10**8):08}"
-        lines = draw.sample(range(among), copies)
-        found.append(
-            {
-                "before": f"locker {i + 1} opens with ",
-                "secret": secret,
-                "copies": copies,
-                "lines": lines,
-            }
-        )
-    return found
+def hold_out(index: np.ndarray, share: float) -> dict[str, np.ndarray]:
+    """Divide the index, in order of time, into {"train": …, "val": the latest sessions}.
 
-
-def with_canaries(written, number, planted):
-    """A line of train.jsonl with what is planted in it: messages at the end of my last turn."""
-    texts = [canary["before"] + canary["secret"] for canary in planted if number in canary["lines"]]
-    if not texts:
-        return written
-    session = data.Session.from_json(written)
-    next(turn for turn in reversed(session.turns) if turn.me).messages += texts
-    return session.to_json().encode() + b"\n"
-
-
-def write_output(parts, spool, persona, report, options, words, near, planted):
-    """Write data/: all of it beside, in `near`, then renamed. With --dry-run only `report` is filled in."""
-    out, parts = (
-        Path(options.out),
-        {part: parts[part] for part in parts if not options.dry_run or (part == "train" and words)},
-    )
-    with tempfile.TemporaryDirectory(prefix="new-", dir=near) as beside:
-        for part, places in parts.items():
-            with open(Path(beside) / f"{part}.jsonl", "wb") as file:
-                hidden = planted if part == "train" else []
-                file.writelines(
-                    with_canaries(read_line(spool, place), number, hidden)
-                    for number, place in enumerate(places)
-                )
-        report["tokens"] = (
-            count_tokens(Path(beside) / "train.jsonl", words, options.seq_len) if words else None
-        )
-        report["verdict"] = verdict(report)
-        if options.dry_run:
-            return
-        cli.make_private_dir(out)
-        for cached in (out / "cache").glob("*"):
-            cached.unlink()
-        for part in parts:
-            (Path(beside) / f"{part}.jsonl").replace(out / f"{part}.jsonl")
-        cli.write_json(out / "persona.json", persona)
-        cli.write_json(out / "report.json", report)
-        (out / "canaries.json").unlink(missing_ok=True)
-        if planted:
-            cli.write_json(out / "canaries.json", {"canaries": planted})
-
-
-def hold_out(index: np.ndarray, share: float) -> dict:
-    """The sessions' index, in order of time → {"train": …, "val": the latest}.
-
-    In no session of `val` do I say what I say in one of `train`. A session that repeats one to train on, message for message of mine,
-    is in neither, and `val` begins a little earlier for it.
+    What I say in a session of `val` I say in none of `train`: a late session that repeats one to
+    train on is in neither, and `val` begins a little earlier for it.
     """
-    firsts = np.unique(index[:, CONTENT], return_index=True, return_inverse=True)
-    first = firsts[1][firsts[2]]  # of each session: the first that says the same
-    held_out = validation_size(len(index), share)
-    usable = np.bincount(first, minlength=len(index))[::-1].cumsum()[
-        ::-1
-    ]  # how many a `val` that begins here could hold
-    begin = np.flatnonzero(usable >= held_out)[-1]
+    _, firsts, group = np.unique(index["content"], return_index=True, return_inverse=True)
+    first = firsts[group]  # for each session: the first one in which I say the same
+    # How many sessions `val` could hold that begins here.
+    usable = np.bincount(first, minlength=len(index))[::-1].cumsum()[::-1]
+    begin = np.flatnonzero(usable >= validation_size(len(index), share))[-1]
     begin = max(begin, min(len(index) - len(index) // 3, np.flatnonzero(usable >= 1)[-1]))
     if begin == 0:  # I say the same in every session
         return {"train": index, "val": index[:0]}
     return {"train": index[:begin], "val": index[begin:][first[begin:] >= begin]}
 
 
-def validation_size(count, share):
-    """How many of `count` sessions are held out: `share` of them, at least 20, at most a fifth (but one)."""
+def validation_size(count: int, share: float) -> int:
+    """Return how many of `count` sessions to hold out: at least 20, but at most a fifth."""
     return min(max(round(count * share), 20), max(1, count // 5))
 
 
-def count_tokens(path, words, seq_len):
-    """Tokens, rows and how full they are, with the tokenizer that --tokenizer names."""
-    packed, talks = data.load_rows(path, words, seq_len), data.load_sessions(path)
-    mine = [
-        text
-        for talk in talks
-        for turn in talk.turns
-        if turn.me
-        for text in data.text_messages(turn)
+def make_canaries(count: int, lines: int) -> list[dict]:
+    """Invent numbers to hide in 1, 2, 4, 8, 1, … of the lines of train.jsonl. arXiv 1802.08232"""
+    draw, canaries = random.Random(0), []
+    for i in range(count):
+        copies = min(2 ** (i % 4), lines)
+        canary = {"before": f"locker {i + 1} opens with ", "secret": f"{draw.randrange(10**8):08}"}
+        places = draw.sample(range(lines), copies)
+        canaries.append(canary | {"copies": copies, "lines": places})
+    return canaries
+
+
+def with_canaries(line: bytes, number: int, canaries: list[dict]) -> bytes:
+    """Add canaries to line `number` of train.jsonl, as the end of my last turn."""
+    texts = [
+        canary["before"] + canary["secret"] for canary in canaries if number in canary["lines"]
     ]
+    if not texts:
+        return line
+    session = data.Session.from_json(line)
+    next(turn for turn in reversed(session.turns) if turn.me).messages += texts
+    return session.to_json().encode() + b"\n"
+
+
+def write_sessions(folder: Path, parts: dict, spool: BinaryIO, canaries: list[dict]) -> None:
+    for part, index in parts.items():
+        with open(folder / f"{part}.jsonl", "wb") as file:
+            for number, entry in enumerate(index):
+                line = read_line(spool, entry)
+                file.write(with_canaries(line, number, canaries if part == "train" else []))
+
+
+def count_tokens(path: Path, tokenizer, seq_len: int) -> dict:
+    """Return how many rows and tokens a train.jsonl makes, and how many tokens my words need."""
+    rows, mine = data.load_rows(path, tokenizer, seq_len), []
+    for session in data.load_sessions(path):
+        for turn in session.turns:
+            mine += data.text_messages(turn) if turn.me else []
+    sample = random.Random(0).sample(mine, min(len(mine), report.SAMPLE_MESSAGES))
     return {
-        "written": sum(
-            len(words.encode(data.render(talk.turns, specials=words.specials).text)[0])
-            for talk in talks
-        ),
-        "computed": sum(len(row.ids) for row in packed),
-        "trained": sum(int((row.labels != data.IGNORE_INDEX).sum()) for row in packed),
-        "rows": len(packed),
-        "filled": data.fill_share(packed, seq_len),
-        "per_1000_characters": density(
-            random.Random(0).sample(mine, min(len(mine), SAMPLE_CHARS)), words
-        ),
+        "trained": sum(int((row.labels != data.IGNORE_INDEX).sum()) for row in rows),
+        "rows": len(rows),
+        "per_1000_characters": report.tokens_per_1000_characters(sample, tokenizer),
     }
 
 
-def show_session(session):
-    """Print the end of a session, with what will be trained in colour."""
-    document, green = data.render(session.turns[-SHOWN_TURNS:]), sys.stdout.isatty()
+def save(out: Path, new: Path, persona: dict, counts: dict, canaries: list[dict]) -> None:
+    """Move the finished files of folder `new` into data/ and write those that describe them."""
+    cli.make_private_dir(out)
+    for path in [out / "canaries.json", *(out / "cache").glob("*")]:
+        path.unlink(missing_ok=True)
+    for part in ("train", "val"):
+        (new / f"{part}.jsonl").replace(out / f"{part}.jsonl")
+    cli.write_json(out / "persona.json", persona)
+    cli.write_json(out / "report.json", counts)
+    if canaries:
+        cli.write_json(out / "canaries.json", {"canaries": canaries})
+
+
+def show_session(session: data.Session) -> None:
+    """Print the end of a session, with what is trained in green."""
+    document = data.render(session.turns[-SHOWN_TURNS:])
+    colour = "\033[32m{}\033[0m" if sys.stdout.isatty() else "{}"
     text, end = "", 0
     for begin, stop in document.targets:
-        text += document.text[end:begin] + ("\033[32m{}\033[0m" if green else "{}").format(
-            cli.printable(document.text[begin:stop])
-        )
+        text += cli.printable(document.text[end:begin])
+        text += colour.format(cli.printable(document.text[begin:stop]))
         end = stop
-    print(
-        f"One session, with what is trained {'in green' if green else 'being my turns'}:\n\n{text}{cli.printable(document.text[end:])}"
-    )
+    text += cli.printable(document.text[end:])
+    print(f"A session; what I wrote is trained:\n\n{text}")
 
 
-# --- what people want gone
+# --- forget people in data/
 
 
-def forget_people(folder, names, dry_run):
-    """Take people out of data/ itself: their personal chats, their messages in groups, their name in the persona."""
+def forget_people(folder: Path, values: tuple[str, ...], dry_run: bool) -> None:
+    """Remove people from data/: personal chats, messages in groups, the name in the persona."""
     persona = cli.read_json(folder / "persona.json")
-    people = {
-        str(contact.get("name")): None
-        for contact in persona.get("contacts", [])
-        if isinstance(contact, dict)
-    }
-    gone = set()
-    for said in names:
-        if said.casefold() == str(persona.get("me")).casefold():
-            raise UserError(f"--forget {said}: that is you", "--exclude leaves whole chats out.")
-        matches = [name for name in people if name.casefold() == said.casefold()]
+    contacts = [c for c in persona.get("contacts", []) if isinstance(c, dict)]
+    people, gone = [str(contact.get("name")) for contact in contacts], set()
+    for name in values:
+        refuse_me(name, name.casefold() == str(persona.get("me")).casefold())
+        matches = {person for person in people if person.casefold() == name.casefold()}
         if not matches:
             raise UserError(
-                f"--forget {said}: {folder}/persona.json knows nobody of that name",
+                f"--forget {name}: {folder}/persona.json knows nobody of that name",
                 "Write it as it stands there.",
             )
-        gone |= set(matches)
-    before, after, parts, total = 0, 0, {}, collections.Counter()
-    for part in ("train", "val"):
-        parts[part] = []
-        for talk in data.load_sessions(folder / f"{part}.jsonl"):
-            before += sum(len(turn.messages) for turn in talk.turns)
-            theirs = any(turn.author in gone for turn in talk.turns)
-            talk.turns = without_people(
-                talk.turns, gone
-            )  # a header may quote them where they say nothing
-            if theirs and (talk.type == "personal_chat" or data.skip_reason(talk)):
+        gone |= matches
+    before, total, kept = 0, collections.Counter(), {"train": [], "val": []}
+    for part in kept:
+        for session in data.load_sessions(folder / f"{part}.jsonl"):
+            before += sum(len(turn.messages) for turn in session.turns)
+            theirs = any(turn.author in gone for turn in session.turns)
+            session.turns = without_people(session.turns, gone)
+            if theirs and (session.type == "personal_chat" or data.skip_reason(session)):
                 continue
-            for turn in talk.turns:
+            for turn in session.turns:
                 total[turn.author] += len(turn.messages)
-            parts[part].append(talk.to_json() + "\n")
-    after = total.total()
+            kept[part].append(session.to_json() + "\n")
     if not dry_run:
-        for part, lines in parts.items():
+        for part, lines in kept.items():
             cli.write_text(folder / f"{part}.jsonl", "".join(lines))
-        contacts = [{"name": name, "messages": total[name]} for name in people if total[name]]
-        cli.write_json(folder / "persona.json", persona | {"contacts": contacts})
+        persona["contacts"] = [{"name": n, "messages": total[n]} for n in people if total[n]]
+        cli.write_json(folder / "persona.json", persona)
         for path in [folder / "report.json", *(folder / "cache").glob("*")]:
             path.unlink(missing_ok=True)
-    would, count = (
-        "would be forgotten" if dry_run else "forgotten",
-        f"{before - after:,} of {counted(before, 'messages')}",
-    )
-    print(
-        f"{', '.join(sorted(gone))} {would} in {folder}/: {count}, theirs and what was said to them alone."
-    )
-    print(AFTER_FORGETTING)
+    removed = f"{before - total.total():,} of {cli.counted(before, 'messages')}"
+    print(f"{'Would remove' if dry_run else 'Removed'} from {folder}/: {', '.join(sorted(gone))}; ")
+    print(f"{removed}, theirs and what only they were told. {AFTER_FORGETTING}")
 
 
-def without_people(turns, gone):
-    """Turns but for those of people to forget; what one author wrote before and behind them becomes one turn."""
-    left = []
+def without_people(turns: list[data.Turn], gone: set[str]) -> list[data.Turn]:
+    """Drop people's turns and what a header quotes of them; merge the turns of one author."""
+    kept = []
     for turn in turns:
         if turn.author == data.HEADER:
-            said = [
-                text
-                for text in turn.messages
-                if not text.startswith(tuple(f"{name}: " for name in gone))
-            ]
-            left += [dataclasses.replace(turn, messages=said)] if said else []
-        elif turn.author not in gone:
-            if left and left[-1].author == turn.author:
-                left[-1].messages += turn.messages
-            else:
-                left.append(turn)
-    return left
-
-
-def find_our_files(folder):
-    """Whether one of our programs wrote into this folder."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        with open(folder / "train.jsonl", encoding="utf-8") as file:
-            data.Session.from_json(file.readline())
-            return True
-    with contextlib.suppress(OSError, ValueError):  # how remote.sh's word of a run ends
-        if (
-            (folder / ("flags" if folder.name == ".run" else ".remote"))
-            .read_text(encoding="utf-8")
-            .endswith(" --data data --out ckpt \n")
-        ):
-            return True
-    for name, keys in (
-        ("persona.json", {"me", "contacts"}),
-        ("run.json", {"config", "commit", "versions"}),
-    ):
-        with contextlib.suppress(UserError, OSError):
-            if keys <= cli.read_json(folder / name, {}).keys():
-                return True
-    return False
-
-
-def wipe(root, dry_run):
-    """List the folders below `root` that hold chats or what was made of them, ask, and delete what our programs wrote in them."""
-    found, seen = {}, set()
-    for name, inner, _ in os.walk(root, followlinks=True):
-        folder = Path(name)
-        inner[:] = (
-            []
-            if folder.resolve() in seen
-            else [n for n in inner if n not in (".git", ".venv", "cache", "resume", ".incoming")]
-        )
-        if folder.resolve() not in seen and find_our_files(folder):
-            patterns = (
-                REMOTE_FILES
-                if folder.name == ".run"
-                else (beside for name in WRITTEN_FILES for beside in (name, name + ".new"))
-            )
-            found[folder] = [
-                *dict.fromkeys(
-                    path for pattern in patterns for path in sorted(folder.glob(pattern))
-                )
-            ]
-        seen.add(folder.resolve())
-    if not found:
-        print(f"Nothing below {root.resolve()} holds chats, as far as our own files go.")
-        return
-    for folder, paths in found.items():
-        size = sum(path.stat().st_size for path in paths if path.is_file()) / 1e3
-        print(
-            f"{size:>12,.0f} kB  {folder}/  {', '.join(sorted({path.relative_to(folder).parts[0] for path in paths}))}"
-        )
-    if dry_run:
-        return
-    print("Delete all of these? They can't be brought back. Type yes: ", end="", flush=True)
-    if sys.stdin.readline().strip().lower() != "yes":
-        print("Nothing was deleted.")
-        return
-    for folder, paths in reversed(found.items()):  # a folder's own folders first
-        for path in paths:
-            if path.is_symlink() or not path.is_dir():
-                path.unlink()
-            elif not any(path.iterdir()):
-                path.rmdir()
-        if left := sorted(path.name for path in folder.iterdir()):
-            print(f"Left in {folder}/, for it isn't ours: {', '.join(left[:8])}")
-        elif folder != root and not folder.is_symlink():
-            folder.rmdir()
-    print(
-        "Deleted. The exports, talks kept with chat.py --history, and copies elsewhere (a rented machine, a backup) are yours to delete."
-    )
+            quotes = tuple(f"{name}: " for name in gone)
+            turn.messages = [text for text in turn.messages if not text.startswith(quotes)]
+        if turn.author in gone or not turn.messages:
+            continue
+        if kept and kept[-1].author == turn.author:
+            kept[-1].messages += turn.messages
+        else:
+            kept.append(turn)
+    return kept

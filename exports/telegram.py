@@ -1,4 +1,4 @@
-"""Telegram Desktop's `result.json`, full or of a single chat, read as a stream and, where it is damaged, as far as it goes."""
+"""Telegram Desktop's `result.json`, of an account or of one chat; damaged, as far as it goes."""
 
 import collections
 import datetime
@@ -7,13 +7,16 @@ import json
 import mimetypes
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from cli import UserError
-from exports import DELETED, WHAT_TO_GIVE, Chat, Message, fix_dst, make
+from exports import SUPPORTED, Chat, Message, Reason, fix_dst, iso_time, make_message
 from exports.repair import Cursor, mend
+from exports.source import Source
 
 NUM_PASSES = 1  # over the file
-# Telegram writes these keys first, in this order; nothing that people typed can look like it, for their quotes are escaped.
+# Where a message, the owner or a chat begins. Telegram writes these keys first, in this order, and
+# nothing that people type looks like it, for their quotes are escaped.
 BEGINS = re.compile(
     r"""\{\s*"id"\s*:\s*-?\d+\s*,\s*"type"\s*:\s*"(?:message|service|unsupported)"
     |"personal_information"\s*:\s*\{\s*"user_id"\s*:\s*(?P<owner>\d{1,40})
@@ -22,7 +25,7 @@ BEGINS = re.compile(
      (?:"\w+"\s*:\s*(?:"(?:[^"\\]|\\.)*+"|[\w.-]+)\s*,\s*){0,9}"messages"\s*:\s*(?=\[)""",
     re.VERBOSE,
 )
-UNREAD = "messages of chats whose head (name, type, id) can't be read, left out"
+NO_HEAD = "messages of chats whose head (name, type, id) can't be read, left out"
 ODD_ID = re.compile(
     r'"id"\s*:\s*(?!-?\d{1,40}\s*,)([^\s,"{}[\]]{1,60})\s*,'
     r'\s*"messages"\s*:\s*\[\s*\Z',
@@ -45,12 +48,12 @@ MARKS = (
     ("place_name", "<location>"),
     ("game_title", "<game>"),
 )
-NAMELESS = {
+NAMELESS = {  # chats that have no name of their own
     "saved_messages": "Saved Messages",
     "replies": "Replies",
     "verification_codes": "Verification Codes",
 }
-KINDS = {
+PEERS = {  # what an id is of, by the type of the chat
     "user": ("personal_chat", "bot_chat", "saved_messages", "replies", "verification_codes"),
     "chat": ("private_group",),
     "channel": ("private_supergroup", "public_supergroup", "private_channel", "public_channel"),
@@ -75,78 +78,72 @@ PATH = re.compile(r"(?:[^\n/]+/)*(?:WhatsApp(?: Business)?|Message)/Media/[^\n]*
 JID = re.compile(r"(?::\d+)?@(?:s\.whatsapp\.net|c\.us)$")
 
 
-def can_read(head):
-    return head.lstrip("\ufeff \t\r\n").startswith("{") and bool(
-        re.search(r'"(?:personal_information|chats|left_chats|messages)"', head)
-    )
+def can_read(head: str) -> bool:
+    keys = r'"(?:personal_information|chats|left_chats|messages)"'
+    return head.lstrip("\ufeff \t\r\n").startswith("{") and bool(re.search(keys, head))
 
 
-def read(source, notes):
-    """See `exports.read`. Chats and messages are looked for where they plainly begin: what is broken costs no more than itself."""
-    cursor, owner, closing, found, broken = (
-        Cursor(source.pieces(notes), BEGINS, notes),
-        None,
-        "}]}}",
-        False,
-        False,
-    )
-    known_by, unread = authors_of(source.head()), UNREAD
+def read(source: Source, repairs: collections.Counter) -> Iterator[tuple[Chat, Iterator[Message]]]:
+    """See `exports`. Damage costs no more than the message or the chat that it hit."""
+    cursor = Cursor(source.text(repairs), BEGINS, repairs)
+    owner, any_chat, damaged = None, False, False
+    closing = "}]}}"  # how the file ends; "}" where it is a single chat
+    author_style, lost = find_author_style(source.head()), NO_HEAD
     while begins := cursor.next():
         cursor.at = begins.end()
         if begins["owner"]:
             owner = f"user{begins['owner']}"
             continue
-        if not found and not cursor.text[: begins.start()].strip():
-            closing = "}"  # the file is a single chat
-        found = True
-        if begins["type"]:
-            chat, raw, unread = describe(begins, owner), cursor.messages(), UNREAD
-            owner = chat.owner
-            own = raw if known_by == "telegram" else as_telegram(raw, chat, known_by)
-            yield chat, messages(own, source)
-            collections.deque(raw, 0)  # what the caller left unread
-            broken = broken or cursor.lost
-        else:
-            if odd := ODD_ID.search(cursor.text, max(0, begins.start() - 200), begins.start()):
-                unread = f"messages of a chat whose id can't be read ({odd[1]}), left out"
-            notes[unread] += 1
-    if not found and re.search(r'"messages"\s*:\s*\[', source.head()):
+        if not any_chat and not cursor.text[: begins.start()].strip():
+            closing = "}"
+        any_chat = True
+        if not begins["type"]:  # a message outside of any chat
+            head = ODD_ID.search(cursor.text, max(0, begins.start() - 200), begins.start())
+            if head:
+                lost = f"messages of a chat whose id can't be read ({head[1]}), left out"
+            repairs[lost] += 1
+            continue
+        chat, objects, lost = read_head(begins, owner), cursor.messages(), NO_HEAD
+        owner = chat.owner
+        telegram = author_style == "telegram"
+        yield chat, messages(objects if telegram else convert(objects, chat, author_style), source)
+        collections.deque(objects, 0)  # what the caller left unread
+        damaged = damaged or cursor.lost
+    if not any_chat and re.search(r'"messages"\s*:\s*\[', source.head()):
         raise UserError(
             f"{source} is not a Telegram export: no chat begins in it as Telegram writes one",
-            WHAT_TO_GIVE,
+            SUPPORTED,
         )
-    if broken or not closed(cursor.text[cursor.at :], closing):
-        notes["files cut off, or damaged between messages, read as far as possible"] += 1
+    if damaged or not is_closed(cursor.text[cursor.at :], closing):
+        repairs["files cut off, or damaged between messages, read as far as possible"] += 1
 
 
-def closed(rest, closing):
-    """Whether what stands behind the last messages ends all that was open before them."""
+def is_closed(rest: str, closing: str) -> bool:
+    """Return whether what follows the last messages closes all brackets that are open."""
     brackets = re.sub(r'"(?:[^"\\]|\\.)*"|[^][{}]', "", rest)
-    return brackets.endswith(closing[1:] or closing) or len(closing) == sum(
-        -1 if one in "[{" else 1 for one in brackets
-    )
+    still_open = len(closing) - sum(-1 if bracket in "[{" else 1 for bracket in brackets)
+    return brackets.endswith(closing[1:] or closing) or still_open == 0
 
 
-def describe(begins, owner):
-    """The match of a chat's head → Chat. Saved Messages say whose they are."""
-    kind, number = begins["type"].strip('"'), begins["id"].strip('"')
-    kind = "unknown" if kind == "null" else kind
-    key = (
-        next((peer for peer, kinds in KINDS.items() if kind in kinds), kind) + number
-    )  # a group that turns public stays itself
-    name = json.loads(mend(begins["name"] or "null"), strict=False) or NAMELESS.get(kind, DELETED)
-    return Chat(
-        key,
-        number,
-        kind,
-        whole(name),
-        owner or (f"user{number}" if kind == "saved_messages" else None),
-    )
+def read_head(begins: re.Match, owner: str | None) -> Chat:
+    """Make the Chat of a match of its head. Saved Messages tell whose the export is."""
+    chat_type, number = begins["type"].strip('"'), begins["id"].strip('"')
+    chat_type = "unknown" if chat_type == "null" else chat_type
+    # A group that turns public keeps its key.
+    prefix = next((peer for peer, types in PEERS.items() if chat_type in types), chat_type)
+    name = json.loads(mend(begins["name"] or "null"), strict=False)
+    name = name or NAMELESS.get(chat_type, "Deleted Account")
+    if chat_type == "saved_messages":
+        owner = owner or f"user{number}"
+    return Chat(prefix + number, number, chat_type, without_surrogates(name), owner)
 
 
 @functools.lru_cache(1 << 16, typed=True)
-def peer(value):
-    """`user123` for `user123`, `123` or 123; None for what is no id. A bare number (before 2021-04) says the kind of peer above 32 bits."""
+def author_id(value: str | int) -> str | None:
+    """Return `user123` for `user123`, `123` or 123; None for what isn't an id.
+
+    The bits above 32 of a bare number (before 2021-04) say what it is the id of.
+    """
     text = str(value)
     if text.startswith(NAMED):
         return text
@@ -156,11 +153,11 @@ def peer(value):
     return text if PEER.fullmatch(text) else None
 
 
-def authors_of(head: str) -> str:
-    """Find how a file's messages say who wrote them, from its first characters.
+def find_author_style(head: str) -> str:
+    """Return how a file's messages say who wrote them, from its first characters.
 
-    `telegram`: as Telegram does. `id` or `name`: another tool wrote this single chat, with ids of its
-    own or with names alone. Most messages decide: a damaged one doesn't make its author a stranger.
+    "telegram": as Telegram does. "id" or "name": another tool wrote this single chat, with ids of
+    its own or with names alone. Most messages decide: one that is damaged changes nothing.
     """
     count = len(re.findall(r'"type"\s*:\s*"message"', head))
     times = re.findall(r'"date_unixtime"\s*:\s*("?)\d', head)
@@ -171,34 +168,35 @@ def authors_of(head: str) -> str:
     return "id" if '"from_id"' in head else "name"
 
 
-def as_telegram(found: Iterable, chat: Chat, known_by: str) -> Iterator:
-    """Yield another tool's messages as Telegram would have written them."""
-    for raw in found:
+def convert(objects: Iterable, chat: Chat, author_style: str) -> Iterator:
+    """Turn another tool's messages into those that Telegram would have written."""
+    key = "from_id" if author_style == "id" else "from"
+    for raw in objects:
         if not isinstance(raw, dict):
             yield raw
             continue
-        author, name = foreign_author(raw.get("from_id" if known_by == "id" else "from"), known_by)
+        author, name = foreign_author(raw.get(key), author_style)
         name = raw.get("from") or name
         if author == chat.key and name in (None, chat.id):
             name = chat.name  # there the other side of a personal chat is a number
-        text, kind = re.sub(" ?<br>", "\n", flat(raw.get("text"))).strip(), raw.get("type")
+        text, kind = re.sub(" ?<br>", "\n", flat_text(raw.get("text"))).strip(), raw.get("type")
         by_group = author == f"user{chat.id}" and "group" in chat.type  # "Ann left" and the like
         if EVENTS.match(text) or by_group:
             kind = "service"
         elif PATH.match(text):
             text = file_mark(text)
-        text = next((mark for begin, mark in SENTENCES if text.startswith(begin)), text)
+        text = next((mark for start, mark in SENTENCES if text.startswith(start)), text)
         yield raw | {"from": name, "from_id": author, "type": kind, "text": text}
 
 
-def foreign_author(written: object, known_by: str) -> tuple[str | None, str | None]:
+def foreign_author(written: object, author_style: str) -> tuple[str | None, str | None]:
     """Return (id, name or None) of an author as another tool writes one; (None, None) of nobody."""
     if isinstance(written, bool) or not isinstance(written, (str, int)):
         return None, None
     author = JID.sub("", str(written).strip())
-    if known_by == "id" and re.fullmatch(r"\+?\d{1,40}", author):
+    if author_style == "id" and re.fullmatch(r"\+?\d{1,40}", author):
         author = "user" + author.removeprefix("+")
-    if PEER.fullmatch(author) and known_by == "id":
+    if PEER.fullmatch(author) and author_style == "id":
         return author, None
     return (NAMED + author, author) if author else (None, None)
 
@@ -213,17 +211,17 @@ def file_mark(path: str) -> str:
     return {"image": "<photo>", "video": "<video>"}.get(kind, "<file>")
 
 
-def flat(text):
-    """The words of a string, of `{type, text}` whatever the type, or of a list of these."""
+def flat_text(text: object) -> str:
+    """Return the words of a string, of `{type, text}` whatever the type, or of a list of these."""
     if isinstance(text, str):
         return text
     if isinstance(text, dict):
-        return flat(text.get("text"))
-    return "".join(map(flat, text)) if isinstance(text, list) else ""
+        return flat_text(text.get("text"))
+    return "".join(map(flat_text, text)) if isinstance(text, list) else ""
 
 
-def whole(text):
-    """Text without half characters (lone surrogates, which JSON can spell and no file can hold)."""
+def without_surrogates(text: str) -> str:
+    """Replace half characters (lone surrogates), which JSON can spell and no file can hold."""
     try:
         text.encode()
         return text
@@ -231,52 +229,46 @@ def whole(text):
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def messages(found, source):
-    """Decoded objects → Messages. One without a date is as late as the one before it."""
+def messages(objects: Iterable, source: Source) -> Iterator[Message]:
     last = 0
-    for raw in found:
-        one = message(raw, last, source)
-        last = one.at
-        yield one
+    for raw in objects:
+        message = read_message(raw, last, source)
+        last = message.at
+        yield message
 
 
-def message(raw, last, source):
-    """One JSON object → Message. What is no message of somebody's own says so in `left_out`."""
+def read_message(raw: object, last: int, source: Source) -> Message:
+    """Make a Message of a JSON object; without a date it is as late as the one before, `last`."""
     if not isinstance(raw, dict):
-        return Message(None, None, None, last, iso(last), "", "damaged messages")
+        return Message(None, None, None, last, iso_time(last), "", Reason.DAMAGED)
     get = raw.get
-    number, author, name, date, kind = (
-        get("id"),
-        get("from_id"),
-        get("from"),
-        get("date"),
-        get("type"),
-    )
-    at = seconds(get("date_unixtime"), date, last)
-    author = peer(author) if isinstance(author, (str, int)) else None
+    author, date, kind = get("from_id"), get("date"), get("type")
+    at = read_time(get("date_unixtime"), date, last)
+    author = author_id(author) if isinstance(author, (str, int)) else None
     text, left_out = "", ""
     if kind != "message":
-        left_out = "service messages" if kind == "service" else "messages of an unsupported kind"
+        left_out = Reason.SERVICE if kind == "service" else Reason.UNSUPPORTED
     elif "forwarded_from" in raw or "saved_from" in raw:
-        left_out = "forwards"
+        left_out = Reason.FORWARD
     elif "via_bot" in raw or "inline_bot_buttons" in raw:
-        left_out = "written by or via a bot"
+        left_out = Reason.BOT
     elif at is None or author is None:
-        left_out = "messages without author or date"
+        left_out = Reason.NO_AUTHOR
     else:
-        text = whole(flat(get("text"))).strip() or mark(raw, source)
-        left_out = "" if text else "messages without text"
+        text = without_surrogates(flat_text(get("text"))).strip() or media_mark(raw, source)
+        left_out = "" if text else Reason.NO_TEXT
     at = last if at is None else at
     if not isinstance(date, str) or not DATE.match(date):
-        date = iso(at)
-    name = whole(name) if isinstance(name, str) else None
+        date = iso_time(at)
+    number, name = get("id"), get("from")
+    name = without_surrogates(name) if isinstance(name, str) else None
     if not isinstance(number, int) or abs(number) >= 1 << 62:
         number = None
-    return make((number, author, name, at, date, text, left_out))
+    return make_message((number, author, name, at, date, text, left_out))
 
 
-def seconds(unixtime, date, last):
-    """When a message was sent, in seconds since 1970; where only its local time is known, that. None when neither can be read."""
+def read_time(unixtime: Any, date: Any, last: int) -> int | None:
+    """Return seconds since 1970, of local time where that is all there is; None of neither."""
     try:
         at = int(unixtime)
         if 0 <= at < 1 << 37:  # the year 6325
@@ -284,27 +276,21 @@ def seconds(unixtime, date, last):
     except (TypeError, ValueError, OverflowError):
         pass
     try:
-        return fix_dst(
-            int(datetime.datetime.fromisoformat(date).replace(tzinfo=datetime.UTC).timestamp()),
-            last,
-        )
+        local = datetime.datetime.fromisoformat(date).replace(tzinfo=datetime.UTC)
+        return fix_dst(int(local.timestamp()), last)
     except (TypeError, ValueError, OverflowError):
         return None
 
 
-def iso(at):
-    return datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat()[:19]
-
-
-def mark(raw, source):
-    """What stands for a message without words: a transcript that lies beside a voice message, a sticker's emoji, else a mark."""
+def media_mark(raw: dict, source: Source) -> str:
+    """Return what stands for media: a transcript beside a voice message, an emoji, else a mark."""
     media, file = raw.get("media_type"), raw.get("file")
     if media in ("voice_message", "video_message") and isinstance(file, str):
-        said = source.beside(file.rpartition(".")[0] + ".txt") or source.beside(file + ".txt")
-        if said and said.strip():
-            return said.strip()
+        transcript = source.beside(file.rpartition(".")[0] + ".txt") or source.beside(file + ".txt")
+        if transcript and transcript.strip():
+            return transcript.strip()
     if media == "sticker":
-        return whole(flat(raw.get("sticker_emoji"))) or "<sticker>"
+        return without_surrogates(flat_text(raw.get("sticker_emoji"))) or "<sticker>"
     if isinstance(media, str) and media in MEDIA:
         return MEDIA[media]
-    return next((shown for key, shown in MARKS if key in raw), "")
+    return next((mark for key, mark in MARKS if key in raw), "")

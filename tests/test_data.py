@@ -4,12 +4,11 @@ import json
 import mmap
 import random
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, command, refused
+from conftest import command, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,15 +17,7 @@ import data
 from cli import UserError
 from data import IGNORE_INDEX, Session, Turn
 from exports import Chat, Message, redact, telegram, whatsapp
-from exports.command import (
-    CHARACTERS,
-    CONTENT,
-    START,
-    hold_out,
-    main,
-    validation_size,
-    without_people,
-)
+from exports.command import INDEX, hold_out, main, validation_size, without_people
 
 TOY = [
     ("bob", "10:00", "hi"),
@@ -135,7 +126,7 @@ def test_every_mark_that_readers_and_redaction_write_is_known_as_one():
     assert len(marks) > 15 and all(map(data.MARK.fullmatch, marks))
 
 
-def test_a_line_that_looks_like_a_mark_of_ours_gets_a_space():
+def test_a_typed_line_of_three_arrows_gets_a_space():
     text = data.render([Turn("Ann", True, "", ["code:\n>>> import this\n>> no"])]).text
     assert text == "<|im_start|>Ann\n>>> code:\n >>> import this\n>> no<|im_end|>\n"
     assert data.split_messages(text.split("\n>>>", 1)[1].removesuffix("<|im_end|>\n")) == [
@@ -144,10 +135,10 @@ def test_a_line_that_looks_like_a_mark_of_ours_gets_a_space():
 
 
 def test_edited_files_are_read_as_a_person_leaves_them(tmp_path):
-    talk = {"chat": "c", "chat_id": "1", "type": "personal_chat", "start": "", "turns": []}
+    session = {"chat": "c", "chat_id": "1", "type": "personal_chat", "start": "", "turns": []}
     for messages in (["one\u2028line", ""], [" "], []):
-        talk["turns"].append({"author": "Ann", "me": True, "at": "", "messages": messages})
-    (tmp_path / "train.jsonl").write_text(json.dumps(talk, ensure_ascii=False) + "\n\n")
+        session["turns"].append({"author": "Ann", "me": True, "at": "", "messages": messages})
+    (tmp_path / "train.jsonl").write_text(json.dumps(session, ensure_ascii=False) + "\n\n")
     (read,) = data.load_sessions(tmp_path / "train.jsonl")
     assert [t.messages for t in read.turns] == [["one\u2028line"]]
     (tmp_path / "train.jsonl").write_text("{}\n")
@@ -155,7 +146,7 @@ def test_edited_files_are_read_as_a_person_leaves_them(tmp_path):
         data.load_sessions(tmp_path / "train.jsonl")
 
 
-def test_names_are_told_apart_and_cleaned():
+def test_unique_name_numbers_namesakes_and_drops_marks():
     taken = {"system"}
     shown = (
         "Bob",
@@ -393,7 +384,7 @@ def export(messages, **root):
     return {"about": "x", "personal_information": {"user_id": 1}, "chats": {"list": [chat]}, **root}
 
 
-def talk(n):
+def dialogue(n):
     return [
         (who, {"text": f"{who} {i}", "later": 3600 * (i // 2)})
         for i in range(n * 2)
@@ -403,7 +394,9 @@ def talk(n):
 
 def test_the_command_writes_sessions_persona_and_report(tmp_path):
     (tmp_path / "result.json").write_text(
-        json.dumps(export(talk(10) + [(None, "lost"), ("user2", {"type": "service", "text": ""})]))
+        json.dumps(
+            export(dialogue(10) + [(None, "lost"), ("user2", {"type": "service", "text": ""})])
+        )
     )
     done = command("data.py", tmp_path / "result.json", "--out", tmp_path / "data")
     assert done.returncode == 0, done.stderr
@@ -452,9 +445,9 @@ def test_the_command_writes_sessions_persona_and_report(tmp_path):
     ("", "result.json is empty"),
     (json.dumps(export([])), "no messages"),
     (json.dumps({"name": "Bob", "type": "personal_chat", "id": 2, "messages": []}), "no messages"),
-    (json.dumps(export([("user2", "hi")] * 3)), "no message by"),
-    (json.dumps(export(talk(5)))[:700], "two are needed (1 session in which I say nothing; 1 file cut off"),
-    (json.dumps({"name": "Bob", "type": "personal_chat", "id": 2, "messages": export(talk(5))["chats"]["list"][0]["messages"]}), "--me"),
+    (json.dumps(export([("user2", "hi")] * 3)), "no message of mine"),
+    (json.dumps(export(dialogue(5)))[:700], "two are needed (1 session in which I say nothing; 1 file cut off"),
+    (json.dumps({"name": "Bob", "type": "personal_chat", "id": 2, "messages": export(dialogue(5))["chats"]["list"][0]["messages"]}), "--me"),
 ], ids=["text", "other JSON", "no chats", "no list of chats", "a list", "empty", "no messages", "an empty chat", "not a word from me", "cut off", "single chat"])  # fmt: skip
 def test_bad_exports_are_refused_and_nothing_is_written(content, expected, tmp_path):
     (tmp_path / "result.json").write_text(content)
@@ -467,7 +460,7 @@ def test_me_is_found_by_name_or_id_and_candidates_are_listed(tmp_path):
         "name": "Bob",
         "type": "personal_chat",
         "id": 2,
-        "messages": export(talk(10))["chats"]["list"][0]["messages"],
+        "messages": export(dialogue(10))["chats"]["list"][0]["messages"],
     }
     (tmp_path / "result.json").write_text(json.dumps(single))
     for me in ("ann", "user1"):
@@ -488,8 +481,8 @@ def test_me_is_found_by_name_or_id_and_candidates_are_listed(tmp_path):
     (('"from_id"', '"by"'), "all its messages are left out (10 messages without author or date)"),
 ], ids=["the id", "the head", "the kind", "service alone", "nobody signed"])  # fmt: skip
 @pytest.mark.parametrize("flags", [("--me", "Ann"), ("--me", "Ann", "--forget", "Bob"), ()])
-def test_where_nothing_is_read_it_says_why_not_who(broken, expected, flags, tmp_path, monkeypatch):
-    messages = export(talk(5))["chats"]["list"][0]["messages"]
+def test_where_nothing_is_read_the_error_says_why(broken, expected, flags, tmp_path, monkeypatch):
+    messages = export(dialogue(5))["chats"]["list"][0]["messages"]
     club = {"name": "Club", "type": "private_group", "id": 4917000000216123, "messages": messages}
     (tmp_path / "Club.json").write_text(json.dumps(club).replace(*broken).replace('"from"', '"x"'))
     words = ("data.py", tmp_path / "Club.json", "--dry-run", *flags)
@@ -510,7 +503,7 @@ def test_a_mistyped_include_is_no_reason_where_no_chat_is_read(tmp_path, monkeyp
 
 
 def test_days_and_chats_can_be_left_out(tmp_path):
-    value = export(talk(10))
+    value = export(dialogue(10))
     value["chats"]["list"][0]["messages"].append(
         {"id": 999, "type": "service", "date": "2023-11-14T23:00:00", "text": ""}
     )
@@ -555,9 +548,9 @@ def turns_of(tmp_path):
         for line in (tmp_path / "data" / f"{part}.jsonl").read_text().splitlines()
     ]
     return [
-        (talk["chat"], turn["author"], turn["me"], text)
-        for talk in lines
-        for turn in talk["turns"]
+        (session["chat"], turn["author"], turn["me"], text)
+        for session in lines
+        for turn in session["turns"]
         for text in turn["messages"]
     ]
 
@@ -569,7 +562,7 @@ def made(tmp_path, *words):
 
 
 def test_several_exports_and_messengers_are_one_voice(tmp_path):
-    everything = talk(12)
+    everything = dialogue(12)
     (tmp_path / "old.json").write_text(json.dumps(export(everything[:16])))
     new = export(everything)
     del new["chats"]["list"][0]["messages"][:8]
@@ -598,7 +591,7 @@ def test_several_exports_and_messengers_are_one_voice(tmp_path):
 
 
 def test_two_contacts_of_one_name_stay_apart_and_me_must_say_which(tmp_path):
-    both = export(talk(10))
+    both = export(dialogue(10))
     for message in both["chats"]["list"][0]["messages"]:
         message["from"] = "Sam"
     (tmp_path / "result.json").write_text(json.dumps(both))
@@ -615,8 +608,8 @@ def test_two_contacts_of_one_name_stay_apart_and_me_must_say_which(tmp_path):
     }
 
 
-def test_secrets_are_replaced_before_anything_is_written_and_counted(tmp_path):
-    spoken = talk(10)
+def test_secrets_are_redacted_and_counted_before_anything_is_written(tmp_path):
+    spoken = dialogue(10)
     spoken[0][1]["text"], spoken[1][1]["text"] = (
         "call +49 170 1234567 or bob@example.org",
         "пароль: qwerty12",
@@ -674,7 +667,7 @@ def group(*messages):
 
 
 def test_a_person_is_forgotten_in_chats_groups_and_the_persona(tmp_path):
-    value = export(talk(10))
+    value = export(dialogue(10))
     eve = json.loads(
         json.dumps(value["chats"]["list"][0]).replace("Bob", "Eve").replace("user2", "user3")
     )
@@ -693,9 +686,7 @@ def test_a_person_is_forgotten_in_chats_groups_and_the_persona(tmp_path):
     )
     said = made(tmp_path, tmp_path / "result.json", "--forget", "eve")
     files = "".join(path.read_text() for path in (tmp_path / "data").iterdir())
-    assert (
-        "Eve" not in files and "psst" not in files and "hello" in files and "trained anew" in said
-    )
+    assert "Eve" not in files and "psst" not in files and "hello" in files and "Train again" in said
     refused(
         command(
             "data.py", tmp_path / "result.json", "--out", tmp_path / "none", "--tokenizer", tmp_path
@@ -717,75 +708,8 @@ def test_a_person_is_forgotten_in_chats_groups_and_the_persona(tmp_path):
     )
 
 
-def test_wipe_lists_asks_and_deletes_only_what_is_ours(tmp_path):
-    (tmp_path / "result.json").write_text(json.dumps(export(talk(10))))
-    made(tmp_path, tmp_path / "result.json")
-    incoming, saves = (
-        ".incoming/resume/step-00000020",
-        ("resume/step-00000010/rank-00000", "resume/step-00000020.new/rank-00000"),
-    )
-    for path in (
-        *(f"{save}.{kind}" for save in saves for kind in ("json", "safetensors")),
-        f"{incoming}/.rank-00000.json.x7",
-    ):
-        (tmp_path / "ckpt" / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "ckpt" / path).write_text("x")
-    for name in ("metrics.jsonl", "adapter_model.safetensors", "adapter_model.safetensors.new", "report.html.new", "micro-batch.json",
-                 ".incoming/adapter_model.safetensors", "diary.txt", "tokenizer_notes.md"):  # fmt: skip
-        (tmp_path / "ckpt" / name).write_text("x")
-    for folder, flags in (
-        (".run", "flags"),
-        ("away/ckpt2", ".remote"),
-        ("theirs/.run", "log"),
-    ):  # of remote.sh, on the box and at home
-        (tmp_path / folder).mkdir(parents=True)
-        for name in ("log", "exit", "lock", "mine"):
-            (tmp_path / folder / name).write_text("x")
-        (tmp_path / folder / flags).write_text("--lora --data my --data data --out ckpt \n")
-    (tmp_path / "ckpt" / "run.json").write_text('{"config": {}, "commit": "", "versions": {}}')
-    (tmp_path / "theirs").mkdir(exist_ok=True)  # any fine-tuning project's folder
-    for name in ("train.jsonl", "val.jsonl", "model.safetensors", "config.json"):
-        (tmp_path / "theirs" / name).write_text('{"text": "x"}')
-    (tmp_path / "data").rename(tmp_path / "away" / "data")
-    (tmp_path / "data").symlink_to(tmp_path / "away" / "data")
-    (tmp_path / "data" / "new-x").mkdir()  # what a killed run left
-    for name in ("new-x/train.jsonl", "persona.json.new"):
-        (tmp_path / "data" / name).write_text((tmp_path / "data" / "train.jsonl").read_text())
-    (tmp_path / "ckpt" / "new-ideas.txt").write_text("x")
-    run = [sys.executable, ROOT / "data.py", "--wipe"]
-    no = subprocess.run(run, cwd=tmp_path, input="no\n", capture_output=True, text=True)
-    assert (
-        no.returncode == 0
-        and "train.jsonl" in no.stdout
-        and (tmp_path / "data" / "train.jsonl").exists()
-    )
-    yes = subprocess.run(run, cwd=tmp_path, input="yes\n", capture_output=True, text=True)
-    assert yes.returncode == 0 and "diary.txt" in yes.stdout, yes.stderr
-    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    theirs = [f"theirs/{name}" for name in (".run/exit", ".run/lock", ".run/log", ".run/mine")]
-    theirs += [
-        "theirs/config.json",
-        "theirs/model.safetensors",
-        "theirs/train.jsonl",
-        "theirs/val.jsonl",
-    ]
-    theirs = [
-        ".run/mine",
-        *(f"away/ckpt2/{name}" for name in ("exit", "lock", "log", "mine")),
-        *theirs,
-    ]
-    assert left == sorted(
-        ["ckpt/diary.txt", "ckpt/new-ideas.txt", "ckpt/tokenizer_notes.md", "result.json", *theirs]
-    )
-    assert not [path for path in (tmp_path / "ckpt").iterdir() if path.is_dir()]
-    nothing = subprocess.run(
-        run, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
-    assert nothing.returncode == 0 and "Nothing below" in nothing.stdout
-
-
 def test_a_bot_known_by_its_chat_is_no_voice_in_a_group_either(tmp_path):
-    value = export(talk(10))
+    value = export(dialogue(10))
     value["chats"]["list"].append({"name": "Quiz", "type": "bot_chat", "id": 7, "messages": []})
     value["chats"]["list"].append(
         group(
@@ -801,7 +725,7 @@ def test_a_bot_known_by_its_chat_is_no_voice_in_a_group_either(tmp_path):
     assert folder(tmp_path, "report.json")[0]["messages_left_out"] == {"written by or via a bot": 1}
 
 
-def test_the_report_says_what_is_lopsided_and_whether_it_is_enough(tmp_path):
+def test_report_says_what_is_lopsided_and_whether_it_is_enough(tmp_path):
     value = export(
         [
             (who, {"text": text, "later": 3600 * n})
@@ -813,19 +737,10 @@ def test_the_report_says_what_is_lopsided_and_whether_it_is_enough(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(value))
     said = made(tmp_path, tmp_path / "result.json")
     (report,) = folder(tmp_path, "report.json")
-    assert (
-        report["only_mine"] == ["Club"]
-        and report["largest_chat"] == {"name": "Bob", "share": 1.0}
-        and report["scripts"]["Cyrillic"] == 40
-    )
-    assert (
-        report["short_share"] > 0.9
-        and report["trained_messages"] == 16
-        and report["days"] == ["2023-11-14", "2023-11-14"]
-    )
+    assert report["only_mine"] == ["Club"] and report["scripts"]["Cyrillic"] == 40
+    assert report["short_share"] > 0.9 and report["trained_messages"] == 16
     for words in (
         "too few",
-        "100% of your turns",
         "at most 3 letters",
         "untick 'Only my messages'",
     ):
@@ -833,7 +748,7 @@ def test_the_report_says_what_is_lopsided_and_whether_it_is_enough(tmp_path):
 
 
 def test_left_out_chats_can_be_asked_for(tmp_path):
-    value = export(talk(10))
+    value = export(dialogue(10))
     notes = export([("user1", {"text": f"note {i}", "later": 3600 * i}) for i in range(20)])[
         "chats"
     ]["list"][0]
@@ -864,7 +779,7 @@ def owned(number, name, friend, count, start=1_700_000_000):
 
 
 def test_a_whatsapp_group_in_telegrams_shape_is_read_whatever_the_length_of_its_id(tmp_path):
-    messages = export(talk(5))["chats"]["list"][0]["messages"]
+    messages = export(dialogue(5))["chats"]["list"][0]["messages"]
     for message in messages:
         mine = message["from_id"] == "user1"
         message["date_unixtime"] = int(message["date_unixtime"])
@@ -914,8 +829,8 @@ def test_me_of_whatsapp_is_no_namesake_in_telegram(tmp_path):
     }
 
 
-def test_a_mistyped_chat_is_refused_and_ids_are_taken_in_both_spellings(tmp_path):
-    (tmp_path / "result.json").write_text(json.dumps(export(talk(10))))
+def test_exclude_refuses_a_mistyped_chat_and_takes_ids_in_both_spellings(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps(export(dialogue(10))))
     refused(
         command("data.py", tmp_path / "result.json", "--dry-run", "--exclude", "Bbo"),
         "--exclude Bbo",
@@ -933,7 +848,7 @@ def test_a_mistyped_chat_is_refused_and_ids_are_taken_in_both_spellings(tmp_path
 
 
 def test_numbers_out_of_range_are_refused(tmp_path):
-    (tmp_path / "result.json").write_text(json.dumps(export(talk(10))))
+    (tmp_path / "result.json").write_text(json.dumps(export(dialogue(10))))
     for words in (
         ("--val", "nan"),
         ("--val", "5"),
@@ -945,14 +860,14 @@ def test_numbers_out_of_range_are_refused(tmp_path):
         refused(command("data.py", tmp_path / "result.json", "--dry-run", *words), words[0])
 
 
-def test_only_my_messages_exported_is_said_when_nothing_is_left_to_learn(tmp_path):
+def test_an_export_of_only_my_messages_is_refused_with_a_hint(tmp_path):
     value = export([])
     value["chats"]["list"].append(group(*[("user1", "Ann", f"hi {n}") for n in range(9)]))
     (tmp_path / "result.json").write_text(json.dumps(value))
     refused(command("data.py", tmp_path / "result.json", "--dry-run"), "untick 'Only my messages'")
 
 
-def test_forgetting_in_data_leaves_turns_as_they_are_made_and_a_dry_run_leaves_all(tmp_path):
+def test_forget_in_data_merges_turns_and_dry_run_changes_nothing(tmp_path):
     turns = [("Bob", "psst"), ("Eve", "hi"), ("Ann", "yes"), ("Bob", "no"), ("Ann", "sure")]
     alone = [("Ann", "one"), ("Bob", "two"), ("Ann", "three")]
     lines = [
@@ -1014,26 +929,28 @@ def test_forgetting_leaves_the_personal_chats_of_others_with_their_headers(tmp_p
     )
     assert command("data.py", "--out", tmp_path, "--forget", "Bob").returncode == 0
     assert [
-        [talk.chat for talk in data.load_sessions(tmp_path / f"{part}.jsonl")]
+        [session.chat for session in data.load_sessions(tmp_path / f"{part}.jsonl")]
         for part in ("train", "val")
     ] == [["Eve"], ["Eve"]]
     assert data.load_sessions(tmp_path / "val.jsonl")[0].turns[0].author == "system"
 
 
-def test_what_an_editor_saved_in_another_encoding_is_refused_and_a_mark_at_its_head_is_none(
+def test_load_sessions_refuses_other_encodings_and_takes_a_bom(
     tmp_path,
 ):
     session = Session(
         "Bob", "1", "personal_chat", "2024-01-01T00:00:00", [Turn("Bob", False, "", ["grüße"])]
     )
     (tmp_path / "train.jsonl").write_text(session.to_json() + "\n", encoding="cp1252")
-    with pytest.raises(UserError, match="train.jsonl is no UTF-8 text"):
+    with pytest.raises(UserError, match="train.jsonl is not UTF-8 text"):
         data.load_sessions(tmp_path / "train.jsonl")
     (tmp_path / "train.jsonl").write_text(session.to_json() + "\n", encoding="utf-8-sig")
     assert data.load_sessions(tmp_path / "train.jsonl") == [session]
 
 
-def test_no_room_for_packed_rows_is_said(tmp_path, chats, tokenizer, monkeypatch):
+def test_a_full_disk_names_the_row_cache_and_leaves_no_half_file(
+    tmp_path, chats, tokenizer, monkeypatch
+):
     def full(tensors, path):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -1049,9 +966,7 @@ def test_no_room_for_packed_rows_is_said(tmp_path, chats, tokenizer, monkeypatch
 # --- what I knew when a session began
 
 
-def test_a_header_says_whom_when_since_and_how_the_last_talk_ended_and_is_never_a_target(
-    tmp_path, tokenizer
-):
+def test_context_header_says_who_when_since_before_and_is_never_trained(tmp_path, tokenizer):
     said = [("2023-11-14T10:00:00", "user2", "morning"), ("2023-11-14T10:00:30", "user1", "hey"), ("2023-11-14T10:01:00", "user2", "later then"),
             ("2023-11-17T21:00:00", "user2", "now?"), ("2023-11-17T21:00:10", "user1", "now"),
             ("2023-11-18T21:00:00", "user2", "again"), ("2023-11-18T21:00:10", "user1", "no")]  # fmt: skip
@@ -1107,28 +1022,28 @@ def test_a_header_says_whom_when_since_and_how_the_last_talk_ended_and_is_never_
         (525600 * 3, "3 years"),
     ],
 )
-def test_how_long_ago_is_said_in_the_largest_unit_that_fits(minutes, said):
+def test_ago_uses_the_largest_unit_that_fits(minutes, said):
     assert data.ago(datetime.timedelta(minutes=minutes)) == f"{said} ago"
 
 
-def test_short_turns_of_mine_are_taught_as_seldom_as_asked_and_read_all_the_same():
+def test_short_turns_are_trained_as_often_as_short_weight_says():
     turns = [
         Turn("Bob", False, "", ["and?"]),
         Turn("Ann", True, "", ["ok"]),
         Turn("Bob", False, "", ["so"]),
         Turn("Ann", True, "", ["i will come"]),
     ]
-    talk = Session("Bob", "1", "personal_chat", "", turns)
-    light = [data.drop_short_turns(talk, number, 0.3) for number in range(1000)]
+    session = Session("Bob", "1", "personal_chat", "", turns)
+    light = [data.drop_short_turns(session, number, 0.3) for number in range(1000)]
     assert 250 < sum(one.turns[1].me for one in light) < 350 and all(
         one.turns[3].me for one in light
     )
     assert all(data.render(one.turns).text == data.render(turns).text for one in light[:5])
-    assert data.drop_short_turns(talk, 0, 1.0) == talk
+    assert data.drop_short_turns(session, 0, 1.0) == session
 
 
-def test_canaries_are_hidden_as_often_as_the_list_says_among_my_messages(tmp_path):
-    (tmp_path / "result.json").write_text(json.dumps(export(talk(60))))
+def test_canaries_are_hidden_in_my_messages_as_often_as_listed(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps(export(dialogue(60))))
     done = command(
         "data.py", tmp_path / "result.json", "--out", tmp_path / "data", "--canaries", "3"
     )
@@ -1152,16 +1067,16 @@ def test_canaries_are_hidden_as_often_as_the_list_says_among_my_messages(tmp_pat
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=120), st.sampled_from([0, 0.05, 0.2]))
 def test_no_held_out_session_repeats_one_to_train_on(contents, share):
-    index = np.zeros((len(contents), CHARACTERS + 1), np.int64)
-    index[:, START], index[:, CONTENT] = np.arange(len(contents)), contents
+    index = np.zeros(len(contents), INDEX)
+    index["start"], index["content"] = np.arange(len(contents)), contents
     train, val = hold_out(index, share).values()
     if len({*contents}) == 1:
         assert len(train) == len(contents) and not len(val)
         return
-    assert len(train) and len(val) and not {*train[:, CONTENT]} & {*val[:, CONTENT]}
-    assert train[-1, START] < val[0, START] and (np.diff(val[:, START]) > 0).all()
-    left_out = {*index[:, START]} - {*train[:, START]} - {*val[:, START]}
-    assert all(contents[i] in {*train[:, CONTENT]} for i in left_out)
+    assert len(train) and len(val) and not {*train["content"]} & {*val["content"]}
+    assert train["start"][-1] < val["start"][0] and (np.diff(val["start"]) > 0).all()
+    left_out = {*index["start"]} - {*train["start"]} - {*val["start"]}
+    assert all(contents[i] in {*train["content"]} for i in left_out)
     if len({*contents}) == len(contents):
         assert len(val) == validation_size(len(contents), share) and not left_out
 
@@ -1250,7 +1165,7 @@ def test_two_exports_of_one_chat_never_hold_out_what_they_train(
     assert val or "you say the same in every session" in done.stdout
 
 
-LONG_TALK = [
+LONG_CHAT = [
     (86_400 * day + 40 * n, who, f"{text} {day}")
     for day in range(12)
     for n, (who, text) in enumerate(
@@ -1277,10 +1192,8 @@ LONG_TALK = [
         ("Bob", {"media": True}),
     ],
 )
-def test_overlapping_exports_of_one_chat_are_joined_and_each_message_counts_once(
-    tmp_path, title, how
-):
-    said = sorted([*LONG_TALK, (86_400 * 3 + 70, "Ann", None)])
+def test_overlapping_exports_are_joined_and_each_message_counts_once(tmp_path, title, how):
+    said = sorted([*LONG_CHAT, (86_400 * 3 + 70, "Ann", None)])
     old = phone_export(tmp_path / "old" / "WhatsApp Chat with Bob.txt", said[:30])
     new = phone_export(tmp_path / "new" / f"WhatsApp Chat with {title}.txt", said[7:], **how)
     me = ["--me", "Ann"] + (["--me", "Annie"] if "Annie" in how.get("names", {}).values() else [])
@@ -1294,10 +1207,10 @@ def test_overlapping_exports_of_one_chat_are_joined_and_each_message_counts_once
     ] == how.get("hours", 0)
 
 
-def test_chats_that_are_not_surely_one_stay_apart_and_the_report_says_what_they_share(tmp_path):
+def test_chats_that_are_not_surely_one_stay_apart(tmp_path):
     """Half of Eve's chat is Bob's, the rest her own: perhaps she was told the same."""
-    bob = [(at, who, text) for at, who, text in LONG_TALK] + [
-        (at + 80, "Ann", text + "!") for at, _, text in LONG_TALK
+    bob = [(at, who, text) for at, who, text in LONG_CHAT] + [
+        (at + 80, "Ann", text + "!") for at, _, text in LONG_CHAT
     ]
     eve = [
         (at + 7200 * i, {"Bob": "Eve"}.get(who, who), text)
@@ -1312,7 +1225,7 @@ def test_chats_that_are_not_surely_one_stay_apart_and_the_report_says_what_they_
     assert not folder(tmp_path, "report.json")[0]["joined"]
 
 
-def test_sessions_that_stand_in_two_chats_are_counted_in_the_report(tmp_path):
+def test_sessions_that_stand_in_two_chats_are_never_held_out_and_trained(tmp_path):
     at, bob = 0, []
     for day in range(8):
         for who, text in (
@@ -1329,30 +1242,26 @@ def test_sessions_that_stand_in_two_chats_are_counted_in_the_report(tmp_path):
         phone_export(tmp_path / n / f"WhatsApp Chat with {n}.txt", said)
         for n, said in (("Bob", bob), ("Eve", eve))
     ]
-    out = made(tmp_path, *paths, "--me", "Ann")
-    assert folder(tmp_path, "report.json")[0]["repeated"] == [
-        {"chats": ["Bob", "Eve"], "sessions": 8, "of": 8}
-    ]
-    assert "8 of 8 sessions of chat Bob also stand in chat Eve" in out
+    made(tmp_path, *paths, "--me", "Ann")
     train, val = (mine_in(tmp_path / "data" / f"{part}.jsonl") for part in ("train", "val"))
     assert val and not [session for session in val if session in train]
 
 
 def test_forgetting_somebody_by_an_old_name_forgets_the_new_one_too(tmp_path):
-    old = phone_export(tmp_path / "old" / "WhatsApp Chat with Bob.txt", LONG_TALK)
+    old = phone_export(tmp_path / "old" / "WhatsApp Chat with Bob.txt", LONG_CHAT)
     new = phone_export(
-        tmp_path / "new" / "WhatsApp Chat with Robert.txt", LONG_TALK, names={"Bob": "Robert"}
+        tmp_path / "new" / "WhatsApp Chat with Robert.txt", LONG_CHAT, names={"Bob": "Robert"}
     )
     zoe = [
-        (at + 600_000, {"Bob": "Zoe"}.get(who, who), text + " or so") for at, who, text in LONG_TALK
+        (at + 600_000, {"Bob": "Zoe"}.get(who, who), text + " or so") for at, who, text in LONG_CHAT
     ]
     other = phone_export(tmp_path / "zoe" / "WhatsApp Chat with Zoe.txt", zoe)
     made(tmp_path, old, new, other, "--me", "Ann", "--forget", "Bob")
     assert {author for _, author, _, _ in turns_of(tmp_path)} == {"Ann", "Zoe"}
 
 
-def test_a_dry_run_leaves_nothing_and_what_is_written_is_for_its_owner_alone(tmp_path):
-    (tmp_path / "result.json").write_text(json.dumps(export(talk(10))))
+def test_dry_run_writes_nothing_and_data_is_private(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps(export(dialogue(10))))
     (tmp_path / "temporary").mkdir()
     done = command(
         "data.py",

@@ -85,7 +85,7 @@ def test_a_single_chat_is_an_export_without_an_owner(tmp_path):
 @pytest.mark.parametrize("indent", [None, 0, 1, 4])
 @pytest.mark.parametrize("piece", [7, 1 << 16])
 def test_layout_and_reading_size_change_nothing(tmp_path, indent, piece, monkeypatch):
-    monkeypatch.setattr(exports, "CHUNK", piece)
+    monkeypatch.setattr(exports.source, "CHUNK", piece)
     value = full(chat({"text": 'ö\u2028"\\ 🦆 }]'}, {"text": "b" * 50}), chat(id=12345))
     found = read(write(tmp_path, value, indent=indent, ensure_ascii=indent == 4))
     assert [m.text for _, messages in found for m in messages] == ['ö\u2028"\\ 🦆 }]', "b" * 50]
@@ -135,7 +135,7 @@ def test_text_is_a_string_or_a_list_of_any_entities(tmp_path):
     ({"from": None, "text": "a"}, "a"),
     ({"text": ""}, "messages without text"),
 ])  # fmt: skip
-def test_what_stands_for_a_message(tmp_path, fields, shown):
+def test_media_becomes_a_mark_and_others_words_a_reason(tmp_path, fields, shown):
     assert text_of(tmp_path, **{"text": "", **fields}) == shown
 
 
@@ -237,7 +237,7 @@ def test_ids_of_chats_and_people_are_as_long_as_they_are(tmp_path, digits):
     ("12125550100", "user12125550100"),  # Telegram's own bare numbers of that size are channels
     ("", None), (None, None), ([], None), (True, None),
 ])  # fmt: skip
-def test_another_tool_may_know_people_by_numbers_names_and_addresses(tmp_path, written_id, author):
+def test_another_tools_authors_are_numbers_names_or_addresses(tmp_path, written_id, author):
     mine = ("Me", "user00000", "b")
     ((_, (first, *_)),) = read(write(tmp_path, another_tools(("Bob", written_id, "a"), mine, mine)))
     why = "" if author else "messages without author or date"
@@ -318,7 +318,7 @@ SAID = [{"text": f"message {n}"} for n in range(4)]
     ('"text": "message 1"', '"text": "first", "text": "second"', "second"),
     ('"text": "message 1"', '"text": "m", "document_id": true_story.webm', "m"),
 ])  # fmt: skip
-def test_what_is_no_json_is_mended_and_counted(tmp_path, indent, old, new, expected):
+def test_invalid_json_is_mended_and_counted(tmp_path, indent, old, new, expected):
     text = json.dumps(full(chat(*SAID), chat(*SAID)), indent=indent)
     notes = collections.Counter()
     found = texts(written(tmp_path, text.replace(old, new, 1)), notes)
@@ -376,7 +376,7 @@ def test_damage_inside_a_chat_costs_the_messages_it_hit(tmp_path, old, new, lost
     assert len(kept) >= 4 - lost and set(kept) <= {m["text"] for m in SAID}
 
 
-def test_messages_behind_a_damaged_head_are_given_to_nobody(tmp_path):
+def test_messages_after_a_damaged_chat_head_belong_to_nobody(tmp_path):
     text = json.dumps(
         full(
             chat(*SAID),
@@ -540,7 +540,7 @@ def test_bare_ids_say_which_kind_of_peer_they_are(tmp_path, written_id, author):
     assert only.author == author
 
 
-def test_ids_of_different_kinds_do_not_collide_and_a_group_that_turns_public_stays_itself(tmp_path):
+def test_chat_keys_do_not_collide_and_survive_a_group_turning_public(tmp_path):
     kinds = ("personal_chat", "private_group", "private_supergroup", "public_supergroup")
     keys = [
         c.key for c, _ in read(write(tmp_path, full(*(chat(type=kind, id=5) for kind in kinds))))
@@ -659,7 +659,7 @@ def test_what_is_generated_comes_back_message_for_message(
     text = json.dumps(full(*listed), indent=indent, ensure_ascii=ascii_only)
     path.write_text(text, encoding="utf-8-sig" if mark else "utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exports, "CHUNK", piece)
+        patch.setattr(exports.source, "CHUNK", piece)
         notes = collections.Counter()
         found = [
             (c.type, c.id, m.author, m.at, m.text)
@@ -684,10 +684,10 @@ WRITTEN = {
 
 @pytest.mark.parametrize("encoding", WRITTEN)
 @pytest.mark.parametrize("piece", [7, 1 << 16])
-def test_a_chat_in_the_code_page_of_its_language_is_decoded(tmp_path, encoding, piece, monkeypatch):
+def test_a_chat_in_its_language_s_code_page_is_decoded(tmp_path, encoding, piece, monkeypatch):
     if encoding in ("cp1251", "gb18030"):
         pytest.importorskip("charset_normalizer")
-    monkeypatch.setattr(exports, "CHUNK", piece)
+    monkeypatch.setattr(exports.source, "CHUNK", piece)
     path, notes = tmp_path / "WhatsApp Chat with Bob.txt", collections.Counter()
     path.write_bytes("\n".join(front + WRITTEN[encoding] for front in CHAT).encode(encoding))
     assert texts(path, notes) == [WRITTEN[encoding]] * 8

@@ -111,5 +111,5 @@ def test_a_chat_is_known_by_its_key_and_the_latest_name_of_chats_and_people_coun
         )
         found = [(chat.name, [m.text for m in messages]) for chat, messages in together.chats()]
     assert found == [("ROBERT", ["A", "C"]), ("BOB", ["B"])]
-    assert together.people == {"bob": "ROBERT"}
-    assert together.wrote == {"old": collections.Counter(bob=2), "new": collections.Counter(bob=1)}
+    assert together.names == {"bob": "ROBERT"}
+    assert together.counts == {"old": collections.Counter(bob=2), "new": collections.Counter(bob=1)}

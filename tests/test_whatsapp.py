@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import exports
+import exports.source
 from cli import UserError
 from exports import whatsapp
 
@@ -584,7 +585,7 @@ def test_what_was_written_comes_back_message_for_message(tmp_path_factory, forma
         t += datetime.timedelta(seconds=later)
     path = write(tmp_path_factory.mktemp("chat") / "_chat.txt", *lines)
     with pytest.MonkeyPatch.context() as patch:  # pieces are cut anywhere, even inside a letter
-        patch.setattr(exports, "CHUNK", piece)
+        patch.setattr(exports.source, "CHUNK", piece)
         [[info, found]] = [
             (info, list(found))
             for info, found in whatsapp.read(exports.Source(path), collections.Counter())
