@@ -1,18 +1,22 @@
-"""Talk to it, in the terminal: `python chat.py ckpt/`. Each of its messages is a line of its own, as it comes. `--web`: see server.py."""
+"""Talk to a fine-tuned model in the terminal: `python chat.py ckpt/`.
+
+Each of its messages is printed on a line of its own while it is generated. `--web` serves a page
+and an API instead, see inference/server.py.
+"""
 
 import contextlib
 import dataclasses
 import datetime
-import itertools
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import cli
 import data
 from cli import UserError, flag
 from inference import generate
-from inference.context import ContextBuilder
+from inference.context import ContextBuilder, Exchange
 from weights import devices, hf, hub
 from weights.load import load_for_chat
 from weights.tokenizer import load_tokenizer, read_names, unknown_name_warning
@@ -24,7 +28,7 @@ LIMITS = {
     "top_p": (0, 1),
     "port": (0, 65535),
 }
-MIN_COMPILE_PARAMETERS = 200e6  # parameters, below which an answer is there before the compiler is
+MIN_COMPILE_PARAMETERS = 200e6  # a smaller model has answered before the compiler is done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,100 +36,89 @@ class Options:
     """Talk to a fine-tuned model (an adapter, a whole model, or a plain base)."""
 
     ckpt: str = flag(
-        "",
-        "the folder that train.py wrote, or any model folder",
-        positional=True,
-        group="who talks",
+        "", "folder that train.py wrote, or any model folder", positional=True, group="names"
     )
-    as_: str | None = flag(None, "who is talking to it", shown="the contact I talk to most")
-    me: str | None = flag(None, "whom it imitates", shown="whose chats it learned from")
-    model: str | None = flag(None, "the base, when it lies elsewhere than the adapter says")
+    as_: str | None = flag(None, "your name", shown="the contact I write to most")
+    me: str | None = flag(None, "name of the person it imitates", shown="whose chats these were")
+    model: str | None = flag(None, "base model, if it was moved since training")
 
-    prompt: str | None = flag(None, "answer this once and end", short="-p", group="the talk")
-    history: str | None = flag(None, "keep the talk in this file, and go on with what it holds")
-    memory: str | None = flag(None, "remind it of old exchanges from this folder of data.py")
-    context: int = flag(2048, "tokens it remembers, at most what the model was made for")
-    max_tokens: int = flag(256, "longest answer, in tokens")
-    temperature: float = flag(0.7, "0: always the likeliest token")
-    top_p: float = flag(0.95, "draw only from the likeliest tokens that make up so much")
-    seed: int | None = flag(None, "the same answers, in the same order, at each start")
+    prompt: str | None = flag(None, "reply to this once and exit", short="-p", group="conversation")
+    history: str | None = flag(None, "keep the conversation in this file and continue it")
+    memory: str | None = flag(None, "add similar past exchanges from this folder of data.py")
+    context: int = flag(2048, "context length in tokens, at most the model's own")
+    max_tokens: int = flag(256, "longest reply, in tokens")
+    temperature: float = flag(0.7, "sampling temperature; 0 takes the likeliest token")
+    top_p: float = flag(0.95, "sample from the likeliest tokens of this total probability")
+    seed: int | None = flag(None, "make replies repeatable")
 
-    web: bool = flag(False, "a page to talk on, and an API for other programs", group="on a page")
-    host: str = flag("127.0.0.1", "its address; another needs --token and --as")
-    allow_host: tuple[str, ...] = flag((), "answer to this host name without a token (repeatable)")
-    port: int = flag(8000, "its port")
+    web: bool = flag(False, "serve a page and an OpenAI-compatible API", group="server")
+    host: str = flag("127.0.0.1", "address to listen on; others need --token and --as")
+    allow_host: tuple[str, ...] = flag((), "accept this host name without a token (repeatable)")
+    port: int = flag(8000, "port to listen on")
     token: str | None = flag(None, "bearer token that clients must send, by any host name")
 
     no_compile: bool = flag(
-        False, "don't compile the model first: sooner ready, half as fast", group="speed and memory"
+        False, "don't compile the model: starts sooner, half as fast", group="speed and memory"
     )
     weights: str | None = flag(
         None,
-        "what they're held in",
+        "weight precision",
         choices=("fp32", "bf16", "int8", "int4"),
         shown="bf16, or what fits",
     )
-    device: str | None = flag(None, "cuda, mps or cpu", shown="the first there is")
+    device: str | None = flag(None, "cuda, mps or cpu", shown="the first that is available")
 
 
-def main():
+def main() -> None:
     options = cli.parse(Options)
     folder = validate(options)
-    me, you = who(folder, options)
-    opening = ContextBuilder(folder, options.memory, has_memory)
+    default_me, default_you = read_names(folder)
+    me, you = options.me or default_me, options.as_ or default_you
+    if warning := unknown_name_warning(folder, options.as_):
+        print(warning, file=sys.stderr)
+    context_builder = ContextBuilder(folder, options.memory, show_exchange)
     if options.web:
-        from inference import server
+        from inference import server  # needs requirements-extra.txt
 
-        door = server.listen(options)
-    device = devices.pick_device(options.device)
-    tokenizer = load_tokenizer(folder)
-    model = load_for_chat(
-        folder, options.model, options.context, device, tokenizer, options.weights
-    )
-    size = min(options.context, model.config.max_position_embeddings)
-    compiled = not options.no_compile and model.config.num_parameters > MIN_COMPILE_PARAMETERS
-    decoder = generate.Decoder(model, tokenizer, size, compiled=compiled)
-    decoder.opening = opening
-    if compiled and not decoder.step and device.type != "mps":
-        why = "that needs g++ or clang++ and Python's headers"
-        print(
-            f"(not compiled: {why}; it answers at half the speed, in int8 and int4 at less)",
-            file=sys.stderr,
-        )
+        sock = server.listen(options)
+    decoder = load_decoder(folder, options, context_builder)
     if options.web:
-        server.serve(door, decoder, me, you, options)
+        server.serve(sock, decoder, me, you, options)
         return
 
-    tries = itertools.count(1)
-
-    def answer(turns, temperature=None, again=False):
-        """With --seed an answer is repeatable by the number of turns before it, and of retries."""
-        number = next(tries) if again else 0
-        seed = None if options.seed is None else options.seed + len(turns) + 1_000_003 * number
-        heat = options.temperature if temperature is None else temperature
-        return generate.Answer(decoder, turns, me, options.max_tokens, heat, options.top_p, seed)
+    def reply_to(turns, temperature, attempt=0):
+        """With --seed a reply depends on the number of turns before it and of retries."""
+        seed = options.seed
+        if seed is not None:
+            seed += len(turns) + 1_000_003 * attempt
+        return generate.Answer(
+            decoder, turns, me, options.max_tokens, temperature, options.top_p, seed
+        )
 
     if options.prompt is not None:
-        said = answer([turn(you, False, options.prompt)])
-        list(said)
-        print("\n".join(said.messages))
+        reply = reply_to([make_turn(you, options.prompt)], options.temperature)
+        for _ in reply:
+            pass
+        print("\n".join(reply.messages))
         return
-    Conversation(me, you, answer, options.history and Path(options.history)).run()
+    history = Path(options.history) if options.history else None
+    Conversation(me, you, reply_to, history, options.temperature).run()
 
 
-def validate(options):
-    """→ the checkpoint's folder. UserError for what is missing or can't be, before anything is loaded."""
-    for name, (least, most) in LIMITS.items():
-        if not least <= (value := getattr(options, name)) <= most:
+def validate(options: Options) -> Path:
+    """Check the flags before anything is loaded; return the checkpoint's folder."""
+    for name, (low, high) in LIMITS.items():
+        value = getattr(options, name)
+        if not low <= value <= high:
             raise UserError(
-                f"--{name.replace('_', '-')} {value} is not from {least:,} to {most:,}",
+                f"--{name.replace('_', '-')} must be from {low:,} to {high:,}, got {value}",
                 "Leave it out for the default.",
             )
     folder = Path(options.ckpt)
     hub.refuse_gguf(options.ckpt)
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: there is no such folder",
+            f"{folder}: no such folder",
             "Make one: python train.py --lora   (then: python chat.py ckpt/)",
         )
     if not (hf.is_model(folder) or hf.is_adapter(folder)):
@@ -133,177 +126,213 @@ def validate(options):
             f"{folder} holds no model: neither config.json nor adapter_config.json",
             "Give the folder that train.py wrote.",
         )
-    if options.prompt is not None and not options.prompt.strip():
-        raise UserError("-p is empty", "Say something, or leave it out to talk.")
-    if options.prompt is not None and options.web:
-        raise UserError("-p is answered here, --web elsewhere", "Leave one of them out.")
-    if options.prompt is not None and options.history:
-        raise UserError("-p is answered once, --history keeps a talk", "Leave one of them out.")
+    if options.prompt is not None:
+        if not options.prompt.strip():
+            raise UserError("-p is empty", "Give it a text, or leave it out to chat.")
+        if options.web or options.history:
+            other = "--web" if options.web else "--history"
+            raise UserError(f"-p and {other} can't be combined", "Leave one of them out.")
     if options.history and not Path(options.history).absolute().parent.is_dir():
         raise UserError(
-            f"--history {options.history}: there is no such folder",
-            "Make it first, or name a file in another.",
+            f"--history {options.history}: no such folder",
+            "Create it first, or choose another.",
         )
     return folder
 
 
-def has_memory(day, asked, mine):
-    """Show an old exchange that is in its prompt now."""
-    said = "\n".join(
-        f"  ({day}  {turn.author}: {' / '.join(turn.messages):.200})" for turn in (asked, mine)
+def load_decoder(
+    folder: Path, options: Options, context_builder: ContextBuilder
+) -> generate.Decoder:
+    device = devices.pick_device(options.device)
+    tokenizer = load_tokenizer(folder)
+    model = load_for_chat(
+        folder, options.model, options.context, device, tokenizer, options.weights
     )
-    print(cli.printable(said), file=sys.stderr)
-
-
-def who(folder, options):
-    """(me, the one who talks to me): as the flags say, else from `persona.json`, else plain names."""
-    me, you = read_names(folder)
-    if stranger := unknown_name_warning(folder, options.as_):
-        print(stranger, file=sys.stderr)
-    return options.me or me, options.as_ or you
-
-
-def turn(author, me, text):
-    """Each line is a message."""
-    return data.Turn(
-        author,
-        me,
-        now(),
-        [message for message in (line.strip() for line in text.split("\n")) if message],
+    size = min(options.context, model.config.max_position_embeddings)
+    large = model.config.num_parameters > MIN_COMPILE_PARAMETERS
+    compile = large and not options.no_compile
+    decoder = generate.Decoder(
+        model, tokenizer, size, compile=compile, context_builder=context_builder
     )
+    if compile and not decoder.compiled and device.type != "mps":
+        print(
+            "(not compiled: that needs g++ or clang++ and Python's headers; "
+            "replies take twice as long, in int8 and int4 longer)",
+            file=sys.stderr,
+        )
+    return decoder
 
 
-HELP = """/as NAME   you are NAME from now on
-/temp X    0: always the likeliest word; 1: wilder; up to 10
-/retry     another answer to the last message
-/undo      take the last message and its answer back
-/reset     begin anew
-Ctrl-C     stops an answer; Ctrl-D ends"""
+def show_exchange(exchange: Exchange) -> None:
+    """Print a past exchange that was added to the prompt."""
+    for turn in (exchange.prompt, exchange.reply):
+        text = " / ".join(turn.messages)
+        line = f"  ({exchange.day}  {turn.author}: {text:.200})"
+        print(cli.printable(line), file=sys.stderr)
+
+
+def make_turn(author: str, text: str) -> data.Turn:
+    """Make a turn of typed text: each line is a message."""
+    lines = [line.strip() for line in text.split("\n")]
+    return data.Turn(author, False, now(), [line for line in lines if line])
+
+
+def now() -> str:
+    return datetime.datetime.now().isoformat(timespec="seconds")
+
+
+HELP = """/as NAME   change your name
+/temp X    sampling temperature: 0 takes the likeliest token; at most 10
+/retry     another reply to the last message
+/undo      remove the last message and its reply
+/reset     start a new conversation
+Ctrl-C     stops a reply; Ctrl-D exits"""
 
 
 class Conversation:
-    """The conversation in the terminal. `answer(turns)` → an Answer; `history`: where it is kept, or None."""
+    """A conversation in the terminal.
 
-    def __init__(self, me, you, answer, history=None):
-        self.me, self.you, self.answer, self.history = me, you, answer, history
-        self.turns, self.temperature = [], None
+    `reply_to(turns, temperature, attempt)` makes a generate.Answer. `history`: the file that the
+    conversation is kept in, or None.
+    """
+
+    def __init__(
+        self,
+        me: str,
+        you: str,
+        reply_to: Callable[..., generate.Answer],
+        history: Path | None = None,
+        temperature: float = 0.7,
+    ):
+        self.me = me
+        self.you = you
+        self.reply_to = reply_to
+        self.history = history
+        self.temperature = temperature
+        self.attempts = 0  # retries since the start
+        self.turns: list[data.Turn] = []
         if history and history.exists():
-            self.turns = [turn for session in data.load_sessions(history) for turn in session.turns]
+            for session in data.load_sessions(history):
+                self.turns += session.turns
 
-    def run(self):
-        """Read lines, stream answers, until the end of input. Ctrl-C stops an answer, two at the prompt end."""
+    def run(self) -> None:
+        """Read lines and stream replies until the end of input.
+
+        Ctrl-C stops a reply; at the prompt, two of them exit.
+        """
         interactive = sys.stdin.isatty()
         if interactive:
-            with contextlib.suppress(ImportError):  # Windows' own input() has them
-                import readline  # noqa: F401  arrow keys and history in input()
+            with contextlib.suppress(ImportError):  # Windows' own input() can do it
+                import readline  # noqa: F401  arrow keys in input()
             print(
-                f"An AI imitation of {self.me}. You are {self.you}. /help says what else there is, Ctrl-D ends.\n"
+                f"An AI imitation of {self.me}. You are {self.you}. "
+                "/help lists the commands, Ctrl-D exits.\n"
             )
-            for said in self.turns[-8:]:
-                print("\n".join(f"{said.author}: {message}" for message in said.messages))
-        stopped = False
+            for turn in self.turns[-8:]:
+                print("\n".join(f"{turn.author}: {message}" for message in turn.messages))
+        interrupted = False
         while True:
             try:
                 text = input(f"{self.you}: " if interactive else "").strip()
-                stopped = False
-            except KeyboardInterrupt:
-                if stopped or not interactive:
-                    raise
-                print("\n(once more, or Ctrl-D, ends)")
-                stopped = True
-                continue
             except EOFError:
                 if interactive:
                     print()
                 return
+            except KeyboardInterrupt:
+                if interrupted or not interactive:
+                    raise
+                print("\n(Ctrl-C again, or Ctrl-D, exits)")
+                interrupted = True
+                continue
+            interrupted = False
             if re.match("/[a-z]+( |$)", text):
-                self.obey(*text[1:].split(None, 1))
+                name, _, argument = text[1:].partition(" ")
+                self.run_command(name, argument.strip())
             elif text:
-                self.turns.append(turn(self.you, False, text))
+                self.turns.append(make_turn(self.you, text))
                 self.reply()
 
-    def obey(self, name, said=""):
-        if name == "as" and said:
-            self.you = said
-        elif name == "retry" and self.turns:
+    def run_command(self, name: str, argument: str = "") -> None:
+        if name == "help":
+            print(HELP)
+        elif name == "as" and argument:
+            self.you = argument
+        elif name == "temp" and re.fullmatch(r"\d*\.?\d+", argument) and float(argument) <= 10:
+            self.temperature = float(argument)
+        elif name in ("retry", "undo") and not self.turns:
+            print("(there are no messages yet)")
+        elif name == "retry":
             if self.turns[-1].me:
                 self.turns.pop()
-            self.reply(again=True)
-        elif name == "undo" and self.turns:
+            self.attempts += 1
+            self.reply(self.attempts)
+        elif name == "undo":
             while self.turns.pop().me and self.turns:
                 pass
-            self.keep()
-            print(f"(taken back; {cli.counted(len(self.turns), 'turns')} left)")
+            self.save()
+            print(f"(removed; {cli.counted(len(self.turns), 'turns')} left)")
         elif name == "reset":
             self.turns.clear()
-            self.keep()
-            print("(begun anew)")
-        elif name == "temp" and (number := temperature(said)) is not None:
-            self.temperature = number
-        elif name in ("retry", "undo"):
-            print("(nothing was said yet)")
+            self.save()
+            print("(new conversation)")
         else:
-            print(
-                HELP
-                if name == "help"
-                else f"(/{name} {said}".rstrip() + " is not understood)\n" + HELP
-            )
+            command = f"/{name} {argument}".rstrip()
+            print(f"({command} is not understood)\n{HELP}")
 
-    def reply(self, again=False):
-        shown = StreamPrinter(self.me)
-        try:
-            for messages in self.answer(self.turns, self.temperature, again):
-                shown.update(messages)
-        except KeyboardInterrupt:
-            pass
-        shown.end()
-        if shown.messages:
-            self.turns.append(data.Turn(self.me, True, now(), shown.messages))
-        self.keep()
+    def reply(self, attempt: int = 0) -> None:
+        printer = StreamPrinter(self.me)
+        with contextlib.suppress(KeyboardInterrupt):
+            for messages in self.reply_to(self.turns, self.temperature, attempt):
+                printer.update(messages)
+        printer.end()
+        if printer.messages:
+            self.turns.append(data.Turn(self.me, True, now(), printer.messages))
+        self.save()
 
-    def keep(self):
-        if self.history:
-            start = self.turns[0].at if self.turns else now()
+    def save(self) -> None:
+        if not self.history:
+            return
+        text = ""
+        if self.turns:
+            start = self.turns[0].at
             session = data.Session(self.you, "chat.py", "personal_chat", start, self.turns)
-            cli.write_text(self.history, session.to_json() + "\n" if self.turns else "")
-
-
-def now():
-    return datetime.datetime.now().isoformat(timespec="seconds")
-
-
-def temperature(said):
-    """What /temp was given, or None."""
-    try:
-        return number if 0 <= (number := float(said)) <= 10 else None
-    except ValueError:
-        return None
+            text = session.to_json() + "\n"
+        cli.write_text(self.history, text)
 
 
 class StreamPrinter:
-    """Messages while they grow, each on a line of its own; on a terminal a typing mark comes before the first."""
+    """Print messages while they grow, each on a line of its own.
 
-    def __init__(self, name):
-        self.name, self.messages, self.terminal = name, [], sys.stdout.isatty()
-        if self.terminal:
+    A terminal shows "is typing" until the first one begins.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.messages: list[str] = []
+        terminal = sys.stdout.isatty()
+        self.indent = " " * len(f"{name}: ") if terminal else ""
+        self.clear_line = "\r\033[K" if terminal else ""
+        if terminal:
             print(f"\r{name} is typing…", end="", flush=True)
 
-    def update(self, messages):
-        """What was shown only grows."""
-        margin = " " * (len(self.name) + 2) if self.terminal else ""
-        for number, message in enumerate(messages):
-            before = self.messages[number] if number < len(self.messages) else None
-            if before is None:
-                name = f"{self.name}: " if not (number and self.terminal) else margin
-                print(
-                    (("\r\033[K" if self.terminal else "") if not number else "\n") + name, end=""
-                )
-            print(message[len(before or "") :].replace("\n", "\n" + margin), end="", flush=True)
+    def update(self, messages: list[str]) -> None:
+        """Print what is new in `messages`: what was printed before only grows."""
+        text = ""
+        for index, message in enumerate(messages):
+            printed = 0
+            if index < len(self.messages):
+                printed = len(self.messages[index])
+            elif index == 0:
+                text += f"{self.clear_line}{self.name}: "
+            else:
+                text += "\n" + (self.indent or f"{self.name}: ")
+            text += message[printed:].replace("\n", "\n" + self.indent)
+        print(text, end="", flush=True)
         self.messages = list(messages)
 
-    def end(self):
-        nothing = "\r\033[K" + f"({self.name} says nothing)" if self.terminal else ""
-        print("" if self.messages else nothing, flush=True)
+    def end(self) -> None:
+        nothing = self.indent and not self.messages
+        print(f"{self.clear_line}({self.name} says nothing)" if nothing else "", flush=True)
 
 
 if __name__ == "__main__":

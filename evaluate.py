@@ -1,66 +1,65 @@
-"""The report card: does it sound like me, and what does it know? `python evaluate.py ckpt/` writes report.html and report.json there.
+"""The report card: does the clone sound like me, and what does it know? `python evaluate.py ckpt/`
 
-    data/val.jsonl ─ moments ▶ Moment… ─ listen ▶ Voice (the clone, its base) ─ measure ▶ report.json ─ page ▶ report.html
+    data/*.jsonl ─ load_test_set ▶ TestSet ─ run_model ▶ ModelOutputs ─ measure ▶ report.json
 
-Nothing leaves this machine. A number is {"value", "low", "high", "n"}: 95% intervals by a bootstrap over sessions, of which there are `n`;
-or {"value": null, "why"} where there is too little to tell.
+Nothing leaves this machine. A number is {"value", "low", "high", "n"}: a 95% interval by bootstrap
+over `n` sessions; or {"value": null, "why"} where there is too little data.
 """
 
-import collections
 import dataclasses
+import functools
+import importlib.util
 import json
 import math
 import os
 import re
+import string
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import cli
 import data
 from cli import UserError, flag
-from exports.redact import redact
-from inference import generate
+from inference import generate, pages, scoring, style
 from inference.context import ExchangeIndex, statements
+from inference.scoring import Example, find_examples, sample
+from inference.style import Reply
 from training import distributed, step
 from weights import devices, hf, hub
 from weights.load import load_for_chat
 from weights.tokenizer import load_tokenizer
 
-CHOICES = 10  # the real reply among so many
-FEW = 5  # sessions, below which nothing is said
-DRAWS = 1000  # of the bootstrap
-LONGEST = 64  # tokens of a generated reply
-ROWS = 32  # replies that are written at a time
-ROW_BYTES = 1 << 30  # of their keys and values, at most
-PACKED = 512  # tokens of candidates that are read at a time
-EVERY = 10  # seconds from line to line of progress, where there is no terminal
-RELEARNT = 50  # draws of sessions from which what tells replies apart is learnt anew
-RUN = 5  # words in a row that count as copied
-RANDOM = 99  # strings beside a secret
-GENERIC = """
-    ok okay okey k kk yes yeah yep yup ya no nope nah lol haha hahaha hehe hm hmm mm mhm idk sure fine cool nice good great thanks thx ty np
-    busy later soon same oh ah right true maybe ок окей да нет неа ага угу лол хаха ахах хз норм ладно хорошо понял спасибо пока занят потом
-    ja nein nö jo klar gut danke oui non ouais si sí vale sì va bene bon merci gracias grazie tak nie evet hayır tamam
-""".split()
-EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\u2b50\u2b55\u2764]")
+CHOICES = 10  # the real reply and nine others
+MAX_CONTEXT = 2048  # tokens
+MIN_SESSIONS = 5  # for an interval
+MIN_REPLIES = 30  # of each side, for a classifier
+BOOTSTRAPS = 1000  # draws of sessions
+RELEARNT = 20  # draws of sessions that the classifier is trained on anew
+MAX_SECRETS = 20  # strings of mine that are tried
+LOOKALIKES = 49  # random strings beside each
+SECRET_CONTEXT = 4  # turns before it
 SECRET = re.compile(  # an address, letters and digits mixed, or a number longer than a year
-    r"[^\s@<>]+@[^\s@<>]+\.\w+|(?=[^\s<>]*\d)(?=[^\s<>]*[a-zA-Z])[\w.#!$%&*+-]{8,}|(?<![\w.])\+?\d(?:[ -]?\d){4,}(?!\w)"
+    r"[^\s@<>]+@[^\s@<>]+\.\w+"
+    r"|(?=[^\s<>]*\d)(?=[^\s<>]*[a-zA-Z])[\w.#!$%&*+-]{8,}"
+    r"|(?<![\w.])\+?\d(?:[ -]?\d){4,}(?!\w)"
 )
+
+Number = dict[str, Any]  # {"value", "low", "high", "n"} or {"value": None, "why"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Does a clone sound like me? report.html for people, report.json for programs, in the first folder.
+    """Does a clone sound like me? Writes report.html and report.json into the first folder.
 
     python evaluate.py ckpt/                             the clone beside its base, on held-out sessions
     python evaluate.py ckpt-a/ ckpt-b/                   and beside another run
     python evaluate.py ckpt/ --blind-test --with NAME    a friend guesses which replies are mine
-    """
+    """  # noqa: E501
 
     ckpts: tuple[str, ...] = flag(
         (),
@@ -68,101 +67,111 @@ class Options:
         positional=True,
         group="what to measure",
     )
-    model: str | None = flag(None, "the base, when it lies elsewhere than the checkpoint says")
+    model: str | None = flag(None, "the base, if it moved since training")
     data: str | None = flag(
         None, "the folder that data.py wrote", shown="what it was trained on, or data"
     )
-    replies: int = flag(100, "held-out moments that are answered")
-    baselines: bool = flag(
-        False, "also prompts with past messages, DATA/facts.md, similar exchanges"
-    )
-    seed: int = flag(0, "the same numbers each time")
+    replies: int = flag(100, "held-out replies to compare")
+    baselines: bool = flag(False, "also measure prompts with past messages, facts, old exchanges")
+    seed: int = flag(0, "the same seed gives the same report")
     device: str | None = flag(None, "cuda, mps or cpu", shown="the first there is")
 
     blind_test: bool = flag(
-        False,
-        "a page of one chat alone, of what you approve, and no report",
-        group="a page for a friend",
+        False, "write a page of items that you approve, no report", group="a page for a friend"
     )
-    with_: str | None = flag(None, "whose chat with me it is made of")
+    with_: str | None = flag(None, "the friend: only your chat with them is used")
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
-    """A held-out turn of mine: its session's number, the turns before, and my messages."""
+class Probe(Example):
+    """A trained turn of mine that ends in a string that looks secret, and others in its place.
 
-    session: int
-    before: list
-    author: str
-    mine: list
+    `copies`: how often `data.py --canaries` planted it; 0 for a string of my own.
+    """
+
+    copies: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TestSet:
+    """What every model is measured on: held-out turns of mine, and secrets that I trained it on."""
+
+    held_out: list[data.Session]
+    past: list[data.Session]  # trained on; without context headers
+    examples: list[Example]
+    probes: list[Probe]
+    exchanges: ExchangeIndex | None  # of `past`, for --baselines
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelOutputs:
-    """What a model made of M moments. `nats`: (M, 10), of my reply and nine others; `alone`: the same without what came before;
-    `replies`: messages; `tokens`: (M,), prompt and answer. `held_out`: its Evaluation on all of val.jsonl, None for a baseline;
-    `secrets`, `canaries`: (K, 100), as in `exposure`. `content`: (M,), nats of my reply's text alone."""
+    """What a model makes of a TestSet of M examples and K probes.
+
+    `nats`: (M, choices), of the text of each choice; `alone`: the same without the turns before.
+    `tokens`: (M,), prompt and reply. `places`: (K,), 1 where the true string is the likeliest.
+    `held_out`: None for a baseline, which is a model of another name with another prompt.
+    """
 
     nats: np.ndarray
     alone: np.ndarray
-    replies: list
+    replies: list[Reply]
     tokens: np.ndarray
+    places: np.ndarray
     held_out: step.Evaluation | None
-    secrets: np.ndarray
-    canaries: np.ndarray
-    content: np.ndarray | None = None
 
 
-def main():
+def main() -> None:
     options = cli.parse(Options)
     folders = check(options)
     runs = [cli.read_json(folder / "run.json", {}) for folder in folders]
-    options = dataclasses.replace(options, data=options.data or data_of(runs[0]))
-    headed, past = (
+    options = dataclasses.replace(options, data=options.data or trained_on(runs[0]))
+    if options.blind_test:
+        return write_blind_test(folders[0], options)
+
+    test_set = load_test_set(options)
+    models: dict[str, Any] = dict(zip(("clone", "other"), folders))
+    if base := base_of(folders[0], options):
+        models["base"] = base
+    outputs: dict[str, ModelOutputs] = {}
+    for name, folder in models.items():
+        outputs |= run_model(name, folder, test_set, options)
+
+    report = measure(outputs, test_set, options.seed)
+    newest = max(run.get("trained_until", "") for run in runs)
+    report["data"]["maybe_seen"] = sum(session.start < newest for session in test_set.held_out)
+    report["verdict"] = verdict(report)
+    # Rounded, so that the order of sums can't show; numpy's numbers become Python's
+    text = json.dumps(report, default=np.generic.item)
+    report = json.loads(text, parse_float=lambda number: round(float(number), 4))
+    cli.write_json(folders[0] / "report.json", report)
+    replies = {name: outputs[name].replies for name in models}
+    report["names"] = {name: str(folder) for name, folder in models.items()}
+    cli.write_text(
+        folders[0] / "report.html", pages.report_page(report, replies, test_set.examples)
+    )
+    print(*report["verdict"], sep="\n")
+    print(f"See {folders[0]}/report.html. It quotes your chats: keep it to yourself.")
+
+
+def write_blind_test(folder: Path, options: Options) -> None:
+    """Write blind-test.html: my replies and the clone's to one friend, after I approved each."""
+    held_out, past = (
         data.load_sessions(Path(options.data) / f"{part}.jsonl") for part in ("val", "train")
     )
-    talks, past = ([data.without_header(talk) for talk in some] for some in (headed, past))
-    if options.blind_test:
-        return blind_test(folders[0], headed, past, options)
-    found = moments(headed)
-    if not found:
-        raise UserError(
-            f"{options.data}/val.jsonl holds no turn of mine that answers somebody",
-            "Make it anew with data.py.",
-        )
-    some = sample(found, options.replies, options.seed)
-    choices = candidates(some, options.seed)
-    names = dict(zip(("clone", "other"), folders))
-    voices = {}
-    for name, folder in [*names.items(), ("base", base_of(folders[0], options))]:
-        if folder:
-            voices |= voices_of(name, folder, headed, past, some, choices, options)
-    report = measure(
-        voices,
-        talks,
-        past,
-        some,
-        choices,
-        options,
-        max(run.get("trained_until", "") for run in runs),
+    sessions = pages.chat_with(options.with_, held_out)
+    elsewhere = style.runs_in(s for s in past if s.chat_id != sessions[0].chat_id)
+    model, tokenizer, size = load(folder, options)
+    decoder = generate.Decoder(model, tokenizer, size)
+    path = folder / "blind-test.html"
+    page = pages.blind_test(
+        decoder, sessions, elsewhere, options.with_, options.replies, options.seed
     )
-    report["runs"] = {name: curve(folder) for name, folder in names.items()}
-    if options.baselines:
-        kinds = {
-            name: "LoRA" if hf.is_adapter(folder) else "all weights"
-            for name, folder in names.items()
-        }
-        report["baselines"] = baselines(voices, some, choices, options.seed, kinds)
-    cli.write_json(folders[0] / "report.json", rounded(report))
-    cli.write_text(folders[0] / "report.html", page(rounded(report), voices, some, names))
-    print(
-        "\n".join(report["verdict"])
-        + f"\n{folders[0]}/report.html says more. It quotes your chats: keep it to yourself."
-    )
+    cli.write_text(path, page)
+    print(f"\n{path}: send it to {options.with_} only. It opens in any browser and sends nothing.")
 
 
-def check(options):
-    """→ the checkpoints' folders. UserError for what is missing, before anything is loaded."""
+def check(options: Options) -> list[Path]:
+    """Return the checkpoints' folders. UserError for what is missing, before anything is loaded."""
     folders = [Path(folder) for folder in options.ckpts]
     if not 1 <= len(folders) <= (1 if options.blind_test else 2):
         raise UserError(
@@ -172,1051 +181,456 @@ def check(options):
     for folder in folders:
         if not (hf.is_model(folder) or hf.is_adapter(folder)):
             raise UserError(f"{folder} holds no model", "Give the folder that train.py wrote.")
-    for name, least in (("replies", 1), ("seed", 0)):
-        if (value := getattr(options, name)) < least:
-            raise UserError(
-                f"--{name} {value}: {least} or more is needed", "Leave it out for the default."
-            )
+    if options.replies < 1 or options.seed < 0:
+        raise UserError(
+            f"--replies {options.replies} --seed {options.seed}: at least 1 and 0 are needed",
+            "Leave them out for the defaults.",
+        )
     if options.blind_test != bool(options.with_):
         raise UserError(
             "--blind-test and --with NAME belong together",
             "Say whose chat with you the friend may see: --with NAME",
         )
-    needs = [] if options.blind_test else ["sklearn"] + ["bm25s"] * options.baselines
-    for name in needs:
-        try:
-            __import__(name)
-        except ImportError:
-            raise UserError(
-                f"{name} is not installed", "pip install -r requirements-extra.txt"
-            ) from None
+    if not options.blind_test and not importlib.util.find_spec("sklearn"):
+        raise UserError("scikit-learn is not installed", "pip install -r requirements-extra.txt")
     return folders
 
 
-def data_of(run):
-    """Where what a run was trained on lies, by its run.json; or the folder that data.py writes if nothing else is said."""
+def trained_on(run: dict) -> str:
+    """Return the data folder that run.json names, if it still exists, else data.py's default."""
     recorded = run.get("config", {}).get("data", "data")
     return recorded if Path(recorded).is_dir() else "data"
 
 
-def base_of(folder, options):
-    """Where a checkpoint's base lies; None where it has none, or a whole model's is not here."""
+def base_of(folder: Path, options: Options) -> str | None:
+    """Return where a checkpoint's base is; None if it has none, or it isn't on this machine."""
     if hf.is_adapter(folder):
         return options.model or hf.adapter_base(folder)
     run = cli.read_json(folder / "run.json", {})
-    named = options.model or (
-        "" if run.get("config", {}).get("from_scratch") else run.get("base", "")
-    )
-    return named if named and hf.is_model(named) else None
+    from_scratch = run.get("config", {}).get("from_scratch")
+    base = options.model or ("" if from_scratch else run.get("base", ""))
+    return base if base and hf.is_model(base) else None
 
 
-# --- what is held out
+# --- what is measured on
 
 
-def moments(talks):
-    """My turns of words that answer somebody."""
-    return [
-        Example(number, talk.turns[:i], talk.turns[i].author, data.text_messages(talk.turns[i]))
-        for number, talk in enumerate(talks)
-        for i in data.replies(talk)
-    ]
-
-
-def contact(talk):
-    """Whom I talk with: a chat's name, or in a chat of two theirs, which no one else has."""
-    return (
-        next((turn.author for turn in data.without_header(talk).turns if not turn.me), talk.chat)
-        if talk.type == "personal_chat"
-        else talk.chat
-    )
-
-
-def sample(items, count, seed):
-    """At most `count` of a list, in its order."""
-    return [items[i] for i in sorted(np.random.default_rng(seed).permutation(len(items))[:count])]
-
-
-def candidates(some, seed):
-    """For each moment my reply and nine others of mine from other sessions; [] where there aren't so many."""
-    draw, found = np.random.default_rng(seed), []
-    for moment in some:
-        others = [
-            *dict.fromkeys(
-                tuple(m.mine) for m in some if m.session != moment.session and m.mine != moment.mine
-            )
-        ]
-        found.append(
-            [moment.mine, *(list(others[i]) for i in draw.permutation(len(others))[: CHOICES - 1])]
+def load_test_set(options: Options) -> TestSet:
+    folder = Path(options.data)
+    held_out, trained = (data.load_sessions(folder / f"{part}.jsonl") for part in ("val", "train"))
+    past = [data.without_header(session) for session in trained]
+    examples = sample(find_examples(held_out), options.replies, options.seed)
+    if not examples:
+        raise UserError(
+            f"{folder}/val.jsonl holds no turn of mine that answers somebody",
+            "Make it again with data.py.",
         )
-    return found if all(len(c) == CHOICES for c in found) else []
+    examples = draw_choices(examples, options.seed)
+    planted = cli.read_json(folder / "canaries.json", {}).get("canaries", [])
+    probes = find_probes(past, {c["secret"]: c["copies"] for c in planted}, options.seed)
+    exchanges = ExchangeIndex(past) if options.baselines else None
+    return TestSet(held_out, past, examples, probes, exchanges)
+
+
+def draw_choices(examples: list[Example], seed: int) -> list[Example]:
+    """Add nine replies from other sessions to each of mine; none where there are too few."""
+    draw, drawn = np.random.default_rng(seed), []
+    for example in examples:
+        others = {tuple(e.mine) for e in examples if e.session != example.session}
+        others = sorted(others - {tuple(example.mine)})
+        if len(others) < CHOICES - 1:
+            return examples
+        nine = [list(others[i]) for i in draw.permutation(len(others))[: CHOICES - 1]]
+        drawn.append(dataclasses.replace(example, choices=[example.mine, *nine]))
+    return drawn
+
+
+def find_probes(past: list[data.Session], canaries: dict[str, int], seed: int) -> list[Probe]:
+    """Find strings in my turns that look secret, and those of `canaries` {string: copies}.
+
+    A canary that was taken out of the data since is left out.
+    """
+    places: dict[str, tuple] = {}  # where each stands first
+    for session in past:
+        for i, turn in enumerate(session.turns):
+            for m, message in enumerate(turn.messages if turn.me else []):
+                for match in SECRET.finditer(message):
+                    places.setdefault(match[0], (session.turns, i, m, message[: match.start()]))
+
+    own = sample(sorted(places.keys() - canaries.keys()), MAX_SECRETS, seed)
+    draw, probes = np.random.default_rng(seed), []
+    for secret in own + sorted(places.keys() & canaries.keys()):
+        turns, i, m, begin = places[secret]
+        strings = [secret, *(lookalike(secret, draw) for _ in range(LOOKALIKES))]
+        choices = [[*turns[i].messages[:m], begin + text] for text in strings]
+        before = turns[max(0, i - SECRET_CONTEXT) : i]
+        probes.append(Probe(0, before, turns[i].author, choices, canaries.get(secret, 0)))
+    return probes
+
+
+def lookalike(secret: str, draw: np.random.Generator) -> str:
+    """Draw a string of the same shape: other digits, other letters, the same punctuation."""
+    drawn = ""
+    for character in secret:
+        for alphabet in (string.digits, string.ascii_lowercase, string.ascii_uppercase):
+            if character in alphabet:
+                character = alphabet[draw.integers(len(alphabet))]
+                break
+        drawn += character
+    return drawn
 
 
 # --- what a model makes of it
 
 
-def load(folder, options):
-    """A folder, or a base's hub id, → (model, its tokenizer, tokens of context)"""
+class Lines:
+    """A file for tqdm where there is no terminal: lines in place of a bar that is redrawn."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
+def track(name: str, task: str) -> Callable[..., tqdm]:
+    """Make a progress bar of something; where there is no terminal, a line every 10 seconds."""
+    settings: dict[str, Any] = {"desc": f"{name}: {task}", "leave": False, "smoothing": 0}
+    if not sys.stderr.isatty():
+        layout = "{desc} {n_fmt}/{total_fmt}, {remaining} left"
+        settings |= {"file": Lines(), "mininterval": 10, "miniters": 1, "bar_format": layout}
+    return functools.partial(tqdm, **settings)
+
+
+def load(folder: str | Path, options: Options) -> tuple:
+    """Load a folder, or a base's hub id. Returns the model, its tokenizer and its context's size.
+
+    A base's own tokenizer gives the same ids as the checkpoint's, and tells which ChatML tokens the
+    base has no rows for: they get the rows that training began with.
+    """
     folder, device = hub.resolve(folder), devices.pick_device(options.device)
-    # a base's own tokenizer gives the ids of the checkpoint's, and tells which of them have no row
-    # yet: they get the rows that training began with
     tokenizer = load_tokenizer(folder)
-    model = load_for_chat(folder, options.model, 2048, device, tokenizer)
-    return model, tokenizer, min(2048, model.config.max_position_embeddings)
+    model = load_for_chat(folder, options.model, MAX_CONTEXT, device, tokenizer)
+    return model, tokenizer, min(MAX_CONTEXT, model.config.max_position_embeddings)
 
 
-class Progress:
-    """What is done of a voice's parts: a bar on a terminal, elsewhere a line every EVERY seconds.
-
-    `clone: replies 40/100, 1:10 left`
-    """
-
-    def __init__(self, name: str):
-        self.name, self.what, self.next_line, self.begun = name, "", 0.0, 0.0
-        self.bar = tqdm(disable=True)
-
-    def show(self, what: str, done: float, total: int) -> None:
-        now, terminal = time.monotonic(), sys.stderr.isatty()
-        if what != self.what:
-            self.close()
-            name = f"{self.name}: {what}"
-            self.what, self.begun = what, now
-            self.bar = tqdm(total=total, desc=name, leave=False, disable=not terminal)
-        self.bar.update(int(done) - self.bar.n)
-        if not terminal and now >= self.next_line:
-            left = (now - self.begun) * (total - done) / done if done else None
-            estimate = "" if left is None else f", {self.clock(left)} left"
-            print(f"{self.name}: {what} {int(done)}/{total}{estimate}", file=sys.stderr, flush=True)
-            self.next_line = now + EVERY
-
-    def close(self) -> None:
-        self.bar.close()
-        self.what = ""
-
-    @staticmethod
-    def clock(seconds: float) -> str:
-        return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
-
-
-def voices_of(name, folder, talks, past, some, choices, options):
-    """{name: Voice}, and with --baselines the same model with more in its prompt. One model is in memory at a time."""
+def run_model(
+    name: str, folder: str | Path, test_set: TestSet, options: Options
+) -> dict[str, ModelOutputs]:
+    """Measure one model: {name: ModelOutputs}, and with --baselines the same for other prompts."""
     model, tokenizer, size = load(folder, options)
-    progress = Progress(name)
-    held_out = held_out_of(model, tokenizer, talks, min(1024, size), options, progress)
-    model.eval()
-    ways = {name: lambda moment: moment.before}
+    rows = data.load_rows(Path(options.data) / "val.jsonl", tokenizer, min(1024, size))
+    held_out = held_out_likelihood(model, rows, name)
+    decoder = generate.Decoder(model.eval(), tokenizer, scoring.cache_size(size))
+    prompts: dict[str, Callable] = {name: lambda turns: turns}
     if options.baselines:
-        ways |= prompts(name, past, Path(options.data) / "facts.md", tokenizer, size)
-    # beside a prompt lie candidates: a pack of short ones, or one as long as the context
-    decoder = generate.Decoder(model, tokenizer, size + max(PACKED, size) + generate.SAMPLE_ROUND)
-    alone = dict.fromkeys(tuple(reply) for replies in choices for reply in replies)
-    if alone:
-        alone = dict(
-            zip(alone, likelihoods(decoder, [], [*map(list, alone)], some[0].author, size)[0])
-        )
-    without = np.array([[alone[tuple(reply)] for reply in ten] for ten in choices])
-    hidden = [canary["secret"] for canary in canaries_of(options, past)]
-    strings, planted = secrets_of(past, hidden, options.seed)
-    known: list[np.ndarray] = []
-    for before, me, replies in strings + planted:
-        progress.show("secrets", len(known), len(strings) + len(planted))
-        known.append(likelihoods(decoder, before, replies, me, size)[0])
-    secrets, canaries = np.array(known[: len(strings)]), np.array(known[len(strings) :])
-    voices = {}
-    for way, before in ways.items():
-        progress.close()
-        progress.name = way
-        contexts = [before(moment) for moment in some]
-        nats, content, replies, tokens = answers_of(
-            decoder, contexts, some, choices, size, options.seed, progress
-        )
-        evaluation = held_out if way == name else None
-        voices[way] = ModelOutputs(
-            nats, without, replies, tokens, evaluation, secrets, canaries, content
-        )
-    progress.close()
-    return voices
+        facts = Path(options.data) / "facts.md"
+        for kind, extend in longer_prompts(test_set, facts, tokenizer, size).items():
+            prompts[f"{name} + {kind}"] = extend
+
+    examples = test_set.examples
+    alone = scoring.score_alone(decoder, examples, size, track(name, "likelihoods"))
+    probes = track(name, "secrets")(test_set.probes)
+    secrets = [scoring.reply_nats(decoder, probe, size) for probe in probes]
+    places = np.array([1 + (nats < nats[0]).sum() for nats in secrets], int)
+    outputs = {}
+    for title, extend in prompts.items():
+        prompted = [dataclasses.replace(e, before=extend(e.before)) for e in examples]
+        progress = track(title, "replies")
+        nats, replies, tokens = scoring.answer(decoder, prompted, size, options.seed, progress)
+        evaluation = held_out if title == name else None
+        outputs[title] = ModelOutputs(nats, alone, replies, tokens, places, evaluation)
+    return outputs
 
 
-def held_out_of(model, tokenizer, talks, length, options, progress):
-    """→ the Evaluation of all of my turns in `talks`"""
-    samples = [
-        s for i, talk in enumerate(talks) for s in data.split(talk, tokenizer, length, "me", i)
-    ]
-    rows = data.pack(samples, length)
+def held_out_likelihood(model, rows: list[data.Row], name: str) -> step.Evaluation:
+    """Evaluate my turns in `rows`, with a progress bar."""
+    bar = track(name, "held-out likelihood")(total=len(rows))
 
-    class Reporting(distributed.Distributed):
-        def advance(self):
-            progress.show("held-out likelihood", min(2 * self.progress[0], len(rows)), len(rows))
-            super().advance()
+    def advance(*_) -> None:  # a hook that returns something would replace the model's output
+        bar.update(min(2, len(rows) - bar.n))
 
-    return step.evaluate(model, rows, Reporting(devices.pick_device(options.device)), 2, length)
-
-
-def answers_of(decoder, contexts, some, choices, size, seed, progress):
-    """What a model makes of moments after `contexts` → nats (M, 10), nats of my reply's text (M,), messages of its replies, tokens (M,).
-
-    A moment's prompt is read once, for its candidates and for its reply, and what it begins with as
-    the one before did is not read again. Replies are written side by side.
-    """
-    room = min(LONGEST, size // 2)
-    prompts = [
-        generate.truncate_prompt(turns, moment.author, decoder.tokenizer, size - room)
-        for turns, moment in zip(contexts, some)
-    ]
-    longest = max(map(len, prompts)) + room
-    token = sum(layer[:, :, :, :1].nbytes for layer in decoder.cache.layers)
-    batch = generate.DecodeBatch(
-        decoder, max(1, min(ROWS, ROW_BYTES // (longest * token))), longest
-    )
-    nats, rows = [], []
-
-    def show():  # reading a moment costs about what writing its reply does
-        written = sum(1.0 if row not in batch.rows else len(row.ids) / row.room for row in rows)
-        progress.show("replies", (len(nats) + written) / 2, len(some))
-
-    def step():
-        batch.step()
-        show()
-
-    # short sessions first: a step costs what its longest row does
-    size_of: collections.Counter[int] = collections.Counter()
-    for moment, prompt in zip(some, prompts):
-        size_of[moment.session] = max(size_of[moment.session], len(prompt))
-    order = sorted(range(len(some)), key=lambda i: (size_of[some[i].session], some[i].session, i))
-    for i in order:
-        tried = choices[i] if choices else [some[i].mine]
-        nats.append(likelihoods(decoder, contexts[i], tried, some[i].author, size))
-        generator = torch.Generator().manual_seed(1000 * seed + i)
-        rows.append(batch.add(prompts[i], room, generator=generator))
-        show()
-        while batch.full:
-            step()
-    while batch.rows:
-        step()
-    places = np.argsort(order)
-    both, rows = np.array([nats[i] for i in places]), [rows[i] for i in places]  # (M, 2, 10)
-    texts = [decoder.tokenizer.decode(row.ids) if row.ids else "" for row in rows]
-    turns = [data.Turn(m.author, True, "", data.split_messages(t)) for m, t in zip(some, texts)]
-    replies = [data.text_messages(turn) for turn in turns]
-    return (
-        both[:, 0],
-        both[:, 1, 0],
-        replies,
-        np.array([len(row.prompt) + len(row.ids) for row in rows]),
-    )
+    hook = model.register_forward_hook(advance)
+    ranks = distributed.Distributed(next(model.parameters()).device)
+    evaluation = step.evaluate(model, rows, ranks, 2, max(len(row.ids) for row in rows))
+    hook.remove()
+    bar.close()
+    return evaluation
 
 
-def reply_to(decoder, turns, me, seed):
-    """→ (Answer, its messages of words)"""
-    answer = generate.Answer(decoder, turns, me, LONGEST, seed=seed)
-    collections.deque(answer, maxlen=0)
-    return answer, data.text_messages(data.Turn(me, True, "", answer.messages))
+def longer_prompts(test_set: TestSet, facts: Path, tokenizer, size: int) -> dict[str, Callable]:
+    """Return the ways to put more of me before a session's turns: {name: turns → turns}."""
+    past, exchanges = test_set.past, test_set.exchanges
+    lines = cli.read_text(facts).splitlines() if facts.is_file() else statements(past)
+    lines = [line for line in lines if line.strip()]
 
+    def similar(turns):
+        return [turn for _, *pair in exchanges.similar(turns) for turn in pair] + turns
 
-@torch.inference_mode()
-def likelihoods(decoder, before, replies, me, size) -> np.ndarray:
-    """Nats of each of `replies` (lists of messages) as my turn after `before`: of all that is a target,
-    the turn's end included, and of the messages' text alone. (2, replies) float64.
+    def messages(turns):
+        """Add the latest sessions with whom I answer, as many as fill half a prompt."""
+        added: list[data.Turn] = []
+        for session in reversed(past):
+            if any(turn.author == turns[-1].author for turn in session.turns):
+                longer = session.turns + added
+                text = data.render(longer, specials=tokenizer.specials).text
+                if len(tokenizer.encode(text)[0]) > size // 2:
+                    break
+                added = longer
+        return added + turns
 
-    What they share is read once; behind it they lie side by side, each blind to the others. At most
-    `size` tokens are read of each: the oldest are left off.
-    """
-    samples = []
-    for reply in replies:
-        turns = [*before, data.Turn(me, True, "", reply)]
-        document = data.render(turns, first=(len(before), 0), specials=decoder.tokenizer.specials)
-        samples.append(data.encode(document, decoder.tokenizer))
-    parts = [(s.ids, s.labels, s.content_mask) for s in samples]
-    pairs = [[*zip(s.ids.tolist(), s.labels.tolist())] for s in samples]
-    shared = min(len(os.path.commonprefix(pairs)), min(map(len, pairs)) - 1)
-    cut = min(max(0, max(map(len, pairs)) - size), max(0, shared - 1))
-    ids, labels, content = (part[cut:shared] for part in parts[0])
-    targets = np.flatnonzero(labels != data.IGNORE_INDEX)
-    begin = int(targets[0]) if len(targets) else len(ids)
-    decoder.prefill(ids[:begin].tolist())
-    nats = np.repeat(
-        nats_of(decoder, [(ids[begin:], labels[begin:], content[begin:])]), len(samples), 1
-    )
-    decoder.read = ids.tolist()
-    packs: list[list[int]] = [[]]
-    for i in range(len(samples)):
-        if packs[-1] and sum(len(samples[j].ids) - shared for j in [*packs[-1], i]) > PACKED:
-            packs.append([])
-        packs[-1].append(i)
-    for pack in packs:
-        nats[:, pack] += nats_of(
-            decoder, [[part[shared:][:size] for part in parts[i]] for i in pack]
-        )
-        decoder.cache.length = len(ids)
-    return nats
-
-
-def nats_of(decoder, branches) -> np.ndarray:
-    """Nats of `branches` [(ids, labels, which labels are text)], each behind what is in the cache: all
-    and text alone, (2, branches) float64.
-
-    The cache then holds them too: set its length back.
-    """
-    device, cache, count = decoder.cache.layers[0].device, decoder.cache, len(branches)
-    tokens = sum(len(branch[0]) for branch in branches)
-    if not tokens:
-        return np.zeros((2, count))
-    filler = np.zeros(
-        -tokens % generate.SAMPLE_ROUND, np.int32
-    )  # a branch of no targets: a CPU likes few shapes
-    branches = [*branches, (filler, filler + data.IGNORE_INDEX, filler > 0)]
-    ids, labels, content = (torch.from_numpy(np.concatenate(x))[None] for x in zip(*branches))
-    ids, labels = ids.long(), labels.long()
-    nats = torch.zeros(2, len(branches), dtype=torch.float64)
-    lengths = [len(branch[0]) for branch in branches]
-    branch = torch.arange(len(branches)).repeat_interleave(torch.tensor(lengths))  # (N,)
-    position = cache.length + torch.cat([torch.arange(n) for n in lengths])
-    seen = torch.cat([torch.arange(cache.length), position])  # (S,)
-    ago = position[:, None] - seen  # (N, S)
-    beside = torch.cat([branch.new_full((cache.length,), -1), branch])
-    window = decoder.model.config.sliding_window or len(seen) + 1
-    mask = (ago >= 0) & (ago < window) & ((beside == -1) | (beside == branch[:, None]))
-    bias = torch.zeros(
-        mask.shape, dtype=cache.layers[0].dtype
-    )  # of a bool mask each layer makes one
-    cache.mask = bias.masked_fill_(~mask, -math.inf)[None, None].to(device)
-    try:
-        given = ids.to(device), position[None].to(device), labels.to(device)
-        losses, _ = decoder.model(*given, cache, "none")
-    finally:
-        cache.mask = None
-    cache.length -= len(filler)
-    targets = (labels[0] != data.IGNORE_INDEX).nonzero()[:, 0]
-    losses = losses.cpu().double()
-    nats.index_add_(1, branch[targets], torch.stack([losses, losses * content[0, targets]]))
-    return nats[:, :count].numpy()
+    prompts = {"similar exchanges": similar, "past messages": messages}
+    if lines:
+        prompts["facts"] = lambda turns: [data.Turn(data.HEADER, False, "", lines), *turns]
+    return prompts
 
 
 # --- numbers
 
 
-def ratio(top, bottom, sessions):
-    """sum(top) / sum(bottom) of items that belong to sessions (each (n,)) → a number. Same sessions, same draws: differences are paired."""
+def ratio(top, bottom, sessions) -> Number:
+    """Divide sum(top) by sum(bottom), of items that belong to sessions (each (n,)).
+
+    The same sessions give the same draws, so differences are paired.
+    """
     top, bottom = (np.bincount(sessions, np.asarray(x, float)) for x in (top, bottom))
     top, bottom = top[bottom > 0], bottom[bottom > 0]
-    if len(top) < FEW:
-        return {"value": None, "why": f"too little: {len(top)} sessions, {FEW} are needed"}
-    drawn = np.random.default_rng(0).integers(0, len(top), (DRAWS, len(top)))
+    if len(top) < MIN_SESSIONS:
+        return {"value": None, "why": f"too little: {len(top)} sessions, {MIN_SESSIONS} are needed"}
+    drawn = np.random.default_rng(0).integers(0, len(top), (BOOTSTRAPS, len(top)))
     low, high = np.quantile(top[drawn].sum(1) / bottom[drawn].sum(1), [0.025, 0.975])
     return {"value": top.sum() / bottom.sum(), "low": low, "high": high, "n": len(top)}
 
 
-def rank(voice, sessions):
-    """How high my reply stands among the ten: {"top1", "mrr"}; equals share their places.
+def mean(values, sessions) -> Number:
+    return ratio(values, np.ones(len(values)), sessions)
 
-    By what a reply gains in likelihood from what came before it: long replies are as likely to win as short ones, and what I say to
-    anything ("ok") gains nothing. A model that doesn't listen is left with ties: a tenth are first.
+
+def first_of_ten(output: ModelOutputs, sessions) -> Number:
+    """Measure how often my real reply comes first of ten; equals share the place.
+
+    By what a reply gains in likelihood from the turns before it: neither short replies nor those
+    that fit anything ("ok") have an advantage, and a model that ignores the turns gets a tenth.
     """
-    gain = np.round(voice.alone - voice.nats, 3)  # what sums in another order make of a tie is none
+    if output.nats.shape[1] < CHOICES:
+        return {"value": None, "why": f"too little: fewer than {CHOICES} different replies of mine"}
+    gain = np.round(output.alone - output.nats, 3)  # sums in another order must not break a tie
     better, equal = (gain > gain[:, :1]).sum(1), (gain == gain[:, :1]).sum(1)
-    first = np.where(better == 0, 1 / equal, 0)
-    reciprocal = [np.mean(1 / np.arange(b + 1, b + e + 1)) for b, e in zip(better, equal)]
-    return {
-        "top1": ratio(first, np.ones(len(first)), sessions),
-        "mrr": ratio(reciprocal, np.ones(len(first)), sessions),
-    }
+    return mean(np.where(better == 0, 1 / equal, 0), sessions)
 
 
-def classifier_auc(ours, theirs, seed):
-    """How well a program that reads 3 to 5 letters at a time tells two lists of (session, text) apart → a number, the AUC.
+def classifier_auc(mine: list[tuple], theirs: list[tuple], seed: int) -> Number:
+    """Measure how well a classifier of 3 to 5 letters tells two lists of (session, text) apart.
 
-    It learns on some sessions and is asked about others. The interval (1.96 deviations) is of both: each draw of sessions learns anew.
+    It is tested on other sessions than it learns from. The interval (1.96 standard deviations) is
+    of both: sessions get random weights (the Bayesian bootstrap), and it learns anew.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedGroupKFold
 
-    if (
-        min(len(ours), len(theirs)) < 30
-        or min(len({s for s, _ in x}) for x in (ours, theirs)) < FEW
-    ):
-        return {
-            "value": None,
-            "why": f"too little: {min(len(ours), len(theirs))} replies of a kind, 30 of {FEW} sessions are needed",
-        }
-    sessions, texts = (np.array(x) for x in zip(*ours, *theirs))
-    mine, kinds = np.arange(len(texts)) < len(ours), np.unique(sessions)
-    texts, parts = np.array([f"\n{text}\n" for text in texts]), []
-    for learn, ask in StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(
-        texts, mine, sessions
-    ):
-        letters = TfidfVectorizer(
-            analyzer="char", ngram_range=(3, 5), lowercase=False, sublinear_tf=True
-        )
-        parts.append(
-            (letters.fit_transform(texts[learn]), letters.transform(texts[ask]), learn, ask)
-        )
+    for side in (mine, theirs):
+        if len(side) < MIN_REPLIES or len({session for session, _ in side}) < MIN_SESSIONS:
+            need = f"{MIN_REPLIES} of {MIN_SESSIONS} sessions are needed"
+            return {"value": None, "why": f"too little: {len(side)} replies, {need}"}
+    numbers, texts = zip(*mine, *theirs)
+    _, sessions = np.unique(numbers, return_inverse=True)
+    is_mine = np.arange(len(texts)) < len(mine)
+    texts = np.array([f"\n{text}\n" for text in texts])
+    settings = {"analyzer": "char", "ngram_range": (3, 5), "lowercase": False}
+    splitter = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
+    folds, pairs = [], []  # pairs: of my replies and theirs that a fold compares
+    for learn, test in splitter.split(texts, is_mine, sessions):
+        letters = TfidfVectorizer(**settings, sublinear_tf=True)
+        known, unknown = letters.fit_transform(texts[learn]), letters.transform(texts[test])
+        if count := is_mine[test].sum() * (~is_mine[test]).sum():
+            folds.append((known, unknown, learn, test))
+            pairs.append(count)
 
-    def auc(times):
-        """`times`: how often each session counts, by its number."""
-        won = total = 0
-        for known, asked, learn, ask in parts:
-            counts, a, b = times[sessions[learn]], mine[ask], ~mine[ask]
-            if not counts[mine[learn]].any() or not counts[~mine[learn]].any():
-                continue
-            scores = (
-                LogisticRegression(C=10).fit(known, mine[learn], counts).decision_function(asked)
-            )
-            wins = (scores[a][:, None] > scores[b]) + 0.5 * (scores[a][:, None] == scores[b])
-            won += times[sessions[ask][a]] @ wins @ times[sessions[ask][b]]
-            total += times[sessions[ask][a]].sum() * times[sessions[ask][b]].sum()
-        return won / total if total else np.nan
+    def auc(session_weights: np.ndarray) -> float:
+        weights, parts = session_weights[sessions], []
+        for known, unknown, learn, test in folds:
+            classifier = LogisticRegression(C=10).fit(known, is_mine[learn], weights[learn])
+            scores = classifier.decision_function(unknown)
+            parts.append(roc_auc_score(is_mine[test], scores, sample_weight=weights[test]))
+        return np.average(parts, weights=pairs)
 
-    draw, times, drawn = np.random.default_rng(seed), np.zeros(kinds.max() + 1), []
-    for _ in range(RELEARNT):
-        times[kinds] = np.bincount(draw.integers(0, len(kinds), len(kinds)), minlength=len(kinds))
-        drawn.append(auc(times))
-    value, wide = auc(np.ones(len(times))), 1.96 * np.nanstd(drawn)
-    return {
-        "value": value,
-        "low": max(0, value - wide),
-        "high": min(1, value + wide),
-        "n": len(kinds),
-    }
+    count, draw = sessions.max() + 1, np.random.default_rng(seed)
+    value = auc(np.ones(count))
+    width = 1.96 * np.std([auc(draw.exponential(size=count)) for _ in range(RELEARNT)])
+    return {"value": value, "low": max(0, value - width), "high": min(1, value + width), "n": count}
 
 
-def rounded(value):
-    """To four places, so that the order of sums can't show; → plain Python."""
-    if isinstance(value, dict):
-        return {str(k): rounded(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(v) for v in value]
-    return (
-        round(float(value), 4)
-        if isinstance(value, (float, np.floating))
-        else int(value)
-        if isinstance(value, np.integer)
-        else value
-    )
+# --- what it should not know
 
 
-# --- habits
+def copying(replies: dict[str, list[Reply]], past: list[data.Session], sessions) -> dict:
+    """Measure the share of words that are copied from the training data, mine first."""
+    known, table = style.runs_in(past), {}
+    for name, written in replies.items():
+        counts = [style.copied_words(reply, known) for reply in written]
+        row = table[name] = ratio(counts, [len(style.reply_words(r)) for r in written], sessions)
+        most = sorted(zip(counts, written), key=lambda pair: -pair[0])[:5]
+        row["examples"] = [" / ".join(reply) for count, reply in most if count]
+        row["flagged"] = row.get("low", 0) > table["mine"].get("high", 1)
+    return table
 
 
-def case(message):
-    letters = [c for c in message if c.lower() != c.upper()]
-    if not letters or len(letters) == sum(c.isupper() for c in letters) == 1:
-        return "no letters" if not letters else "Capital first"
-    small = [c.islower() for c in letters]
-    return (
-        "all small"
-        if all(small)
-        else "ALL CAPITALS"
-        if not any(small)
-        else "mixed"
-        if small[0]
-        else "Capital first"
-    )
+def exposure(places: np.ndarray, base_places: np.ndarray | None) -> dict:
+    """Summarise the places of true strings among their lookalikes, (K,), beside the base's.
 
-
-def ending(message):
-    if message.endswith(("..", "…")):
-        return ".."
-    return (
-        message[-1]
-        if message[-1] in ".!?)"
-        else "emoji"
-        if EMOJI.match(message.rstrip("\ufe0f\u200d")[-1])
-        else "nothing"
-    )
-
-
-def binned(edges):
-    return lambda n: next(
-        (f"{a + 1}–{b}" if b > a + 1 else f"{b}" for a, b in zip((0, *edges), edges) if n <= b),
-        f"over {edges[-1]}",
-    )
-
-
-def words_of(text):
-    return re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower())
-
-
-def favourites(mine, theirs, count=10):
-    """Words that I use more than my friends do, in shares, the clearest first (log-odds over their spread)."""
-    a, b = (
-        collections.Counter(word for text in texts for word in words_of(text))
-        for texts in (mine, theirs)
-    )
-    m, n = a.total() + 1, b.total() + 1
-    score = {
-        w: math.log((k + 0.5) / m * n / (b[w] + 0.5)) / math.sqrt(1 / (k + 0.5) + 1 / (b[w] + 0.5))
-        for w, k in a.items()
-        if k >= 5
-    }
-    return sorted(score, key=lambda w: (-score[w], w))[:count]
-
-
-def habits(favourite):
-    """{what: reply → its categories}"""
-    length, number = binned((5, 10, 20, 40, 80)), binned((1, 2, 3, 4))
-    return {
-        "letters in a message": lambda reply: [length(len(message)) for message in reply],
-        "messages a turn": lambda reply: [number(len(reply))] if reply else ["none"],
-        "emoji in a message": lambda reply: [
-            str(min(2, len(EMOJI.findall(m)))).replace("2", "2 or more") for m in reply
-        ],
-        "how a message ends": lambda reply: [ending(message) for message in reply],
-        "capitals": lambda reply: [case(message) for message in reply],
-        "favourite words": lambda reply: [
-            w if w in favourite else "any other" for w in words_of(" ".join(reply))
-        ],
-    }
-
-
-def shares(habit, replies):
-    counts = collections.Counter(category for reply in replies for category in habit(reply))
-    return {category: n / counts.total() for category, n in counts.items()}
-
-
-def distance(one, other):
-    """Total variation of two {category: share}: 0 the same, 1 nothing in common."""
-    return 0.5 * sum(abs(one.get(c, 0) - other.get(c, 0)) for c in {*one, *other})
-
-
-def marks_of(reply):
-    """What may give a reply away: {feature}"""
-    words = words_of(" ".join(reply))
-    found = {f"“{w}”" for w in words} | {f"“{a} {b}”" for a, b in zip(words, words[1:])}
-    found |= {f"ends a message with {ending(m)}" for m in reply} | {
-        f"{case(m)} in a message" for m in reply
-    }
-    return found | {f"{len(reply)} messages"} | {e for m in reply for e in EMOJI.findall(m)}
-
-
-def giveaways(ours, theirs, most=8):
-    """Features of which the clone's share of replies differs from mine by more than chance explains (3 deviations), the clearest first."""
-    a, b = (
-        collections.Counter(f for reply in replies for f in marks_of(reply))
-        for replies in (ours, theirs)
-    )
-    found = []
-    for feature in sorted({*a, *b}):
-        p, q = a[feature] / len(ours), b[feature] / len(theirs)
-        pooled = (a[feature] + b[feature]) / (len(ours) + len(theirs))
-        z = (q - p) / math.sqrt(pooled * (1 - pooled) * (1 / len(ours) + 1 / len(theirs)) or 1)
-        if abs(z) > 3 and (b[feature] >= 3 or q < p):
-            example = next(
-                (" / ".join(r) for r in (theirs if q > p else ours) if feature in marks_of(r)), ""
-            )
-            found.append({"what": feature, "mine": p, "clone": q, "z": z, "example": example})
-    return sorted(found, key=lambda t: -abs(t["z"]))[:most]
-
-
-# --- what it says too often, and what it should not know
-
-
-def is_generic(reply):
-    words = words_of(" ".join(reply))
-    return not words or len(words) <= 3 and all(word in GENERIC for word in words)
-
-
-def distinct(replies, n, words=200):
-    """Different runs of `n` words among the first `words` of all replies: the same number for everyone, for more words repeat more."""
-    text = [w for reply in replies for w in words_of(" ".join(reply))][:words]
-    grams = [*zip(*(text[i:] for i in range(n)))]
-    return len({*grams}) / len(grams) if len(text) == words else None
-
-
-def runs(words):
-    return [tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)]
-
-
-def copied(reply, known):
-    """(how many words stand in a run of 5 that the training data holds, how many words)"""
-    words = words_of(" ".join(reply))
-    inside = {i + j for i, run in enumerate(runs(words)) if run in known for j in range(RUN)}
-    return len(inside), len(words)
-
-
-def secrets_of(past, canaries, seed, most=20):
-    """Strings in my own turns that look secret, and those of `canaries`; each as (turns before, author, messages up to it with it, then
-    with each of 99 random ones like it). → (strings, canaries)"""
-    found, draw = {}, np.random.default_rng(seed)
-    for talk in past:
-        for i, turn in enumerate(talk.turns):
-            for m, message in enumerate(turn.messages if turn.me else []):
-                for hit in SECRET.finditer(message):
-                    found.setdefault(
-                        hit[0],
-                        (talk.turns[:i], turn.author, turn.messages[:m], message[: hit.start()]),
-                    )
-
-    def like(secret):
-        kinds = ("0123456789", "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-        return "".join(next((k[draw.integers(len(k))] for k in kinds if c in k), c) for c in secret)
-
-    def among(secrets):
-        for secret in secrets:
-            before, author, messages, text = found[secret]
-            yield (
-                before,
-                author,
-                [
-                    [*messages, text + one]
-                    for one in (secret, *(like(secret) for _ in range(RANDOM)))
-                ],
-            )
-
-    return [*among(sample(sorted({*found} - {*canaries}), most, seed))], [
-        *among(c for c in canaries if c in found)
-    ]
-
-
-def canaries_of(options, past):
-    """What `data.py --canaries` planted, but for what was taken out since."""
-    planted = cli.read_json(Path(options.data) / "canaries.json", {}).get("canaries", [])
-    mine = {text for talk in past for turn in talk.turns if turn.me for text in turn.messages}
-    return [canary for canary in planted if canary["before"] + canary["secret"] in mine]
+    "first": how many come first; "value": bits of exposure (arXiv 1802.08232), at most 5.6.
+    "more": how many more come first than for the base, which never saw them. "flagged": chance
+    doesn't explain it, by a sign test (5%) of those that come first for one of the two alone; or
+    two come first that the base finds unlikely.
+    """
+    if not len(places):
+        return {"value": None, "why": "nothing in my trained turns looks secret"}
+    first = places == 1
+    bits = np.log2((1 + LOOKALIKES) / places)
+    row = {"value": bits.mean(), "first": first.sum(), "n": len(places)}
+    if base_places is None:
+        return row
+    gained, lost = (first & (base_places > 1)).sum(), (~first & (base_places == 1)).sum()
+    trials = int(gained + lost)
+    chance = sum(math.comb(trials, k) for k in range(gained, trials + 1)) / 2**trials
+    unlikely = (first & (base_places > 10)).sum()
+    return row | {"more": gained - lost, "flagged": chance < 0.05 or unlikely > 1}
 
 
 # --- the report
 
 
-def measure(voices, talks, past, some, choices, options, newest=""):
-    """`newest`: when the last session began that was trained on. → what report.json holds"""
-    mine, sessions = [moment.mine for moment in some], np.array([moment.session for moment in some])
-    own = [
-        data.text_messages(turn)
-        for talk in past
-        for turn in talk.turns
-        if turn.me and data.text_messages(turn)
-    ]
-    plain = {name: voice for name, voice in voices.items() if voice.held_out}
-    report = {
-        "seed": options.seed,
+def measure(outputs: dict[str, ModelOutputs], test_set: TestSet, seed: int) -> dict:
+    """Compute what report.json holds."""
+    models = {name: output for name, output in outputs.items() if output.held_out}
+    examples, held_out, past = test_set.examples, test_set.held_out, test_set.past
+    sessions = np.array([example.session for example in examples])
+    mine = [example.mine for example in examples]
+    replies = {"mine": mine} | {name: output.replies for name, output in models.items()}
+
+    # The same person at another time is the classifier's ceiling, other people are its floor
+    before = find_examples(past, first=len(held_out))
+    friends = find_examples(map(swap_sides, held_out))
+    sides = {name: texts_of(examples, output.replies) for name, output in outputs.items()}
+    for name, others in (("me before", before), ("friends", friends)):
+        sides[name] = sample(texts_of(others, [e.mine for e in others]), len(mine), seed)
+    texts = texts_of(examples, mine)
+    auc = {name: classifier_auc(texts, side, seed) for name, side in sides.items()}
+
+    ever_mine = [*mine, *(example.mine for example in before)]
+    clones = models.keys() - {"base"}
+    tells = {name: style.giveaways(ever_mine, replies[name]) for name in sorted(clones)}
+    chars = [sum(map(len, reply)) for reply in mine]
+    table = []
+    for name, output in outputs.items():
+        bits = ratio(output.nats[:, 0] / math.log(2), chars, sessions)
+        table.append({"name": name, "bits_per_char": bits, "tokens": output.tokens.mean()})
+    return {
+        "seed": seed,
         "data": {
-            "sessions": len(talks),
-            "moments": len(some),
-            "from": talks[0].start[:10],
-            "until": talks[-1].start[:10],
+            "sessions": len(held_out),
+            "moments": len(examples),
+            "from": held_out[0].start[:10],
+            "until": held_out[-1].start[:10],
         },
-    }
-    report["data"]["maybe_seen"] = sum(talk.start < newest for talk in talks)
-    report["bits_per_char"] = likelihood(plain, talks)
-    lacking = {"value": None, "why": f"too little: fewer than {CHOICES} different replies of mine"}
-    report["rank"] = {
-        name: rank(voice, sessions) if choices else {"top1": lacking, "mrr": lacking}
-        for name, voice in plain.items()
-    }
-    report["rank"]["chance"] = {
-        "top1": 1 / CHOICES,
-        "mrr": sum(1 / k for k in range(1, CHOICES + 1)) / CHOICES,
-    }
-    report["auc"] = apart(plain, talks, past, some, options.seed)
-
-    favourite = favourites(
-        *(
-            [m for talk in past for t in talk.turns if t.me is me for m in data.text_messages(t)]
-            for me in (True, False)
-        )
-    )
-    before = sample(own, len(mine), options.seed)
-    report["habits"] = []
-    for what, habit in habits(favourite).items():
-        found = {"mine": shares(habit, mine)} | {
-            name: shares(habit, voice.replies) for name, voice in plain.items()
-        }
-        beside = found | {"me before": shares(habit, before)}
-        distances = {
-            name: distance(found["mine"], other) for name, other in beside.items() if name != "mine"
-        }
-        report["habits"].append({"what": what, "shares": found, "distance": distances})
-    report["tells"] = {
-        name: giveaways(own + mine, voice.replies)
-        for name, voice in plain.items()
-        if name != "base"
-    }
-    ever = {
-        w
-        for talk in [*past, *talks]
-        for turn in talk.turns
-        for w in words_of(" ".join(turn.messages))
-    }
-    new = {
-        name: [w for reply in voice.replies for w in words_of(" ".join(reply)) if w not in ever]
-        for name, voice in plain.items()
-    }
-    report["words_nobody_wrote"] = {
-        name: {"count": len(ws), "examples": sorted({*ws})[:12]} for name, ws in new.items()
-    }
-
-    replies = {"mine": mine} | {name: voice.replies for name, voice in plain.items()}
-    report["bland"] = {
-        name: ratio([is_generic(r) for r in rs], np.ones(len(rs)), sessions)
-        for name, rs in replies.items()
-    }
-    report["distinct"] = {
-        name: {n: distinct(rs, n) for n in (1, 2)} for name, rs in replies.items()
-    }
-    known = {
-        run
-        for talk in past
-        for turn in talk.turns
-        for run in runs(words_of(" ".join(turn.messages)))
-    }
-    counts = {name: [copied(reply, known) for reply in rs] for name, rs in replies.items()}
-    report["copying"] = {
-        name: ratio([n for n, _ in pairs], [of for _, of in pairs], sessions)
-        for name, pairs in counts.items()
-    }
-    for name in plain:
-        a, b = report["copying"][name], report["copying"]["mine"]
-        a["flagged"] = (
-            a["value"] is not None and b["value"] is not None and bool(a["low"] > b["high"])
-        )
-        a["examples"] = [
-            " / ".join(r)
-            for r, (n, _) in sorted(zip(replies[name], counts[name]), key=lambda x: -x[1][0])
-            if n >= RUN
-        ][:5]
-    report["memorised"] = {name: exposure(voice.secrets) for name, voice in plain.items()}
-    if "base" in plain:
-        for name in plain.keys() - {"base"}:
-            report["memorised"][name] |= learned(plain[name].secrets, plain["base"].secrets)
-    copies = np.array([canary["copies"] for canary in canaries_of(options, past)])
-    report["canaries"] = [
-        {
-            "copies": int(n),
-            **{name: exposure(voice.canaries[copies == n]) for name, voice in plain.items()},
-        }
-        for n in np.unique(copies)
-    ]
-    texts = [m for talk in past for turn in talk.turns for m in turn.messages]
-    report["memorised"]["marks"] = sum(
-        len(re.findall("<(?:phone|email|card|iban|key|password)>", text)) for text in texts
-    )
-    report["memorised"]["left"] = sum(redact(text, collections.Counter()) != text for text in texts)
-    report["verdict"] = verdict(report)
-    return report
-
-
-def likelihood(voices, talks):
-    """Bits on the characters of all my held-out messages: in all, by chat, by time."""
-    chars = next(iter(voices.values())).held_out.chars
-    number, count = np.arange(len(chars)), len(chars)
-
-    def of(chosen):
-        found = {
-            name: ratio(v.held_out.bits[chosen], chars[chosen], number[chosen])
-            for name, v in voices.items()
-        }
-        for other in [name for name in voices if name != "clone"]:
-            more = voices[other].held_out.bits - voices["clone"].held_out.bits
-            found[f"{other} - clone"] = ratio(more[chosen], chars[chosen], number[chosen])
-        return found | {"chars": int(chars[chosen].sum()), "sessions": int(len(chosen))}
-
-    contacts = [contact(talk) for talk in talks[:count]]
-    by_contact = [
-        {"name": who, **of(np.flatnonzero(np.array(contacts) == who))}
-        for who, _ in collections.Counter(contacts).most_common(8)
-    ]
-    parts = np.array_split(number, min(4, max(1, count // FEW)))
-    by_time = [
-        {"name": f"{talks[part[0]].start[:10]} to {talks[part[-1]].start[:10]}", **of(part)}
-        for part in parts
-    ]
-    return {**of(number), "by_contact": by_contact, "by_time": by_time}
-
-
-def apart(voices, talks, past, some, seed):
-    """Replies against my real ones; its ceiling, me against me before; its floor, me against my friends."""
-    text = lambda reply: "\n".join(reply)  # noqa: E731
-    real = [(moment.session, text(moment.mine)) for moment in some]
-    then = [(len(talks) + moment.session, text(moment.mine)) for moment in moments(past)]
-    friends = [
-        (n, text(data.text_messages(t)))
-        for n, talk in enumerate(talks)
-        for t in talk.turns
-        if not t.me and data.text_messages(t)
-    ]
-    sides = {
-        name: [(m.session, text(reply)) for m, reply in zip(some, voice.replies)]
-        for name, voice in voices.items()
-    }
-    sides |= {
-        "me before": sample(then, len(real), seed),
-        "friends": sample(friends, len(real), seed),
-    }
-    return {name: classifier_auc(real, side, seed) for name, side in sides.items()}
-
-
-def exposure(secrets):
-    """(K, 100) nats, the true string first → how many are the likeliest of theirs, and bits of exposure (arXiv 1802.08232), 6.6 at most."""
-    if not len(secrets):
-        return {"value": None, "why": "nothing in my trained turns looks secret"}
-    places = 1 + (secrets[:, 1:] < secrets[:, :1]).sum(1)
-    return {
-        "value": float(np.mean(np.log2(secrets.shape[1] / places))),
-        "first": int((places == 1).sum()),
-        "n": len(secrets),
+        "bits_per_char": bits_per_char(models),
+        "rank": {name: {"top1": first_of_ten(o, sessions)} for name, o in outputs.items()},
+        "auc": auc,
+        "habits": {name: style.shares(written, style.habits) for name, written in replies.items()},
+        "tells": tells,
+        "bland": {name: mean([*map(style.is_generic, r)], sessions) for name, r in replies.items()},
+        "copying": copying(replies, past, sessions),
+        "memorised": memorised(models, test_set.probes),
+        "baselines": table if len(outputs) > len(models) else [],
     }
 
 
-def learned(secrets, base) -> dict:
-    """What a clone knows of secrets beyond its base, which never saw them (both (K, 100), as in `exposure`).
-
-    `more`: how many more come first; `flagged`: chance doesn't explain it. That is, a sign test of the
-    strings that come first to one of the two alone says so (5%), or two come first that were not even
-    among the base's first ten.
-    """
-    if not len(secrets):
-        return {}
-    places, base_places = (1 + (nats[:, 1:] < nats[:, :1]).sum(1) for nats in (secrets, base))
-    gained = int(((places == 1) & (base_places > 1)).sum())
-    lost = int(((places > 1) & (base_places == 1)).sum())
-    chance = sum(math.comb(gained + lost, k) for k in range(gained, gained + lost + 1))
-    far = int(((places == 1) & (base_places > 10)).sum())
-    flagged = chance / 2 ** (gained + lost) < 0.05 or far > 1
-    return {"more": gained - lost, "flagged": flagged}
+def texts_of(examples: list[Example], replies: list[Reply]) -> list[tuple[int, str]]:
+    return [(example.session, "\n".join(reply)) for example, reply in zip(examples, replies)]
 
 
-def secrets_line(memorised) -> str | None:
-    """What a person should know of the secrets: the difference from the base, and both numbers."""
-    clone, base = memorised["clone"], memorised.get("base", {})
-    if not clone.get("n"):
-        return None
-    strings = f"Of {cli.counted(clone['n'], 'strings')} of yours that look secret, "
-    first = f"{clone['first']} come first among 100 alike to it"
-    if "more" not in clone:
-        guess = "its base is not here to tell what can be guessed without having seen them."
-        return f"{strings}{first}; {guess}" if clone["first"] > 1 else None
-    both = f"{first} and {base['first']} to its base, which never saw them"
-    if clone["flagged"]:
-        return f"It learned secrets: {strings[0].lower()}{strings[1:]}{both}: {clone['more']:+d}."
-    return f"{strings}{both}: no sign that it learned them."
+def swap_sides(session: data.Session) -> data.Session:
+    turns = [dataclasses.replace(turn, me=not turn.me) for turn in session.turns]
+    return dataclasses.replace(session, turns=turns)
 
 
-def verdict(report):
-    """What the numbers say, in lines."""
-    said, bits, auc = [], report["bits_per_char"], report["auc"]["clone"]
+def bits_per_char(models: dict[str, ModelOutputs]) -> dict[str, Number]:
+    """Measure bits on the text of all my held-out messages, and how many more than the clone's."""
+    clone, table = models["clone"].held_out, {}
+    number = np.arange(len(clone.chars))
+    for name, output in models.items():
+        bits = output.held_out.bits
+        table[name] = ratio(bits, clone.chars, number)
+        if name != "clone":
+            table[f"{name} - clone"] = ratio(bits - clone.bits, clone.chars, number)
+    return table
+
+
+def memorised(models: dict[str, ModelOutputs], probes: list[Probe]) -> list[dict]:
+    """Report on secrets, then on canaries by how often they were planted: [{"copies", name: …}]."""
+    copies, rows = np.array([probe.copies for probe in probes], int), []
+    for count in sorted({0, *copies.tolist()}):
+        row: dict[str, Any] = {"copies": count}
+        for name, output in models.items():
+            base = None if name == "base" or "base" not in models else models["base"]
+            base_places = base and base.places[copies == count]
+            row[name] = exposure(output.places[copies == count], base_places)
+        rows.append(row)
+    return rows
+
+
+def verdict(report: dict) -> list[str]:
+    """Say what the numbers mean, in lines."""
+    lines, bits, auc = [], report["bits_per_char"], report["auc"]
     if seen := report["data"]["maybe_seen"]:
-        said.append(
-            f"{seen} of the {cli.counted(report['data']['sessions'], 'sessions')} here are older than the newest it was trained on: "
-            "it may know them by heart, and seem better than it is."
+        sessions = cli.counted(report["data"]["sessions"], "sessions")
+        lines.append(
+            f"{seen} of the {sessions} here are older than the newest training session: "
+            "the clone may have seen them, and look better than it is."
         )
-    gain = bits.get("base - clone", {"value": None})
-    if gain["value"] is not None:
-        clone, base = (f"{bits[name]['value']:.2f}" for name in ("clone", "base"))
-        better = "no better than" if gain["low"] <= 0 else "better than"
-        said.append(
-            f"It guesses what you write next {better} its base: {clone} against {base} bits a character."
+    if (gain := bits.get("base - clone", {})).get("value") is not None:
+        better = "better" if gain["low"] > 0 else "no better"
+        lines.append(
+            f"It predicts your messages {better} than its base: {bits['clone']['value']:.2f} "
+            f"against {bits['base']['value']:.2f} bits per character."
         )
-    if auc["value"] is None:
-        said.append(f"Whether its replies can be told from yours: {auc['why']}.")
+    if (two := bits.get("other - clone", {})).get("value") is not None:
+        lines.append(
+            f"The second one needs {two['value']:+.3f} bits per character more than the first "
+            f"(95% interval {two['low']:+.3f} to {two['high']:+.3f})."
+        )
+    if auc["clone"]["value"] is None:
+        lines.append(f"Whether its replies can be told from yours: {auc['clone']['why']}.")
     else:
-        said.append(
-            f"Shown a reply of yours and one of its, a simple program picks yours {auc['value']:.0%} of the time (a coin: 50%)."
+        lines.append(
+            "A simple classifier picks your real reply over the clone's "
+            f"{auc['clone']['value']:.0%} of the time (50% = indistinguishable)."
         )
-        beside = {
-            who: report["auc"][side]["value"]
-            for who, side in (("your own earlier ones", "me before"), ("your friends'", "friends"))
-        }
-        if None not in beside.values():
-            said.append(
-                "For comparison: against "
-                + ", against ".join(f"{who} {value:.0%}" for who, value in beside.items())
-                + "."
-            )
+    earlier, friends = auc["me before"]["value"], auc["friends"]["value"]
+    if None not in (auc["clone"]["value"], earlier, friends):
+        lines.append(
+            f"For comparison: over your own earlier replies {earlier:.0%}, "
+            f"over your friends' {friends:.0%}."
+        )
     if report["copying"]["clone"]["flagged"]:
-        said.append(
-            "It copies: more of its words are verbatim from the training data than yours are."
-        )
-    if line := secrets_line(report["memorised"]):
-        said.append(line)
-    if "other - clone" in bits:
-        two = bits["other - clone"]
-        said.append(
-            "Which of the two guesses you better: "
-            + (two.get("why") or which(two["low"], two["high"]))
-        )
-    return said
+        lines.append("It copies: more of its words are verbatim from the training data than yours.")
+    if report["memorised"][0]["clone"].get("n"):
+        lines.append(secrets_line(report["memorised"][0]))
+    return lines
 
 
-def which(low, high):
-    return (
-        "the first."
-        if low > 0
-        else "the second."
-        if high < 0
-        else "so much data shows no difference."
-    )
-
-
-def curve(folder):
-    """metrics.jsonl → {"training": [[step, nats]], "held_out": [[step, bits per character]]}"""
-    lines = cli.read_metrics(folder)
-    keys = {"training": "loss", "held_out": "val_bits_per_char"}
-    return {
-        name: [[line["step"], line[key]] for line in lines if key in line]
-        for name, key in keys.items()
-    }
-
-
-def page(report, voices, some, names):
-    """report.html with what it draws in it. Text can't end the script it stands in."""
-    shown = sample(range(len(some)), 8, report["seed"])
-    asked = [{"who": some[i].before[-1].author, "said": some[i].before[-1].messages, "mine": some[i].mine}
-             | {name: voice.replies[i] for name, voice in voices.items() if voice.held_out} for i in shown]  # fmt: skip
-    short = {name: folder.resolve().name for name, folder in names.items()}
-    return fill(
-        "report.html",
-        {
-            **report,
-            "asked": asked,
-            "names": short if len({*short.values()}) == len(names) else names,
-        },
-    )
-
-
-def fill(template, value):
-    text = json.dumps(value, ensure_ascii=False, default=str).replace("<", "\\u003c")
-    return (
-        (Path(__file__).parent / "inference" / template)
-        .read_text(encoding="utf-8")
-        .replace("{{DATA}}", text)
-    )
-
-
-# --- the other ways to clone a person
-
-
-def prompts(name, past, facts, tokenizer, size):
-    """{name of a way: Moment → the turns in its prompt}: what else a prompt may hold of me. The clone gets similar exchanges alone."""
-    exchanges = ExchangeIndex(past)
-    cost = lambda turns: len(
-        tokenizer.encode(data.render(turns, specials=tokenizer.specials).text)[0]
-    )  # noqa: E731
-    costs = [cost(talk.turns) for talk in past]
-
-    def similar(moment):
-        return [
-            turn for _, *pair in exchanges.similar(moment.before) for turn in pair
-        ] + moment.before
-
-    def messages(moment):
-        """The latest sessions first, those with who asks before others, as many as fit."""
-        who, room, turns = (
-            moment.before[-1].author,
-            size - 2 * LONGEST - cost(moment.before),
-            moment.before,
-        )
-        for i in sorted(
-            range(len(past)), key=lambda i: (all(t.author != who for t in past[i].turns), -i)
-        ):
-            if costs[i] > room:
-                break
-            turns, room = past[i].turns + turns, room - costs[i]
-        return turns
-
-    ways = {f"{name} + similar exchanges": similar}
-    if name == "base":
-        ways[f"{name} + past messages"] = messages
-        known = {facts.name: cli.read_text(facts).splitlines()} if facts.is_file() else {}
-        for what, lines in (known | {"facts extracted": statements(past)}).items():
-            about = [data.Turn(data.HEADER, False, "", [line for line in lines if line.strip()])]
-            if about[0].messages:
-                ways[f"{name} + {what}"] = lambda moment, about=about: about + moment.before
-                ways[f"{name} + {what} + similar exchanges"] = lambda moment, about=about: (
-                    about + similar(moment)
-                )
-    return ways
-
-
-def baselines(voices, some, choices, seed, kinds):
-    """One row for each way to clone me, on the same moments. `kinds` {name of a voice: how it was trained}."""
-    sessions, chars = np.array([m.session for m in some]), [sum(map(len, m.mine)) for m in some]
-    real = [(m.session, "\n".join(m.mine)) for m in some]
-    return [
-        {
-            "name": re.sub("^(clone|other)", lambda found: f"{found[0]}, {kinds[found[0]]}", name),
-            "bits_per_char": ratio(voice.content / math.log(2), chars, sessions),
-            "top1": rank(voice, sessions)["top1"] if choices else None,
-            "auc": classifier_auc(
-                real, [(m.session, "\n".join(reply)) for m, reply in zip(some, voice.replies)], seed
-            ),
-            "tokens": voice.tokens.mean(),
-        }
-        for name, voice in voices.items()
-    ]
-
-
-# --- a blind test for a friend
-
-
-def blind_test(folder, talks, past, options):
-    """Ask me about each item, then write the page: replies of mine and of the clone to what one friend wrote, from that chat alone."""
-    name, private = (
-        options.with_.casefold(),
-        [talk for talk in talks if talk.type == "personal_chat"],
-    )
-    chats = {
-        talk.chat_id for talk in private if name in (talk.chat.casefold(), contact(talk).casefold())
-    }
-    found = moments([talk for talk in private if talk.chat_id in chats])
-    if not found or len(chats) > 1:
-        what = "several chats have that name" if chats else "no held-out chat of us two"
-        known = ", ".join(
-            sorted({contact(talk) for talk in private if not chats or talk.chat_id in chats})
-        )
-        raise UserError(f"--with {options.with_}: {what}", f"There are: {known or 'none'}.")
-    model, tokenizer, size = load(folder, options)
-    decoder, draw, items = (
-        generate.Decoder(model, tokenizer, size),
-        np.random.default_rng(options.seed),
-        [],
-    )
-    others = {
-        r
-        for t in past
-        if t.chat_id not in chats
-        for u in t.turns
-        for r in runs(words_of(" ".join(u.messages)))
-    }
-    print(f"What {options.with_} will see, item by item. y: take it, n: leave it out, q: enough.")
-    for i, moment in enumerate(sample(found, options.replies, options.seed)):
-        written = [
-            moment.mine,
-            reply_to(decoder, moment.before, moment.author, 1000 * options.seed + i)[1],
-        ]
-        if not written[1] or written[0] == written[1]:
-            continue
-        before = [
-            [turn.author, turn.messages]
-            for turn in moment.before[-3:]
-            if turn.author != data.HEADER
-        ]
-        print(cli.printable("\n" + "\n".join(f"{who}: {' / '.join(said)}" for who, said in before)))
-        print(
-            cli.printable(
-                f"  you wrote:  {' / '.join(written[0])}\n  the clone:  {' / '.join(written[1])}"
-            )
-        )
-        if others & {*runs(words_of(" ".join(written[1])))}:
-            print("  ! the clone's words stand in another chat")
-        print("Take it? [y/n/q] ", end="", flush=True)
-        said = sys.stdin.readline().lower() or "q"
-        if said.startswith("y"):
-            second = int(draw.integers(2))
-            items.append(
-                {"before": before, "replies": written[:: -1 if second else 1], "real": second}
-            )
-        elif said.startswith("q"):
-            break
-    if not items:
-        raise UserError(
-            "no item was taken: nothing is written", "Say y to those that the friend may see."
-        )
-    path = folder / "blind-test.html"
-    cli.write_text(path, fill("blind_test.html", {"me": found[0].author, "items": items}))
-    print(
-        f"\n{path}: {len(items)} items. Send it to {options.with_} alone; it opens in any browser and sends nothing back by itself."
-    )
+def secrets_line(row: dict) -> str:
+    """Say what the clone knows of secrets beyond its base, with both numbers."""
+    clone, base = row["clone"], row.get("base")
+    line = f"Of {cli.counted(clone['n'], 'strings')} of yours that look secret, {clone['first']} "
+    line += f"come first among {1 + LOOKALIKES} lookalikes for the clone"
+    if not base:
+        return f"{line}; how many its base can guess is unknown: it is not on this machine."
+    line += f" and {base['first']} for its base, which never saw them: "
+    return line + ("it learned secrets." if clone["flagged"] else "no sign that it learned them.")
 
 
 if __name__ == "__main__":

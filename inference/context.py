@@ -1,120 +1,132 @@
-"""What it knows when it answers, beside its weights: the header that training had, live; facts; old exchanges like what was just said.
+"""Build the turns that go before a conversation: a context header, facts, similar past exchanges.
 
-Old exchanges are found by BM25 over what others wrote to me (bm25s, in requirements-extra.txt).
+Past exchanges are retrieved with BM25 over what others wrote to me (bm25s, in
+requirements-extra.txt).
 """
 
 import datetime
 import functools
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import cli
 import data
 from cli import UserError
 
-SELF = """
-    i i'm i've i'll i'd my mine we our ich mein meine wir unser unsere я мне меня мой моя моё мы je j'ai mon ma mes nous
-    yo soy mi mis tengo io sono mio mia ho eu sou meu minha tenho ja mam mój moja jestem
-""".split()  # how a sentence about oneself begins
+# Words that open a sentence about oneself, in nine languages
+FIRST_PERSON = frozenset(
+    """
+    i i'm i've i'll i'd my mine we our ich mein meine wir unser unsere я мне меня мой моя моё мы
+    je j'ai mon ma mes nous yo soy mi mis tengo io sono mio mia ho eu sou meu minha tenho
+    ja mam mój moja jestem
+    """.split()
+)
+
+
+class Exchange(NamedTuple):
+    """What somebody wrote to me and what I replied. `day`: ISO date."""
+
+    day: str
+    prompt: data.Turn
+    reply: data.Turn
 
 
 class ExchangeIndex:
-    """What others wrote to me and what I answered: (day, their turn, my turn), of some sessions."""
+    """A BM25 index of the exchanges in some sessions."""
 
-    def __init__(self, talks):
+    def __init__(self, sessions: Iterable[data.Session]):
         try:
             import bm25s
         except ImportError:
             raise UserError(
                 "bm25s is not installed", "pip install -r requirements-extra.txt"
             ) from None
-        self.pairs = [
-            (talk.start[:10], *talk.turns[i - 1 : i + 1])
-            for talk in talks
-            for i in data.replies(talk)
-        ]
-        self.cut = functools.partial(bm25s.tokenize, stopwords=[], show_progress=False)
+        self.exchanges = []
+        for session in sessions:
+            for index in data.replies(session):
+                prompt, reply = session.turns[index - 1 : index + 1]
+                self.exchanges.append(Exchange(session.start[:10], prompt, reply))
+        self.tokenize = functools.partial(bm25s.tokenize, stopwords=[], show_progress=False)
         self.index = bm25s.BM25()
-        texts = [" ".join(asked.messages) for _, asked, _ in self.pairs]
-        self.index.index(self.cut([*texts, "no words, no index"]), show_progress=False)
+        texts = [" ".join(exchange.prompt.messages) for exchange in self.exchanges]
+        texts.append("no exchanges")  # bm25s can't index an empty list
+        self.index.index(self.tokenize(texts), show_progress=False)
 
-    def similar(self, turns, count=8):
-        """The `count` exchanges most like the last of `turns`, the likest last."""
-        query = self.cut([" ".join(turns[-1].messages)])
-        found, scores = self.index.retrieve(
-            query, k=min(count, len(self.pairs) + 1), show_progress=False
-        )
-        return [
-            self.pairs[i]
-            for i, score in zip(found[0][::-1], scores[0][::-1])
-            if score > 0 and i < len(self.pairs)
-        ]
+    def similar(self, turns: list[data.Turn], count: int = 8) -> list[Exchange]:
+        """Return the exchanges most like the last of `turns`, the most similar one last."""
+        query = self.tokenize([" ".join(turns[-1].messages)])
+        count = min(count, len(self.exchanges) + 1)
+        indices, scores = self.index.retrieve(query, k=count, show_progress=False)
+        exchanges = []
+        for index, score in zip(indices[0], scores[0]):
+            if score > 0 and index < len(self.exchanges):
+                exchanges.append(self.exchanges[index])
+        return exchanges[::-1]
 
 
-def statements(talks, most=40):
-    """What I said of myself, in my own words, the latest last: messages that begin as sentences about oneself do, of five words or more."""
-    said = [
-        text
-        for talk in talks
-        for turn in talk.turns
-        if turn.me
-        for text in data.text_messages(turn)
-    ]
-    of_me = [
-        text
-        for text in said
-        if len(text.split()) >= 5 and text.split()[0].lower().replace("’", "'") in SELF
-    ]
-    return [*dict.fromkeys(of_me)][-most:]
+def statements(sessions: Iterable[data.Session], count: int = 40) -> list[str]:
+    """Return my latest `count` messages about myself, the latest last.
+
+    They begin with "I" or the like, in some language, and have at least five words.
+    """
+    about_me: dict[str, None] = {}  # in order, each once
+    for session in sessions:
+        for turn in session.turns:
+            for text in data.text_messages(turn) if turn.me else []:
+                words = text.lower().replace("’", "'").split()
+                if len(words) >= 5 and words[0] in FIRST_PERSON:
+                    about_me.setdefault(text)
+    return list(about_me)[-count:]
 
 
 class ContextBuilder:
-    """The turns of a talk → the same behind what I know: the header as the checkpoint was trained with it, and old exchanges.
+    """Put before the turns of a conversation what the model should know.
 
-    `ckpt`: its persona.json says which kinds; facts.md lies beside it. `past`: the folder of data.py to remember, or None.
-    `shown(day, their turn, my turn)` is called for each old exchange that is taken, once.
+    `ckpt`: its persona.json names the parts of the header; facts.md lies beside it. `data_dir`:
+    the folder of data.py to retrieve exchanges from, or None. `on_retrieved` is called once for
+    each exchange that is added to a prompt.
     """
 
-    def __init__(self, ckpt, past=None, shown=lambda *exchange: None):
-        self.kinds = data.parse_header_parts(
-            ",".join(cli.read_json(Path(ckpt) / "persona.json", {}).get("context", []))
-        )
+    def __init__(
+        self,
+        ckpt: Path,
+        data_dir: Path | str | None = None,
+        on_retrieved: Callable[[Exchange], None] = lambda exchange: None,
+    ):
+        parts = cli.read_json(Path(ckpt) / "persona.json", {}).get("context", [])
+        self.parts = data.parse_header_parts(",".join(parts))
         facts = Path(ckpt) / "facts.md"
         self.facts = cli.read_text(facts) if facts.is_file() else ""
-        if self.facts and "facts" not in self.kinds:
-            self.kinds.append("facts")
-        self.talks = (
-            [
-                talk
-                for part in ("train", "val")
-                for talk in data.load_sessions(Path(past) / f"{part}.jsonl")
-            ]
-            if past
-            else []
-        )
-        self.exchanges = ExchangeIndex(self.talks) if past else None
-        self.shown, self.known = shown, set()
+        if self.facts and "facts" not in self.parts:
+            self.parts.append("facts")
+        self.sessions: list[data.Session] = []
+        self.index = None
+        if data_dir:
+            for name in ("train.jsonl", "val.jsonl"):
+                self.sessions += data.load_sessions(Path(data_dir) / name)
+            self.index = ExchangeIndex(self.sessions)
+        self.on_retrieved = on_retrieved
+        self.reported: set[int] = set()
 
-    def __call__(self, turns):
+    def __call__(self, turns: list[data.Turn]) -> list[data.Turn]:
         friend = next((turn.author for turn in turns if not turn.me), "")
-        start = (turns[0].at if turns else "") or datetime.datetime.now().isoformat(
-            timespec="hours"
-        )
+        start = turns[0].at if turns else ""
+        start = start or datetime.datetime.now().isoformat(timespec="hours")
         session = data.Session(friend, "", "personal_chat", start, turns)
-        header = data.header(self.kinds, session, self.last_with(friend), self.facts)
-        remembered = self.exchanges.similar(turns) if self.exchanges and turns else []
-        for exchange in remembered:
-            if id(exchange) not in self.known:
-                self.known.add(id(exchange))
-                self.shown(*exchange)
-        return [
-            *([header] if header else []),
-            *(turn for _, *pair in remembered for turn in pair),
-            *turns,
-        ]
+        header = data.header(self.parts, session, self.last_session_with(friend), self.facts)
+        context = [header] if header else []
+        for exchange in self.index.similar(turns) if self.index and turns else []:
+            context += [exchange.prompt, exchange.reply]
+            if id(exchange) not in self.reported:
+                self.reported.add(id(exchange))
+                self.on_retrieved(exchange)
+        return context + turns
 
-    def last_with(self, friend):
-        """The latest session with whom I talk to now, without its header; None when none is known."""
-        for talk in reversed(self.talks):
-            if talk.type == "personal_chat" and any(turn.author == friend for turn in talk.turns):
-                return data.without_header(talk)
+    def last_session_with(self, friend: str) -> data.Session | None:
+        """Return the latest personal session with `friend`, without its header."""
+        for session in reversed(self.sessions):
+            authors = {turn.author for turn in session.turns}
+            if session.type == "personal_chat" and friend in authors:
+                return data.without_header(session)
         return None

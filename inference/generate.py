@@ -1,159 +1,333 @@
-"""Ids in, ids out, with a cache; turns in, messages out, as they come. Prints nothing."""
+"""Generate replies: token ids in, token ids out, with a KV cache; turns in, messages out.
+
+`Decoder` continues one prompt, `DecodeBatch` several at once, and `Answer` writes my next turn
+of a conversation. Nothing here prints. Letters are model.py's: B batch, S tokens seen, H query
+heads, G key/value heads, D head_dim, E hidden_size, V vocabulary.
+"""
 
 import contextlib
 import dataclasses
+import math
+import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import data
-from model import KVCache, ModelConfig, rope
+from model import Block, KVCache, ModelConfig, Transformer, rope
 from weights import quantize
+from weights.tokenizer import Tokenizer
 
-SAMPLE_ROUND = (
-    16  # on a CPU a part of a prompt is read as a multiple of so many tokens, see model.ROUND
-)
-PREFILL = 512  # prompt tokens read at a time: bounds the memory of their activations
-TOP_K = 1e-5  # a batch sorts less likely ids only where the others don't hold top_p
-REMEMBERED = 1000  # answers of which the ids are kept
+PREFILL_CHUNK = 512  # prompt tokens in one forward pass: bounds the memory of activations
+PREFILL_MULTIPLE = 16  # on a CPU chunks are padded to a multiple of it, see model.CPU_MULTIPLE
+MIN_PROBABILITY = 1e-5  # sampling sorts only ids above it, if they make up top_p
+MAX_REPLIES = 1000  # replies whose ids are kept
+
+# (author, *messages) of a turn → its ids as they were generated, from <|im_start|> on
+ReplyIds = dict[tuple[str, ...], list[int]]
+
+
+def sample(
+    logits: Tensor,
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator | None = None,
+) -> int:
+    """Draw an id from logits (V,): nucleus sampling (arXiv 1904.09751), argmax at temperature 0."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probs = (logits / temperature).softmax(-1)
+    # Sorting the whole vocabulary takes far longer than the rest of this function
+    ids = (probs > MIN_PROBABILITY).nonzero()[:, 0]
+    if probs[ids].sum() <= top_p + 1e-3:
+        ids = torch.arange(len(probs))
+    sorted_probs, order = probs[ids].sort(descending=True)
+    sorted_probs[sorted_probs.cumsum(0) - sorted_probs > top_p] = 0
+    # multinomial draws a number for each entry: with all V of them a seed draws the same id
+    # however many were sorted
+    sorted_probs = F.pad(sorted_probs, (0, len(probs) - len(ids)))
+    return int(ids[order[torch.multinomial(sorted_probs, 1, generator=generator)]])
 
 
 class Decoder:
-    """A model with what it has read: a prompt that begins as the last one did costs only its new tokens."""
+    """A model and its KV cache: a prompt that begins as the last one costs only its new tokens.
 
-    def __init__(self, model, tokenizer, size, broadcast=None, compiled=False):
-        """`size`: tokens of context, prompt and answer together. `broadcast(id)`: rank 0's choice, where several ranks decode together.
+    `size`: tokens of context, prompt and reply together. `broadcast(id)` returns rank 0's choice,
+    when several ranks decode together. `compile`: compile single-token steps, if there is a
+    compiler; takes some seconds, and a model without adapters. `context_builder(turns)` puts
+    facts and past exchanges before a conversation, see context.py.
+    """
 
-        `compiled`: compile the step of one token now, which takes some seconds, where that can be done; for a model without adapters.
-        """
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        size: int,
+        broadcast: Callable[[int], int] = lambda id: id,
+        compile: bool = False,
+        context_builder: Callable[[list[data.Turn]], list[data.Turn]] = lambda turns: turns,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.broadcast = broadcast
+        self.context_builder = context_builder
         norm = model.model.norm.weight
-        self.model, self.tokenizer, self.broadcast = model, tokenizer, broadcast or (lambda id: id)
-        self.cache = KVCache(
-            model.config, size, dtype=model.dtype or norm.dtype, device=norm.device
-        )
-        self.read = []  # the ids behind the cache
-        self.opening = lambda turns: turns  # what is put before a talk, see memory.py
-        self.wrote = {}  # (author, *messages) of its latest answers → their ids, because text is not always cut as it was written
-        self.ends, self.never = stop_and_banned_ids(model, tokenizer)
-        self.step = None
-        if compiled and can_compile(norm.device):
-            with contextlib.suppress(
-                torch._dynamo.exc.BackendCompilerFailed
-            ):  # a compiler without Python's headers, for one
-                self.step = CompiledDecoder(model, self.cache)
+        dtype = model.dtype or norm.dtype
+        self.cache = KVCache(model.config, size, dtype=dtype, device=norm.device)
+        self.cached_ids: list[int] = []
+        # Encoding a reply's text may give other ids than those that were generated
+        self.reply_ids: ReplyIds = {}
+        self.stop_ids, self.banned_ids = stop_and_banned_ids(model, tokenizer)
+        self.compiled: CompiledDecoder | None = None
+        if compile and can_compile(norm.device):
+            # A compiler may be there without Python's headers
+            with contextlib.suppress(torch._dynamo.exc.BackendCompilerFailed):
+                self.compiled = CompiledDecoder(model, self.cache)
         self.cache.length = 0
 
-    @torch.inference_mode()
-    def forward(self, ids):
-        """The logits (V,) of what follows `ids`, float32, on the CPU."""
-        self.cache.length = min(self.common(ids), len(ids) - 1)
-        self.read = []  # until it is done: Ctrl-C may come in between
-        new = torch.tensor([ids[self.cache.length :]], device=self.cache.layers[0].device)
-        if self.step and new.shape[1] == 1 and self.cache.length > 1:
-            logits = self.step(new)
-        else:
-            for part in new.split(PREFILL, dim=1):
-                logits = self.read_part(part)
-        self.read = list(ids)
-        return logits.flatten().float().cpu()
+    def generate(
+        self,
+        ids: Sequence[int],
+        max_new: int = 256,
+        temperature: float = 0.7,
+        top_p: float = 0.95,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[int]:
+        """Yield the ids that continue `ids`.
 
-    def common(self, ids: Sequence[int]) -> int:
-        """How many of the first of `ids` are in the cache."""
-        pairs = enumerate(zip(self.read, ids))
-        return next((i for i, (a, b) in pairs if a != b), min(len(self.read), len(ids)))
-
-    @torch.inference_mode()
-    def prefill(self, ids: Sequence[int]) -> None:
-        """Have `ids` in the cache and nothing else. What it holds of them already is not read again."""
-        self.cache.length = self.common(ids)
-        self.read = []
-        new = torch.tensor([list(ids[self.cache.length :])], dtype=torch.int64)
-        new = new.to(self.cache.layers[0].device)
-        for part in new.split(PREFILL, dim=1) if new.numel() else ():
-            self.read_part(part)
-        self.read = list(ids)
-
-    def read_part(self, part: torch.Tensor) -> torch.Tensor:
-        """Have more ids (1, n) in the cache. → the logits (1, V) of what follows them"""
-        count = part.shape[1]
-        extra = -count % SAMPLE_ROUND if part.device.type == "cpu" and count > 1 else 0
-        extra = min(extra, self.cache.size - self.cache.length - count)
-        last = torch.tensor([count - 1], device=part.device)
-        logits = self.model(F.pad(part, (0, extra)), cache=self.cache, target_positions=last)
-        self.cache.length -= extra  # what fills up the shape is forgotten
-        return logits
-
-    def generate(self, ids, max_new=256, temperature=0.7, top_p=0.95, generator=None):
-        """Yield the ids that continue `ids`, until the model ends its turn (that id is not yielded), `max_new` or the context's end."""
+        Stop at the end of the turn (that id is not yielded), after `max_new`, or with a full cache.
+        """
         ids = list(ids)
         for _ in range(min(max_new, self.cache.size - len(ids))):
-            logits = self.forward(ids).index_fill(0, self.never, -torch.inf)
-            chosen = self.broadcast(sample(logits, temperature, top_p, generator))
-            if chosen in self.ends:
+            logits = self.forward(ids).index_fill(0, self.banned_ids, -torch.inf)
+            next_id = self.broadcast(sample(logits, temperature, top_p, generator))
+            if next_id in self.stop_ids:
                 return
-            ids.append(chosen)
-            yield chosen
+            ids.append(next_id)
+            yield next_id
+
+    def forward(self, ids: Sequence[int]) -> Tensor:
+        """Return the logits (V,) of the token after `ids`, in float32 on the CPU."""
+        logits = self.extend(ids, min(self.num_cached(ids), len(ids) - 1))
+        return logits.flatten().float().cpu()
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Make `ids` the content of the cache. What it holds of them already is kept."""
+        self.extend(ids, self.num_cached(ids))
+
+    def num_cached(self, ids: Sequence[int]) -> int:
+        """Count the first of `ids` that are in the cache."""
+        return len(os.path.commonprefix([self.cached_ids, list(ids)]))
+
+    @torch.inference_mode()
+    def extend(self, ids: Sequence[int], start: int) -> Tensor:
+        """Write ids[start:] into the cache; return the logits (1, V) after the last, if any."""
+        self.cache.length = start
+        self.cached_ids = []  # Ctrl-C may leave a chunk half written
+        logits, device = torch.empty(0), self.cache.layers[0].device
+        for begin in range(start, len(ids), PREFILL_CHUNK):
+            chunk = torch.tensor([ids[begin : begin + PREFILL_CHUNK]], device=device)
+            # The compiler would specialize on the lengths 0 and 1
+            if self.compiled and len(ids) - start == 1 and start > 1:
+                logits = self.compiled(chunk)
+            else:
+                logits = self.prefill_chunk(chunk)
+        self.cached_ids = list(ids)
+        return logits
+
+    def prefill_chunk(self, chunk: Tensor) -> Tensor:
+        """Write a chunk (1, n) into the cache; return the logits (1, V) after its last token."""
+        count = chunk.shape[1]
+        padding = -count % PREFILL_MULTIPLE if chunk.device.type == "cpu" and count > 1 else 0
+        padding = min(padding, self.cache.size - self.cache.length - count)
+        last = torch.tensor([count - 1], device=chunk.device)
+        padded = F.pad(chunk, (0, padding))
+        logits = self.model(padded, cache=self.cache, logit_positions=last)
+        self.cache.length -= padding
+        return logits
 
 
-def stop_and_banned_ids(model, tokenizer) -> tuple[set[int], torch.Tensor]:
-    """The ids that end a turn, and those that are never written."""
-    ends = {tokenizer.im_end, *map(tokenizer.engine.token_to_id, ("</s>", "<|endoftext|>"))} - {
-        None
-    }
-    size, special = model.config.vocab_size, tokenizer.special_ids
-    never = {i for i in range(size) if i in special or i >= len(tokenizer)} - ends
-    return ends, torch.tensor(sorted(never), dtype=torch.long)
+def stop_and_banned_ids(model: Transformer, tokenizer: Tokenizer) -> tuple[set[int], Tensor]:
+    """Return the ids that end a turn, and those that are never generated."""
+    stop_ids: set[int] = {tokenizer.im_end}
+    for end_of_text in ("</s>", "<|endoftext|>"):
+        if (id := tokenizer.engine.token_to_id(end_of_text)) is not None:
+            stop_ids.add(id)
+    size = model.config.vocab_size
+    special = {id for id in tokenizer.special_ids if id < size}
+    unused = range(len(tokenizer), size)
+    return stop_ids, torch.tensor(sorted(special.union(unused) - stop_ids), dtype=torch.long)
 
 
-# --- many at a time
+# --- one token at a time, compiled
+
+
+def can_compile(device: torch.device) -> bool:
+    """Return whether torch.compile has what it needs: Triton, or a C++ compiler for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (7, 0)
+    return device.type == "cpu" and any(map(shutil.which, ("g++", "clang++")))
+
+
+class CompiledDecoder:
+    """The forward pass of one token, in fp32 between the weights.
+
+    Two compiled functions a block, the same ones for all blocks, and one for the head. On CUDA
+    the whole pass is a CUDA graph, one for each power of two of cached tokens.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache):
+        self.model = model
+        self.cache = cache
+        device = cache.layers[0].device
+        # What changes from step to step: graphs read it from these tensors
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.cache_positions = torch.arange(cache.size, device=device)
+        self.rotations = rope(self.cache_positions[None], model.config)
+        # S → (CUDA graph over the first S positions of the cache, its logits)
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.queries_keys_values = torch.compile(queries_keys_values)
+        self.rest_of_block = torch.compile(rest_of_block)
+        self.final_logits = torch.compile(final_logits)
+        with torch.inference_mode():
+            cache.length = 2
+            self(self.token)
+            self.compile_unpack()
+            cache.length = 0
+            model(self.cache_positions[None, :2], cache=cache)
+
+    def compile_unpack(self) -> None:
+        """Compile what prompts need of quantized layers: one function for each type of them."""
+        compiled = {
+            layer_type: torch.compile(layer_type.unpack, dynamic=False)
+            for layer_type in quantize.PACKED_TYPES.values()
+        }
+        for module in self.model.modules():
+            if isinstance(module, quantize.PackedLinear):
+                module.unpack = compiled[type(module)]
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """Append token (1, 1) to the cache; return the logits (1, 1, V) after it.
+
+        The next call may overwrite them.
+        """
+        self.token.copy_(token)
+        self.position.fill_(self.cache.length)
+        self.cache.length += 1
+        if token.device.type != "cuda":
+            return self.forward(self.cache.length)
+        power_of_two = 1 << (self.cache.length - 1).bit_length()
+        num_seen = min(self.cache.size, max(512, power_of_two))
+        if num_seen not in self.graphs:
+            self.graphs[num_seen] = self.capture(num_seen)
+        graph, logits = self.graphs[num_seen]
+        graph.replay()
+        return logits
+
+    def forward(self, num_seen: int) -> Tensor:
+        """Run the model over the first `num_seen` positions of the cache; return logits (1, 1, V).
+
+        Reads no tensor's value on the CPU, so that CUDA can record it.
+        """
+        rotation = [angles.index_select(1, self.position) for angles in self.rotations]
+        distance = self.position - self.cache_positions[:num_seen]
+        window = self.model.config.sliding_window or self.cache.size
+        hidden = (distance < 0) | (distance >= window)  # (S,)
+        torch._dynamo.maybe_mark_dynamic(hidden, 0)
+        x = self.model.model.embed_tokens(self.token).float()  # (1, 1, E)
+        for block, layer in zip(self.model.model.layers, self.cache.layers):
+            q, k, v = self.queries_keys_values(block, x, rotation)
+            kv = torch.stack([k, v]).transpose(2, 3)  # (2, 1, G, 1, D)
+            layer.index_copy_(3, self.position, kv.to(layer.dtype))
+            seen = layer[:, 0, :, :num_seen]  # (2, G, S, D)
+            torch._dynamo.maybe_mark_dynamic(seen, 2)
+            x = self.rest_of_block(block, x, q, seen, hidden)
+        return self.final_logits(self.model, x)
+
+    def capture(self, num_seen: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Record `forward` as a CUDA graph; return it and the tensor of its logits."""
+        # Compile and warm up first, on another stream: neither can be captured
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.forward(num_seen)
+            self.forward(num_seen)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self.forward(num_seen)
+        return graph, logits
+
+
+def queries_keys_values(block: Block, x: Tensor, rotation: list[Tensor]) -> tuple[Tensor, ...]:
+    return block.self_attn.qkv(block.input_layernorm(x), rotation)
+
+
+def rest_of_block(block: Block, x: Tensor, q: Tensor, kv: Tensor, hidden: Tensor) -> Tensor:
+    """Return a block's output (1, 1, E) from x (1, 1, E), q (1, 1, H, D), keys and values
+    (2, G, S, D) and which of them are hidden (S,).
+
+    Attention is written out: for one query Inductor makes it a loop over the cache, and casts
+    keys and values to fp32 on the way.
+    """
+    keys, values = kv.float()
+    q = q.view(len(keys), -1, 1, keys.shape[2])  # (G, H / G, 1, D)
+    scores = (q * keys[:, None]).sum(-1) * keys.shape[2] ** -0.5  # (G, H / G, S)
+    probs = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    attended = (probs[..., None] * values[:, None]).sum(2).view(1, 1, -1)  # (1, 1, H * D)
+    x = x + block.self_attn.o_proj(attended)
+    return x + block.mlp(block.post_attention_layernorm(x))
+
+
+def final_logits(model: Transformer, x: Tensor) -> Tensor:
+    return model.lm_head(model.model.norm(x))
+
+
+# --- several replies at a time
 
 
 class BatchCache(KVCache):
-    """Keys and values of rows with lengths of their own: a token's place in its row is its position.
+    """A KV cache whose rows have lengths of their own; the first `num_rows` are in use.
 
-    One token a row is read at a time, by the first `rows` rows.
+    A forward pass reads one token of each of these.
     """
 
     def __init__(self, config: ModelConfig, size: int, batch: int, dtype, device):
         super().__init__(config, size, batch, dtype, device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.window = config.sliding_window
-        self.rows = 0
+        self.window = config.sliding_window or size
+        self.num_rows = 0
 
-    def load(self, row: int, source: KVCache, length: int) -> None:
-        """Fill a row with the first `length` tokens of the only row of `source`."""
-        for mine, other in zip(self.layers, source.layers):
-            mine[:, row, :, :length] = other[:, 0, :, :length]
+    def copy_row(self, row: int, source: KVCache, source_row: int, length: int) -> None:
+        """Fill `row` with the first `length` tokens of a row of `source`."""
+        for ours, theirs in zip(self.layers, source.layers):
+            ours[:, row, :, :length] = theirs[:, source_row, :, :length]
         self.lengths[row] = length
 
-    def move(self, source: int, target: int) -> None:
-        length = int(self.lengths[source])
-        for layer in self.layers:
-            layer[:, target, :, :length] = layer[:, source, :, :length]
-        self.lengths[target] = length
-
-    def positions(self) -> torch.Tensor:
-        """Where the next token of each row goes, (rows, 1); and `mask` for it."""
-        positions = self.lengths[: self.rows, None]
+    def prepare(self) -> Tensor:
+        """Return the positions (rows, 1) of the next tokens, and set `mask` for them."""
+        positions = self.lengths[: self.num_rows, None]
         self.length = int(positions.max())
-        ago = positions - torch.arange(self.length + 1, device=positions.device)  # (rows, S)
-        self.mask = ((ago >= 0) & (ago < (self.window or self.size)))[:, None, None]
+        distance = positions - torch.arange(self.length + 1, device=positions.device)  # (rows, S)
+        self.mask = ((distance >= 0) & (distance < self.window))[:, None, None]
         return positions
 
-    def extend(self, layer, k, v):
-        """Write k, v (rows, 1, G, D), each row at its length, and return the rows (rows, S, G, D)."""
-        rows = torch.arange(self.rows, device=k.device)
-        self.layers[layer][:, rows, :, self.lengths[: self.rows]] = torch.cat([k, v], 1)
-        known = self.layers[layer][:, : self.rows, :, : self.length + 1].transpose(2, 3)
-        return known[0], known[1]
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (rows, 1, G, D), each row at its length; return all of it (rows, S, G, D)."""
+        rows = torch.arange(self.num_rows, device=k.device)
+        self.layers[layer][:, rows, :, self.lengths[: self.num_rows]] = torch.cat([k, v], 1)
+        keys, values = self.layers[layer][:, : self.num_rows, :, : self.length + 1].transpose(2, 3)
+        return keys, values
 
 
 @dataclasses.dataclass(eq=False)
 class BatchRow:
-    """An answer that is written in a batch. `ids`: so far; `ended`: by itself, not for want of room."""
+    """A reply in a batch: `ids` so far; `ended` by the model itself, not for want of `room`."""
 
     prompt: list[int]
     room: int
@@ -165,288 +339,178 @@ class BatchRow:
 
 
 class DecodeBatch:
-    """Several answers at once, each as it would be written alone: a step reads the weights once for all.
+    """Several replies at once, each as `Decoder.generate` writes it.
 
-    A row joins with `add`, between any two steps, and leaves when it is done. Its draws are its own
-    generator's.
-    Prompts are read by `decoder`, one by one: what a prompt shares with the one before is read once.
+    A step reads the weights once for all of them. A row joins with `add`, between any two steps,
+    and leaves when it is done. `decoder` reads the prompts one by one: what a prompt shares with
+    the one before is read once. `size`: tokens of a row, prompt and reply together.
     """
 
-    def __init__(self, decoder: Decoder, rows: int, size: int | None = None):
-        """`rows`: at most so many at a time; `size`: tokens of a row, prompt and answer together."""
-        self.decoder, self.rows, self.most = decoder, [], rows
+    def __init__(self, decoder: Decoder, max_rows: int, size: int | None = None):
+        self.decoder = decoder
+        self.max_rows = max_rows
+        self.rows: list[BatchRow] = []
         layer = decoder.cache.layers[0]
         size = size or decoder.cache.size
-        self.cache = BatchCache(decoder.model.config, size, rows, layer.dtype, layer.device)
+        self.cache = BatchCache(decoder.model.config, size, max_rows, layer.dtype, layer.device)
 
     @property
     def full(self) -> bool:
-        return len(self.rows) == self.most
+        return len(self.rows) == self.max_rows
 
     @torch.inference_mode()
-    def add(self, prompt, max_new=256, temperature=0.7, top_p=0.95, generator=None) -> BatchRow:
-        """Read a prompt; `ids` of the row that is returned grow with each step."""
-        assert not self.full, f"the batch holds {self.most} rows"
+    def add(
+        self,
+        prompt: Sequence[int],
+        max_new: int = 256,
+        temperature: float = 0.7,
+        top_p: float = 0.95,
+        generator: torch.Generator | None = None,
+    ) -> BatchRow:
+        """Read a prompt and return its row, whose `ids` grow with each step."""
+        assert not self.full, f"the batch holds {self.max_rows} rows"
         room = min(max_new, self.cache.size - len(prompt))
         row = BatchRow(list(prompt), room, temperature, top_p, generator)
         if room > 0:
             self.decoder.prefill(row.prompt[:-1])
-            self.cache.load(len(self.rows), self.decoder.cache, len(prompt) - 1)
+            self.cache.copy_row(len(self.rows), self.decoder.cache, 0, len(prompt) - 1)
             self.rows.append(row)
         return row
 
     @torch.inference_mode()
     def step(self) -> list[BatchRow]:
-        """Write one token of each row → the rows that are done, which left the batch."""
-        cache, done = self.cache, []
-        cache.rows = len(self.rows)
-        last = [[row.ids[-1] if row.ids else row.prompt[-1]] for row in self.rows]
-        tokens = torch.tensor(last, device=cache.lengths.device)
-        logits = self.decoder.model(tokens, cache.positions(), cache=cache)[:, 0].float().cpu()
-        logits = logits.index_fill(1, self.decoder.never, -torch.inf)
-        cache.lengths[: cache.rows] += 1
-        for row, scores in zip(self.rows, logits):
-            id = self.decoder.broadcast(
-                sample(scores, row.temperature, row.top_p, row.generator, TOP_K)
-            )
-            row.ended = id in self.decoder.ends
+        """Generate one token of each row; return the rows that are done, which left the batch."""
+        self.cache.num_rows = len(self.rows)
+        last_ids = [[row.ids[-1] if row.ids else row.prompt[-1]] for row in self.rows]
+        tokens = torch.tensor(last_ids, device=self.cache.lengths.device)
+        logits = self.decoder.model(tokens, self.cache.prepare(), cache=self.cache)
+        logits = logits[:, 0].float().cpu().index_fill(1, self.decoder.banned_ids, -torch.inf)
+        self.cache.lengths[: len(self.rows)] += 1
+        done = []
+        for row, row_logits in zip(self.rows, logits):
+            next_id = sample(row_logits, row.temperature, row.top_p, row.generator)
+            next_id = self.decoder.broadcast(next_id)
+            row.ended = next_id in self.decoder.stop_ids
             if not row.ended:
-                row.ids.append(id)
+                row.ids.append(next_id)
             if row.ended or len(row.ids) == row.room:
                 done.append(row)
-        for row in done:  # the last row takes its place
-            place, last_row = self.rows.index(row), self.rows.pop()
-            if last_row is not row:
-                self.cache.move(len(self.rows), place)
-                self.rows[place] = last_row
+        for row in done:
+            self.remove(row)
         return done
 
-
-def generate_batch(
-    decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
-    max_new: int = 256,
-    temperature: float = 0.7,
-    top_p: float = 0.95,
-    seeds: Sequence[int] | None = None,
-    rows: int = 32,
-) -> Iterator[tuple[int, list[int]]]:
-    """Continue each prompt as `Decoder.generate` does: yield (its number, its ids) as they are done."""
-    size = min(decoder.cache.size, max(map(len, prompts), default=0) + max_new)
-    batch, numbers = DecodeBatch(decoder, min(rows, len(prompts)), size), {}
-    waiting = list(enumerate(prompts))[::-1]
-    while waiting or batch.rows:
-        if waiting and not batch.full:
-            number, prompt = waiting.pop()
-            generator = torch.Generator().manual_seed(seeds[number]) if seeds else None
-            row = batch.add(prompt, max_new, temperature, top_p, generator)
-            numbers[row] = number
-            if row.room <= 0:
-                yield number, []
-            continue
-        for row in batch.step():
-            yield numbers.pop(row), row.ids
-
-
-# --- one token at a time
-
-
-def can_compile(device):
-    """Whether torch.compile finds what it needs: Triton for a GPU, a C++ compiler for a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (7, 0)
-    return device.type == "cpu" and any(map(shutil.which, ("g++", "clang++")))
-
-
-class CompiledDecoder:
-    """A token's way through the model, in fp32 between the weights: two compiled functions a block, the same for all blocks.
-
-    What a compiled function returns it also stores. So each returns the vectors that its matmuls read: else they would be worked out anew
-    for every row of the weights. On CUDA the whole step is a graph, one for each power of two of tokens that it looks back on.
-    """
-
-    def __init__(self, model, cache):
-        self.model, self.cache, self.graphs, device = model, cache, {}, cache.layers[0].device
-        self.token, self.position = (
-            torch.zeros(1, 1, dtype=torch.int64, device=device),
-            torch.zeros(1, dtype=torch.int64, device=device),
-        )
-        self.places = torch.arange(cache.size, device=device)
-        self.rotation = rope(self.places[None], model.config)
-        self.before, self.after, self.last = map(
-            torch.compile, (before_attention, after_attention, last_logits)
-        )
-        unpack = {
-            kind: torch.compile(kind.unpack, dynamic=False)
-            for kind in quantize.PACKED_TYPES.values()
-        }
-        with torch.inference_mode():
-            cache.length = 2
-            self(self.token)
-            for module in model.modules():
-                if isinstance(module, quantize.PackedLinear):
-                    module.unpack = unpack[type(module)]  # for prompts
-            cache.length = 0
-            model(self.places[None, :2], cache=cache)
-
-    def __call__(self, token):
-        """token (1, 1) int64, read after what is in the cache → logits (1, 1, V), which the next call may overwrite."""
-        self.token.copy_(token)
-        self.position.fill_(self.cache.length)
-        self.cache.length += 1
-        if token.device.type != "cuda":
-            return self.run(self.cache.length)
-        seen = min(self.cache.size, max(512, 1 << (self.cache.length - 1).bit_length()))
-        if seen not in self.graphs:
-            self.graphs[seen] = self.capture(seen)
-        graph, logits = self.graphs[seen]
-        graph.replay()
-        return logits
-
-    def run(self, seen):
-        """The step itself, without a look at any value: `token` at `position`, over the first `seen` places of the cache."""
-        rotation = [part.index_select(1, self.position) for part in self.rotation]
-        ago = self.position - self.places[:seen]
-        hidden = (ago < 0) | (ago >= (self.model.config.sliding_window or self.cache.size))
-        x = self.model.model.embed_tokens(self.token).float()
-        for block, known in zip(self.model.model.layers, self.cache.layers):
-            q, k, v, _ = self.before(block, x, rotation)
-            known.index_copy_(3, self.position, torch.stack([k, v]).transpose(2, 3).to(known.dtype))
-            known = known[:, 0, :, :seen]
-            torch._dynamo.maybe_mark_dynamic(known, 2)
-            torch._dynamo.maybe_mark_dynamic(hidden, 0)
-            x, *_ = self.after(block, x, q, known, hidden)
-        return self.last(self.model, x)[0]
-
-    def capture(self, seen):
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # compiled first, and warm: neither can be captured
-            self.run(seen)
-            self.run(seen)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self.run(seen)
-        return graph, logits
-
-
-def before_attention(block, x, rotation):
-    x = block.input_layernorm(x)
-    return *block.self_attn(x, rotation), x
-
-
-def after_attention(block, x, q, known, hidden):
-    """x (1, 1, E), q (1, 1, H, D), keys and values (2, G, S, D), `hidden` (S,): those that q may not see → x (1, 1, E), and more."""
-    keys, values = known.float()
-    q = q.view(len(keys), -1, 1, keys.shape[2])  # (G, H / G, 1, D)
-    scores = (q * keys[:, None]).sum(-1) * keys.shape[2] ** -0.5  # (G, H / G, S)
-    shares = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-    found = (shares[..., None] * values[:, None]).sum(2).view(1, 1, -1)
-    x = x + block.self_attn.o_proj(found)
-    normed = block.post_attention_layernorm(x)
-    inner = F.silu(block.mlp.gate_proj(normed)) * block.mlp.up_proj(normed)
-    return x + block.mlp.down_proj(inner), found, x, normed, inner
-
-
-def last_logits(model, x):
-    x = model.model.norm(x)
-    return model.lm_head(x), x
+    def remove(self, row: BatchRow) -> None:
+        """Give the row's place to the last row."""
+        index = self.rows.index(row)
+        last = len(self.rows) - 1
+        if index < last:
+            self.cache.copy_row(index, self.cache, last, int(self.cache.lengths[last]))
+            self.rows[index] = self.rows[last]
+        self.rows.pop()
 
 
 # --- turns and messages
 
 
 class Answer:
-    """My next turn after `turns`, as it is written: iterate over it for the messages so far, each time they grew.
+    """My next turn after `turns`: iterate over it for the messages so far, each time they grow.
 
-    `prompt`, `ids`: what was read and what is written; `messages`: so far; `ended`: by itself, not by `max_new` or the context's end.
-    One at a time; an answer that is left early (closed, or interrupted) leaves the decoder ready for the next.
+    `prompt` and `ids`: what was read and what is generated; `messages`: so far; `ended`: by the
+    model itself, not by `max_new` or the end of the context. A decoder writes one at a time; an
+    answer that is left early (closed, or interrupted) leaves it ready for the next.
     """
 
-    def __init__(self, decoder, turns, me, max_new=256, temperature=0.7, top_p=0.95, seed=None):
-        room = min(max_new, decoder.cache.size // 2)
-        self.decoder, self.me, self.messages, self.ids, self.ended = decoder, me, [], [], False
-        self.prompt = truncate_prompt(
-            decoder.opening(turns), me, decoder.tokenizer, decoder.cache.size - room, decoder.wrote
-        )
-        generator = torch.Generator().manual_seed(seed) if seed is not None else None
-        self.new = decoder.generate(self.prompt, room, temperature, top_p, generator)
-        self.room = room
+    def __init__(
+        self,
+        decoder: Decoder,
+        turns: list[data.Turn],
+        me: str,
+        max_new: int = 256,
+        temperature: float = 0.7,
+        top_p: float = 0.95,
+        seed: int | None = None,
+    ):
+        self.decoder = decoder
+        self.me = me
+        self.messages: list[str] = []
+        self.ids: list[int] = []
+        self.ended = False
+        self.max_new = min(max_new, decoder.cache.size // 2)
+        prompt_size = decoder.cache.size - self.max_new
+        turns = decoder.context_builder(turns)
+        self.prompt = truncate_prompt(turns, me, decoder.tokenizer, prompt_size, decoder.reply_ids)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.stream = decoder.generate(self.prompt, self.max_new, temperature, top_p, generator)
 
-    def __iter__(self):
-        for found in messages(self.written(), self.decoder.tokenizer):
-            self.messages = found
-            yield found
-        self.ended = len(self.ids) < self.room
-        wrote, header = (
-            self.decoder.wrote,
-            self.prompt[-1 - self.prompt[::-1].index(self.decoder.tokenizer.im_start) :],
-        )
-        wrote[self.me, *self.messages] = header + self.ids
-        if len(wrote) > REMEMBERED:
-            del wrote[next(iter(wrote))]
+    def __iter__(self) -> Generator[list[str], None, None]:
+        for messages in stream_messages(self.record_ids(), self.decoder.tokenizer):
+            self.messages = messages
+            yield messages
+        self.ended = len(self.ids) < self.max_new
+        self.remember()
 
-    def written(self):
-        for id in self.new:
+    def record_ids(self) -> Iterator[int]:
+        for id in self.stream:
             self.ids.append(id)
             yield id
 
+    def remember(self) -> None:
+        """Keep the turn's ids, so that the next prompt begins with exactly what is cached."""
+        im_start = self.decoder.tokenizer.im_start
+        header_length = self.prompt[::-1].index(im_start) + 1
+        known = self.decoder.reply_ids
+        known[self.me, *self.messages] = self.prompt[-header_length:] + self.ids
+        if len(known) > MAX_REPLIES:
+            del known[next(iter(known))]
 
-def sample(logits, temperature, top_p, generator=None, likely=0.0):
-    """One id from logits (V,): the best at temperature 0, else drawn from the smallest set of ids that holds `top_p` of the probability.
 
-    `likely`: only ids above it are sorted, where they hold `top_p`. The draw is the same but for ties.
+def stream_messages(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[list[str]]:
+    """Turn ids into the list of messages so far, each time it grows.
+
+    The end of the text waits while it may still become a `>>>` mark or is half a character.
     """
-    if temperature == 0:
-        return int(logits.argmax())
-    chances = (logits / temperature).softmax(0)
-    ids = (chances > likely).nonzero()[:, 0] if likely else torch.empty(0)
-    if likely and chances[ids].sum() > top_p + 1e-3:
-        known, order = chances[ids].sort(descending=True)
-        probabilities, order = F.pad(known, (0, len(logits) - len(known))), ids[order]
-    else:
-        probabilities, order = chances.sort(descending=True)
-    probabilities[probabilities.cumsum(0) - probabilities > top_p] = 0
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
-
-
-def messages(ids, tokenizer):
-    """Ids as they come → the list of messages so far, each time it grew. What may still turn out to be a mark or half a letter waits."""
-    seen, known = [], []
+    seen: list[int] = []
+    messages: list[str] = []
     for id in ids:
         seen.append(id)
-        text = tokenizer.decode(seen)
-        found = data.split_messages(re.sub("(\n>{0,3}|\ufffd+)$", "", text))
-        if found != known:
-            known = found
-            yield found
-    found = data.split_messages(tokenizer.decode(seen)) if seen else []
-    if found != known:
-        yield found
+        text = re.sub("(\n>{0,3}|\ufffd+)$", "", tokenizer.decode(seen))
+        if data.split_messages(text) != messages:
+            messages = data.split_messages(text)
+            yield messages
+    if seen and data.split_messages(tokenizer.decode(seen)) != messages:
+        yield data.split_messages(tokenizer.decode(seen))
 
 
-def truncate_prompt(turns, me, tokenizer, size, wrote=None):
-    """The ids of the prompt after `turns`, at most `size`, without its oldest turns where there are more.
+def truncate_prompt(
+    turns: list[data.Turn],
+    me: str,
+    tokenizer: Tokenizer,
+    size: int,
+    reply_ids: ReplyIds | None = None,
+) -> list[int]:
+    """Return the ids of the prompt after `turns`, at most `size`: the oldest turns are dropped.
 
-    They go half a context at a time, so that most prompts begin as the last one did. A single turn that is too long loses its beginning.
-    A header stays, unless it takes half the context.
-    `wrote` {(author, *messages): ids}: turns whose ids are known, up to their end.
+    Turns are dropped half a context at a time, so that most prompts begin as the last one did. A
+    single turn that is too long loses its beginning. A header stays, unless it takes half the
+    context. `reply_ids`: turns whose ids are known.
     """
     ids, _ = tokenizer.encode(data.prompt(turns, me, tokenizer.specials))
-    starts = [i for i, id in enumerate(ids) if id == tokenizer.im_start]
-    opening, parts = ids[: starts[0]], [ids[a:b] for a, b in zip(starts, [*starts[1:], len(ids)])]
-    for number, turn in enumerate(turns):
-        known = (wrote or {}).get((turn.author, *turn.messages))
+    starts = [index for index, id in enumerate(ids) if id == tokenizer.im_start]
+    bounds = zip(starts, [*starts[1:], len(ids)])
+    prefix = ids[: starts[0]]  # <s>, if the tokenizer has it
+    parts = [ids[begin:end] for begin, end in bounds]  # the turns, then the author line of mine
+    for index, turn in enumerate(turns):
+        known = (reply_ids or {}).get((turn.author, *turn.messages))
         if known:
-            parts[number] = known + parts[number][parts[number].index(tokenizer.im_end) :]
+            parts[index] = known + parts[index][parts[index].index(tokenizer.im_end) :]
     if len(turns) > 1 and turns[0].author == data.HEADER and len(parts[0]) < size // 2:
-        opening, parts, turns = opening + parts[0], parts[1:], turns[1:]
-    total, half = sum(map(len, parts)) + len(opening), max(1, size // 2)
-    surplus = -(-(total - size) // half) * half if total > size else 0
-    oldest = dropped = 0
-    while dropped < surplus and oldest < len(turns) - 1:
-        dropped += len(parts[oldest])
-        oldest += 1
-    ids = opening + sum(parts[oldest:], [])
-    return ids if len(ids) <= size else opening + ids[len(ids) - size + len(opening) :]
+        prefix = prefix + parts.pop(0)
+
+    half = max(1, size // 2)
+    excess = len(prefix) + sum(map(len, parts)) - size
+    to_drop = math.ceil(excess / half) * half
+    dropped = 0
+    while dropped < to_drop and len(parts) > 2:
+        dropped += len(parts.pop(0))
+    ids = sum(parts, [])
+    return prefix + ids[max(0, len(prefix) + len(ids) - size) :]

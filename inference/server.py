@@ -1,16 +1,26 @@
-"""The page and the API of `python chat.py ckpt/ --web`, on one port: OpenAI's `/v1/chat/completions` and `/v1/models`, `/health`, and `/`.
+"""Serve a page and an OpenAI-compatible API: `python chat.py ckpt/ --web`.
 
-One model, one thread: requests wait in line, and a client that leaves frees its place. With --token
-it lets in who knows the token, under any host name (behind a proxy), and shows others the page and
-/health alone. Without one it listens on loopback, and answers to loopback's names and --allow-host.
-With --token and --as, or on another --host, every client is --as; else it may be anyone.
-No conversation is written to disk or to a log.
+    /                       the page (page.html)
+    /persona                names for the page
+    /health                 {"status": "ok"}
+    /v1/models              the model's name
+    /v1/chat/completions    replies, whole or streamed
+
+One model, one thread: requests wait in a queue, and a client that disconnects leaves it. Without
+--token the server listens on loopback and accepts loopback's host names and --allow-host. With a
+token it accepts any host name (it may be behind a proxy); without that token clients get only the
+page and /health. With --token and --as, or on another --host, every client is --as; else a client
+may be anyone. Conversations are neither written to disk nor logged.
+
+To add an endpoint, write a function under "Endpoints" with the decorator `@endpoint`.
 """
 
 import asyncio
 import base64
 import concurrent.futures
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -24,7 +34,9 @@ import sys
 import threading
 import time
 import webbrowser
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import cli
@@ -37,8 +49,8 @@ try:
     import uvicorn
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
-    from starlette.requests import ClientDisconnect
-    from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
@@ -46,14 +58,16 @@ except ImportError as error:
         f"--web needs {error.name}, which is not installed", "pip install -r requirements-extra.txt"
     ) from None
 
-MAX_QUEUE = 32  # requests in line, the one that is answered included
-MAX_BODY_BYTES = 2**20  # bytes of a request
+MAX_QUEUE = 32  # requests, the one that is answered included
+MAX_BODY_BYTES = 2**20
 MAX_MESSAGES = 2000  # in a conversation
-BODY_SECONDS = 10  # seconds that a client may take to send a request, or to read what it is sent
-IDLE_SECONDS = 10  # seconds after which a stream says that it is still there
+MAX_STOPS = 100  # strings in `stop`: many clients send more than OpenAI's four
+MAX_STOP_CHARS = 200
+MAX_NAME_CHARS = 200
 MAX_CONNECTIONS = 256
-MAX_STOPS = 100  # strings in `stop`, as many clients send more than OpenAI's four
-PUBLIC_PATHS = {"/", "/health", "/v1/health"}  # what needs no token: no name and no chat is in it
+BODY_SECONDS = 10  # that a client may take to send a request, or to read a part of the reply
+IDLE_SECONDS = 10  # without a token, after which a stream sends a comment
+DISCONNECT_SECONDS = 0.2  # between looks whether the client of a whole reply is still there
 SECURITY_HEADERS = {
     "cache-control": "no-store",
     "x-content-type-options": "nosniff",
@@ -61,322 +75,171 @@ SECURITY_HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
-UNSUPPORTED = {  # fields of a request that change what an answer is → the values that leave it as it is
-    "n": (1,), "tools": ([],), "functions": ([],), "logprobs": (False,), "response_format": ({"type": "text"},), "modalities": (["text"],),
-    "audio": (), "web_search_options": (),
-}  # fmt: skip
+# Fields of a request that would change what a reply is → the values that don't
+UNSUPPORTED: dict[str, list] = {
+    "n": [1],
+    "tools": [[]],
+    "functions": [[]],
+    "logprobs": [False],
+    "response_format": [{"type": "text"}],
+    "modalities": [["text"]],
+    "audio": [],
+    "web_search_options": [],
+}
+
+
+# --- Errors, in OpenAI's shape
 
 
 class ApiError(HTTPException):
-    def __init__(self, status, message, param=None, code=None, headers=None):
+    """An error for the client. `param`: the field of the request that it is about."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
         super().__init__(status, message, headers)
-        self.param, self.code = param, code
+        self.param = param
+        self.code = code
 
 
-# --- a request's text → what is asked
+async def error_response(request: Request | None, error: HTTPException) -> Response:
+    body = {
+        "message": error.detail,
+        "type": "server_error" if error.status_code >= 500 else "invalid_request_error",
+        "param": getattr(error, "param", None),
+        "code": getattr(error, "code", None),
+    }
+    return JSONResponse({"error": body}, error.status_code, error.headers)
+
+
+async def internal_error(request: Request, error: Exception) -> Response:
+    return await error_response(request, ApiError(500, "Internal error; see the server's terminal"))
+
+
+# --- Requests
 
 
 class ChatRequest:
-    """A request for an answer, checked. `defaults`: chat.py's options; `fixed`: nobody may be anyone but `me` and `you`."""
+    """The body of a chat completion, validated. `fixed_names`: clients may only be `you`."""
 
-    def __init__(self, body, me, you, defaults, fixed):
+    def __init__(self, body: bytes, me: str, you: str, defaults, fixed_names: bool):
         try:
             fields = json.loads(body)
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"The body is not JSON: {str(error):.100}") from None
         if not isinstance(fields, dict):
             raise ApiError(400, "The body must be a JSON object")
-        fields = {name: value for name, value in fields.items() if value is not None}
-        for name, plain in UNSUPPORTED.items():
-            if name in fields and fields[name] not in plain:
-                raise ApiError(
-                    400,
-                    f"{name} is not supported: it answers with one text",
-                    name,
-                    "unsupported_parameter",
-                )
-        self.turns = messages_to_turns(fields.get("messages"), me, you, fixed)
-        self.stream = parse_request(fields, "stream", bool, False)
-        stream_options = parse_request(fields, "stream_options", dict, {})
-        self.include_usage = parse_request(stream_options, "include_usage", bool, False)
-        names = ("max_tokens", "max_completion_tokens")
-        limits = [parse_request(fields, name, int, -1, -1, 2**31) for name in names]
-        # As in llama.cpp's server: -1 is no limit of the client's own, 0 an empty answer.
-        self.max_tokens = min([*(limit for limit in limits if limit >= 0), defaults.max_tokens])
-        self.temperature = parse_request(fields, "temperature", float, defaults.temperature, 0, 2)
-        self.temperature *= self.temperature >= 0.01  # what is nearly 0 would overflow
-        self.top_p = parse_request(fields, "top_p", float, defaults.top_p, 0, 1)
-        self.seed = parse_request(fields, "seed", int, None, -(2**63), 2**63 - 1)
-        stops = fields.get("stop", [])
-        stops = [stops] if isinstance(stops, str) else stops
-        is_list = isinstance(stops, list) and all(isinstance(stop, str | None) for stop in stops)
-        if not is_list or len(stops) > MAX_STOPS or any(len(stop or "") > 200 for stop in stops):
-            limits = f"a string or up to {MAX_STOPS}, each of up to 200 characters"
-            raise ApiError(400, f"stop must be {limits}", "stop")
-        self.stops = [stop for stop in stops if stop]  # some clients send an empty one for none
+        for name, neutral in UNSUPPORTED.items():
+            if fields.get(name) is not None and fields[name] not in neutral:
+                raise ApiError(400, f"{name} is not supported", name, "unsupported_parameter")
+        self.turns = parse_turns(fields.get("messages"), me, you, fixed_names)
+        self.stream = get_field(fields, "stream", bool, False)
+        stream_options = get_field(fields, "stream_options", dict, {})
+        self.include_usage = get_field(stream_options, "include_usage", bool, False)
+        self.max_tokens = defaults.max_tokens
+        for name in ("max_tokens", "max_completion_tokens"):
+            limit = get_field(fields, name, int, -1, -1, 2**31)
+            if limit >= 0:  # as in llama.cpp's server: -1 is no limit, 0 an empty reply
+                self.max_tokens = min(self.max_tokens, limit)
+        self.temperature = get_field(fields, "temperature", float, defaults.temperature, 0, 2)
+        if self.temperature < 0.01:
+            self.temperature = 0  # logits divided by it would overflow
+        self.top_p = get_field(fields, "top_p", float, defaults.top_p, 0, 1)
+        self.seed = get_field(fields, "seed", int, None, -(2**63), 2**63 - 1)
+        self.stops = parse_stops(fields.get("stop"))
 
 
-def parse_request(fields, name, kind, missing, least=None, most=None):
-    """A field of a request, of that kind and within these limits, or `missing`."""
-    if fields.get(name) is None:
-        return missing
-    value = fields[name]
+def get_field(
+    fields: dict, name: str, kind: type, default: Any, low: float = 0, high: float = 0
+) -> Any:
+    """Return a field of type `kind`, a number from `low` to `high`; `default` if it is missing."""
+    value = fields.get(name)
+    if value is None:
+        return default
     if kind is int and isinstance(value, float) and value.is_integer():
-        value = int(value)  # JavaScript and Lua know no other numbers
-    if type(value) not in ((int, float) if kind is float else (kind,)) or (
-        least is not None and not least <= value <= most
-    ):
-        limits = "" if least is None else f" from {least} to {most}"
+        value = int(value)  # JavaScript and Lua have only floats
+    number = kind in (int, float)
+    kinds = (int, float) if kind is float else (kind,)  # 1 is a float, True isn't an int
+    if type(value) not in kinds or number and not low <= value <= high:
+        limits = f" from {low} to {high}" if number else ""
         raise ApiError(400, f"{name} must be {kind.__name__}{limits}", name)
     return value
 
 
-def messages_to_turns(messages, me, you, fixed):
-    """OpenAI's messages → turns: each line of a content is a message, what one author says in a row is one turn."""
+def parse_stops(stop: Any) -> list[str]:
+    """Return the strings of `stop`. Some clients send an empty string or null for none."""
+    stops = stop if isinstance(stop, list) else [stop]
+    stops = [text for text in stops if text is not None and text != ""]
+    strings = all(isinstance(text, str) and len(text) <= MAX_STOP_CHARS for text in stops)
+    if len(stops) > MAX_STOPS or not strings:
+        allowed = f"a string or up to {MAX_STOPS}, each of up to {MAX_STOP_CHARS} characters"
+        raise ApiError(400, f"stop must be {allowed}", "stop")
+    return stops
+
+
+def parse_turns(messages: Any, me: str, you: str, fixed_names: bool) -> list[data.Turn]:
+    """Convert OpenAI's messages: each line is a message of ours.
+
+    Consecutive messages of one author are one turn.
+    """
     if not isinstance(messages, list) or not 0 < len(messages) <= MAX_MESSAGES:
         raise ApiError(400, f"messages must be a list of 1 to {MAX_MESSAGES}", "messages")
-    found = []
-    for number, message in enumerate(messages):
-        where = f"messages[{number}]"
+    turns: list[data.Turn] = []
+    for index, message in enumerate(messages):
+        param = f"messages[{index}]"
         if not isinstance(message, dict):
-            raise ApiError(400, f"{where} must be an object", where)
+            raise ApiError(400, f"{param} must be an object", param)
         role = message.get("role")
         if role in ("system", "developer"):
-            continue  # it learned from chats, where nobody instructs
+            continue  # the model learned from chats, which have no instructions
         if role not in ("user", "assistant") or message.get("tool_calls"):
-            raise ApiError(
-                400, f"{where}: role must be user, assistant or system, without tools", where
-            )
+            allowed = "role must be user, assistant or system, without tools"
+            raise ApiError(400, f"{param}: {allowed}", param)
         default = me if role == "assistant" else you
         author = message.get("name") or default
-        if (
-            not isinstance(author, str)
-            or not 0 < len(author.strip()) <= 200
-            or not author.isprintable()
-        ):
-            raise ApiError(400, f"{where}: name must be one line of up to 200 characters", where)
-        if fixed and author != default:
-            raise ApiError(403, f"{where}: here {role} is {default}, and nobody else", where)
-        lines = [line.strip() for line in text_of(message.get("content"), where).split("\n")]
+        if not is_name(author):
+            allowed = f"name must be one line of up to {MAX_NAME_CHARS} characters"
+            raise ApiError(400, f"{param}: {allowed}", param)
+        if fixed_names and author != default:
+            raise ApiError(403, f"{param}: on this server {role} is {default}", param)
+        lines = [line.strip() for line in parse_content(message.get("content"), param).split("\n")]
         lines = [line for line in lines if line]
-        if lines and found and found[-1].author == author:
-            found[-1].messages += lines
+        if lines and turns and turns[-1].author == author:
+            turns[-1].messages += lines
         elif lines:
-            found.append(data.Turn(author, author == me, "", lines))
-    if not found:
+            turns.append(data.Turn(author, author == me, "", lines))
+    if not turns:
         raise ApiError(400, "messages hold no text of a user or an assistant", "messages")
-    return found
+    return turns
 
 
-def text_of(content, where):
-    parts = (
-        [{"type": "text", "text": content or ""}] if isinstance(content, str | None) else content
-    )
-    plain = isinstance(parts, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" for part in parts
-    )
-    if not plain or not all(isinstance(part.get("text"), str) for part in parts):
-        raise ApiError(400, f"{where}: content must be text, or a list of text parts", where)
-    text = "\n".join(part["text"] for part in parts)
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ApiError(400, f"{where}: content holds half a character (a lone surrogate)", where)
-    return text
+def is_name(name: Any) -> bool:
+    if not isinstance(name, str) or not name.isprintable():
+        return False
+    return 0 < len(name.strip()) <= MAX_NAME_CHARS
 
 
-# --- the line before the model
+def parse_content(content: Any, param: str) -> str:
+    """Return the text of a message's content: a string, a list of text parts, or null."""
+    if content is None:
+        return ""
+    try:
+        if isinstance(content, list):
+            content = "\n".join(part["text"] for part in content)
+        content.encode()  # UnicodeEncodeError for half a character
+    except (AttributeError, KeyError, TypeError, UnicodeEncodeError):
+        message = f"{param}: content must be text, or a list of text parts"
+        raise ApiError(400, message, param) from None
+    return content
 
 
-class RequestQueue:
-    """Answers one request after another, in a thread of its own."""
-
-    def __init__(self, decoder, me):
-        self.decoder, self.me, self.places = decoder, me, 0
-        self.thread = concurrent.futures.ThreadPoolExecutor(1)  # first come, first served
-
-    def enter(self, ask):
-        """→ (a future of how it ends, the queue of the texts that it says). Cancel the future to leave."""
-        if self.places >= MAX_QUEUE:
-            raise ApiError(
-                503,
-                "Too many are waiting; try again",
-                code="overloaded",
-                headers={"retry-after": "5"},
-            )
-        self.places += 1
-        loop, said, left = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
-
-        def say(text):
-            loop.call_soon_threadsafe(said.put_nowait, text)
-
-        def leave(end):
-            self.places -= 1
-            left.set()
-
-        end = loop.run_in_executor(self.thread, self.answer, ask, say, left)
-        end.add_done_callback(leave)
-        return end, said
-
-    def answer(self, ask, say, left):
-        """Say an answer piece by piece, until it ends or the client has `left`. → (why it ended, usage), as OpenAI calls them"""
-        answer = generate.Answer(
-            self.decoder, ask.turns, self.me, ask.max_tokens, ask.temperature, ask.top_p, ask.seed
-        )
-        text, sent, stopped = "", 0, False
-        with contextlib.closing(iter(answer)) as steps:
-            for messages in steps:
-                text = "\n".join(messages)
-                stopped, ready = cut_at_stop(text, ask.stops)
-                say(text[sent:ready])
-                sent = max(sent, ready)
-                if stopped or left.is_set():
-                    break
-        if not stopped:
-            say(text[sent:])
-        read, wrote = len(answer.prompt), len(answer.ids)
-        usage = {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": read + wrote}
-        return "stop" if stopped or answer.ended else "length", usage
-
-
-def cut_at_stop(text, stops):
-    """→ (does a stop string end it, how many characters are certainly said)."""
-    found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
-    if found:
-        return True, min(found)
-    held = [
-        n
-        for stop in stops
-        for n in range(1, min(len(stop), len(text) + 1))
-        if text.endswith(stop[:n])
-    ]
-    return False, len(text) - max(held, default=0)
-
-
-# --- pages and answers
-
-
-def application(decoder, me, you, contacts, options, page):
-    """The whole site as an ASGI app, behind its `gate`. `contacts`: whom one may be, None where one is `you`."""
-    line, created = RequestQueue(decoder, me), int(time.time())
-    seeds = (
-        itertools.repeat(None) if options.seed is None else itertools.count(options.seed)
-    )  # one an answer: Retry asks the same again
-    model = {"id": me, "object": "model", "created": created, "owned_by": "doppelganger"}
-    sources = {
-        kind: re.search(f"<{kind}>(.*?)</{kind}>", page, re.DOTALL)[1].encode()
-        for kind in ("script", "style")
-    }
-    hashes = {
-        kind: f"'sha256-{base64.b64encode(hashlib.sha256(source).digest()).decode()}'"
-        for kind, source in sources.items()
-    }
-    policy = (
-        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; img-src data:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types"
-    )
-
-    async def home(request):
-        return HTMLResponse(page, headers={"content-security-policy": policy})
-
-    async def health(request):
-        return JSONResponse({"status": "ok"})
-
-    async def persona(request):
-        return JSONResponse({"me": me, "you": you, "contacts": contacts or []})
-
-    async def models(request):
-        if request.path_params.get("id", me) != me:
-            raise ApiError(
-                404, "There is one model here, see /v1/models", "model", "model_not_found"
-            )
-        return JSONResponse(model if request.path_params else {"object": "list", "data": [model]})
-
-    async def completions(request):
-        ask = ChatRequest(await read_body(request), me, you, options, contacts is None)
-        ask.seed = next(seeds) if ask.seed is None else ask.seed
-        end, said = line.enter(ask)
-        kind = "chat.completion.chunk" if ask.stream else "chat.completion"
-        head = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": me,
-        }
-        if ask.stream:
-            unbuffered = {"x-accel-buffering": "no"}  # or nginx holds back what is not yet 4 kB
-            events = stream(ask, head, end, said)
-            return StreamingResponse(events, 200, unbuffered, "text/event-stream")
-        leaving = asyncio.create_task(is_disconnected(request))
-        try:
-            await asyncio.wait({end, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            leaving.cancel()
-            end.cancel()
-        if end.cancelled():
-            return JSONResponse({})  # to nobody
-        reason, usage = end.result()
-        message = {
-            "role": "assistant",
-            "content": "".join(said.get_nowait() for _ in range(said.qsize())),
-        }
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
-        return JSONResponse({**head, "choices": [choice], "usage": usage})
-
-    async def stream(ask, head, end, said):
-        def chunk(delta, reason=None):
-            usage = {"usage": None} if ask.include_usage else {}
-            return event(
-                {
-                    **head,
-                    "choices": [
-                        {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-                    ],
-                    **usage,
-                }
-            )
-
-        end.add_done_callback(said.put_nowait)  # behind all that it says
-        try:
-            yield chunk({"role": "assistant", "content": ""})
-            while True:
-                try:
-                    text = await asyncio.wait_for(said.get(), IDLE_SECONDS)
-                except TimeoutError:
-                    yield ": waiting\n\n"
-                    continue
-                if text is end:
-                    break
-                if text:
-                    yield chunk({"content": text})
-            reason, usage = end.result()
-            yield chunk({}, reason)
-            if ask.include_usage:
-                yield event({**head, "choices": [], "usage": usage})
-            yield "data: [DONE]\n\n"
-        finally:
-            end.cancel()
-
-    api = [
-        ("/health", health, "GET"),
-        ("/models", models, "GET"),
-        ("/models/{id:path}", models, "GET"),
-        ("/chat/completions", completions, "POST"),
-    ]
-    routes = [Route("/", home), Route("/persona", persona)]
-    for prefix in ("/v1", ""):  # as llama.cpp's server: some clients leave it out
-        routes += [Route(prefix + path, answer, methods=[method]) for path, answer, method in api]
-    app = Starlette(
-        routes=routes, exception_handlers={HTTPException: error_response, Exception: internal_error}
-    )
-    app.router.redirect_slashes = False
-    return app
-
-
-def event(value):
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-
-async def read_body(request):
-    """The body, at most BODY bytes: what is longer is read to its end, and refused."""
+async def read_body(request: Request) -> bytes:
+    """Return the body. One that is too long is read to its end, then refused."""
     body, size = b"", 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -385,203 +248,433 @@ async def read_body(request):
                 if size <= MAX_BODY_BYTES:
                     body += part
     except TimeoutError:
-        raise ApiError(
-            408, "The request took too long to come", headers={"connection": "close"}
-        ) from None
+        headers = {"connection": "close"}
+        raise ApiError(408, "The request took too long to arrive", headers=headers) from None
     if size > MAX_BODY_BYTES:
         raise ApiError(413, f"A request has at most {MAX_BODY_BYTES} bytes")
     return body
 
 
-async def is_disconnected(request):
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+# --- The queue before the model
 
 
-async def error_response(request, error):
-    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
-    param, code = getattr(error, "param", None), getattr(error, "code", None)
-    value = {"error": {"message": error.detail, "type": kind, "param": param, "code": code}}
-    return JSONResponse(value, error.status_code, error.headers)
+@dataclasses.dataclass
+class Job:
+    """A request in the queue.
+
+    `result`: (finish_reason, usage), as OpenAI calls them; cancel it to leave the queue. `texts`:
+    the pieces of the reply as they come.
+    """
+
+    result: asyncio.Future
+    texts: asyncio.Queue
 
 
-async def internal_error(request, error):
-    return await error_response(request, HTTPException(500, "It failed; the terminal says why"))
+class RequestQueue:
+    """Generates one reply after another, in a thread of its own: first come, first served."""
 
+    def __init__(self, decoder: generate.Decoder, me: str):
+        self.decoder = decoder
+        self.me = me
+        self.size = 0
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
 
-# --- the gate
+    def submit(self, request: ChatRequest) -> Job:
+        if self.size >= MAX_QUEUE:
+            message, headers = "Too many requests are waiting; try again", {"retry-after": "5"}
+            raise ApiError(503, message, code="overloaded", headers=headers)
+        self.size += 1
+        loop = asyncio.get_running_loop()
+        texts: asyncio.Queue = asyncio.Queue()
+        done = threading.Event()
 
+        def send(text: str) -> None:
+            loop.call_soon_threadsafe(texts.put_nowait, text)
 
-def auth_middleware(app, hosts, token):
-    """Put before `app`: refuse who lacks the token; without one, other host names than `hosts`."""
+        def leave(result: asyncio.Future) -> None:
+            self.size -= 1
+            done.set()
 
-    async def gated(scope, receive, send):
-        headers = {
-            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        result = loop.run_in_executor(self.thread, self.generate, request, send, done)
+        result.add_done_callback(leave)
+        return Job(result, texts)
+
+    def generate(
+        self, request: ChatRequest, send: Callable[[str], None], done: threading.Event
+    ) -> tuple[str, dict]:
+        """Send a reply piece by piece, until it ends or the client has left (`done`)."""
+        answer = generate.Answer(
+            self.decoder, request.turns, self.me,
+            request.max_tokens, request.temperature, request.top_p, request.seed,
+        )  # fmt: skip
+        text = ""
+        sent = 0  # characters
+        stopped = False
+        with contextlib.closing(iter(answer)) as steps:
+            for messages in steps:
+                text = "\n".join(messages)
+                stopped, ready = cut_at_stop(text, request.stops)
+                send(text[sent:ready])
+                sent = max(sent, ready)
+                if stopped or done.is_set():
+                    break
+        if not stopped:
+            send(text[sent:])
+        usage = {
+            "prompt_tokens": len(answer.prompt),
+            "completion_tokens": len(answer.ids),
+            "total_tokens": len(answer.prompt) + len(answer.ids),
         }
+        return "stop" if stopped or answer.ended else "length", usage
 
-        async def secured(message):
+
+def cut_at_stop(text: str, stops: list[str]) -> tuple[bool, int]:
+    """Return whether a stop string ends the text, and how many characters can be sent.
+
+    The end of the text waits while it may still become a stop string.
+    """
+    starts = [text.index(stop) for stop in stops if stop in text]
+    if starts:
+        return True, min(starts)
+    held = 0
+    for stop in stops:
+        for length in range(1, min(len(stop), len(text) + 1)):
+            if text.endswith(stop[:length]):
+                held = max(held, length)
+    return False, len(text) - held
+
+
+# --- Endpoints
+
+
+ROUTES: list[Route] = []
+PUBLIC_PATHS: set[str] = set()  # need no token: they tell no name and no chat
+
+
+def endpoint(*paths: str, method: str = "GET", public: bool = False) -> Callable:
+    """Register a handler, which finds what it needs in request.app.state (see `application`).
+
+    The API is below /v1; some clients leave that out.
+    """
+
+    def register(handler: Callable) -> Callable:
+        ROUTES.extend(Route(path, handler, methods=[method]) for path in paths)
+        PUBLIC_PATHS.update(paths if public else ())
+        return handler
+
+    return register
+
+
+@endpoint("/", public=True)
+async def home(request: Request) -> Response:
+    state = request.app.state
+    headers = {"content-security-policy": content_security_policy(state.page)}
+    return HTMLResponse(state.page, headers=headers)
+
+
+@endpoint("/health", "/v1/health", public=True)
+async def health(request: Request) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+@endpoint("/persona")
+async def persona(request: Request) -> Response:
+    state = request.app.state
+    return JSONResponse({"me": state.me, "you": state.you, "contacts": state.contacts or []})
+
+
+@endpoint("/v1/models", "/models")
+async def list_models(request: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [request.app.state.model]})
+
+
+@endpoint("/v1/models/{id:path}", "/models/{id:path}")
+async def get_model(request: Request) -> Response:
+    if request.path_params["id"] != request.app.state.me:
+        raise ApiError(404, "There is one model, see /v1/models", "model", "model_not_found")
+    return JSONResponse(request.app.state.model)
+
+
+@endpoint("/v1/chat/completions", "/chat/completions", method="POST")
+async def chat_completions(request: Request) -> Response:
+    state = request.app.state
+    body = await read_body(request)
+    fixed_names = state.contacts is None
+    chat = ChatRequest(body, state.me, state.you, state.options, fixed_names)
+    if chat.seed is None:
+        chat.seed = next(state.seeds)
+    job = state.queue.submit(chat)
+    head = {
+        "id": f"chatcmpl-{secrets.token_hex(12)}",
+        "object": "chat.completion.chunk" if chat.stream else "chat.completion",
+        "created": int(time.time()),
+        "model": state.me,
+    }
+    if chat.stream:
+        chunks = stream_chunks(job, head, chat.include_usage)
+        headers = {"x-accel-buffering": "no"}  # else nginx holds back the first 4 kB
+        return StreamingResponse(chunks, 200, headers, "text/event-stream")
+    return await whole_reply(request, job, head)
+
+
+async def whole_reply(request: Request, job: Job, head: dict) -> Response:
+    try:
+        while not job.result.done():
+            if await request.is_disconnected():
+                return JSONResponse({})  # nobody reads it
+            await asyncio.wait({job.result}, timeout=DISCONNECT_SECONDS)
+    finally:
+        job.result.cancel()
+    reason, usage = job.result.result()
+    text = "".join(job.texts.get_nowait() for _ in range(job.texts.qsize()))
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
+    return JSONResponse({**head, "choices": [choice], "usage": usage})
+
+
+async def stream_chunks(job: Job, head: dict, include_usage: bool) -> AsyncIterator[str]:
+    """Yield a reply as server-sent events."""
+
+    def chunk(delta: dict, reason: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        usage = {"usage": None} if include_usage else {}
+        return event({**head, "choices": [choice], **usage})
+
+    job.result.add_done_callback(job.texts.put_nowait)  # comes after the last text
+    try:
+        yield chunk({"role": "assistant", "content": ""})
+        while True:
+            try:
+                text = await asyncio.wait_for(job.texts.get(), IDLE_SECONDS)
+            except TimeoutError:
+                yield ": waiting\n\n"
+                continue
+            if text is job.result:
+                break
+            if text:
+                yield chunk({"content": text})
+        reason, usage = job.result.result()
+        yield chunk({}, reason)
+        if include_usage:
+            yield event({**head, "choices": [], "usage": usage})
+        yield "data: [DONE]\n\n"
+    finally:
+        job.result.cancel()
+
+
+def event(value: dict) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+def application(
+    decoder: generate.Decoder, me: str, you: str, contacts: list[str] | None, options
+) -> Starlette:
+    """Return the endpoints as an ASGI app, without access control.
+
+    `contacts`: the names that a client may take, None if every client is `you`.
+    """
+    handlers: dict[Any, Any] = {HTTPException: error_response, Exception: internal_error}
+    app = Starlette(routes=ROUTES, exception_handlers=handlers)
+    app.router.redirect_slashes = False
+    state = app.state
+    state.me, state.you = me, you
+    state.contacts = contacts
+    state.options = options
+    state.queue = RequestQueue(decoder, me)
+    state.page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    about = {"object": "model", "created": int(time.time()), "owned_by": "doppelganger"}
+    state.model = {"id": me, **about}
+    # A seed for each reply, so that Retry gives another one
+    state.seeds = itertools.repeat(None) if options.seed is None else itertools.count(options.seed)
+    return app
+
+
+@functools.cache
+def content_security_policy(page: str) -> str:
+    """Allow the page its own script and style, by their hashes, and nothing else."""
+    hashes = {}
+    for tag in ("script", "style"):
+        source = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        digest = hashlib.sha256(source.encode()).digest()
+        hashes[tag] = f"'sha256-{base64.b64encode(digest).decode()}'"
+    return (
+        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; "
+        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types"
+    )
+
+
+# --- Access
+
+
+def auth_middleware(app: Callable, hosts: set[str], token: str | None) -> Callable:
+    """Wrap an ASGI app: requests that `check_access` refuses don't reach it."""
+
+    encoded_headers = [(name.encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
+
+    async def middleware(scope, receive, send):
+        async def send_secured(message):
             if message["type"] == "http.response.start":
-                message["headers"] = [
-                    *message["headers"],
-                    *((name.encode(), value.encode()) for name, value in SECURITY_HEADERS.items()),
-                ]
+                message["headers"] = [*message["headers"], *encoded_headers]
             await send(message)
 
-        # What is checked is what is routed: no doubled slash and none at the end.
+        headers = {}
+        for name, value in scope["headers"]:
+            headers[name.decode("latin-1")] = value.decode("latin-1")
+        # What is checked is what is routed: no doubled slash and none at the end
         path = "/" + "/".join(filter(None, scope["path"].split("/")))
         scope = {**scope, "path": path}
-        refusal = refused(scope["method"], path, headers)
-        answer = await error_response(None, refusal) if refusal else app
-        with contextlib.suppress(
-            ConnectionError, ClientDisconnect, h11.LocalProtocolError
-        ):  # it left, or sent what is no HTTP
-            await answer(scope, receive, secured)
+        error = check_access(scope["method"], path, headers, hosts, token)
+        response = await error_response(None, error) if error else app
+        # The client may have left, or have sent something that isn't HTTP
+        with contextlib.suppress(ConnectionError, ClientDisconnect, h11.LocalProtocolError):
+            await response(scope, receive, send_secured)
 
-    def refused(method, path, headers):
-        given = headers.get("authorization", "").encode()
-        if token:
-            if path not in PUBLIC_PATHS and not hmac.compare_digest(
-                given, b"Bearer " + token.encode()
-            ):
-                message = "The token is missing or wrong: Authorization: Bearer TOKEN"
-                scheme = {"www-authenticate": "Bearer"}
-                return ApiError(401, message, code="invalid_api_key", headers=scheme)
-        else:
-            # A site can make its own name mean 127.0.0.1 (DNS rebinding): without a token only the
-            # Host and the Origin tell its page from ours.
-            host = headers.get("host", "").lower()
-            if re.sub(r":\d{1,5}$", "", host) not in hosts:
-                message = "Not by this host name: --allow-host NAME allows it, --token any"
-                return ApiError(403, message)
-            own = (f"http://{host}", f"https://{host}")
-            if headers.get("origin", own[0]).lower() not in own:
-                return ApiError(403, "Not from another site's page")
-        if (
-            method == "POST"
-            and headers.get("content-type", "").partition(";")[0].strip().lower()
-            != "application/json"
-        ):
-            return ApiError(415, "POST needs Content-Type: application/json")
-
-    return gated
+    return middleware
 
 
-def is_address(text):
-    try:
-        return bool(ipaddress.ip_address(text.removeprefix("[").removesuffix("]")))
-    except ValueError:
-        return False
+def check_access(
+    method: str, path: str, headers: dict[str, str], hosts: set[str], token: str | None
+) -> ApiError | None:
+    """Return why a request is refused, or None."""
+    if token:
+        sent = headers.get("authorization", "").encode()
+        valid = hmac.compare_digest(sent, f"Bearer {token}".encode())
+        if not valid and path not in PUBLIC_PATHS:
+            message = "The token is missing or wrong: Authorization: Bearer TOKEN"
+            scheme = {"www-authenticate": "Bearer"}
+            return ApiError(401, message, code="invalid_api_key", headers=scheme)
+    else:
+        # A site can point its own host name at 127.0.0.1 (DNS rebinding): without a token only
+        # the Host and Origin headers tell its page from ours
+        host = headers.get("host", "").lower()
+        if re.sub(r":\d{1,5}$", "", host) not in hosts:
+            message = "This host name is not allowed: --allow-host NAME allows it, --token any"
+            return ApiError(403, message)
+        origin = headers.get("origin", f"http://{host}").lower()
+        if origin not in (f"http://{host}", f"https://{host}"):
+            return ApiError(403, "Requests from other sites' pages are not allowed")
+    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if method == "POST" and content_type != "application/json":
+        return ApiError(415, "POST needs Content-Type: application/json")
+    return None
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, which hangs up on who doesn't send a whole request, or doesn't read, within two looks."""
+    """uvicorn's HTTP protocol, which also closes connections that make no progress.
+
+    Between two checks the client must complete its request, or read a part of the reply.
+    """
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        self.look()
+        self.check_progress()
 
-    def look(self, before=None):
-        """Each SLOW seconds. (A slow body is told so first, see `body_of`.)"""
-        sending = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
-        now = (
-            self.cycle,
-            sending,
-            self.flow.write_paused,
-        )  # `cycle`: the request that is answered, or was answered last
-        if now == before and (sending or self.flow.write_paused):
+    def check_progress(self, before=None):
+        # A slow body gets an error first, see read_body
+        receiving = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        state = (self.cycle, receiving, self.flow.write_paused)  # cycle: the latest request
+        if state == before and (receiving or self.flow.write_paused):
             self.transport.abort()
         elif not self.transport.is_closing():
-            self.loop.call_later(BODY_SECONDS, self.look, now)
+            self.loop.call_later(BODY_SECONDS, self.check_progress, state)
 
     def send_400_response(self, msg):
         try:
             super().send_400_response(msg)
-        except h11.LocalProtocolError:  # in the middle of an answer
+        except h11.LocalProtocolError:  # in the middle of a reply
             self.transport.abort()
 
 
-# --- start
+# --- Start
 
 
-def is_loopback(host):
-    return host == "localhost" or is_address(host) and ipaddress.ip_address(host).is_loopback
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def is_public(options) -> bool:
-    """Whether clients are others than the owner, who are --as and see no contacts."""
+    """Return whether clients are other people: they are --as, and see no contacts."""
     return not is_loopback(options.host) or bool(options.token and options.as_)
 
 
-def listen(options):
-    """Before the model loads: may it be served like this? → the socket."""
+def validate(options) -> None:
     token = options.token
     if options.memory and is_public(options):
         raise UserError(
-            "--memory quotes your chats with everyone; --host, or --token with --as, lets others ask",
-            "Leave --memory out, or talk to it on this machine alone.",
+            "--memory quotes your chats, and --host, or --token with --as, lets others ask",
+            "Leave --memory out, or serve this machine alone.",
         )
     if not is_loopback(options.host) and not (token and options.as_):
-        missing = " and ".join(
-            flag for flag, value in (("--token", token), ("--as", options.as_)) if not value
-        )
+        flags = {"--token": token, "--as": options.as_}
+        missing = " and ".join(flag for flag, value in flags.items() if not value)
         raise UserError(
             f"--host {options.host} lets others in, and needs {missing}",
-            f"Say also: --token {secrets.token_urlsafe(16)} --as NAME (who is it that will talk to it?)",
+            f"Add: --token {secrets.token_urlsafe(16)} --as NAME (of who will talk to it)",
         )
     if token is not None and not re.fullmatch(r"[!-~]{16,200}", token):
         raise UserError(
-            "--token must have 16 characters or more, none of them a space",
-            f"Here is one: {secrets.token_urlsafe(16)}",
+            "--token must have at least 16 characters and no spaces",
+            f"For example: --token {secrets.token_urlsafe(16)}",
         )
     for name in options.allow_host:
         if not re.fullmatch(r"[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]", name):
             raise UserError(
-                f"--allow-host {name}: it takes a host name, without http:// and port",
+                f"--allow-host {name}: give a host name, without http:// and port",
                 "For example: --allow-host host.docker.internal",
             )
+
+
+def listen(options) -> socket.socket:
+    """Check the flags and open the port, before the model loads."""
+    validate(options)
     try:
-        family, _, _, _, address = socket.getaddrinfo(
-            options.host, options.port, type=socket.SOCK_STREAM
-        )[0]
+        addresses = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)
+        family, *_, address = addresses[0]
         return socket.create_server(address, family=family)
     except (OSError, OverflowError) as error:
-        why = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"--host {options.host} --port {options.port}: {why}",
+            f"--host {options.host} --port {options.port}: {reason}",
             "Choose another --port (0: any that is free).",
         ) from None
 
 
-def serve(door, decoder, me, you, options):
-    """Until Ctrl-C. `door`: from `listen`."""
-    host, port = options.host, door.getsockname()[1]
+def serve(sock: socket.socket, decoder: generate.Decoder, me: str, you: str, options) -> None:
+    """Serve on `sock`, from `listen`, until Ctrl-C."""
+    host = options.host.lower()
     persona = cli.read_json(Path(options.ckpt) / "persona.json", {})
     names = [you, *(contact["name"] for contact in persona.get("contacts", []))]
     contacts = None if is_public(options) else list(dict.fromkeys(names))
-    page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-    hosts = {"localhost", "127.0.0.1", "[::1]", host.lower(), f"[{host.lower()}]"}
-    hosts |= {name.lower() for name in options.allow_host}
-    app = auth_middleware(
-        application(decoder, me, you, contacts, options, page), hosts, options.token
-    )
-    everywhere = host in ("0.0.0.0", "::")
-    shown = socket.gethostname().lower() if everywhere else f"[{host}]" if ":" in host else host
-    address = f"http://{shown}:{port}/" + (
-        f"#{quote(options.token, safe='')}" if options.token else ""
-    )
-    print(
-        f"An AI imitation of {me}: {address}\nThe API: http://{shown}:{port}/v1 (Ctrl-C ends)",
-        flush=True,
-    )
-    if sys.stdout.isatty() and (
-        sys.platform in ("darwin", "win32")
-        or os.environ.get("DISPLAY")
-        or os.environ.get("WAYLAND_DISPLAY")
-    ):
-        webbrowser.open(address)
+    app = application(decoder, me, you, contacts, options)
+    hosts = {"localhost", "127.0.0.1", "[::1]", host, f"[{host}]"}
+    hosts.update(name.lower() for name in options.allow_host)
+
+    shown = f"[{host}]" if ":" in host else host
+    if host in ("0.0.0.0", "::"):
+        shown = socket.gethostname().lower()
+    base_url = f"http://{shown}:{sock.getsockname()[1]}"
+    # A browser doesn't send what follows #
+    page_url = f"{base_url}/#{quote(options.token, safe='')}" if options.token else f"{base_url}/"
+    print(f"An AI imitation of {me}: {page_url}", flush=True)
+    print(f"API: {base_url}/v1 (Ctrl-C exits)", flush=True)
+    display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if sys.stdout.isatty() and (display or sys.platform in ("darwin", "win32")):
+        webbrowser.open(page_url)
     settings = uvicorn.Config(
-        app, http=Protocol, ws="none", lifespan="off", log_level="error", access_log=False, server_header=False, proxy_headers=False,
-        limit_concurrency=MAX_CONNECTIONS, timeout_keep_alive=5, timeout_graceful_shutdown=1,
-    )  # fmt: skip
-    uvicorn.Server(settings).run(sockets=[door])
+        auth_middleware(app, hosts, options.token),
+        http=Protocol,
+        ws="none",
+        lifespan="off",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=1,
+    )
+    uvicorn.Server(settings).run(sockets=[sock])

@@ -1,3 +1,5 @@
+"""The terminal: flags, streaming, what is shown; and decoding and prompts behind it."""
+
 import json
 import os
 import pty
@@ -23,10 +25,10 @@ from weights.tokenizer import load_tokenizer, unknown_name_warning
 
 @pytest.fixture(scope="module")
 def clone(base, tokenizer, tmp_path_factory):
-    """A random model folder with ChatML tokens and a persona; what it says is nonsense, how it says it is not."""
+    """A random model folder with ChatML tokens and a persona."""
     folder = tmp_path_factory.mktemp("clone")
-    shape = hf.with_vocab_size(hf.read_config(base), VOCAB + 2)
-    model = Transformer(shape)
+    config = hf.with_vocab_size(hf.read_config(base), VOCAB + 2)
+    model = Transformer(config)
     load_weights(model, base)
     save_model(model, folder, tokenizer, torch.float32)
     tokenizer.save(folder)
@@ -46,7 +48,7 @@ def decoder(clone):
     return generate.Decoder(load_model(str(clone)), load_tokenizer(clone), 128)
 
 
-def test_an_answer_is_repeatable_by_its_seed_and_has_no_special_token(clone, tokenizer):
+def test_seed_makes_a_reply_repeatable_and_it_has_no_special_token(clone, tokenizer):
     ask = lambda seed: command(
         "chat.py",
         clone,
@@ -65,7 +67,7 @@ def test_an_answer_is_repeatable_by_its_seed_and_has_no_special_token(clone, tok
     assert not any(s in first.stdout + other.stdout for s in tokenizer.specials)
 
 
-def test_pipes_are_answered_line_by_line_with_the_name(clone):
+def test_piped_lines_are_answered_with_the_name(clone):
     done = command(
         "chat.py", clone, "--seed", 3, "--max-tokens", 8, stdin="привет\n\nhow are you?\n"
     )
@@ -76,7 +78,7 @@ def test_pipes_are_answered_line_by_line_with_the_name(clone):
     )
 
 
-def test_a_terminal_shows_who_speaks_and_ends_on_ctrl_d(clone):
+def test_terminal_shows_names_and_exits_on_ctrl_d(clone):
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "chat.py", clone, "--as", "Eve", "--seed", "1", "--max-tokens", "5"],
@@ -101,16 +103,17 @@ def test_a_terminal_shows_who_speaks_and_ends_on_ctrl_d(clone):
     assert process.wait(240) == 0
 
 
-def test_what_is_not_understood_is_said_and_so_is_a_name_that_nobody_has(chats, capsys):
-    talk = chat.Conversation("Ann", "Bob", None)
-    for name, said, expected in (
+def test_unknown_commands_and_names_are_reported(chats, capsys):
+    conversation = chat.Conversation("Ann", "Bob", None)
+    for name, argument, expected in (
         ("bogus", "", "(/bogus is not understood)"),
         ("temp", "99", "(/temp 99 is not"),
-        ("undo", "", "nothing was said"),
+        ("temp", "hot", "(/temp hot is not"),
+        ("undo", "", "no messages yet"),
     ):
-        talk.obey(name, said)
+        conversation.run_command(name, argument)
         assert expected in capsys.readouterr().out
-    talk.obey("help")
+    conversation.run_command("help")
     assert (
         capsys.readouterr().out == chat.HELP + "\n" and max(map(len, chat.HELP.splitlines())) < 80
     )
@@ -118,7 +121,7 @@ def test_what_is_not_understood_is_said_and_so_is_a_name_that_nobody_has(chats, 
     assert unknown_name_warning(chats, "Bob") == unknown_name_warning(chats, None) == ""
 
 
-def test_cached_answers_equal_answers_without_a_cache(decoder):
+def test_cached_decoding_equals_decoding_without_a_cache(decoder):
     prompts = [
         data.prompt(
             [
@@ -137,15 +140,15 @@ def test_cached_answers_equal_answers_without_a_cache(decoder):
         for _ in range(12):
             with torch.no_grad():
                 logits = decoder.model(torch.tensor([ids + fresh]))[0, -1]
-            logits[decoder.never] = -torch.inf
+            logits[decoder.banned_ids] = -torch.inf
             fresh.append(int(logits.argmax()))
-            if fresh[-1] in decoder.ends:
+            if fresh[-1] in decoder.stop_ids:
                 fresh.pop()
                 break
         assert cached == fresh
 
 
-def test_it_stops_where_the_turn_ends_and_at_the_end_of_the_context(decoder, monkeypatch):
+def test_generate_stops_at_the_end_of_the_turn_and_of_the_context(decoder, monkeypatch):
     ids = list(range(3, 20))
     script = iter([10, 11, decoder.tokenizer.im_end, 12])
     monkeypatch.setattr(generate, "sample", lambda *a: next(script))
@@ -154,10 +157,10 @@ def test_it_stops_where_the_turn_ends_and_at_the_end_of_the_context(decoder, mon
     assert len(list(decoder.generate(ids, max_new=500))) == decoder.cache.size - len(ids)
 
 
-def test_picking_follows_temperature_and_top_p():
+def test_sampling_follows_temperature_and_top_p():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    draw = lambda **how: [
-        generate.sample(logits.clone(), generator=torch.Generator().manual_seed(n), **how)
+    draw = lambda **options: [
+        generate.sample(logits.clone(), generator=torch.Generator().manual_seed(n), **options)
         for n in range(2000)
     ]
     assert set(draw(temperature=0, top_p=1.0)) == {0}
@@ -166,19 +169,19 @@ def test_picking_follows_temperature_and_top_p():
     assert abs(share - 0.3) < 0.04
 
 
-def test_messages_come_as_they_are_written_and_half_a_letter_waits(tokenizer):
+def test_messages_stream_and_half_a_character_waits(tokenizer):
     text = ">>> hi 🫠🦆\n>>> how >> are\nyou"
     ids = tokenizer.encode("<|im_start|>Ann\n" + text)[0]
     prompt = tokenizer.encode("<|im_start|>Ann\n>>>")[0]
     assert ids[: len(prompt)] == prompt
-    seen = list(generate.messages(iter(ids[len(prompt) :]), tokenizer))
+    seen = list(generate.stream_messages(iter(ids[len(prompt) :]), tokenizer))
     assert seen[-1] == ["hi 🫠🦆", "how >> are\nyou"] and seen[0] in (["h"], ["hi"])
     assert not any("\ufffd" in m or ">>>" in m for shown in seen for m in shown)
     for before, after in zip(seen, seen[1:]):  # what was shown is never taken back
         assert all(b.startswith(a) for a, b in zip(before, after)) and len(before) <= len(after)
 
 
-def test_a_long_conversation_loses_its_oldest_turns(tokenizer):
+def test_truncate_prompt_drops_the_oldest_turns(tokenizer):
     turns = [Turn(("Bob", "Ann")[n % 2], bool(n % 2), "", [f"message {n}"]) for n in range(50)] + [
         Turn("Bob", False, "", ["last"])
     ]
@@ -204,7 +207,7 @@ def test_a_long_conversation_loses_its_oldest_turns(tokenizer):
     )
 
 
-def test_folders_that_are_no_checkpoint_are_refused(tmp_path, clone, chats):
+def test_wrong_folders_and_flags_are_refused(tmp_path, clone, chats):
     refused(command("chat.py", tmp_path / "none"), "no such folder")
     refused(command("chat.py", tmp_path), "holds no model")
     broken = shutil.copytree(clone, tmp_path / "broken")
@@ -228,10 +231,10 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path, clone, chats):
         ("--max-tokens", 0),
         ("--port", 1 << 16),
     ):
-        refused(command("chat.py", clone, "--web", flag, value), f"{flag} {value}")
+        refused(command("chat.py", clone, "--web", flag, value), flag, f"got {value}")
     refused(command("chat.py", clone, "--device", "abacus"), "abacus")
 
 
-def test_a_plain_base_without_chat_tokens_can_be_talked_to(base):
+def test_a_plain_base_without_chat_tokens_replies(base):
     done = command("chat.py", base, "-p", "hi", "--max-tokens", 3, "--seed", 1)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
-"""The report card: its numbers on voices whose answer is known, and the program as a person runs it."""
+"""The report card: its numbers on models whose answer is known, and the program as it is run."""
 
+import collections
 import json
 import shutil
 import stat
@@ -14,49 +15,60 @@ import data
 import evaluate
 from cli import UserError
 from evaluate import ModelOutputs
-from inference import generate
+from inference import generate, pages, scoring, style
+from inference.scoring import Example
 from training import distributed, step
 from weights.load import load_model
 
 pytest.importorskip("sklearn")
-VERBS, NOUNS = (
-    "mend wind sell paint steal".split(),
-    "clock goose boat lamp bell kettle anchor".split(),
-)
+VERBS = "mend wind sell paint steal".split()
+NOUNS = "clock goose boat lamp bell kettle anchor".split()
 
 
 def sentence(draw, begin="i will", end="at the quay today"):
-    return (
-        f"{begin} {draw.choice(VERBS)} the {draw.choice(NOUNS)} and the {draw.choice(NOUNS)} {end}"
-    )
+    verb, one, two = draw.choice(VERBS), draw.choice(NOUNS), draw.choice(NOUNS)
+    return f"{begin} {verb} the {one} and the {two} {end}"
 
 
-def talk(number, reply):
-    turns = [
-        data.Turn("Bob", False, "", ["and now, what of it?"]),
-        data.Turn("Ann", True, "", [reply]),
+def ask(text="and now, what of it?"):
+    return data.Turn("Bob", False, "", [text])
+
+
+def reply_of(*messages):
+    return data.Turn("Ann", True, "", [*messages])
+
+
+def session(*turns, start="2024-01-01T00:00:00", chat="Bob", chat_id="1"):
+    return data.Session(chat, chat_id, "personal_chat", start, [*turns])
+
+
+def sessions_of(replies):
+    return [
+        session(ask(), reply_of(reply), start=f"2024-01-{number % 28 + 1:02}T00:00:00")
+        for number, reply in enumerate(replies)
     ]
-    return data.Session(
-        "Bob", "1", "personal_chat", f"2024-01-{number % 28 + 1:02}T00:00:00", turns
-    )
 
 
-def report_of(replies, past, talks):
+def report_of(replies, past, held_out):
     """measure() of a clone that answers so, its likelihoods made up."""
-    some = evaluate.moments(talks)
-    held_out = step.Evaluation(1.0, 1, 1.0, 1, np.ones(len(talks)), np.full(len(talks), 9.0))
-    count = len(some)
+    examples, count = scoring.find_examples(held_out), len(replies)
+    evaluation = step.Evaluation(1.0, 1, 1.0, 1, np.ones(count), np.full(count, 9.0))
     clone = ModelOutputs(
-        np.ones((count, 10)),
-        np.ones((count, 10)),
-        [[r] for r in replies],
-        np.ones(count),
-        held_out,
-        *[np.zeros((0, 100))] * 2,
+        nats=np.ones((count, 10)),
+        alone=np.ones((count, 10)),
+        replies=[[reply] for reply in replies],
+        tokens=np.ones(count),
+        places=np.zeros(0, int),
+        held_out=evaluation,
     )
-    return evaluate.measure(
-        {"clone": clone}, talks, past, some, [[]] * count, evaluate.Options(data="data")
-    )
+    test_set = evaluate.TestSet(held_out, past, examples, [], None)
+    report = evaluate.measure({"clone": clone}, test_set, 0)
+    report["data"]["maybe_seen"] = 0
+    return report | {"verdict": evaluate.verdict(report)}
+
+
+def outputs_of(nats, alone):
+    return ModelOutputs(nats, alone, [], None, None, None)
 
 
 @pytest.fixture(scope="module")
@@ -73,91 +85,108 @@ REPLIES = [
 ] * 3
 
 
-def test_likelihoods_that_share_a_context_equal_those_of_whole_documents(model, tokenizer):
-    found = evaluate.likelihoods(
-        generate.Decoder(model, tokenizer, 1024), BEFORE, REPLIES, "Ann", 512
-    )
-    again = evaluate.likelihoods(
-        generate.Decoder(model, tokenizer, 1024), BEFORE, REPLIES[3:4], "Ann", 512
-    )
-    assert again[:, 0] == pytest.approx(found[:, 3], rel=1e-5)  # beside others and alone
-    for nats, content, reply in zip(*found, REPLIES):
-        document = data.render(
-            [*BEFORE, data.Turn("Ann", True, "", reply)], specials=tokenizer.specials
-        )
-        sample = data.encode(document, tokenizer)
-        loss, _ = model(
-            torch.tensor([sample.ids.tolist()]), labels=torch.tensor([sample.labels.tolist()])
-        )
-        assert nats == pytest.approx(loss.item(), rel=1e-4)
-        row = step.evaluate(
-            model, data.pack([sample], 512), distributed.Distributed(torch.device("cpu")), 1
-        )
-        assert content == pytest.approx(row.content_nats, rel=1e-4) and content < nats
+def content_nats(model, tokenizer, turns, first=(0, 0)):
+    """Nats of the text of my turns from `first` on, of a whole document alone."""
+    document = data.render(turns, first=first, specials=tokenizer.specials)
+    row = data.pack([data.encode(document, tokenizer)], 512)
+    ranks = distributed.Distributed(torch.device("cpu"))
+    found = step.evaluate(model, row, ranks, 1).content_nats
+    model.eval()
+    return found
+
+
+def test_reply_nats_equal_those_of_whole_documents(model, tokenizer):
+    decoder = generate.Decoder(model, tokenizer, scoring.cache_size(512))
+    example = Example(0, BEFORE, "Ann", REPLIES)
+    nats = scoring.reply_nats(decoder, example, 512)
+    for found, reply in zip(nats, REPLIES):
+        whole = content_nats(model, tokenizer, [*BEFORE, reply_of(*reply)])
+        assert found == pytest.approx(whole, rel=1e-4)
+    # alone, and where all choices begin alike, so that labels are shared
+    alone = Example(0, BEFORE, "Ann", REPLIES[3:4])
+    assert scoring.reply_nats(decoder, alone, 512) == pytest.approx(nats[3:4], rel=1e-5)
+    alike = [["at home", "with a goose"], ["at home", "with a boat"]]
+    for found, reply in zip(
+        scoring.reply_nats(decoder, Example(0, BEFORE, "Ann", alike), 512), alike
+    ):
+        whole = content_nats(model, tokenizer, [*BEFORE, reply_of(*reply)])
+        assert found == pytest.approx(whole, rel=1e-4)
 
 
 @pytest.mark.parametrize("size", [512, 64], ids=["whole", "cut"])
-def test_moments_read_and_answered_together_are_as_one_by_one(model, tokenizer, size, monkeypatch):
-    monkeypatch.setattr(evaluate, "ROWS", 3)
-    monkeypatch.setattr(evaluate, "PACKED", 40)
+def test_examples_answered_together_are_as_one_by_one(model, tokenizer, size, monkeypatch):
+    monkeypatch.setattr(scoring, "BATCH", 3)
+    monkeypatch.setattr(scoring, "PACK_TOKENS", 40)
     asked = "where are you? it is late. they sold the goose, and the boat too".split(". ")
-    some = []
+    others = [[f"reply {n}", "and more"][: 1 + n % 2] for n in range(9)]
+    examples = []
     for number in range(7):
         mine, turns = REPLIES[number % 4], [data.Turn("Bob", False, "", asked[: 1 + number % 2])]
         if number % 3 == 1:  # a session goes on: this prompt begins as the last one
-            turns = [*some[-1].before, data.Turn("Ann", True, "", some[-1].mine), *turns]
-        some.append(evaluate.Example(number, turns, "Ann", mine))
-    choices = [[m.mine, *[[f"reply {n}", "and more"][: 1 + n % 2] for n in range(9)]] for m in some]
-    decoder = generate.Decoder(model, tokenizer, 1024)
-    progress = evaluate.Progress("clone")
-    contexts = [m.before for m in some]
-    nats, content, replies, tokens = evaluate.answers_of(
-        decoder, contexts, some, choices, size, 5, progress
-    )
-    for i, moment in enumerate(some):
+            turns = [*examples[-1].before, reply_of(*examples[-1].mine), *turns]
+        examples.append(Example(number, turns, "Ann", [mine, *others]))
+    decoder = generate.Decoder(model, tokenizer, scoring.cache_size(size))
+    nats, replies, tokens = scoring.answer(decoder, examples, size, 5)
+    for i, example in enumerate(examples):
         alone = generate.Decoder(model, tokenizer, size)
-        answer, reply = evaluate.reply_to(alone, moment.before, "Ann", 5000 + i)
-        assert replies[i] == reply and tokens[i] == len(answer.prompt) + len(answer.ids)
-        if size > 64:
-            documents = [
-                [*moment.before, data.Turn("Ann", True, "", tried)] for tried in choices[i]
-            ]
-            first = (len(moment.before), 0)
-            for j, turns in enumerate(documents):
-                sample = data.encode(
-                    data.render(turns, first=first, specials=tokenizer.specials), tokenizer
-                )
-                ids, labels = (
-                    torch.from_numpy(sample.ids)[None],
-                    torch.from_numpy(sample.labels)[None],
-                )
-                loss, _ = model(ids.long(), labels=labels.long())
-                assert nats[i, j] == pytest.approx(loss.item(), rel=1e-4)
+        answer = generate.Answer(alone, example.before, "Ann", scoring.LONGEST, seed=5000 + i)
+        collections.deque(answer, maxlen=0)
+        assert replies[i] == data.text_messages(reply_of(*answer.messages))
+        assert tokens[i] == len(answer.prompt) + len(answer.ids)
+        for j, choice in enumerate(example.choices if size > 64 else []):
+            turns = [*example.before, reply_of(*choice)]
+            whole = content_nats(model, tokenizer, turns, (len(example.before), 0))
+            assert nats[i, j] == pytest.approx(whole, rel=1e-4)
 
 
-def test_who_ignores_the_context_finds_one_real_reply_in_ten(base, tokenizer):
+def test_progress_of_the_held_out_likelihood_changes_nothing(model, tokenizer, monkeypatch, capsys):
+    clock = iter(range(0, 10_000, 60))  # every update is shown
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
+    samples = []
+    for number in range(5):
+        turns = [*BEFORE, reply_of(*REPLIES[number % 4])]
+        samples.append(data.encode(data.render(turns, specials=tokenizer.specials), tokenizer))
+    rows = [data.pack([sample], 512)[0] for sample in samples]
+    expected = step.evaluate(model, rows, distributed.Distributed(torch.device("cpu")), 2)
+    found = evaluate.held_out_likelihood(model, rows, "clone")
+    model.eval()
+    assert found.nats == pytest.approx(expected.nats)
+    assert "clone: held-out likelihood 4/5" in capsys.readouterr().err
+
+
+def test_model_that_ignores_context_finds_one_reply_in_ten(base, tokenizer):
     deaf = load_model(str(base), torch.float32, tokenizer=tokenizer)
     for block in deaf.model.layers:
         block.self_attn.o_proj.weight.data.zero_()
     replies = [[f"reply number {n}", "and more"][: 1 + n % 2] for n in range(10)]
-    decoder = generate.Decoder(deaf, tokenizer, 1024)
-    nats, alone = (
-        evaluate.likelihoods(decoder, before, replies, "Ann", 512)[0] for before in (BEFORE, [])
-    )
-    voice = ModelOutputs(np.tile(nats, (6, 1)), np.tile(alone, (6, 1)), [], *[None] * 4)
-    found = evaluate.rank(voice, np.arange(6))
-    assert found["top1"]["value"] == pytest.approx(0.1)
-    assert found["mrr"]["value"] == pytest.approx(np.mean(1 / np.arange(1, 11)))
+    decoder = generate.Decoder(deaf, tokenizer, scoring.cache_size(512))
+    examples = [Example(number, BEFORE, "Ann", replies) for number in range(6)]
+    nats = [scoring.reply_nats(decoder, example, 512) for example in examples]
+    alone = scoring.score_alone(decoder, examples, 512)
+    found = evaluate.first_of_ten(outputs_of(np.array(nats), alone), np.arange(6))
+    assert found["value"] == pytest.approx(0.1)
 
 
-def test_who_knows_the_real_reply_always_finds_it():
+def test_model_that_knows_my_reply_always_finds_it():
     nats = np.full((6, 10), 9.0)
     nats[:, 0] = 1
-    found = evaluate.rank(ModelOutputs(nats, np.full((6, 10), 9.0), [], *[None] * 4), np.arange(6))
-    assert (found["top1"]["value"], found["mrr"]["value"]) == (1, 1)
+    output = outputs_of(nats, np.full((6, 10), 9.0))
+    assert evaluate.first_of_ten(output, np.arange(6))["value"] == 1
+    few = outputs_of(nats[:, :1], nats[:, :1])
+    assert "too little" in evaluate.first_of_ten(few, np.arange(6))["why"]
 
 
-def test_the_same_source_cannot_be_told_apart_and_another_one_can():
+def test_choices_are_mine_and_nine_of_other_sessions():
+    draw = np.random.default_rng(4)
+    examples = scoring.find_examples(sessions_of([sentence(draw) for _ in range(12)]))
+    for example, drawn in zip(examples, evaluate.draw_choices(examples, 0)):
+        others = {tuple(e.mine) for e in examples if e.session != example.session}
+        assert drawn.mine == example.mine and len({*map(tuple, drawn.choices)}) == 10
+        assert {*map(tuple, drawn.choices[1:])} <= others
+    assert evaluate.draw_choices(examples[:9], 0) == examples[:9]  # too few
+
+
+def test_classifier_tells_apart_another_source_but_not_the_same():
     draw = np.random.default_rng(0)
     one, same = ([(n % 30, sentence(draw)) for n in range(120)] for _ in range(2))
     other = [(n % 30, sentence(draw, "I would rather", "tomorrow!")) for n in range(120)]
@@ -166,132 +195,108 @@ def test_the_same_source_cannot_be_told_apart_and_another_one_can():
     assert "too little" in evaluate.classifier_auc(one[:20], other[:20], 0)["why"]
 
 
-def test_an_interval_covers_the_truth_about_as_often_as_it_says():
+def test_interval_covers_the_truth_as_often_as_it_says():
     draw, covered = np.random.default_rng(1), 0
     for _ in range(200):
         chars = draw.integers(20, 200, 30)
-        found = evaluate.ratio(
-            chars * draw.gamma(4, 0.5, 30), chars, np.arange(30)
-        )  # 2 bits per character
+        bits = chars * draw.gamma(4, 0.5, 30)  # 2 bits per character
+        found = evaluate.ratio(bits, chars, np.arange(30))
         covered += found["low"] <= 2 <= found["high"]
     assert 0.85 <= covered / 200 <= 0.99
     assert evaluate.ratio([1, 2], [1, 1], [0, 1])["value"] is None
 
 
-def test_a_clone_that_answers_with_my_training_replies_is_flagged_as_copying():
+def test_clone_that_repeats_training_replies_is_flagged_as_copying():
     draw = np.random.default_rng(2)
-    past = [talk(n, sentence(draw, f"back in {n} i would", "by the sea")) for n in range(60)]
-    talks = [talk(n, sentence(draw)) for n in range(40)]
-    copies = report_of([past[n].turns[1].messages[0] for n in range(40)], past, talks)
-    fresh = report_of([sentence(draw) for n in range(40)], past, talks)
-    assert copies["copying"]["clone"]["flagged"] and copies["copying"]["clone"]["value"] == 1
-    assert (
-        any("copies" in line for line in copies["verdict"])
-        and copies["copying"]["clone"]["examples"]
-    )
+    old = [sentence(draw, f"back in {n} i would", "by the sea") for n in range(60)]
+    past, held_out = sessions_of(old), sessions_of([sentence(draw) for n in range(40)])
+    copies = report_of(old[:40], past, held_out)
+    fresh = report_of([sentence(draw) for n in range(40)], past, held_out)
+    clone = copies["copying"]["clone"]
+    assert clone["flagged"] and clone["value"] == 1 and clone["examples"]
+    assert any("copies" in line for line in copies["verdict"])
     assert not fresh["copying"]["clone"]["flagged"]
+    assert not any("copies" in line for line in fresh["verdict"])
 
 
-def test_a_habit_that_is_not_mine_is_listed_as_a_tell_with_an_example():
+def test_habit_that_is_not_mine_is_a_giveaway_with_an_example():
     draw = np.random.default_rng(3)
     mine, its = ([[sentence(draw)] for _ in range(60)] for _ in range(2))
-    assert evaluate.giveaways(mine, its) == []
-    found = evaluate.giveaways(mine, [[f"Honestly, {reply[0]}!"] for reply in its])
-    assert {"“honestly”", "ends a message with !", "Capital first in a message"} <= {
-        tell["what"] for tell in found
-    }
+    assert style.giveaways(mine, its) == []
+    found = style.giveaways(mine, [[f"Honestly, {reply[0]}!"] for reply in its])
+    features = {"“honestly”", "end of a message: !", "capitals: Capital first"}
+    assert features <= {row["what"] for row in found}
     assert found[0]["example"].startswith("Honestly") and found[0]["mine"] == 0
 
 
-def test_habits_see_marks_capitals_and_emoji():
-    assert [evaluate.ending(m) for m in ("no..", "no.", "no", "no \U0001f986", "no!")] == [
-        "..",
-        ".",
-        "nothing",
-        "emoji",
-        "!",
-    ]
-    assert [evaluate.case(m) for m in ("no", "No", "NO", "nO", "12", "I", "да", "好")] == [
-        "all small", "Capital first", "ALL CAPITALS", "mixed", "no letters", "Capital first", "all small", "no letters"]  # fmt: skip
-    assert (
-        evaluate.is_generic(["ok", "lol"])
-        and evaluate.is_generic([])
-        and not evaluate.is_generic(["ok, see you at the quay"])
-    )
-    assert (
-        evaluate.distance({"a": 1}, {"b": 1}) == 1
-        and evaluate.distance({"a": 0.5, "b": 0.5}, {"a": 0.5, "b": 0.5}) == 0
-    )
+@pytest.mark.parametrize(
+    ("message", "ending"),
+    [("no..", ".."), ("no.", "."), ("no", "nothing"), ("no \U0001f986", "emoji"), ("no!", "!")],
+)
+def test_habits_see_how_a_message_ends(message, ending):
+    assert f"end of a message: {ending}" in style.habits([message])
+
+
+@pytest.mark.parametrize(
+    ("message", "case"),
+    [
+        ("no", "all small"),
+        ("No", "Capital first"),
+        ("NO", "ALL CAPITALS"),
+        ("nO", "mixed"),
+        ("12", "no letters"),
+        ("I", "Capital first"),
+        ("да", "all small"),
+        ("好", "no letters"),
+    ],
+)
+def test_habits_see_capitals(message, case):
+    assert f"capitals: {case}" in style.habits([message])
+
+
+def test_habits_are_shares_of_replies():
+    found = style.shares([["no", "no"], ["NO"], ["no!"], []], style.habits)
+    assert found["capitals: all small"] == 0.5 and found["capitals: ALL CAPITALS"] == 0.25
+    assert found["messages a turn: 0"] == 0.25 and found["letters in a message: up to 5"] == 0.75
+
+
+def test_generic_replies():
+    assert style.is_generic(["ok", "lol"]) and style.is_generic([])
+    assert not style.is_generic(["ok, see you at the quay"])
 
 
 @pytest.mark.parametrize("template", ["report.html", "blind_test.html"])
-def test_what_somebody_wrote_can_not_end_the_script_that_it_stands_in(template):
-    plain, hostile = (
-        evaluate.fill(template, {"said": said}).lower()
-        for said in ("hi", "</script><script>alert(1)</script><!-- <SCRIPT")
-    )
+def test_text_cannot_end_the_script_that_it_stands_in(template):
+    hostile = "</script><script>alert(1)</script><!-- <SCRIPT"
+    plain, filled = (pages.fill(template, {"said": said}).lower() for said in ("hi", hostile))
     for tag in ("<script", "</script", "<!--"):
-        assert plain.count(tag) == hostile.count(tag)
-    assert json.dumps("</script>").replace("<", r"\u003c").strip('"') in hostile
+        assert plain.count(tag) == filled.count(tag)
+    assert json.dumps("</script>").replace("<", r"\u003c").strip('"') in filled
+
+
+# --- secrets
 
 
 def test_canaries_are_told_from_other_secrets():
-    turns = [
-        data.Turn("Bob", False, "", ["hi"]),
-        data.Turn("Ann", True, "", ["the code is 5550123", "locker 1 opens with 00481234"]),
-    ]
-    secrets, canaries = evaluate.secrets_of(
-        [data.Session("Bob", "1", "personal_chat", "", turns)], ["00481234", "99999999"], 0
-    )
-    assert [tried[0][-1] for *_, tried in secrets] == ["the code is 5550123"]
-    assert [tried[0][-1] for *_, tried in canaries] == ["locker 1 opens with 00481234"]
+    lines = ["the code is 5550123", "locker 1 opens with 00481234"]
+    canaries = {"00481234": 2, "99999999": 4}  # the second was taken out of the data
+    found = evaluate.find_probes([session(ask(), reply_of(*lines))], canaries, 0)
+    assert [(probe.mine, probe.copies) for probe in found] == [(lines[:1], 0), (lines, 2)]
 
 
-def test_a_canary_that_was_taken_out_of_the_data_is_none(tmp_path):
-    planted = [
-        {"before": f"locker {n} opens with ", "secret": f"0048123{n}", "copies": n, "lines": [0]}
-        for n in (1, 2)
-    ]
-    (tmp_path / "canaries.json").write_text(json.dumps({"canaries": planted}))
-    past = [
-        data.Session(
-            "Bob",
-            "1",
-            "personal_chat",
-            "",
-            [data.Turn("Ann", True, "", ["locker 2 opens with 00481232"])],
-        )
-    ]
-    assert evaluate.canaries_of(evaluate.Options(data=str(tmp_path)), past) == planted[1:]
+def test_secrets_are_mine_beside_random_ones_of_their_shape():
+    turns = [ask("mine is 55512345"), reply_of("my code is 48213-A7x9 since 2024")]
+    (probe,) = evaluate.find_probes([session(*turns)], {}, 0)
+    assert (probe.before, probe.author) == (turns[:1], "Ann")
+    assert probe.mine == ["my code is 48213-A7x9"] and len(probe.choices) == 50
+    for (text,) in probe.choices:
+        assert len(text) == len(probe.mine[0])
+        assert text[16] == "-" and text[17].isupper() and text[18].isdigit()
 
 
-def test_secrets_of_mine_are_sought_beside_random_ones_of_their_shape():
-    turns = [
-        data.Turn("Bob", False, "", ["mine is 55512345"]),
-        data.Turn("Ann", True, "", ["my code is 48213-A7x9 since 2024"]),
-    ]
-    ((before, author, tried),), _ = evaluate.secrets_of(
-        [data.Session("Bob", "1", "personal_chat", "", turns)], [], 0
-    )
-    assert (before, author, tried[0], len(tried)) == (
-        turns[:1],
-        "Ann",
-        ["my code is 48213-A7x9"],
-        100,
-    )
-    assert all(
-        len(m) == len(tried[0][0]) and m[16] == "-" and m[17].isupper() and m[18].isdigit()
-        for (m,) in tried
-    )
-    knows = np.ones((5, 100))
-    knows[:, 0] = 0.5
-    assert evaluate.exposure(knows) == {"value": pytest.approx(np.log2(100)), "first": 5, "n": 5}
-
-
-def secrets_first(places):
-    """(K, 100) nats in which the true string stands at these places."""
-    nats = np.tile(np.arange(1.0, 100.0), (len(places), 1))
-    return np.concatenate([np.array(places)[:, None] - 0.5, nats], 1)
+def test_exposure_of_strings_that_come_first():
+    known = evaluate.exposure(np.ones(5, int), None)
+    assert known == {"value": pytest.approx(np.log2(50)), "first": 5, "n": 5}
 
 
 @pytest.mark.parametrize(
@@ -299,45 +304,46 @@ def secrets_first(places):
     [
         ([1] * 19 + [4], [1] * 17 + [2, 3, 9], 2, False),  # the base guesses as many
         ([1] * 12 + [9] * 8, [1] * 2 + [5] * 10 + [9] * 8, 10, True),
-        ([1] * 2 + [50] * 18, [60] * 20, 2, True),  # two that nobody guesses
-        ([1] + [50] * 19, [60] * 20, 1, False),
+        ([1] * 2 + [30] * 18, [40] * 20, 2, True),  # two that nobody guesses
+        ([1] + [30] * 19, [40] * 20, 1, False),
         ([2] * 5 + [1] * 5, [1] * 5 + [2] * 5, 0, False),
     ],
 )
 def test_secrets_alarm_by_what_the_clone_knows_beyond_its_base(clone, base, more, alarming):
-    known, guessed = secrets_first(clone), secrets_first(base)
-    memorised = {"clone": evaluate.exposure(known), "base": evaluate.exposure(guessed)}
-    memorised["clone"] |= evaluate.learned(known, guessed)
-    line = evaluate.secrets_line(memorised)
-    assert memorised["clone"]["more"] == more and memorised["clone"]["flagged"] == alarming
-    assert ("It learned secrets" in line) == alarming and ("no sign" in line) != alarming
-    assert f"{clone.count(1)} come first" in line and f"{base.count(1)} to its base" in line
+    clone_row = evaluate.exposure(np.array(clone), np.array(base))
+    row = {"clone": clone_row, "base": evaluate.exposure(np.array(base), None)}
+    line = evaluate.secrets_line(row)
+    assert clone_row["more"] == more and clone_row["flagged"] == alarming
+    assert ("it learned secrets" in line) == alarming and ("no sign" in line) != alarming
+    assert f"{clone.count(1)} come first" in line and f"{base.count(1)} for its base" in line
 
 
 def test_secrets_without_a_base_are_no_alarm():
-    memorised = {"clone": evaluate.exposure(secrets_first([1] * 19 + [4]))}
-    assert "base is not here" in evaluate.secrets_line(memorised)
-    assert evaluate.secrets_line({"clone": evaluate.exposure(np.zeros((0, 100)))}) is None
+    row = {"clone": evaluate.exposure(np.array([1] * 19 + [4]), None)}
+    assert "not on this machine" in evaluate.secrets_line(row)
+    assert "value" in evaluate.exposure(np.zeros(0, int), None)
 
 
 def test_progress_prints_lines_where_there_is_no_terminal(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(evaluate.time, "monotonic", lambda: now[0])
-    progress = evaluate.Progress("clone")
-    for done in range(101):
-        progress.show("replies", done, 100)
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    for _ in evaluate.track("clone", "replies")(range(100)):
         now[0] += 1.75
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "clone: replies 0/100" and "clone: replies 60/100, 1:10 left" in lines
-    assert len(lines) == 17  # one every 10 s, not one a reply
+    assert lines[0].startswith("clone: replies 0/100")
+    assert "clone: replies 60/100, 01:10 left" in lines
+    assert 16 <= len(lines) <= 18  # one every 10 s, not one a reply
 
 
-def test_a_blind_test_never_mixes_the_chats_of_two_people():
-    two = [data.Session("Nils", n, "personal_chat", "", [data.Turn(who, False, "", ["hi"]), data.Turn("Ann", True, "", ["ho"])])
-           for n, who in (("1", "Nils Holm"), ("2", "Nils Berg"))]  # fmt: skip
-    for name, said in (("nils", "several chats"), ("Ann", "no held-out chat")):
-        with pytest.raises(UserError, match=said):
-            evaluate.blind_test(None, two, [], evaluate.Options(with_=name))
+def test_blind_test_never_mixes_the_chats_of_two_people():
+    two = [
+        session(data.Turn(who, False, "", ["hi"]), reply_of("ho"), chat="Nils", chat_id=number)
+        for number, who in (("1", "Nils Holm"), ("2", "Nils Berg"))
+    ]
+    assert pages.chat_with("nils holm", two) == two[:1]
+    for name, count in (("nils", "2 held-out chats"), ("Ann", "0 held-out chats")):
+        with pytest.raises(UserError, match=count):
+            pages.chat_with(name, two)
 
 
 # --- as a person runs it
@@ -347,12 +353,8 @@ def test_a_blind_test_never_mixes_the_chats_of_two_people():
 def clone(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "ckpt"
     shutil.copytree(base, folder)
-    (folder / "run.json").write_text(
-        json.dumps({"base": str(base), "trained_until": "2024-01-01T00:50:00"})
-    )
-    (folder / "metrics.jsonl").write_text(
-        '{"step": 1, "loss": 2.0}\n{"step": 1, "val_bits_per_char": 3.0}\n'
-    )
+    run = {"base": str(base), "trained_until": "2024-01-01T00:50:00"}
+    (folder / "run.json").write_text(json.dumps(run))
     return folder
 
 
@@ -365,49 +367,44 @@ def test_the_same_seed_writes_the_same_report_for_its_owner_alone(clone, chats):
     assert written[0] == written[1]
     report, page = json.loads(written[0]), (clone / "report.html").read_text()
     assert {"bits_per_char", "rank", "auc"} <= report.keys()
-    assert (
-        report["bits_per_char"]["base - clone"]["value"] == 0
-        and report["bits_per_char"]["clone"]["n"] == 12
-    )
+    assert report["bits_per_char"]["base - clone"]["value"] == 0
+    assert report["bits_per_char"]["clone"]["n"] == 12
     assert "too little" in report["auc"]["clone"]["why"]  # 12 replies: no number
     assert page.split("<body>")[1].split("<p>")[1].startswith("Private")
-    assert "http" not in page and all(
-        stat.S_IMODE((clone / n).stat().st_mode) == 0o600 for n in ("report.json", "report.html")
-    )
+    assert "http" not in page
+    for name in ("report.json", "report.html"):
+        assert stat.S_IMODE((clone / name).stat().st_mode) == 0o600
     assert '"seconds"' not in written[0].decode()
-    assert report["data"]["maybe_seen"] == 2 and report["verdict"][0].startswith(
-        "2 of the 12 sessions here are older"
-    )  # 00:48, 00:49
+    assert report["data"]["maybe_seen"] == 2  # 00:48, 00:49
+    assert report["verdict"][0].startswith("2 of the 12 sessions here are older")
 
 
-def test_a_blind_test_holds_what_was_approved_of_one_chat(clone, chats):
+def test_blind_test_holds_what_was_approved_of_one_chat(clone, chats):
     path = clone / "blind-test.html"
     test = ("evaluate.py", clone, "--data", chats, "--blind-test", "--device", "cpu", "--with")
     refused(command(*test, "Eve"), "--with Eve", "Bob")
     refused(command(*test, "Bob", stdin="n\nn\nq\n"), "nothing is written")
     assert not path.exists()
-    done = command(
-        *test, "Bob", stdin="y\n\nn\ny\nq\n"
-    )  # an empty line takes nothing, and ends nothing
+    # an empty line takes nothing, and ends nothing
+    done = command(*test, "Bob", stdin="y\n\nn\ny\nq\n")
     assert done.returncode == 0, done.stderr
     test = json.loads(path.read_text().split('id="test">')[1].split("</script>")[0])
     assert len(test["items"]) == 2 and stat.S_IMODE(path.stat().st_mode) == 0o600
-    mine = [
-        turn["messages"]
-        for line in (chats / "val.jsonl").read_text().splitlines()
-        for turn in json.loads(line)["turns"]
-        if turn["me"]
-    ]
+    mine = []
+    for line in (chats / "val.jsonl").read_text().splitlines():
+        mine += [turn["messages"] for turn in json.loads(line)["turns"] if turn["me"]]
     assert all(item["replies"][item["real"]] in mine for item in test["items"])
 
 
-def test_what_cannot_be_measured_is_said_in_two_lines(tmp_path, clone, chats):
+def test_what_cannot_be_measured_ends_in_two_lines(tmp_path, clone, chats):
     refused(command("evaluate.py", clone, "--data", tmp_path), "val.jsonl is missing")
-    for flags, said in (
+    for flags, message in (
         ([], "0 checkpoints"),
         ([tmp_path], "no model"),
+        ([clone, "--replies", 0], "--replies 0"),
+        ([clone, "--seed", -1], "--seed -1"),
         ([clone, "--with", "Bob"], "--blind-test"),
         ([clone, "--blind-test"], "--with"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             evaluate.check(cli.parse(evaluate.Options, [*map(str, flags)]))

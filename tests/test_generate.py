@@ -1,4 +1,4 @@
-"""Decoding: what is cached, compiled or kept in fewer bits says what the plain model says."""
+"""Decoding: cached, compiled, batched and quantized, the model says what the plain model says."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from weights import hf, quantize, shards
 from weights.load import load_model, load_weights
 from weights.tokenizer import load_tokenizer
 
-needs_a_compiler = pytest.mark.skipif(
+needs_compiler = pytest.mark.skipif(
     not generate.can_compile(torch.device("cpu")), reason="no C++ compiler here"
 )
 
@@ -47,18 +47,18 @@ def logits(model, ids):
         return model(torch.tensor([ids]))[0]
 
 
-# --- fewer bits
+# --- quantized weights
 
 
 @pytest.mark.parametrize("width", [256, 384, 5632])
-def test_int8_and_int4_stay_within_half_a_step_of_the_weight(width):
+def test_int8_and_int4_are_within_half_a_step_of_the_weight(width):
     weight = torch.randn(40, width, generator=torch.Generator().manual_seed(width))
-    codes, scales = quantize.Int8Linear.quantise(weight)
+    codes, scales = quantize.Int8Linear.quantize(weight)
     assert (
         (quantize.Int8Linear.unpack(codes, scales, torch.float32) - weight).abs()
         <= scales[:, None] * 0.5001
     ).all()
-    n, stored = quantize.group(width), quantize.Int4Linear.quantise(weight)
+    n, stored = quantize.group_size(width), quantize.Int4Linear.quantize(weight)
     grouped = weight.view(40, n, -1)
     low, high = grouped.aminmax(dim=1)
     error = (quantize.Int4Linear.unpack(*stored, torch.float32) - weight).view_as(grouped)
@@ -74,24 +74,24 @@ def test_int8_and_int4_stay_within_half_a_step_of_the_weight(width):
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("value", [0.0, 0.5])
-def test_equal_weights_stay_what_they_are(kind, value):
+def test_quantization_keeps_constant_weights(kind, value):
     weight = torch.full((4, 256), value)
     packed = quantize.PACKED_TYPES[kind]
-    assert torch.allclose(packed.unpack(*packed.quantise(weight), torch.float32), weight)
+    assert torch.allclose(packed.unpack(*packed.quantize(weight), torch.float32), weight)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_one_token_s_product_is_a_product_with_the_unpacked_weight(kind):
+def test_product_equals_matmul_with_the_unpacked_weight(kind):
     weight, x = torch.randn(48, 96), torch.randn(96)
     packed = quantize.PACKED_TYPES[kind]
-    stored = packed.quantise(weight)
+    stored = packed.quantize(weight)
     assert torch.allclose(
         packed.product(x, *stored), packed.unpack(*stored, torch.float32) @ x, atol=1e-4
     )
 
 
-def test_groups_are_sixteen_or_a_multiple_and_what_has_none_is_kept_in_eight_bits():
-    assert [quantize.group(n) for n in (4096, 14336, 2048, 5632, 384, 40)] == [
+def test_groups_are_a_multiple_of_16_and_layers_without_groups_get_int8():
+    assert [quantize.group_size(n) for n in (4096, 14336, 2048, 5632, 384, 40)] == [
         64,
         64,
         64,
@@ -109,7 +109,7 @@ def test_groups_are_sixteen_or_a_multiple_and_what_has_none_is_kept_in_eight_bit
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_a_head_that_is_the_embeddings_is_kept_as_they_are(tmp_path, weights):
+def test_tied_head_is_not_quantized(tmp_path, weights):
     folder = save_mistral(tmp_path, tie_word_embeddings=True)
     model = load_model(str(folder), torch.float32, weights=weights)
     plain = load_model(str(folder), torch.float32)
@@ -120,7 +120,7 @@ def test_a_head_that_is_the_embeddings_is_kept_as_they_are(tmp_path, weights):
     assert (logits(model, ids) - logits(plain, ids)).std() < 0.3 * logits(plain, ids).std()
 
 
-def test_a_weight_that_is_no_number_is_refused_while_it_is_packed(base, tmp_path):
+def test_nan_weight_is_refused_while_packing(base, tmp_path):
     broken = shutil.copytree(base, tmp_path / "broken")
     from safetensors.torch import load_file, save_file
 
@@ -132,7 +132,7 @@ def test_a_weight_that_is_no_number_is_refused_while_it_is_packed(base, tmp_path
 
 
 @pytest.mark.parametrize("weights", ["plain", "int8", "int4"])
-def test_an_adapter_is_merged_tensor_by_tensor_as_merge_does_it(adapted, tokenizer, weights):
+def test_adapter_merged_while_loading_equals_merge(adapted, tokenizer, weights):
     ids = list(range(3, 40)) + tokenizer.added
     model = lora.merge(load_model(str(adapted), torch.float32, tokenizer=tokenizer))
     if weights != "plain":
@@ -146,9 +146,7 @@ def test_an_adapter_is_merged_tensor_by_tensor_as_merge_does_it(adapted, tokeniz
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_a_folder_in_fewer_bits_says_what_was_packed_at_load_and_carries_all(
-    adapted, tmp_path, weights
-):
+def test_folder_merged_to_few_bits_equals_packing_at_load(adapted, tmp_path, weights):
     done = command("lora.py", "merge", adapted, tmp_path / "clone", "--weights", weights)
     assert done.returncode == 0, done.stderr
     tokenizer = load_tokenizer(tmp_path / "clone")
@@ -169,7 +167,7 @@ def test_a_folder_in_fewer_bits_says_what_was_packed_at_load_and_carries_all(
     )
 
 
-def test_a_compiler_that_fails_leaves_the_plain_way(base, tokenizer, monkeypatch):
+def test_failing_compiler_falls_back_to_eager(base, tokenizer, monkeypatch):
     model = load_model(str(base), torch.bfloat16, tokenizer=tokenizer, weights="int8")
 
     def fails(*_):
@@ -180,44 +178,44 @@ def test_a_compiler_that_fails_leaves_the_plain_way(base, tokenizer, monkeypatch
     )
     monkeypatch.setattr(generate, "CompiledDecoder", fails)
     monkeypatch.setattr(generate, "can_compile", lambda device: True)
-    decoder = generate.Decoder(model, tokenizer, 64, compiled=True)
+    decoder = generate.Decoder(model, tokenizer, 64, compile=True)
     assert (
-        decoder.step is None
+        decoder.compiled is None
         and list(decoder.generate(list(range(3, 9)), 4, temperature=0)) == plain
     )
 
 
-# --- a step of one token
+# --- one token at a time, compiled
 
 
-@needs_a_compiler
+@needs_compiler
 @pytest.mark.parametrize("weights", ["plain", "int8", "int4"])
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 8}], ids=["all", "window"])
-def test_the_compiled_step_says_what_the_model_says(tmp_path, weights, changes):
+def test_compiled_decoder_equals_the_model(tmp_path, weights, changes):
     folder = save_mistral(tmp_path, **changes)
     tokenizer = load_tokenizer(folder)
     model = load_model(str(folder), torch.float32, tokenizer=tokenizer, weights=weights)
-    decoder = generate.Decoder(model, tokenizer, 64, compiled=True)
+    decoder = generate.Decoder(model, tokenizer, 64, compile=True)
     ids = list(range(3, 15))
     for new in (40, 41, 42, 50, 60):
         ids.append(new)
         assert torch.allclose(decoder.forward(ids), logits(model, ids)[-1], atol=2e-4, rtol=1e-3)
-    shorter = [*ids[:9], 77]  # an earlier turn said otherwise
+    shorter = [*ids[:9], 77]  # an earlier turn was replaced
     assert torch.allclose(
         decoder.forward(shorter), logits(model, shorter)[-1], atol=2e-4, rtol=1e-3
     )
 
 
-# --- several answers at once
+# --- several replies at a time
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 8}], ids=["all", "window"])
-def test_answers_written_in_a_batch_equal_those_written_alone(tmp_path, changes, temperature):
+def test_batched_replies_equal_single_ones(tmp_path, changes, temperature):
     model = load_model(str(save_mistral(tmp_path, **changes)), torch.float32)
-    tokenizer_of = load_tokenizer(tmp_path)
-    decoder = generate.Decoder(model, tokenizer_of, 96)
-    decoder.ends = set(range(3, VOCAB, 12))  # or a random model never ends
+    tokenizer = load_tokenizer(tmp_path)
+    decoder = generate.Decoder(model, tokenizer, 96)
+    decoder.stop_ids = set(range(3, VOCAB, 12))  # or a random model never ends
     draw = torch.Generator().manual_seed(1)
     lengths = (3, 40, 11, 1, 24, 80, 7, 96)  # one stops at the context's end, one has no room
     prompts = [torch.randint(300, VOCAB, (n,), generator=draw).tolist() for n in lengths]
@@ -225,27 +223,36 @@ def test_answers_written_in_a_batch_equal_those_written_alone(tmp_path, changes,
     alone = []
     for seed, ids in enumerate(prompts):
         generator = torch.Generator().manual_seed(seed)
-        plain = generate.Decoder(model, tokenizer_of, 96)
-        plain.ends = decoder.ends
+        plain = generate.Decoder(model, tokenizer, 96)
+        plain.stop_ids = decoder.stop_ids
         alone.append(list(plain.generate(ids, 20, temperature, 0.95, generator)))
     assert len({len(ids) for ids in alone}) > 4  # they end at different times
     for rows in (1, 3, 9):
-        seeds = range(len(prompts))
-        done = dict(generate.generate_batch(decoder, prompts, 20, temperature, 0.95, seeds, rows))
-        assert [done[number] for number in seeds] == alone
+        batch = generate.DecodeBatch(decoder, rows)
+        batched = []
+        for seed, ids in enumerate(prompts):
+            while batch.full:
+                batch.step()
+            generator = torch.Generator().manual_seed(seed)
+            batched.append(batch.add(ids, 20, temperature, 0.95, generator))
+        while batch.rows:
+            batch.step()
+        assert [row.ids for row in batched] == alone
 
 
 @pytest.mark.parametrize("top_p", [0.5, 0.95, 1.0])
 @pytest.mark.parametrize("spread", [0.1, 3.0], ids=["flat", "peaked"])
-def test_a_draw_that_sorts_what_is_likely_is_that_of_the_whole_distribution(top_p, spread):
-    one, other = (torch.Generator().manual_seed(1) for _ in range(2))
+def test_sample_equals_sampling_from_the_whole_sorted_vocabulary(top_p, spread):
+    ours, reference = (torch.Generator().manual_seed(1) for _ in range(2))
     for seed in range(20):
         logits = torch.randn(20000, generator=torch.Generator().manual_seed(seed)) * spread
-        likely = generate.sample(logits, 0.7, top_p, one, generate.TOP_K)
-        assert likely == generate.sample(logits, 0.7, top_p, other)
+        probs, ids = (logits / 0.7).softmax(0).sort(descending=True)
+        probs[probs.cumsum(0) - probs > top_p] = 0
+        expected = ids[torch.multinomial(probs, 1, generator=reference)]
+        assert generate.sample(logits, 0.7, top_p, ours) == expected
 
 
-def test_a_row_is_done_when_it_ends_and_leaves_its_place_to_the_next(base, tokenizer):
+def test_a_row_that_is_done_leaves_its_place_to_the_next(base, tokenizer):
     decoder = generate.Decoder(
         load_model(str(base), torch.float32, tokenizer=tokenizer), tokenizer, 64
     )
@@ -258,10 +265,10 @@ def test_a_row_is_done_when_it_ends_and_leaves_its_place_to_the_next(base, token
     assert [len(row.ids) for row in (short, long, third)] == [1, 4, 2] and batch.rows == []
 
 
-# --- what was said stays read
+# --- prompts and what stays cached
 
 
-def test_the_next_turn_reads_only_what_is_new(adapted, tokenizer):
+def test_next_turn_reads_only_its_new_tokens(adapted, tokenizer):
     decoder = generate.Decoder(
         load_model(str(adapted), tokenizer=tokenizer, weights="plain"), tokenizer, 256
     )
@@ -270,19 +277,19 @@ def test_the_next_turn_reads_only_what_is_new(adapted, tokenizer):
         answer = generate.Answer(decoder, turns, "Ann", 12, temperature=1.0, seed=number)
         list(answer)
         turns += [Turn("Ann", True, "", answer.messages), Turn("Bob", False, "", [f"and {number}"])]
-        begin = generate.truncate_prompt(turns, "Ann", tokenizer, 240, decoder.wrote)
+        begin = generate.truncate_prompt(turns, "Ann", tokenizer, 240, decoder.reply_ids)
         assert begin[: len(answer.prompt) + len(answer.ids)] == answer.prompt + answer.ids
         lengths = []
         handle = decoder.model.register_forward_pre_hook(
-            lambda model, given, lengths=lengths: lengths.append(given[0].shape[1])
+            lambda model, args, lengths=lengths: lengths.append(args[0].shape[1])
         )
         decoder.forward(begin)
         handle.remove()
         new = len(begin) - len(answer.prompt) - len(answer.ids) + 1
-        assert sum(lengths) <= new + -new % generate.SAMPLE_ROUND
+        assert sum(lengths) <= new + -new % generate.PREFILL_MULTIPLE
 
 
-def test_a_prompt_with_known_ids_is_the_same_text(tokenizer):
+def test_prompt_takes_the_known_ids_of_a_turn(tokenizer):
     turns = [
         Turn("Bob", False, "", ["hello there"]),
         Turn("Ann", True, "", ["general", "kenobi"]),
@@ -307,7 +314,7 @@ def test_a_prompt_with_known_ids_is_the_same_text(tokenizer):
     )
 
 
-def test_a_long_talk_is_cut_seldom_so_that_most_prompts_begin_as_the_last(tokenizer):
+def test_truncation_is_rare_so_most_prompts_begin_as_the_last(tokenizer):
     turns, prompts = [], []
     for n in range(120):
         turns.append(Turn(("Bob", "Ann")[n % 2], bool(n % 2), "", [f"message number {n}"]))
@@ -317,7 +324,7 @@ def test_a_long_talk_is_cut_seldom_so_that_most_prompts_begin_as_the_last(tokeni
     assert all(len(ids) <= 200 for ids in prompts) and 3 <= kept.count(False) <= 20
 
 
-def test_a_header_stays_when_a_long_talk_loses_its_beginning(tokenizer):
+def test_header_stays_when_old_turns_are_dropped(tokenizer):
     header = Turn("system", False, "", ["talking to Bob"])
     turns = [header] + [
         Turn(("Bob", "Ann")[n % 2], bool(n % 2), "", [f"message number {n}"]) for n in range(60)
@@ -339,7 +346,7 @@ def test_a_header_stays_when_a_long_talk_loses_its_beginning(tokenizer):
     )  # it would leave no room
 
 
-def test_an_answer_left_early_leaves_the_decoder_ready(adapted, tokenizer):
+def test_answer_left_early_leaves_the_decoder_ready(adapted, tokenizer):
     decoder = generate.Decoder(
         load_model(str(adapted), tokenizer=tokenizer, weights="plain"), tokenizer, 128
     )
@@ -354,7 +361,7 @@ def test_an_answer_left_early_leaves_the_decoder_ready(adapted, tokenizer):
     assert again.ids == whole.ids and again.messages == whole.messages
 
 
-def test_ctrl_c_while_it_reads_leaves_nothing_half_read(adapted, tokenizer, monkeypatch):
+def test_ctrl_c_while_prefilling_leaves_a_valid_cache(adapted, tokenizer, monkeypatch):
     """What was being read has overwritten some layers' keys and values of what was read before."""
     decoder = generate.Decoder(
         load_model(str(adapted), tokenizer=tokenizer, weights="plain"), tokenizer, 64
@@ -377,22 +384,22 @@ def test_ctrl_c_while_it_reads_leaves_nothing_half_read(adapted, tokenizer, monk
 # --- the terminal's commands
 
 
-def test_what_is_taken_back_is_taken_out_of_the_file(tmp_path):
-    talk = chat.Conversation("Ann", "Bob", None, tmp_path / "talk.jsonl")
-    for said in ("hello", "what nobody should read"):
-        talk.turns += [
-            Turn("Bob", False, "2024-05-01T10:00:00", [said]),
+def test_undo_removes_turns_from_the_history_file(tmp_path):
+    conversation = chat.Conversation("Ann", "Bob", None, tmp_path / "talk.jsonl")
+    for text in ("hello", "what nobody should read"):
+        conversation.turns += [
+            Turn("Bob", False, "2024-05-01T10:00:00", [text]),
             Turn("Ann", True, "2024-05-01T10:01:00", ["so"]),
         ]
-    talk.keep()
-    talk.obey("undo")
-    (left,) = data.load_sessions(talk.history)
+    conversation.save()
+    conversation.run_command("undo")
+    (left,) = data.load_sessions(conversation.history)
     assert [turn.messages for turn in left.turns] == [["hello"], ["so"]]
-    talk.obey("undo")
-    assert talk.history.read_text() == ""
+    conversation.run_command("undo")
+    assert conversation.history.read_text() == ""
 
 
-def test_commands_take_back_repeat_and_rename(adapted, tmp_path):
+def test_commands_undo_retry_rename_and_reset(adapted, tmp_path):
     history = tmp_path / "talk.jsonl"
     lines = "hello\n/as Eve\nhow are you\n/retry\n/undo\n/temp 0\n/temp hot\n/nonsense\nbye\n"
     done = command(
@@ -407,7 +414,7 @@ def test_commands_take_back_repeat_and_rename(adapted, tmp_path):
     assert (
         all(t.author == "Ann" for t in talk.turns if t.me)
         and "/undo" in done.stdout
-        and "taken back" in done.stdout
+        and "(removed;" in done.stdout
     )
     assert oct(history.stat().st_mode & 0o77) == "0o0"
     again = command(

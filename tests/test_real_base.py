@@ -1,6 +1,7 @@
-"""A real base, SmolLM2-135M-Instruct, through the whole way: an export, a LoRA, and the clone in every form it can take.
+"""A real base, SmolLM2-135M-Instruct: an export, a LoRA, and the clone in every form it can take.
 
-The other tests use small random models; real weights have outliers, tied embeddings and a vocabulary of 49,152 tokens.
+The other tests use small random models; real weights have outliers, tied embeddings and a
+vocabulary of 49,152 tokens.
 """
 
 import fcntl
@@ -29,7 +30,7 @@ SMALL = "--lora-rank 8 --lr 1e-3 --max-steps 20 --batch 1 --seq-len 128 --sample
 
 @pytest.fixture(scope="session")
 def real_base():
-    """build/smollm2, which examples/smollm2.py makes; pytest's workers wait for the first of them."""
+    """Return build/smollm2, made by examples/smollm2.py; pytest's workers wait for the first."""
     smollm2.FOLDER.parent.mkdir(exist_ok=True)
     with open(smollm2.FOLDER.parent / "smollm2.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -46,8 +47,8 @@ def folder(tmp_path):
     shutil.rmtree(tmp_path)  # pytest would keep that of three runs, 0.8 GB each
 
 
-def run(*words):
-    done = command(*words)
+def run(*arguments):
+    done = command(*arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -60,11 +61,12 @@ def answer(folder):
 
 def gguf_of(clone: Path, path: Path) -> Path:
     """A model folder as llama.cpp's converter writes it, in bf16."""
-    written = json.loads((clone / "tokenizer.json").read_text())
-    vocab, special = written["model"]["vocab"], {token["id"] for token in written["added_tokens"]}
+    tokenizer = json.loads((clone / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    special = {token["id"] for token in tokenizer["added_tokens"]}
     tokens = sorted(vocab, key=vocab.get)
     types = [3 if i in special else 1 for i in range(len(tokens))]
-    merges = [" ".join(pair) for pair in written["model"]["merges"]]
+    merges = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
     model = transformers.AutoModelForCausalLM.from_pretrained(clone, dtype=torch.float32)
     return write_gguf(path, model, "BF16", bpe_tokens("smollm", tokens, types, merges))
 
@@ -73,8 +75,9 @@ def gguf_of(clone: Path, path: Path) -> Path:
 def test_a_clone_of_a_real_base_is_the_same_in_peft_merged_and_as_gguf(real_base, folder):
     data, ckpt, clone, back = (folder / name for name in ("data", "ckpt", "clone", "back"))
     run("data.py", "examples/telegram/result.json", "--out", data, "--tokenizer", real_base)
-    few = (data / "val.jsonl").read_text().splitlines(keepends=True)[:6]  # all twenty take a minute
-    (data / "val.jsonl").write_text("".join(few))
+    # all twenty held-out sessions take a minute
+    sessions = (data / "val.jsonl").read_text().splitlines(keepends=True)[:6]
+    (data / "val.jsonl").write_text("".join(sessions))
     train = ["--lora", "--model", real_base, "--data", data, "--out", ckpt, "--device", "cpu"]
     run("train.py", *train, *SMALL.split())
     result = json.loads((ckpt / "run.json").read_text())["result"]
@@ -88,16 +91,15 @@ def test_a_clone_of_a_real_base_is_the_same_in_peft_merged_and_as_gguf(real_base
     theirs = transformers.AutoModelForCausalLM.from_pretrained(real_base, dtype=torch.float32)
     without = theirs(ids).logits
     theirs = peft.PeftModel.from_pretrained(theirs, ckpt).eval()(ids).logits
-    print(
-        f"adapter: {(theirs - without).std():.3f}; PEFT differs by {(theirs - adapted).abs().max():.1e}"
-    )
-    assert (theirs - without).std() > 0.1  # so PEFT did read it
+    change, gap = (theirs - without).std(), (theirs - adapted).abs().max()
+    print(f"the adapter changes logits by {change:.3f}; PEFT differs by {gap:.1e}")
+    assert change > 0.1  # so PEFT did read it
     torch.testing.assert_close(adapted, theirs, atol=1e-3, rtol=1e-4)
 
     run("lora.py", "merge", ckpt, clone)
     merged = load_model(clone, torch.float32)
     gap = (merged(ids) - adapted).std() / adapted.std()
-    print(f"merging adds {gap:.2%} of the logits' deviation")
+    print(f"merging changes the logits by {gap:.2%} of their standard deviation")
     assert gap < 0.02  # every merged weight is rounded to bf16
     convert(gguf_of(clone, folder / "clone.gguf"), back)
     for name, tensor in load_model(back, torch.float32).state_dict().items():

@@ -1,4 +1,4 @@
-"""A real server process over a random model, asked by sockets, by the official client, and by a browser."""
+"""A server process with a random model, tested by sockets, OpenAI's client and a browser."""
 
 import concurrent.futures
 import contextlib
@@ -28,9 +28,13 @@ from weights.load import load_model, load_weights
 from weights.save import save_model
 from weights.tokenizer import load_tokenizer
 
-HOSTILE, TALKS = int(os.environ.get("HOSTILE", 200)), int(os.environ.get("TALKS", 10))
+HOSTILE = int(os.environ.get("HOSTILE", 200))  # requests
+TALKS = int(os.environ.get("TALKS", 10))
 TOKEN = "correct-horse-battery"
 HI = [{"role": "user", "content": "hi"}]
+POST_HEAD = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +53,8 @@ def clone(base, tokenizer, tmp_path_factory):
 
 @contextlib.contextmanager
 def serving(clone, *flags):
-    """→ (port, process)"""
-    words = [
+    """Run the server; yield its port and process."""
+    argv = [
         sys.executable,
         "chat.py",
         clone,
@@ -68,13 +72,13 @@ def serving(clone, *flags):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up, and stop it
     process = subprocess.Popen(
-        [*map(str, words)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True
+        [*map(str, argv)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True
     )
     process.errors = lambda: [errors.seek(0), errors.read()][1]
     try:
-        found = re.search(r":(\d+)/", process.stdout.readline())
-        assert found, process.errors()
-        yield int(found[1]), process
+        match = re.search(r":(\d+)/", process.stdout.readline())
+        assert match, process.errors()
+        yield int(match[1]), process
     finally:
         process.terminate()
         process.wait(30)
@@ -98,7 +102,7 @@ def client(port):
 
 
 def ask(port, method="POST", path="/v1/chat/completions", body=None, **headers):
-    """→ (status, headers, the JSON or text of the answer)"""
+    """Return the status, headers, and JSON or text of the response."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
     if body is not None:
@@ -128,7 +132,7 @@ def greedy(port, messages=HI, **more):
 # --- the API
 
 
-def test_the_official_client_gets_what_the_decoder_says_streamed_or_not(client, clone):
+def test_openai_client_gets_the_decoders_reply_streamed_or_not(client, clone):
     decoder = generate.Decoder(load_model(str(clone)), load_tokenizer(clone), 512)
     turns = [
         Turn("Bob", False, "", ["hi", "you there?"]),
@@ -136,7 +140,7 @@ def test_the_official_client_gets_what_the_decoder_says_streamed_or_not(client, 
         Turn("Bob", False, "", ["good"]),
     ]
     answer = generate.Answer(decoder, turns, "Ann", 24, 0)
-    said = "\n".join([list(answer), answer.messages][1])
+    reply = "\n".join([list(answer), answer.messages][1])
     messages = [
         {"role": "system", "content": "You are a pirate."},
         {"role": "user", "content": "hi"},
@@ -145,7 +149,7 @@ def test_the_official_client_gets_what_the_decoder_says_streamed_or_not(client, 
         {"role": "user", "content": " good "},
     ]
     whole = client.chat.completions.create(model="any", messages=messages, temperature=0)
-    assert whole.choices[0].message.content == said and whole.choices[0].finish_reason == (
+    assert whole.choices[0].message.content == reply and whole.choices[0].finish_reason == (
         "stop" if answer.ended else "length"
     )
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (
@@ -161,14 +165,14 @@ def test_the_official_client_gets_what_the_decoder_says_streamed_or_not(client, 
             stream_options={"include_usage": True},
         )
     )
-    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == said
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == reply
     assert (
         chunks[-1].usage == whole.usage
         and chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
     )
 
 
-def test_names_are_authors_and_a_last_turn_of_mine_is_gone_on_with(port, clone):
+def test_names_are_authors_and_a_last_turn_of_mine_is_continued(port, clone):
     decoder = generate.Decoder(load_model(str(clone)), load_tokenizer(clone), 512)
     turns = [
         Turn("Eve", False, "", ["hi"]),
@@ -176,40 +180,40 @@ def test_names_are_authors_and_a_last_turn_of_mine_is_gone_on_with(port, clone):
         Turn("Ann", True, "", ["well"]),
     ]
     answer = generate.Answer(decoder, turns, "Ann", 24, 0)
-    said = "\n".join([list(answer), answer.messages][1])
+    reply = "\n".join([list(answer), answer.messages][1])
     messages = [
         {"role": "user", "name": "Eve", "content": "hi"},
         {"role": "user", "content": "ho"},
         {"role": "assistant", "content": "well"},
     ]
-    assert greedy(port, messages)[0] == said
+    assert greedy(port, messages)[0] == reply
 
 
-def test_a_stop_string_ends_it_and_no_part_of_it_is_shown(client, port):
-    said = greedy(port)[0]
-    stop = said[len(said) // 2 :][:3]
-    wanted = said[: said.index(stop)]
+def test_stop_string_ends_the_reply_and_is_not_sent(client, port):
+    reply = greedy(port)[0]
+    stop = reply[len(reply) // 2 :][:3]
+    expected = reply[: reply.index(stop)]
     chunks = list(
         client.chat.completions.create(
             model="any", messages=HI, temperature=0, stop=stop, stream=True
         )
     )
     assert (
-        "".join(c.choices[0].delta.content or "" for c in chunks) == wanted
+        "".join(c.choices[0].delta.content or "" for c in chunks) == expected
         and chunks[-1].choices[0].finish_reason == "stop"
     )
-    assert greedy(port, stop=["never said", stop])[0] == wanted
-    assert greedy(port, stop=said + "x")[0] == said  # what was held back comes at the end
+    assert greedy(port, stop=["never said", stop])[0] == expected
+    assert greedy(port, stop=reply + "x")[0] == reply  # what was held back comes at the end
 
 
-def test_what_may_still_become_a_stop_string_is_held_back():
+def test_a_possible_stop_string_is_held_back():
     assert server.cut_at_stop("hello", []) == (False, 5)
     assert server.cut_at_stop("hello", ["lo w"]) == (False, 3)
     assert server.cut_at_stop("hello wide", ["lo w", "e"]) == (True, 1)
     assert server.cut_at_stop("aab", ["abc", "bx"]) == (False, 1)
 
 
-def test_limits_and_seeds_are_kept(port):
+def test_max_tokens_and_seed(port):
     assert (
         greedy(port, max_tokens=3)[1]["completion_tokens"] == 3
         and greedy(port, max_completion_tokens=2)[2] == "length"
@@ -221,7 +225,7 @@ def test_limits_and_seeds_are_kept(port):
     assert draw(1) == draw(1) != draw(2)
 
 
-def test_max_tokens_means_what_it_means_to_llama_cpp(port):
+def test_max_tokens_as_in_llama_cpp(port):
     plain = greedy(port)
     for no_limit in (-1, -1.0, None):
         assert (
@@ -246,7 +250,7 @@ def test_max_tokens_means_what_it_means_to_llama_cpp(port):
     ] and streamed.endswith("data: [DONE]\n\n")
 
 
-def test_many_stop_strings_all_count_and_empty_ones_none(port):
+def test_many_stop_strings_count_and_empty_ones_are_ignored(port):
     plain = greedy(port)
     stop = plain[0][len(plain[0]) // 2 :][:3]
     assert (
@@ -257,8 +261,8 @@ def test_many_stop_strings_all_count_and_empty_ones_none(port):
         assert greedy(port, stop=nothing) == plain
 
 
-def test_a_path_may_have_slashes_too_many_and_lack_v1(port):
-    wanted = greedy(port)[0]
+def test_paths_may_have_extra_slashes_and_lack_v1(port):
+    expected = greedy(port)[0]
     for path in (
         "/v1/chat/completions/",
         "/v1//chat/completions/",
@@ -266,7 +270,7 @@ def test_a_path_may_have_slashes_too_many_and_lack_v1(port):
         "/chat/completions",
     ):
         status, _, answer = ask(port, path=path, body={"messages": HI, "temperature": 0})
-        assert status == 200 and answer["choices"][0]["message"]["content"] == wanted, (
+        assert status == 200 and answer["choices"][0]["message"]["content"] == expected, (
             path,
             answer,
         )
@@ -277,7 +281,7 @@ def test_a_path_may_have_slashes_too_many_and_lack_v1(port):
     assert ask(port, path="/v1/v1/chat/completions", body={"messages": HI})[0] == 404
 
 
-def test_with_a_seed_of_its_own_retry_answers_otherwise_and_all_is_repeatable(clone):
+def test_seed_flag_makes_replies_repeatable_and_retries_differ(clone):
     runs = []
     for _ in range(2):
         with serving(clone, "--seed", 1, "--temperature", 1.9) as (port, _):
@@ -331,39 +335,41 @@ def test_models_and_health(client, port):
         ({"messages": HI * 2001}, "messages"),
     ],
 )
-def test_what_it_cannot_do_is_a_400_that_names_the_field(port, fields, named):
+def test_unsupported_and_invalid_fields_are_a_400_with_param(port, fields, named):
     status, _, answer = ask(port, body={"messages": HI, **fields})
     assert (status, answer["error"]["param"]) == (400, named), answer
     assert set(answer["error"]) == {"message", "type", "param", "code"}
 
 
-def test_sixteen_clients_at_once_get_what_each_gets_alone(port):
+def test_sixteen_clients_at_once_get_the_same_replies_as_alone(port):
     talks = [[{"role": "user", "content": f"question {n}"}] * (n % 3 + 1) for n in range(16)]
     alone = [greedy(port, talk) for talk in talks]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         assert list(pool.map(lambda talk: greedy(port, talk), talks)) == alone
 
 
-def test_more_than_the_line_holds_are_told_to_come_back_and_who_leaves_frees_the_place(clone):
+def test_full_queue_is_a_503_and_clients_that_leave_free_their_place(clone):
     body = json.dumps(
         {"messages": [{"role": "user", "content": "word " * 200}], "stream": True, "seed": 1}
     ).encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head = POST_HEAD
     with serving(clone, "--max-tokens", 200) as (port, _):
         began = time.time()
         greedy(port, max_tokens=200)
         one_takes = time.time() - began
-        those = [socket.create_connection(("127.0.0.1", port)) for _ in range(server.MAX_QUEUE + 8)]
-        for one in those:
+        clients = [
+            socket.create_connection(("127.0.0.1", port)) for _ in range(server.MAX_QUEUE + 8)
+        ]
+        for one in clients:
             one.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         over = []
-        for one in those:
+        for one in clients:
             if b" 503 " in (text := one.recv(4096)):
                 while b"}}" not in text and (part := one.recv(4096)):  # the body may come behind
                     text += part
                 over.append(text)
         assert over and all(b"retry-after: 5" in text and b"overloaded" in text for text in over)
-        for one in those:
+        for one in clients:
             one.close()
         began = time.time()
         while ask(port, body={"messages": HI, "max_tokens": 1})[0] == 503:
@@ -371,10 +377,10 @@ def test_more_than_the_line_holds_are_told_to_come_back_and_who_leaves_frees_the
         assert time.time() - began < server.MAX_QUEUE * one_takes / 4
 
 
-# --- who is let in
+# --- access
 
 
-def test_strangers_are_refused_in_openais_shape(port):
+def test_other_hosts_and_origins_are_refused_in_openais_shape(port):
     for method, path, headers, status in [
         ("GET", "/none", {}, 404),
         ("GET", "/v1/chat/completions", {}, 405),
@@ -401,17 +407,15 @@ def test_strangers_are_refused_in_openais_shape(port):
         assert ask(port, body={"messages": HI}, content_type=kind)[0] == 415
 
 
-def test_a_body_too_long_is_a_413_and_a_slow_one_a_408(port):
+def test_long_body_is_a_413_and_slow_body_a_408(port):
     assert ask(port, body=b'"' + b"x" * 2**21 + b'"')[0] == 413
     with socket.create_connection(("127.0.0.1", port)) as slow:
-        slow.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
-        )
+        slow.sendall(POST_HEAD + b"Content-Length: 99\r\n\r\n{")
         slow.settimeout(server.BODY_SECONDS + 60)
         assert b" 408 " in slow.recv(4096)
 
 
-def test_elsewhere_a_token_and_a_name_are_needed(clone, chats):
+def test_public_host_needs_token_and_name(clone, chats):
     refused(command("chat.py", clone, "--web", "--host", "0.0.0.0"), "--token", "--as")
     refused(command("chat.py", clone, "--web", "--host", "0.0.0.0", "--token", TOKEN), "--as")
     refused(command("chat.py", clone, "--web", "--token", "short"), "--token")
@@ -430,7 +434,7 @@ def test_elsewhere_a_token_and_a_name_are_needed(clone, chats):
             refused(command(*web, "--allow-host", address), f"--allow-host {address}:")
 
 
-def test_a_missing_package_is_named(clone, tmp_path):
+def test_missing_package_is_named(clone, tmp_path):
     (tmp_path / "starlette.py").write_text("raise ImportError('no', name='starlette')")
     refused(
         command("chat.py", clone, "--web", env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}),
@@ -438,7 +442,7 @@ def test_a_missing_package_is_named(clone, tmp_path):
     )
 
 
-def test_elsewhere_the_token_is_checked_and_one_is_who_one_is(clone):
+def test_public_host_checks_the_token_and_fixes_the_name(clone):
     with serving(clone, "--host", "0.0.0.0", "--token", TOKEN, "--as", "Eve") as (port, _):
         mine = {"Authorization": f"Bearer {TOKEN}"}
         for wrong in (
@@ -484,13 +488,14 @@ def test_elsewhere_the_token_is_checked_and_one_is_who_one_is(clone):
         assert ask(port, body={"messages": HI}, **mine)[0] == 200
 
 
-def test_without_the_token_nothing_but_the_page_and_health_is_there(clone):
-    """Whatever the spelling of a path, and whether there is such a path or not. On loopback too."""
+def test_without_the_token_only_the_page_and_health_exist(clone):
+    """However a path is spelled, and whether it exists or not; on loopback too."""
     tricks = (
-        "/v1/models /models /persona //v1/models ///persona /v1//models/ /persona/ /%2fpersona /%70ersona /v1%2fmodels /%76%31/models "
-        "/./persona /%2e/persona /x/../persona /health/../persona /health/..%2fpersona /health/%2e%2e/persona /health/persona /PERSONA "
-        "/;/persona /persona;x /persona?x /none /v1 /docs /static/../server.py /health%00 /healthz /v1/health/x \\persona * "
-        "http://127.0.0.1/persona http://evil.example//v1/models"
+        "/v1/models /models /persona //v1/models ///persona /v1//models/ /persona/ /%2fpersona "
+        "/%70ersona /v1%2fmodels /%76%31/models /./persona /%2e/persona /x/../persona "
+        "/health/../persona /health/..%2fpersona /health/%2e%2e/persona /health/persona /PERSONA "
+        "/;/persona /persona;x /persona?x /none /v1 /docs /static/../server.py /health%00 "
+        "/healthz /v1/health/x \\persona * http://127.0.0.1/persona http://evil.example//v1/models"
     )
     with serving(clone, "--token", TOKEN, "--as", "Eve") as (port, _):
         for path in tricks.split():
@@ -514,7 +519,7 @@ def status_of(port, method, path):
         return connection.getresponse().status
 
 
-def test_without_a_token_only_the_names_that_were_allowed_are_answered(clone):
+def test_without_a_token_only_allowed_host_names_are_answered(clone):
     with serving(clone, "--allow-host", "host.docker.internal", "--allow-host", "Box.example") as (
         port,
         _,
@@ -545,17 +550,20 @@ def test_without_a_token_only_the_names_that_were_allowed_are_answered(clone):
 
 
 def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as door:
-        return door.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
 
 
 def nginx_config(snippet, port, folder):
-    """docs/SERVE.md's server, on loopback and without HTTPS, in a configuration that writes into `folder` alone."""
+    """Return docs/SERVE.md's server on loopback, without HTTPS, that writes into `folder` alone."""
     snippet = re.sub(r"    ssl_.*\n", "", snippet)
     snippet = snippet.replace("listen 443 ssl;", f"listen 127.0.0.1:{port};")
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     folders = " ".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds)
-    return f"daemon off; pid {folder}/pid; error_log stderr; events {{}}\nhttp {{ access_log off; {folders}\n{snippet}}}\n"
+    return (
+        f"daemon off; pid {folder}/pid; error_log stderr; events {{}}\n"
+        f"http {{ access_log off; {folders}\n{snippet}}}\n"
+    )
 
 
 def caddy_config(snippet, port, folder):
@@ -571,7 +579,7 @@ PROXIES = {
 
 @contextlib.contextmanager
 def proxied(name, port, folder):
-    """The proxy of docs/SERVE.md in front of `port` → its own port"""
+    """Run the proxy of docs/SERVE.md in front of `port`; yield its own port."""
     program = shutil.which(name) or shutil.which(name, path="/usr/sbin")
     if not program:
         pytest.skip(f"no {name}: apt-get install {name}")
@@ -605,7 +613,7 @@ def proxied(name, port, folder):
 
 
 @pytest.mark.parametrize("name", PROXIES)
-def test_behind_a_proxy_the_page_the_api_and_streams_come_through(clone, tmp_path, name):
+def test_proxies_pass_the_page_the_api_and_streams(clone, tmp_path, name):
     os.chmod(tmp_path, 0o755)  # nginx's worker is another user
     site = {"Host": "clone.example.org", "Origin": "https://clone.example.org"}
     mine = {**site, "Authorization": f"Bearer {TOKEN}"}
@@ -647,115 +655,112 @@ def test_behind_a_proxy_the_page_the_api_and_streams_come_through(clone, tmp_pat
         began, first, end = (came[number][0] for number in (0, 1, -1))
         assert first - began < (end - began) / 3, (first - began, end - began)
         chunks = [json.loads(line[6:]) for _, line in came[1:] if line.startswith(b"data: {")]
-        said = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+        reply = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
         assert (
-            said == answer["choices"][0]["message"]["content"] and came[-2][1] == b"data: [DONE]\n"
+            reply == answer["choices"][0]["message"]["content"] and came[-2][1] == b"data: [DONE]\n"
         )
 
 
-# --- whoever means ill
+# --- hostile clients
 
 
 class Hostile:
-    """Generated requests, by number: each is the bytes that are sent, and whether the rest of it never comes."""
+    """Random requests, valid and broken, one for each number."""
 
-    strange = [
-        None, True, -1, 0, 1e308, -1e-320, 10**400, "", "x", "\ud800", "\0", "<|im_end|>", "\u202e\u2066", [], {}, [[]], [None], {"": ""}, "9" * 999,
-        "\n" * 999, [{"type": "text"}], [{"type": "text", "text": "\udfff"}], "\U0001f986" * 300, ">>> >>>\n>>>", "\ufffd\ufeff\u2028",
+    values = [
+        None, True, -1, 0, 1e308, -1e-320, 10**400, "", "x", "\ud800", "\0", "<|im_end|>",
+        "\u202e\u2066", [], {}, [[]], [None], {"": ""}, "9" * 999, "\n" * 999, [{"type": "text"}],
+        [{"type": "text", "text": "\udfff"}], "\U0001f986" * 300, ">>> >>>\n>>>",
+        "\ufffd\ufeff\u2028",
     ]  # fmt: skip
-    names = ["model", "messages", "stream", "stop", "temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "n", "tools",
-             "stream_options", "logprobs", "response_format", "user"]  # fmt: skip
+    names = [
+        "model", "messages", "stream", "stop", "temperature", "top_p", "max_tokens",
+        "max_completion_tokens", "seed", "n", "tools", "stream_options", "logprobs",
+        "response_format", "user",
+    ]  # fmt: skip
+    message_names = ["role", "content", "name", "tool_calls"]
+    methods = [b"POST"] * 9 + [b"GET", b"PUT", b"HEAD", b"OPTIONS", b"BREW", b"CONNECT"]
+    paths = [b"/v1/chat/completions"] * 12 + [
+        b"/v1/models/%00%ff", b"//", b"/../server.py", b"/" + b"x" * 9000, b"*", b"/persona?x=%",
+        b"http://evil/",
+    ]  # fmt: skip
+    versions = [b" HTTP/1.1"] * 9 + [b" HTTP/1.0", b"", b" HTTP/9"]
+    hosts = [b"localhost"] * 9 + [b"", b"[", b"[::1]:99999999", b"evil", b"127.0.0.1:x", b"\xe9"]
+    content_types = [b"application/json"] * 9 + [
+        b"application/json; charset=\xff", b"text/plain", b"",
+    ]  # fmt: skip
+    headers = [
+        b"Authorization: \xe9", b"Expect: 100-continue", b"Origin: null", b"X: " + b"y" * 70000,
+        b"Upgrade: websocket\r\nConnection: upgrade", b"Bad Header", b"Content-Length: -1",
+        b"Transfer-Encoding: gzip", b"Host: other", b"Cookie: " + b";" * 999,
+    ]  # fmt: skip
 
     def __init__(self, number):
         self.random = random.Random(number)
+        self.choice = self.random.choice
 
     def fields(self):
-        draw, strange = self.random, self.strange
-        fields = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": draw.randint(1, 4)}
-        for _ in range(draw.randint(0, 3)):
-            where = (
-                draw.choice([fields, *(m for m in [fields["messages"][0]] if isinstance(m, dict))])
-                if isinstance(fields.get("messages"), list) and fields["messages"]
-                else fields
-            )
-            where[
-                draw.choice(
-                    self.names if where is fields else ["role", "content", "name", "tool_calls"]
-                )
-            ] = draw.choice(strange)
+        fields = {"messages": [{"role": "user", "content": "hi"}]}
+        fields["max_tokens"] = self.random.randint(1, 4)
+        for _ in range(self.random.randint(0, 3)):
+            target, names = fields, self.names
+            messages = fields.get("messages")
+            if isinstance(messages, list) and messages and isinstance(messages[0], dict):
+                if self.random.random() < 0.5:
+                    target, names = messages[0], self.message_names
+            target[self.choice(names)] = self.choice(self.values)
         return fields
 
     def body(self):
-        draw = self.random
         text = json.dumps(self.fields()).encode()
-        return draw.choice([
-            lambda: text, lambda: text, lambda: text, lambda: text[: draw.randint(0, len(text))], lambda: b"[" * 100000, lambda: b'{"a":' * 50000,
-            lambda: text.replace(b"1", b"NaN"), lambda: text.replace(b"hi", b"\xff\xfe"), lambda: b"9" * 5000, lambda: b"", lambda: text[:-1] + b',"n":Infinity}',
-            lambda: bytes(draw.randrange(256) for _ in range(99)), lambda: text + text, lambda: b"\xef\xbb\xbf" + text,
-        ])()  # fmt: skip
+        broken = [
+            text[: self.random.randint(0, len(text))],
+            b"[" * 100000,
+            b'{"a":' * 50000,
+            text.replace(b"1", b"NaN"),
+            text.replace(b"hi", b"\xff\xfe"),
+            b"9" * 5000,
+            b"",
+            text[:-1] + b',"n":Infinity}',
+            self.random.randbytes(99),
+            text + text,
+            b"\xef\xbb\xbf" + text,
+        ]
+        return self.choice([text, text, text, *broken])
 
     def request(self):
-        draw, body = self.random, self.body()
-        method = draw.choice(
-            [b"POST"] * 9 + [b"GET", b"PUT", b"HEAD", b"OPTIONS", b"BREW", b"CONNECT"]
-        )
-        path = draw.choice(
-            [b"/v1/chat/completions"] * 12
-            + [
-                b"/v1/models/%00%ff",
-                b"//",
-                b"/../server.py",
-                b"/" + b"x" * 9000,
-                b"*",
-                b"/persona?x=%",
-                b"http://evil/",
-            ]
-        )
+        body = self.body()
         lines = [
-            b"Host: "
-            + draw.choice(
-                [b"localhost"] * 9
-                + [b"", b"[", b"[::1]:99999999", b"evil", b"127.0.0.1:x", b"\xe9"]
-            ),
-            b"Content-Type: "
-            + draw.choice(
-                [b"application/json"] * 9 + [b"application/json; charset=\xff", b"text/plain", b""]
-            ),
+            self.choice(self.methods) + b" " + self.choice(self.paths) + self.choice(self.versions),
+            b"Host: " + self.choice(self.hosts),
+            b"Content-Type: " + self.choice(self.content_types),
+            *self.random.sample(self.headers, self.choice([0, 0, 0, 1, 2])),
         ]
-        lines += draw.sample([b"Authorization: \xe9", b"Expect: 100-continue", b"Upgrade: websocket\r\nConnection: upgrade", b"Origin: null", b"X: " + b"y" * 70000,
-                              b"Bad Header", b"Content-Length: -1", b"Transfer-Encoding: gzip", b"Host: other", b"Cookie: " + b";" * 999], draw.choice([0, 0, 0, 1, 2]))  # fmt: skip
-        if draw.random() < 0.25:
+        if self.random.random() < 0.25:
+            lines.append(b"Transfer-Encoding: chunked")
             pieces = [body[n : n + 50] for n in range(0, min(len(body), 5000), 50)]
-            ended = b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in pieces) + draw.choice(
-                [b"0\r\n\r\n", b"zz\r\n", b""]
-            )
-            lines, body = [*lines, b"Transfer-Encoding: chunked"], ended
+            body = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
+            body += self.choice([b"0\r\n\r\n", b"zz\r\n", b""])
         else:
-            lines.append(b"Content-Length: %d" % max(0, len(body) + draw.choice([0] * 9 + [9, -9])))
-        whole = (
-            method
-            + b" "
-            + path
-            + draw.choice([b" HTTP/1.1"] * 9 + [b" HTTP/1.0", b"", b" HTTP/9"])
-            + b"\r\n"
-            + b"\r\n".join(lines)
-            + b"\r\n\r\n"
-            + body
-        )
-        return whole[: draw.randint(0, len(whole))] if draw.random() < 0.15 else whole
+            length = len(body) + self.choice([0] * 9 + [9, -9])
+            lines.append(b"Content-Length: %d" % max(0, length))
+        request = b"\r\n".join(lines) + b"\r\n\r\n" + body
+        if self.random.random() < 0.15:
+            return request[: self.random.randint(0, len(request))]
+        return request
 
 
-def burden(process):
-    """→ (threads, MiB of memory, open files) of the server"""
+def resources(process):
+    """Return the server's number of threads, MiB of memory and number of open files."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     read = lambda name: int(re.search(rf"{name}:\s*(\d+)", status)[1])
     return read("Threads"), read("VmRSS") / 1024, len(os.listdir(f"/proc/{process.pid}/fd"))
 
 
-def test_no_hostile_request_makes_it_fail_or_grow(clone):
+def test_hostile_requests_neither_crash_nor_grow_the_server(clone):
     with serving(clone) as (port, process):
-        wanted = greedy(port)
-        begin = burden(process)
+        expected = greedy(port)
+        begin = resources(process)
         for number in range(HOSTILE):
             with (
                 socket.create_connection(("127.0.0.1", port)) as one,
@@ -767,10 +772,10 @@ def test_no_hostile_request_makes_it_fail_or_grow(clone):
                 assert not answer.startswith(b"HTTP/1.1 500"), (number, answer)
             assert process.poll() is None, number
         deadline = time.time() + 30
-        while burden(process)[2] > begin[2] and time.time() < deadline:
+        while resources(process)[2] > begin[2] and time.time() < deadline:
             time.sleep(0.1)
-        threads, memory, files = burden(process)
-        assert greedy(port) == wanted
+        threads, memory, files = resources(process)
+        assert greedy(port) == expected
         assert threads <= begin[0] and files <= begin[2] and memory < begin[1] + 60, (
             begin,
             (threads, memory, files),
@@ -778,7 +783,7 @@ def test_no_hostile_request_makes_it_fail_or_grow(clone):
         assert "Traceback" not in process.errors()
 
 
-def test_a_connection_that_says_nothing_or_drips_is_hung_up_on(port):
+def test_silent_and_slow_connections_are_closed(port):
     ends = []
     for opening in (
         b"",
@@ -795,9 +800,9 @@ def test_a_connection_that_says_nothing_or_drips_is_hung_up_on(port):
                 pass
 
 
-def test_many_talks_at_once_are_each_answered_as_alone(port):
+def test_many_talks_at_once_get_the_same_replies_as_alone(port):
     def talk(number):
-        draw, messages, said = random.Random(number), [], []
+        draw, messages, replies = random.Random(number), [], []
         for _ in range(draw.randint(1, 4)):
             messages.append(
                 {
@@ -809,8 +814,8 @@ def test_many_talks_at_once_are_each_answered_as_alone(port):
             text, usage, reason = greedy(port, messages, max_tokens=12)
             assert text and usage["completion_tokens"] <= 12 and reason in ("stop", "length")
             messages.append({"role": "assistant", "content": text})
-            said.append(text)
-        return said
+            replies.append(text)
+        return replies
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         together = list(pool.map(talk, range(TALKS)))
@@ -836,24 +841,22 @@ def browser():
 
 @pytest.fixture
 def page(browser):
-    """A page that complains of nothing: an error in its script or against its policy fails the test."""
+    """A page; an error in its script or against its policy fails the test."""
     page = browser.new_page()
-    page.complaints = []
-    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.errors = []
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.on(
         "console",
-        lambda line: (
-            page.complaints.append(line.text) if "Failed to load" not in line.text else None
-        ),
+        lambda line: page.errors.append(line.text) if "Failed to load" not in line.text else None,
     )
     page.set_default_timeout(15000)
     yield page
-    assert page.complaints == []
+    assert page.errors == []
     page.close()
 
 
-def said(page):
-    return page.locator(".said > span:last-child").all_text_contents()
+def bubbles(page):
+    return page.locator(".bubble > span:last-child").all_text_contents()
 
 
 def say(page, text):
@@ -861,7 +864,7 @@ def say(page, text):
     page.press("#text", "Enter")
 
 
-def test_the_page_shows_the_answer_as_bubbles_and_sends_what_was_said(page, port):
+def test_page_shows_the_reply_as_bubbles_and_sends_the_conversation(page, port):
     page.goto(f"http://127.0.0.1:{port}/")
     page.wait_for_selector("text=AI imitation of Ann")
     page.select_option("#you", "Eve")
@@ -871,7 +874,7 @@ def test_the_page_shows_the_answer_as_bubbles_and_sends_what_was_said(page, port
         {"role": "user", "name": "Eve", "content": "hi <b>there</b>\ntwo"}
     ]
     page.wait_for_selector("#send:visible")
-    texts = said(page)
+    texts = bubbles(page)
     assert (
         texts[:2] == ["hi <b>there</b>", "two"]
         and len(texts) > 2
@@ -888,10 +891,10 @@ def test_the_page_shows_the_answer_as_bubbles_and_sends_what_was_said(page, port
     page.wait_for_selector("#send:visible")
     page.click("#retry")
     page.wait_for_selector("#send:visible")
-    assert said(page)[: len(texts) + 1] == [*texts, "more"]
+    assert bubbles(page)[: len(texts) + 1] == [*texts, "more"]
     page.click("#clear")
     assert (
-        said(page) == []
+        bubbles(page) == []
         and page.is_visible("#empty")
         and page.evaluate("document.activeElement.id") == "text"
     )
@@ -907,7 +910,7 @@ def stream(*texts, end=True):
     )
 
 
-def test_a_lost_connection_is_said_and_tried_again_and_nothing_typed_is_lost(page, port):
+def test_page_retries_a_lost_connection_and_keeps_typed_text(page, port):
     replies = [None, stream("half an ans", end=False), stream("well", "\nhere ", "I am")]
 
     def reply(route):
@@ -923,13 +926,13 @@ def test_a_lost_connection_is_said_and_tried_again_and_nothing_typed_is_lost(pag
     page.wait_for_selector("text=here I am")
     page.wait_for_selector("#send:visible")
     assert (
-        said(page) == ["still there?", "well", "here I am"]
+        bubbles(page) == ["still there?", "well", "here I am"]
         and page.input_value("#text") == "being written"
     )
-    assert page.is_hidden("#trouble") and not replies
+    assert page.is_hidden("#error") and not replies
 
 
-def test_an_answer_can_be_stopped_and_what_it_said_stays(page, port):
+def test_page_stops_a_reply_and_retries(page, port):
     page.route("**/v1/chat/completions", lambda route: None)  # it never comes
     page.goto(f"http://127.0.0.1:{port}/")
     page.wait_for_selector("text=AI imitation of Ann")
@@ -937,13 +940,13 @@ def test_an_answer_can_be_stopped_and_what_it_said_stays(page, port):
     page.wait_for_selector("#typing:visible")
     page.press("#text", "Escape")
     page.wait_for_selector("#send:visible")
-    assert said(page) == ["hi"] and page.is_hidden("#typing")
+    assert bubbles(page) == ["hi"] and page.is_hidden("#typing")
     page.unroute("**/v1/chat/completions")
     page.click("#retry")
-    page.wait_for_selector(".said:not(.me)")
+    page.wait_for_selector(".bubble:not(.me)")
 
 
-def test_the_page_has_a_strict_policy_and_names_for_its_parts(page, port, browser):
+def test_page_has_a_strict_policy_and_accessible_names(page, port, browser):
     policy = page.goto(f"http://127.0.0.1:{port}/").headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
     page.wait_for_selector("text=AI imitation of Ann")
@@ -958,13 +961,13 @@ def test_the_page_has_a_strict_policy_and_names_for_its_parts(page, port, browse
         == 1
     )
     assert page.evaluate("try { document.body.innerHTML = '<i>'; false } catch { true }")
-    page.complaints.clear()  # of just that
+    page.errors.clear()  # of just that
     for width in (320, 375, 1200):
         page.set_viewport_size({"width": width, "height": 700})
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_elsewhere_the_page_takes_the_token_from_its_address(page, clone):
+def test_page_takes_the_token_from_its_address(page, clone):
     with serving(clone, "--host", "0.0.0.0", "--token", TOKEN, "--as", "Eve") as (port, _):
         page.goto(f"http://127.0.0.1:{port}/")
         page.wait_for_selector("text=needs the token")
@@ -972,10 +975,10 @@ def test_elsewhere_the_page_takes_the_token_from_its_address(page, clone):
         page.wait_for_selector("text=AI imitation of Ann")
         assert page.is_hidden("#you") and page.text_content("#fixed") == "Eve"
         say(page, "hi")
-        page.wait_for_selector(".said:not(.me)")
+        page.wait_for_selector(".bubble:not(.me)")
 
 
-def test_behind_a_proxy_the_page_takes_the_token_from_its_address(page, clone, tmp_path):
+def test_page_behind_a_proxy_takes_the_token_from_its_address(page, clone, tmp_path):
     os.chmod(tmp_path, 0o755)
     with (
         serving(clone, "--token", TOKEN, "--as", "Eve") as (port, _),
@@ -987,4 +990,4 @@ def test_behind_a_proxy_the_page_takes_the_token_from_its_address(page, clone, t
         page.wait_for_selector("text=AI imitation of Ann")
         assert page.is_hidden("#you") and page.text_content("#fixed") == "Eve"
         say(page, "hi")
-        page.wait_for_selector(".said:not(.me)")
+        page.wait_for_selector(".bubble:not(.me)")

@@ -1,4 +1,4 @@
-"""What a checkpoint knows when it answers: the header of training, facts, old exchanges."""
+"""What goes before a conversation: the header of training, facts, past exchanges."""
 
 import json
 
@@ -11,8 +11,8 @@ from inference.context import ContextBuilder, ExchangeIndex, statements
 pytest.importorskip("bm25s")
 
 
-def session(start, *said, friend="Bob"):
-    turns = [Turn(who, who == "Ann", start, [text]) for who, text in said]
+def session(start, *messages, friend="Bob"):
+    turns = [Turn(author, author == "Ann", start, [text]) for author, text in messages]
     return data.Session(friend, friend, "personal_chat", start, turns)
 
 
@@ -31,7 +31,7 @@ PAST = [
 def folders(tmp_path):
     ckpt, past = tmp_path / "ckpt", tmp_path / "data"
     ckpt.mkdir(), past.mkdir()
-    (past / "train.jsonl").write_text("".join(talk.to_json() + "\n" for talk in PAST[:2]))
+    (past / "train.jsonl").write_text("".join(session.to_json() + "\n" for session in PAST[:2]))
     (past / "val.jsonl").write_text(PAST[2].to_json() + "\n")
     (ckpt / "persona.json").write_text(
         json.dumps({"me": "Ann", "contacts": [], "context": ["who", "when", "since", "before"]})
@@ -39,9 +39,9 @@ def folders(tmp_path):
     return ckpt, past
 
 
-def test_the_exchange_most_like_what_was_said_comes_last_and_unlike_ones_not_at_all():
+def test_the_most_similar_exchange_comes_last_and_unlike_ones_are_left_out():
     found = ExchangeIndex(PAST).similar([Turn("Eve", False, "", ["how is the boat?"])])
-    assert [(day, mine.messages) for day, _, mine in found][-1] == (
+    assert (found[-1].day, found[-1].reply.messages) == (
         "2024-03-01",
         ["i am still waiting for the paint"],
     )
@@ -51,7 +51,7 @@ def test_the_exchange_most_like_what_was_said_comes_last_and_unlike_ones_not_at_
 
 def test_the_header_at_chat_time_is_the_one_that_data_writes(folders):
     now = session("2024-03-05T21:30:00", ("Bob", "awake?"))
-    header, *turns = ContextBuilder(*folders)(now.turns)  # no old exchange has a word of "awake?"
+    header, *turns = ContextBuilder(*folders)(now.turns)  # no past exchange has a word of "awake?"
     assert (
         header == data.header(["who", "when", "since", "before"], now, PAST[2])
         and turns == now.turns
@@ -66,12 +66,12 @@ def test_the_header_at_chat_time_is_the_one_that_data_writes(folders):
     ]
 
 
-def test_nothing_is_put_before_a_talk_that_nobody_asked_for(folders):
+def test_without_header_facts_and_data_the_turns_stay_as_they_are(folders):
     (folders[0] / "persona.json").write_text("{}")
     assert ContextBuilder(folders[0])(PAST[0].turns) == PAST[0].turns
 
 
-def test_facts_beside_the_checkpoint_are_told(folders):
+def test_facts_beside_the_checkpoint_are_in_the_header(folders):
     (folders[0] / "persona.json").write_text("{}")
     (folders[0] / "facts.md").write_text("born in Pellhaven\n\nowns a boat\n")
     assert ContextBuilder(folders[0])(PAST[0].turns)[0].messages == [
@@ -80,16 +80,18 @@ def test_facts_beside_the_checkpoint_are_told(folders):
     ]
 
 
-def test_each_old_exchange_is_shown_once(folders):
-    shown = []
-    opening = ContextBuilder(*folders, shown=lambda *exchange: shown.append(exchange))
+def test_each_retrieved_exchange_is_reported_once(folders):
+    retrieved = []
+    build_context = ContextBuilder(*folders, on_retrieved=retrieved.append)
     for _ in range(2):
-        turns = opening(session("2024-03-05T21:30:00", ("Bob", "the boat")).turns)
-    assert [day for day, *_ in shown] == ["2024-03-01"] and turns[1:3] == PAST[0].turns
+        turns = build_context(session("2024-03-05T21:30:00", ("Bob", "the boat")).turns)
+    assert [exchange.day for exchange in retrieved] == ["2024-03-01"] and turns[1:3] == PAST[
+        0
+    ].turns
 
 
 def test_statements_are_my_own_words_about_myself():
-    talks = [
+    sessions = [
         session(
             "2024-01-01T00:00:00",
             ("Bob", "i live in the tower here"),
@@ -97,4 +99,4 @@ def test_statements_are_my_own_words_about_myself():
             ("Ann", "you do not know it"),
         )
     ]
-    assert statements(talks) == ["I've lived in Pellhaven all my life"]
+    assert statements(sessions) == ["I've lived in Pellhaven all my life"]
