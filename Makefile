@@ -3,25 +3,28 @@ VENV = .venv/bin
 
 .PHONY: demo test soak lint peers clean
 
-demo: .venv/run  ## an export becomes someone you can talk to, in four minutes on two CPU cores
+demo: .venv/run  ## the whole pipeline on an invented export: four minutes on two CPU cores
 	$(VENV)/pip install --quiet --disable-pip-version-check "$$(sed -n 's/ *#.*//; /^gguf/p' requirements-extra.txt)"
 	$(VENV)/python examples/demo.py
 
-test: .venv/dev  ## the whole suite
+test: .venv/dev  ## all tests, on all cores
 	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -n auto --dist worksteal tests
 
-soak: .venv/dev  ## what takes long: 10,000 damaged exports and model files, 45 killed runs, hosts cut apart, 5,000 hostile requests, memory over 300 steps
+# 10,000 damaged exports and model files, 45 killed runs, hosts that lose their connection, 5,000 hostile
+# requests, memory over 300 steps
+soak: .venv/dev  ## long tests
 	MUTANTS=10000 KILLS=30 $(VENV)/python -m pytest -q -s tests/test_damage.py tests/test_lies.py tests/test_resume.py tests/test_hosts.py
 	GROWTH=300 OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -s tests/test_memory_growth.py
 	HOSTILE=5000 TALKS=500 OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q tests/test_server.py
 
-lint: .venv/dev
+lint: .venv/dev  ## ruff and mypy, for Linux and for Windows
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 	$(VENV)/mypy --no-error-summary
 	$(VENV)/mypy --no-error-summary --platform win32 data.py plan.py chat.py
 
-peers: build/peers/done  ## llama.cpp, to compare with: for bench.generate and tests/test_gguf.py; needs a C++ compiler and a quarter of an hour
+# llama.cpp, for bench.generate and tests/test_gguf.py. Needs a C++ compiler and a quarter of an hour.
+peers: build/peers/done  ## llama.cpp, to compare with
 
 build/peers/done: requirements-peers.txt
 	$(PYTHON) -m venv build/peers

@@ -1,10 +1,11 @@
-"""How fast `data.py` reads, in how much memory, beside a plain `json.load` of the same file in the same run.
+"""Measure time and memory of `data.py`, beside a plain `json.load` of the same file.
 
-    python -m bench.data --mb 2000              a generated export of 2 GB, half of it one chat; prints JSON
+    python -m bench.data --mb 2000              a generated export of 2 GB, half of it one chat
     python -m bench.data --export result.json   your own
-    python -m bench.data --mb 200 --runs 5      medians of 5 runs; json.load needs some seven times the file's size in memory
+    python -m bench.data --mb 200 --runs 5      medians of 5 runs
 
-`ratio` is data.py's whole run (start of Python, redaction, sessions, validation split, report) over json.load's time alone.
+Prints JSON. `ratio` is the time of all of data.py (Python's start, redaction, sessions, report)
+over that of json.load alone, which needs about seven times the file's size in memory.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -23,8 +25,10 @@ from cli import flag
 
 ROOT = Path(__file__).parent.parent
 WORDS = (
-    "the you know what I mean maybe tomorrow at work never mind it was really good did they say anything about dinner tonight because we",
-    "привет как дела ну ладно я сегодня не смогу давай завтра вечером он сказал что всё хорошо а ты где вообще понял спасибо тогда потом",
+    "the you know what I mean maybe tomorrow at work never mind it was really good "
+    "did they say anything about dinner tonight because we",
+    "привет как дела ну ладно я сегодня не смогу давай завтра вечером он сказал что всё хорошо "
+    "а ты где вообще понял спасибо тогда потом",
 )
 SECRETS = (
     "call +49 170 1234567",
@@ -32,91 +36,94 @@ SECRETS = (
     "пароль: qwerty12",
     "card 4111 1111 1111 1111",
 )
-LOAD = "import json, sys, time; began = time.time(); json.load(open(sys.argv[1], encoding='utf-8')); print(time.time() - began)"
+LOAD = """
+import json, sys, time
+began = time.time()
+json.load(open(sys.argv[1], encoding="utf-8"))
+print(time.time() - began)
+"""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Options:
     """Measure data.py on an export of a chosen size."""
 
-    mb: int = flag(200, "size of the export that is generated, in megabytes")
+    mb: int = flag(200, "size of the generated export, in megabytes")
     export: str | None = flag(None, "measure on this export instead")
-    runs: int = flag(3, "runs of each, side by side; medians are printed")
-    alone: bool = flag(False, "leave json.load out (it holds the whole file)")
+    runs: int = flag(3, "runs of each, in turn; medians are printed")
+    alone: bool = flag(False, "don't run json.load, which holds the whole file")
 
 
-def generate(path, megabytes):
-    """Write an export as Telegram Desktop does: two languages, replies, photos, stickers, links, forwards, a secret in 500 messages."""
+def generate(path: Path, megabytes: int) -> None:
+    """Write an export as Telegram Desktop does: two languages, media, forwards, some secrets."""
     rng = random.Random(0)
     words = [line.split() for line in WORDS]
     size, chats = 0, 0
     with open(path, "w", encoding="utf-8") as file:
-        file.write(
-            '{\n "about": "x",\n "personal_information": {\n  "user_id": 1\n },\n "chats": {\n  "about": "y",\n  "list": ['
-        )
+        owner = '"personal_information": {\n  "user_id": 1\n }'
+        file.write(f'{{\n "about": "x",\n {owner},\n "chats": {{\n  "about": "y",\n  "list": [')
         while size < megabytes * 1e6:
             chats += 1
             room = megabytes * 1e6 * (0.5 if chats == 1 else 0.02)
+            name = f'"name": "Chat {chats}"'
             file.write(
-                f'{"," * (chats > 1)}\n   {{\n    "name": "Chat {chats}",\n    "type": "personal_chat",\n    '
+                f'{"," * (chats > 1)}\n   {{\n    {name},\n    "type": "personal_chat",\n    '
             )
             file.write(f'"id": {chats + 1},\n    "messages": [')
+            people = ((1, "Me Myself"), (chats + 1, f"Chat {chats} Person"))
             at, number, begin = 1_400_000_000, 0, file.tell()
             while file.tell() - begin < min(room, megabytes * 1e6 - size):
                 lines = []
                 for _ in range(200):
                     number += 1
                     at += rng.choice((7, 20, 45, 90, 200, 5000))
-                    who, name = ((1, "Me Myself"), (chats + 1, f"Chat {chats} Person"))[
-                        rng.random() < 0.5
-                    ]
-                    lines.append(message(rng, number, at, who, name, words[number % 3 == 0]))
+                    author, name = people[rng.random() < 0.5]
+                    lines.append(message(rng, number, at, author, name, words[number % 3 == 0]))
                 file.write(("," if number > 200 else "") + ",".join(lines))
             size += file.tell() - begin
             file.write("\n    ]\n   }")
         file.write("\n  ]\n }\n}\n")
 
 
-def message(rng, number, at, who, name, words):
+def message(rng: random.Random, number: int, at: int, author: int, name: str, words: list) -> str:
+    """Return a message as it stands in an export: text, or sometimes something else."""
     kind = rng.random()
     text = " ".join(rng.choices(words, k=1 + int(rng.expovariate(1 / 6))))
     if kind > 0.998:
         text += " " + rng.choice(SECRETS)
-    date, extra = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at)), ""
+    extra = {}
     if kind < 0.12:
-        extra = f',\n      "reply_to_message_id": {number - 3}'
+        extra = {"reply_to_message_id": number - 3}
     elif kind < 0.16:
-        extra = f',\n      "photo": "photos/photo_{number}@10-01-2021_10-00-00.jpg",\n      "width": 1280,\n      "height": 960'
+        photo = f"photos/photo_{number}@10-01-2021_10-00-00.jpg"
+        extra = {"photo": photo, "width": 1280, "height": 960}
     elif kind < 0.18:
-        extra, text = (
-            ',\n      "file": "(File not included.)",\n      "media_type": "sticker",\n      "sticker_emoji": "😂"',
-            "",
-        )
+        extra = {"file": "(File not included.)", "media_type": "sticker", "sticker_emoji": "😂"}
+        text = ""
     elif kind < 0.20:
-        extra = ',\n      "forwarded_from": "Some Channel"'
-    entity = f'{{\n        "type": "plain",\n        "text": "{text}"\n       }}'
-    shown, entities = f'"{text}"', f"[\n       {entity}\n      ]" if text else "[]"
+        extra = {"forwarded_from": "Some Channel"}
+    entities = [{"type": "plain", "text": text}] if text else []
+    shown: str | list = text
     if 0.90 < kind < 0.95:
-        link = '{\n        "type": "link",\n        "text": "https://example.org/x"\n       }'
-        shown, entities = (
-            f'[\n       "{text}",\n       {link}\n      ]',
-            f"[\n       {entity},\n       {link}\n      ]",
-        )
-    fields = (
-        f'"id": {number}',
-        '"type": "message"',
-        f'"date": "{date}"',
-        f'"date_unixtime": "{at}"',
-        f'"from": "{name}"',
-        f'"from_id": "user{who}"{extra}',
-        f'"text": {shown}',
-        f'"text_entities": {entities}',
-    )
-    return "\n     {\n      " + ",\n      ".join(fields) + "\n     }"
+        link = {"type": "link", "text": "https://example.org/x"}
+        shown, entities = [text, link], [*entities, link]
+    fields = {
+        "id": number,
+        "type": "message",
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at)),
+        "date_unixtime": str(at),
+        "from": name,
+        "from_id": f"user{author}",
+        **extra,
+        "text": shown,
+        "text_entities": entities,
+    }
+    # Telegram indents by one space; a message lies five levels deep.
+    return "\n" + textwrap.indent(json.dumps(fields, indent=1, ensure_ascii=False), " " * 5)
 
 
-def measured(*command):
-    """Run a command → (seconds, peak resident memory in MiB, what it printed)."""
+def measure(*command) -> tuple[float, float, str]:
+    """Run Python with these arguments; return (seconds, peak memory in MiB, what it printed)."""
     began = time.perf_counter()
     child = subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -130,35 +137,31 @@ def measured(*command):
 
 
 def main():
-    options = cli.parse(Config)
+    options = cli.parse(Options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(options.export).absolute() if options.export else Path(folder) / "result.json"
         if not options.export:
             generate(path, options.mb)
-        ours, loads, messages = [], [], 0
+        out = Path(folder) / "data"
+        runs, loads = [], []
         for _ in range(options.runs):
-            ours.append(
-                measured("data.py", path, "--out", Path(folder) / "data", "--overwrite")[:2]
-            )
-            messages = json.loads(
-                (Path(folder) / "data" / "report.json").read_text(encoding="utf-8")
-            )["messages"]
+            runs.append(measure("data.py", path, "--out", out, "--overwrite"))
             if not options.alone:
-                loads.append(float(measured("-c", LOAD, path)[2]))
-        size, seconds = path.stat().st_size / 1e6, statistics.median(s for s, _ in ours)
+                loads.append(float(measure("-c", LOAD, path)[2]))
+        messages = json.loads((out / "report.json").read_text(encoding="utf-8"))["messages"]
+        size, seconds = path.stat().st_size / 1e6, statistics.median(run[0] for run in runs)
         result = {
             "mb": round(size, 1),
             "messages": messages,
             "seconds": round(seconds, 2),
             "mb_per_s": round(size / seconds, 1),
             "messages_per_s": round(messages / seconds),
-            "peak_mib": round(max(peak for _, peak in ours), 1),
+            "us_per_message": round(seconds / messages * 1e6, 1),
+            "peak_mib": round(max(peak for _, peak, _ in runs), 1),
         }
         if loads:
-            result |= {
-                "json_load_seconds": round(statistics.median(loads), 2),
-                "ratio": round(seconds / statistics.median(loads), 3),
-            }
+            load = statistics.median(loads)
+            result |= {"json_load_seconds": round(load, 2), "ratio": round(seconds / load, 3)}
         print(json.dumps(result))
 
 

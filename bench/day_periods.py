@@ -1,8 +1,9 @@
-"""Add the words that stand for a half or a part of the day in any language of CLDR to exports/whatsapp.toml.
+"""Add every CLDR language's words for halves and parts of the day to exports/whatsapp.toml.
 
     python -m bench.day_periods            needs babel (requirements-dev.txt)
 
-What is there stays, for older phones write older words: the table is of babel 2.6.0, 2.9.1 and 2.18.0.
+Existing words stay, because older phones write older words: the table joins babel 2.6.0, 2.9.1 and
+2.18.0.
 """
 
 import collections
@@ -11,7 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TABLE = Path(__file__).parent.parent / "exports" / "whatsapp.toml"
-BEGIN = "[hours] # of CLDR, by `python -m bench.day_periods`: the hours of the day that a word may mean\n"
+BEGIN = (
+    "[hours] # of CLDR, by `python -m bench.day_periods`: "
+    "the hours of the day that a word may mean\n"
+)
 FIXED = {"am": range(12), "pm": range(12, 24), "noon": range(12, 13), "midnight": range(1)}
 WIDTHS = ("wide", "abbreviated")  # of narrow ones no phone's date is made
 
@@ -38,10 +42,10 @@ def day_periods() -> Iterator[tuple[str, str, str, frozenset[int]]]:
 
 def table() -> str:
     """The section of the .toml: words by the hours that they mean in all languages together."""
-    from exports.whatsapp import FILLER, WRITTEN, alternatives, word
+    from exports.whatsapp import FILLER, PHRASES, alternatives, word
 
     meanings = collections.defaultdict(set)
-    for hours, words in WRITTEN.get("hours", {}).items():
+    for hours, words in PHRASES.get("hours", {}).items():
         for plain in alternatives(words.strip()):
             meanings[plain] |= set(map(int, hours.split()))
     for _, _, text, hours in day_periods():

@@ -1,9 +1,11 @@
-"""Tokens a second, and seconds to the first one, beside transformers and llama.cpp, on random weights.
+"""Measure tokens/s and time to first token beside transformers and llama.cpp, on random weights.
 
-    python -m bench.generate --peers PYTHON    of a virtual environment with requirements-peers.txt; the last line is JSON
+    python -m bench.generate --peers PYTHON
 
-A model of the 1.1B shape (TinyLlama's) is made in a temporary folder of 6 GB. Each engine is a process of its own, one after another,
-twice; the better figure counts, because others can only take from it. Refuses a busy machine.
+PYTHON is that of a virtual environment with requirements-peers.txt; the last line printed is JSON.
+The model has TinyLlama's shape (1.1B) and takes 6 GB in a temporary folder. Each engine runs in a
+process of its own, one after another, twice; the better figure counts, because other work can only
+slow one down. Refuses a busy machine.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,140 +30,151 @@ from weights.load import load_model
 from weights.save import save_model
 from weights.tokenizer import load_tokenizer
 
-SHAPE = ModelConfig(32002, 2048, 5632, 22, 32, 4, 64, 2048)
-PROMPT, NEW, AGAIN = 512, 32, 20  # tokens of a conversation, of an answer, of what is said next
-OURS, PEERS = ("bf16", "int8", "int4"), ("bf16", "q8_0", "q4_0")
+CONFIG = ModelConfig(32002, 2048, 5632, 22, 32, 4, 64, 2048)
+PROMPT_TOKENS = 512
+REPLY_TOKENS = 32
+SECOND_TURN_TOKENS = 20
+OUR_WEIGHTS = ("bf16", "int8", "int4")
+LLAMA_CPP_WEIGHTS = ("bf16", "q8_0", "q4_0")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--peers", help="a Python that has llama-cpp-python and gguf")
     parser.add_argument(
-        "--layers", type=int, default=SHAPE.num_hidden_layers, help="fewer, to try this script"
+        "--layers", type=int, default=CONFIG.num_hidden_layers, help="fewer, to try this script"
     )
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
-        engine, kind, folder = json.loads(options.job)
-        print(json.dumps({"ours": ours, "transformers": reference}[engine](kind, Path(folder))))
+        engine, weights, folder = json.loads(options.job)
+        measure = {"ours": measure_ours, "transformers": measure_transformers}[engine]
+        print(json.dumps(measure(weights, Path(folder))))
         return
+    refuse_busy_machine()
+    with tempfile.TemporaryDirectory() as folder:
+        config = dataclasses.replace(CONFIG, num_hidden_layers=options.layers)
+        save_random_model(Path(folder), config)
+        jobs = [("ours", weights) for weights in OUR_WEIGHTS] + [("transformers", "bf16")]
+        if options.peers:
+            llama_cpp = [options.peers, ROOT / "bench" / "llama.py", folder]
+            subprocess.run([*llama_cpp, "make"], check=True)
+            jobs += [("llama.cpp", weights) for weights in LLAMA_CPP_WEIGHTS]
+        best: dict[str, dict[str, float]] = {}
+        for engine, weights in jobs * 2:
+            job = json.dumps([engine, weights, folder])
+            command = [sys.executable, "-m", "bench.generate", "--job", job]
+            if engine == "llama.cpp":
+                command = [*llama_cpp, weights]
+            done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+            figures = json.loads(done.stdout.splitlines()[-1])
+            name = f"{engine} {weights}"
+            shown = "  ".join(f"{figure} {value:.2f}" for figure, value in figures.items())
+            print(f"{name:18}{shown}", flush=True)
+            previous = best.get(name, figures)
+            for figure, value in figures.items():
+                better = max if "per_s" in figure else min
+                figures[figure] = better(previous[figure], value)
+            best[name] = figures
+    print(json.dumps(best))
+
+
+def refuse_busy_machine() -> None:
     before = usage()
     time.sleep(3)
     after = usage()
-    if (busy := 1 - (after[1] - before[1]) / max(1, after[0] - before[0])) > 0.2:
+    busy = 1 - (after[1] - before[1]) / max(1, after[0] - before[0])
+    if busy > 0.2:
         raise UserError(
             f"others use {busy:.0%} of the processors", "Wait until the machine is idle."
         )
-    with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder), dataclasses.replace(SHAPE, num_hidden_layers=options.layers))
-        jobs = [("ours", kind) for kind in OURS] + [("transformers", "bf16")]
-        if options.peers:
-            subprocess.run([options.peers, ROOT / "bench" / "llama.py", folder, "make"], check=True)
-            jobs += [("llama.cpp", kind) for kind in PEERS]
-        found = {}
-        for engine, kind in jobs * 2:
-            command = [
-                sys.executable,
-                "-m",
-                "bench.generate",
-                "--job",
-                json.dumps([engine, kind, folder]),
-            ]
-            if engine == "llama.cpp":
-                command = [options.peers, ROOT / "bench" / "llama.py", folder, kind]
-            done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-            got, name = json.loads(done.stdout.splitlines()[-1]), f"{engine} {kind}"
-            print(
-                f"{name:18}" + "  ".join(f"{what} {value:.2f}" for what, value in got.items()),
-                flush=True,
-            )
-            old = found.get(name, got)
-            found[name] = {
-                what: (max if "per_s" in what else min)(old[what], value)
-                for what, value in got.items()
-            }
-    print(json.dumps(found))
 
 
-def make(folder, shape):
+def save_random_model(folder: Path, config: ModelConfig) -> None:
     torch.manual_seed(0)
-    model = Transformer(shape).bfloat16()
+    model = Transformer(config).bfloat16()
     tokenizer = load_tokenizer(ROOT / "examples" / "base")
     save_model(model, folder, tokenizer)
     tokenizer.save(folder)
 
 
-def conversation(seed):
-    return torch.randint(3, 7000, (PROMPT,), generator=torch.Generator().manual_seed(seed)).tolist()
+def random_prompt(seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 7000, (PROMPT_TOKENS,), generator=generator).tolist()
 
 
-def ours(kind, folder):
-
+def measure_ours(weights: str, folder: Path) -> dict[str, float]:
     tokenizer = load_tokenizer(folder)
-    began = time.perf_counter()
-    model = load_model(str(folder), torch.bfloat16, weights="plain" if kind == "bf16" else kind)
-    loaded = time.perf_counter()
-    decoder = generate.Decoder(model, tokenizer, 1024, compiled=True)
-    compiled = time.perf_counter()
-    decoder.forward(conversation(1))
-    firsts, again, steps = [], [], []
-    for seed in (2, 3, 4):
-        ids = conversation(seed)
-        firsts.append(took(decoder.forward, ids))
-        steps += [took(decoder.forward, ids := [*ids, 5]) for _ in range(NEW)]
-        again.append(took(decoder.forward, ids + conversation(9)[:AGAIN]))
-    found = summary(firsts, steps, again)
-    table = model.model.embed_tokens.weight  # of which a token reads one row
-    read = sum(
-        x.nbytes
-        for x in (*model.parameters(), *model.buffers())
-        if x is not table or table is model.lm_head.weight
+    start = time.perf_counter()
+    model = load_model(
+        str(folder), torch.bfloat16, weights="plain" if weights == "bf16" else weights
     )
-    return found | {
-        "gb_per_s": read * found["tok_per_s"] / 1e9,
-        "load_s": loaded - began,
-        "compile_s": compiled - loaded,
-    }
+    loaded = time.perf_counter()
+    decoder = generate.Decoder(model, tokenizer, 1024, compile=True)
+    compiled = time.perf_counter()
+    decoder.forward(random_prompt(1))
+    prefills: list[float] = []
+    steps: list[float] = []
+    second_turns: list[float] = []
+    for seed in (2, 3, 4):
+        ids = random_prompt(seed)
+        prefills.append(seconds(decoder.forward, ids))
+        for _ in range(REPLY_TOKENS):
+            ids = [*ids, 5]
+            steps.append(seconds(decoder.forward, ids))
+        ids = ids + random_prompt(9)[:SECOND_TURN_TOKENS]
+        second_turns.append(seconds(decoder.forward, ids))
+    figures = summary(prefills, steps, second_turns)
+    bytes_read = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    embeddings = model.model.embed_tokens.weight
+    if embeddings is not model.lm_head.weight:
+        bytes_read -= embeddings.nbytes  # a token reads one row
+    figures["gb_per_s"] = bytes_read * figures["tok_per_s"] / 1e9
+    figures["load_s"] = loaded - start
+    figures["compile_s"] = compiled - loaded
+    return figures
 
 
-def took(run, *given):
-    began = time.perf_counter()
-    run(*given)
-    return time.perf_counter() - began
-
-
-def summary(firsts, steps, again):
-    first, step = statistics.median(firsts), statistics.median(steps)
-    return {
-        "tok_per_s": 1 / step,
-        "first_token_s": first,
-        "second_turn_s": statistics.median(again),
-    }
-
-
-def reference(kind, folder):
-    """transformers' generate: two lengths apart give the time of a token."""
+def measure_transformers(weights: str, folder: Path) -> dict[str, float]:
+    """Time transformers' `generate`: two lengths give the time of a token."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
-    def run(ids, new):
-        return model.generate(
+    def run(ids: list[int], num_tokens: int):
+        model.generate(
             torch.tensor([ids]),
             do_sample=False,
-            min_new_tokens=new,
-            max_new_tokens=new,
+            min_new_tokens=num_tokens,
+            max_new_tokens=num_tokens,
             pad_token_id=0,
         )
 
-    run(conversation(1)[:16], 2)
-    firsts, steps = [], []
+    run(random_prompt(1)[:16], 2)
+    prefills, steps = [], []
     for seed in (2, 3, 4):
-        firsts.append(took(run, conversation(seed), 1))
-        steps.append((took(run, conversation(seed), 1 + NEW) - firsts[-1]) / NEW)
-    return summary(firsts, steps, firsts)  # it keeps no cache from one call to the next
+        prefills.append(seconds(run, random_prompt(seed), 1))
+        whole = seconds(run, random_prompt(seed), 1 + REPLY_TOKENS)
+        steps.append((whole - prefills[-1]) / REPLY_TOKENS)
+    return summary(prefills, steps, prefills)  # it keeps no cache between calls
+
+
+def seconds(run: Callable, *args) -> float:
+    start = time.perf_counter()
+    run(*args)
+    return time.perf_counter() - start
+
+
+def summary(
+    prefills: list[float], steps: list[float], second_turns: list[float]
+) -> dict[str, float]:
+    return {
+        "tok_per_s": 1 / statistics.median(steps),
+        "first_token_s": statistics.median(prefills),
+        "second_turn_s": statistics.median(second_turns),
+    }
 
 
 if __name__ == "__main__":

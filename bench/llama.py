@@ -1,4 +1,7 @@
-"""llama.cpp's side of bench.generate, run by a Python that has llama-cpp-python and gguf: FOLDER make|bf16|q8_0|q4_0."""
+"""llama.cpp's side of bench.generate: `python bench/llama.py FOLDER make|bf16|q8_0|q4_0`.
+
+Run it with a Python that has llama-cpp-python and gguf.
+"""
 
 import json
 import random
@@ -9,8 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-PROMPT, NEW, AGAIN = 512, 32, 20  # as in bench/generate.py
-NAMES = {
+# As in bench/generate.py, which this Python can't import
+PROMPT_TOKENS = 512
+REPLY_TOKENS = 32
+SECOND_TURN_TOKENS = 20
+GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
@@ -26,73 +32,100 @@ NAMES = {
 }
 
 
-def make(folder):
-    """The folder's shape with random weights, once a kind; no tokenizer is needed where only ids go in."""
-    import gguf
+def make(folder: Path) -> None:
+    """Write a GGUF file of the folder's shape with random weights in each precision.
 
-    said = json.loads((folder / "config.json").read_text())
+    It has no tokenizer: only ids go in.
+    """
+    shapes = tensor_shapes(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for precision in ("BF16", "Q8_0", "Q4_0"):
+        write_gguf(folder / f"{precision.lower()}.gguf", precision, config, shapes)
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for file in folder.glob("*.safetensors"):
-        raw = file.read_bytes()[: 1 << 20]
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        shapes |= {name: header[name]["shape"] for name in header if name != "__metadata__"}
-    for kind in ("BF16", "Q8_0", "Q4_0"):
-        writer = gguf.GGUFWriter(folder / f"{kind.lower()}.gguf", "llama")
-        writer.add_vocab_size(said["vocab_size"])
-        writer.add_context_length(said["max_position_embeddings"])
-        writer.add_embedding_length(said["hidden_size"])
-        writer.add_block_count(said["num_hidden_layers"])
-        writer.add_feed_forward_length(said["intermediate_size"])
-        writer.add_head_count(said["num_attention_heads"])
-        writer.add_head_count_kv(said["num_key_value_heads"])
-        writer.add_rope_dimension_count(said["head_dim"])
-        writer.add_layer_norm_rms_eps(said["rms_norm_eps"])
-        writer.add_tokenizer_model("no_vocab")
-        some, done = np.random.default_rng(0), {}
-        for name, shape in shapes.items():
-            ours = name.removesuffix(".weight")
-            block = ours.split(".")[2] if ours.startswith("model.layers.") else None
-            theirs = NAMES[ours if block is None else ours.split(".", 3)[3]]
-            theirs = theirs if block is None else f"blk.{block}.{theirs}"
-            if len(shape) == 1:
-                writer.add_tensor(f"{theirs}.weight", np.ones(shape, np.float32))
-                continue
-            if tuple(shape) not in done:
-                value = some.normal(0, 0.02, shape).astype(np.float32)
-                done[tuple(shape)] = gguf.quantize(value, gguf.GGMLQuantizationType[kind])
-            writer.add_tensor(
-                f"{theirs}.weight", done[tuple(shape)], raw_dtype=gguf.GGMLQuantizationType[kind]
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        start = file.read_bytes()[: 1 << 20]
+        header = json.loads(start[8 : 8 + int.from_bytes(start[:8], "little")])
+        header.pop("__metadata__", None)
+        shapes |= {name: tuple(tensor["shape"]) for name, tensor in header.items()}
+    return shapes
 
 
-def measure(path):
+def write_gguf(path: Path, precision: str, config: dict, shapes: dict) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_tokenizer_model("no_vocab")
+    generator = np.random.default_rng(0)
+    quantization = gguf.GGMLQuantizationType[precision]
+    quantized = {}  # by shape: quantizing is slow, and equal weights do as well
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            writer.add_tensor(gguf_name(name), np.ones(shape, np.float32))
+            continue
+        if shape not in quantized:
+            weight = generator.normal(0, 0.02, shape).astype(np.float32)
+            quantized[shape] = gguf.quantize(weight, quantization)
+        writer.add_tensor(gguf_name(name), quantized[shape], raw_dtype=quantization)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_name(name: str) -> str:
+    """model.layers.3.mlp.up_proj.weight → blk.3.ffn_up.weight"""
+    name = name.removesuffix(".weight")
+    if not name.startswith("model.layers."):
+        return f"{GGUF_NAMES[name]}.weight"
+    _, _, layer, part = name.split(".", 3)
+    return f"blk.{layer}.{GGUF_NAMES[part]}.weight"
+
+
+def measure(path: Path) -> dict[str, float]:
     from llama_cpp import Llama
 
     model = Llama(str(path), n_ctx=1024, n_batch=512, n_threads=2, verbose=False)
 
-    def took(ids):
-        began = time.perf_counter()
+    def seconds(ids: list[int]) -> float:
+        start = time.perf_counter()
         model.eval(ids)
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
-    firsts, steps, again = [], [], []
+    prefills: list[float] = []
+    steps: list[float] = []
+    second_turns: list[float] = []
     for seed in (1, 2, 3, 4):
         model.reset()
-        ids = random.Random(seed).choices(range(3, 7000), k=PROMPT)
-        firsts.append(took(ids))
-        steps += [took([5]) for _ in range(NEW)]
-        again.append(took(ids[:AGAIN]))
+        ids = random.Random(seed).choices(range(3, 7000), k=PROMPT_TOKENS)
+        prefills.append(seconds(ids))
+        steps += [seconds([5]) for _ in range(REPLY_TOKENS)]
+        second_turns.append(seconds(ids[:SECOND_TURN_TOKENS]))
     return {
         "tok_per_s": 1 / statistics.median(steps),
-        "first_token_s": statistics.median(firsts[1:]),
-        "second_turn_s": statistics.median(again),
+        "first_token_s": statistics.median(prefills[1:]),
+        "second_turn_s": statistics.median(second_turns),
     }
 
 
+def main() -> None:
+    folder, task = Path(sys.argv[1]), sys.argv[2]
+    if task == "make":
+        make(folder)
+    else:
+        print(json.dumps(measure(folder / f"{task}.gguf")))
+
+
 if __name__ == "__main__":
-    folder, what = Path(sys.argv[1]), sys.argv[2]
-    print(make(folder) if what == "make" else json.dumps(measure(folder / f"{what}.gguf")))
+    main()

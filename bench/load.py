@@ -1,14 +1,16 @@
-"""How fast a model folder loads on a CPU, and in how much memory: checkpoint.load_model beside transformers' from_pretrained.
+"""Time and memory of loading a model folder on a CPU, beside transformers' from_pretrained.
 
-    python -m bench.load           a random Mistral of some 500 MB in bf16, made for it
-    python -m bench.load --full    one of Mistral-7B's shape, 14.5 GB, where disk and memory have room; skips with the reason otherwise
+    python -m bench.load           a random Mistral of about 500 MB in bf16, made for it
+    python -m bench.load --full    one of Mistral-7B's shape, 14.5 GB, if disk and memory have room
     python -m bench.load --cold    from the disk, not from the file cache
 
-Each load is a process of its own on the same folder, in turn; unless --cold, after the files were read once. Weights that are only
-mapped cost their time when they are used: so the first token is timed too. Memory is the most that was resident, mapped pages
-included, less what was before. Then, once: both sides' logits after the same ids, computed in bf16, and in float32 from the same bf16
-weights, one at a time; and the frozen base of `train.py --lora` loaded by two ranks, each one's memory beside half of the file and the
-largest tensor. The last line is JSON.
+Each load is a process of its own on the same folder, in turn; unless --cold, the files were read
+once before. Mapped weights cost their time when they are used, so the first token is timed too.
+Memory is the peak of resident bytes, mapped pages included, minus what was there before.
+
+Then, once: both sides' logits after the same ids, in bf16 and in float32 from the same bf16
+weights; and the frozen base of `train.py --lora` loaded by two ranks, each rank's memory beside
+half of the file and its largest tensor. The last line is JSON.
 """
 
 import argparse
@@ -76,7 +78,7 @@ def loader(who, folder):
 
 
 def load(who, folder):
-    """Load once in this process → seconds to load, and with a first token; bytes to load, and with a first token"""
+    """Load once in this process. → seconds and bytes, to load and with a first token"""
     act = loader(who, folder)
     with torch.device("meta"):
         Transformer(
@@ -129,7 +131,7 @@ def widen(module):
 
 
 def agreement(folder):
-    """The two files of `logits` → largest differences, over the deviation of the logits; and whether the likeliest tokens are the same"""
+    """Compare two files of `logits`: largest relative difference, same likeliest token."""
     (ours, exact), (theirs, reference) = (
         load_file(Path(folder) / f"{who}.logits")["logits"] for who in ("ours", "transformers")
     )
@@ -147,14 +149,14 @@ def agreement(folder):
 
 
 def share(folder):
-    """One of two ranks: print the bytes that it holds at most while it loads, less its part of the adapter."""
+    """As one of two ranks, print the peak bytes of loading, without its part of the adapter."""
 
     ranks = distributed.init_distributed("cpu")
-    step.build_model(
-        ModelConfig(32002, 64, 64, 1, 2, 2, 32), ranks, adapter=LORA
-    )  # imports what comes late
+    spec = step.ModelSpec(LORA)
+    # A first model, so that what is imported late isn't counted.
+    step.build_model(ModelConfig(32002, 64, 64, 1, 2, 2, 32), ranks, spec)
     before, begin = peak("VmRSS"), time.perf_counter()
-    model = step.build_model(hf.with_vocab_size(hf.read_config(folder), 32002), ranks, folder, LORA)
+    model = step.build_model(hf.with_vocab_size(hf.read_config(folder), 32002), ranks, spec, folder)
     adapter = sum(shards.local_shard(p)[0].nbytes for p in model.parameters() if p.requires_grad)
     Path(folder, f"rank{ranks.rank}.json").write_text(
         json.dumps([peak() - before - adapter, time.perf_counter() - begin]), encoding="utf-8"
@@ -163,7 +165,7 @@ def share(folder):
 
 
 def peak(what="VmHWM"):
-    """The most that was resident, in bytes; getrusage's figure begins with that of the process which started this one."""
+    """Return the peak of resident bytes. (getrusage starts with the parent process's figure.)"""
     return next(
         int(line.split()[1]) * 1024
         for line in open("/proc/self/status", encoding="utf-8")
@@ -219,7 +221,8 @@ def main():
     for what, there in (("disk", room), ("memory", memory)):
         if there < 1.15 * need:
             print(
-                f"skipped: {1.15 * need / 1e9:.1f} GB of {what} are needed, {there / 1e9:.1f} GB are free"
+                f"skipped: {1.15 * need / 1e9:.1f} GB of {what} are needed, "
+                f"{there / 1e9:.1f} GB are free"
             )
             return
     with tempfile.TemporaryDirectory() as folder:
@@ -259,14 +262,16 @@ def main():
         times = {"load_seconds": alone, "token_seconds": token, "mb_per_s": rate}
         result[who] = times | {"load_memory": held / size, "memory": most / size}
     print(
-        "logits: largest difference over their deviation, and the share of positions with the same likeliest token"
+        "logits: largest difference over their deviation, and the share of positions with the "
+        "same likeliest token"
     )
     for name in ("float32", "bf16", "ours_bf16", "theirs_bf16"):
         print(f"  {name:<12} {found[name]:.1e}  {found['same_' + name]:.0%}")
     limit = size / 2 + 2 * shape.vocab_size * shape.hidden_size
     for rank, (most, seconds) in enumerate(ranks):
         print(
-            f"rank {rank} of 2: {most / 1e9:.3f} GB in {seconds:.1f} s; half of the file and its largest tensor are {limit / 1e9:.3f}"
+            f"rank {rank} of 2: {most / 1e9:.3f} GB in {seconds:.1f} s; half of the file and its "
+            f"largest tensor are {limit / 1e9:.3f}"
         )
     print(
         json.dumps(result | {"logits": found, "ranks": [most for most, _ in ranks], "limit": limit})

@@ -1,14 +1,16 @@
-"""What is predicted of a training run on this CPU beside what is measured: memory, and the time of a step.
+"""Compare plan.py's predictions with training on this CPU: memory, and the time of a step.
 
-    python -m bench.plan                                     small models, rows of the example export
-    python -m bench.plan --base build/smollm2 --data data    a real base, on rows of one's own
+    python -m bench.plan                                    small models, the example export
+    python -m bench.plan --base build/smollm2 --data data   a real base, your own rows
 
-Nothing is fitted to these models: memory is live tensors and plan.CPU_RESERVE, time is timed (`plan.time_step`, as plan.py does, on
-random weights). A process of its own predicts, another one takes 12 steps, each of other rows; medians but the first.
-The last line is JSON. It refuses to time on a busy machine.
+Nothing is fitted to these models: memory is live tensors and cost.CPU_RESERVE, and time is timed
+with random weights (`cost.time_step`), as in plan.py. One process predicts; another one takes 12
+steps, each on other rows, and reports the median of all but the first. The last line is JSON. A
+busy machine is refused.
 """
 
 import argparse
+import dataclasses
 import json
 import random
 import statistics
@@ -28,28 +30,32 @@ from training import cost, distributed, metrics, optim, step
 from weights import devices, hf
 from weights.tokenizer import load_tokenizer
 
-WAYS = {"lora": {"adapter": {"rank": 32, "alpha": 16}}, "full": {}}
-WAYS |= {"qlora": WAYS["lora"] | {"nf4": True}, "pure": {"pure": True}}
-ROWS = 4  # a step's
-
-
-def shape(hidden, layers, heads, groups, inner):
-    return ModelConfig(2002, hidden, inner, layers, heads, groups, hidden // heads)
-
-
-SHAPES = {
-    "G": shape(896, 6, 14, 2, 2432),
-    "H": shape(576, 9, 9, 3, 1536),
-    "J": shape(448, 14, 7, 7, 1216),
+CPU_DTYPE = devices.default_dtype(torch.device("cpu"))
+LORA = step.ModelSpec({"rank": 32, "alpha": 16}, CPU_DTYPE)
+SPECS = {
+    "lora": LORA,
+    "qlora": dataclasses.replace(LORA, nf4=True),
+    "full": step.ModelSpec(dtype=CPU_DTYPE),
+    "pure": step.ModelSpec(dtype=CPU_DTYPE, pure_bf16=True),
 }
-RUNS = [
+ROWS = 4  # of a step
+
+
+def config(hidden, layers, heads, kv_heads, intermediate):
+    return ModelConfig(2002, hidden, intermediate, layers, heads, kv_heads, hidden // heads)
+
+
+CONFIGS = {
+    "G": config(896, 6, 14, 2, 2432),
+    "H": config(576, 9, 9, 3, 1536),
+    "J": config(448, 14, 7, 7, 1216),
+}
+RUNS = [  # config, kind, micro-batch, tokens of a row
     ("G", "lora", 2, 1024),
     ("G", "full", 2, 1024),
     ("G", "qlora", 4, 512),
     ("H", "lora", 1, 1024),
     ("H", "pure", 2, 1024),
-]
-RUNS += [
     ("J", "lora", 4, 512),
     ("J", "full", 1, 1024),
     ("J", "qlora", 2, 1024),
@@ -62,12 +68,12 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base", help="a model folder, in place of the small shapes")
-    parser.add_argument("--data", help="a folder of data.py's, in place of the example export")
+    parser.add_argument("--base", help="a model folder, instead of the small models")
+    parser.add_argument("--data", help="a folder that data.py wrote, instead of the example export")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
-        print(json.dumps(work(**json.loads(options.job))))
+        print(json.dumps(run_job(**json.loads(options.job))))
         return
     runs = [(options.base, kind, 2, 1024) for kind in ("lora", "full")] if options.base else RUNS
     with tempfile.TemporaryDirectory() as folder:
@@ -75,74 +81,72 @@ def main():
 
 
 def compare(runs, folder):
+    """Print predicted and measured figures of each run, then the errors as JSON."""
     errors = {"gib": [], "seconds": []}
     for base, kind, rows, length in runs:
-        given = {"base": base, "kind": kind, "rows": rows, "length": length, "folder": folder}
-        predicted = run(what="predict", **given)
-        measured = run(what="measure", **given)
-        line = [f"{Path(base).name}, {kind}, {rows} x {length}"]
-        for name, pairs in errors.items():
-            pairs.append(predicted[name] / measured[name] - 1)
-            line.append(f"{predicted[name]:.2f} / {measured[name]:.2f} | {pairs[-1]:+.1%}")
-        print("| " + " | ".join(line) + " |", flush=True)
-    sums = {
-        name: {"mean": statistics.mean(map(abs, pairs)), "worst": max(pairs, key=abs)}
-        for name, pairs in errors.items()
-    }
-    print(
-        json.dumps(
-            {
-                name: {key: round(value, 4) for key, value in pair.items()}
-                for name, pair in sums.items()
-            }
-        )
-    )
+        job = {"base": base, "kind": kind, "rows": rows, "length": length, "folder": folder}
+        predicted = spawn(mode="predict", **job)
+        measured = spawn(mode="measure", **job)
+        cells = [f"{Path(base).name}, {kind}, {rows} x {length}"]
+        for name, ratios in errors.items():
+            ratios.append(predicted[name] / measured[name] - 1)
+            cells.append(f"{predicted[name]:.2f} / {measured[name]:.2f} | {ratios[-1]:+.1%}")
+        print("| " + " | ".join(cells) + " |", flush=True)
+    summary = {}
+    for name, ratios in errors.items():
+        mean = statistics.mean(map(abs, ratios))
+        summary[name] = {"mean": round(mean, 4), "worst": round(max(ratios, key=abs), 4)}
+    print(json.dumps(summary))
 
 
-def run(**job):
+def spawn(**job):
+    """Run a job in a process of its own, on an idle machine."""
     idle()
     command = [sys.executable, "-m", "bench.plan", "--job", json.dumps(job)]
-    return json.loads(
-        subprocess.run(
-            command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
-        ).stdout.splitlines()[-1]
-    )
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def work(what, base, kind, rows, length, folder):
-    """One process. → {"gib": peak memory of the process, "seconds": a step's}"""
-    small = base in SHAPES
+def run_job(mode, base, kind, rows, length, folder):
+    """Predict or measure one run. → {"gib": peak memory of the process, "seconds": of a step}"""
+    small = base in CONFIGS
     tokenizer = load_tokenizer(ROOT / "examples" / "base" if small else base)
-    model_config = SHAPES[base] if small else hf.config_for_tokenizer(Path(base), tokenizer)
+    model_config = CONFIGS[base] if small else hf.config_for_tokenizer(Path(base), tokenizer)
     packed = data.load_rows(Path(folder) / "train.jsonl", tokenizer, length)
     packed = [row for row in packed if len(row.ids) == length]
-    if what == "measure":
+    if mode == "measure":
         return measure(model_config, kind, rows, packed, None if small else base)
-    tokens, labelled, _ = metrics.step_sizes(packed)
-    documents = sum(len(row.doc_lengths) for row in packed)
-    given = {"dtype": devices.default_dtype(torch.device("cpu")), **WAYS[kind]}
-    shares = {"labelled": labelled / tokens, "document": tokens / documents, "filled": 1.0}
-    job = cost.StepWorkload(model_config, given, ROWS, length, compiled=False, cpu=True, **shares)
-    needs = job.memory(rows, "none")
+    sizes = metrics.step_sizes(packed)
+    workload = cost.StepWorkload(
+        model_config,
+        SPECS[kind],
+        ROWS,
+        length,
+        target_share=sizes.targets / sizes.tokens,
+        doc_length=sizes.tokens / sum(len(row.doc_lengths) for row in packed),
+        fill_share=1.0,
+        compiled=False,
+        cpu=True,
+    )
+    needs = workload.memory(rows, "none")
     choice = cost.Choice(rows, "none", needs, 0, True)
     gib = (sum(needs.values()) + cost.CPU_RESERVE) / devices.GIB
-    return {"gib": gib, "seconds": cost.time_step(job, choice, torch.device("cpu"))}
+    return {"gib": gib, "seconds": cost.time_step(workload, choice, torch.device("cpu"))}
 
 
-def measure(model_config, kind, size, rows, folder):
+def measure(model_config, kind, micro_batch, rows, folder):
+    """Train 12 steps. → peak memory and the median step's time"""
     ranks = distributed.Distributed(torch.device("cpu"))
-    dtype = devices.default_dtype(ranks.device)
-    model = step.build_model(
-        model_config, ranks, folder, **{"adapter": None, "dtype": dtype, **WAYS[kind]}
-    )
+    model = step.build_model(model_config, ranks, SPECS[kind], folder)
     optimizer = optim.make_optimizer(model, 1e-4, 0.0, kind == "pure")
-    drawn, took = random.Random(0), []
+    rng = random.Random(0)
+    times = []
     for _ in range(12):
-        part = drawn.sample(rows, ROWS)
-        began = time.perf_counter()
-        step.train_step(model, optimizer, step.micro_batches(part, size, ranks), ranks)
-        took.append(time.perf_counter() - began)
-    return {"gib": metrics.peak_gib(ranks.device), "seconds": statistics.median(took[1:])}
+        batch = rng.sample(rows, ROWS)
+        start = time.perf_counter()
+        step.train_step(model, optimizer, step.micro_batches(batch, micro_batch, ranks), ranks)
+        times.append(time.perf_counter() - start)
+    return {"gib": metrics.peak_gib(ranks.device), "seconds": statistics.median(times[1:])}
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""A training step beside transformers + PEFT: tokens/s, peak memory and losses, on the same packed rows, from the same weights.
+"""A training step beside transformers + PEFT: tokens/s, peak memory and losses.
 
-    python -m bench.step                  LoRA and full fine-tuning of a small Mistral on this machine's CPU
-    python -m bench.step --base build/smollm2 --data data     the same of a real base, on rows of one's own
-    bench/gpu.sh                          LoRA, QLoRA and full fine-tuning of a random 7B on one GPU, in eight minutes
+    python -m bench.step                  LoRA and full fine-tuning of a small Mistral on the CPU
+    python -m bench.step --base build/smollm2 --data data     the same, a real base and own rows
+    bench/gpu.sh                          a random 7B on one GPU, in eight minutes
     bench/gpu.sh --dry-run                the same script with a tiny model on the CPU
 
-Makes random weights and the rows (text of the example export), times the other side's settings, then ours and its fastest in turn, each
-in a process of its own, and prints every figure; ratios are medians over the rounds. Memory is a CPU process's peak resident memory,
-Python and libraries included, or the most that was allocated on a GPU. The last line is JSON. It refuses to time on a busy machine.
+Both sides get the same packed rows and the same weights. It times the settings of the other side,
+then ours and its fastest setting in turn, each in its own process; ratios are medians over the
+rounds. Memory is a CPU process's peak resident memory, Python and libraries included, or the most
+that was allocated on a GPU. The last line is JSON. It refuses to time on a busy machine.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,37 +40,31 @@ from weights.save import save_model
 from weights.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
-SMALL = dict(
-    hidden_size=512,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=64,
-    intermediate_size=1536,
-)
-LARGE = dict(
-    hidden_size=4096,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    intermediate_size=14336,
-)
-TINY = dict(
-    hidden_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    intermediate_size=128,
-)
+
+
+def sizes(hidden, layers, heads, kv_heads, head_dim, intermediate) -> dict:
+    return dict(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=intermediate,
+    )
+
+
+SMALL = sizes(512, 8, 8, 2, 64, 1536)
+LARGE = sizes(4096, 32, 32, 8, 128, 14336)
+TINY = sizes(64, 2, 4, 2, 16, 128)
 BUSY = 0.15  # share of the processors that others may use while we time
 RATES = {"lora": 1e-3, "qlora": 1e-3, "full": 1e-4, "pure": 1e-4}
 ADAPTER = {"rank": 32, "alpha": 16}
-SECONDS = 440  # a GPU run begins nothing new after so many
+SECONDS = 440  # after this time a GPU run starts nothing new
 
-# What transformers + PEFT are told. rows: "packed" (position_ids restart at each document), "flat" (the same in one long row), "padded" (a
-# document a row, of like lengths); at: so many rows or documents at a time. adapter: PEFT's default keeps it in fp32.
+# The settings of transformers + PEFT.
+# rows: "packed" (position_ids restart at each document), "flat" (the same in one long row) or
+# "padded" (a document a row, of similar lengths).
+# at: rows or documents at a time. adapter: PEFT's default keeps it in fp32.
 CPU = {
     "lora": [
         {"rows": "packed", "at": 4, "attention": "sdpa", "adapter": "bf16"},
@@ -88,7 +84,8 @@ CPU = {
         {"rows": "padded", "at": 2, "attention": "sdpa", "weights": "bf16"},
     ],
 }
-# No setting of a trainer, but what a hand can do with forward's arguments: the head's logits for labelled tokens alone. Shown, not counted.
+# Not a setting of a trainer, but possible by hand with forward's arguments: logits of labelled
+# tokens alone. Shown, but not compared with.
 BY_HAND = {
     "lora": {"rows": "packed", "at": 1, "attention": "sdpa", "adapter": "bf16", "head": "labelled"}
 }
@@ -105,45 +102,39 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--steps", type=int, default=6, help="of a timed process; the first is not counted"
-    )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--kinds", default="lora,full")
-    parser.add_argument("--base", help="a model folder, in place of random weights (CPU)")
-    parser.add_argument(
-        "--data", help="a folder of data.py's, in place of the example export (CPU)"
-    )
-    parser.add_argument("--at", type=int, default=2, help="rows that ours takes at a time")
-    parser.add_argument("--gpu", action="store_true", help="a 7B on a GPU, as bench/gpu.sh runs it")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="with --gpu: a tiny model on the CPU"
-    )
-    parser.add_argument("--job", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--steps", type=int, default=6, help="of a timed process; the first is not counted")
+    add("--rounds", type=int, default=3)
+    add("--kinds", default="lora,full")
+    add("--base", help="a model folder, instead of random weights (CPU)")
+    add("--data", help="a folder that data.py wrote, instead of the example export (CPU)")
+    add("--at", type=int, default=2, help="rows that ours takes at a time")
+    add("--gpu", action="store_true", help="a 7B on a GPU, as bench/gpu.sh runs it")
+    add("--dry-run", action="store_true", help="with --gpu: a tiny model on the CPU")
+    add("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
         print(json.dumps(work(json.loads(options.job))))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        on_gpu(scratch, options.dry_run) if options.gpu else on_cpu(scratch, options)
+        if options.gpu:
+            on_gpu(scratch, options.dry_run)
+        else:
+            on_cpu(scratch, options)
 
 
-def run(scratch, **job):
-    """One process. → its figures, None when it failed"""
+def run(scratch, **job) -> dict | None:
+    """Run one process. Return its figures, None if it failed."""
     job = {"work": str(scratch), **job}
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.step", "--job", json.dumps(job)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "bench.step", "--job", json.dumps(job)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         print(done.stderr[-1500:], flush=True)
         return None
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def name(setting):
+def name(setting: dict) -> str:
     return ", ".join(f"{key} {value}" for key, value in setting.items())
 
 
@@ -153,7 +144,8 @@ def name(setting):
 def on_cpu(scratch, options):
     prepare(Path(scratch), SMALL, rows=4, base=options.base, folder=options.data)
     print(
-        f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; base {options.base or 'random, small'}"
+        f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"base {options.base or 'random, small'}"
     )
     load, results = 0.0, {}
     for kind in options.kinds.split(","):
@@ -162,64 +154,62 @@ def on_cpu(scratch, options):
     print(json.dumps({**results, "load": round(load, 3)}))
 
 
-def compare(kind, scratch, options):
-    """Ours against the fastest of their settings. → (figures, the busiest the machine was before a timing)"""
+def compare(kind, scratch, options) -> tuple[dict, float]:
+    """Compare ours with their fastest setting. Return figures, and the highest load before one."""
     load = []
 
     def timed(steps, **job):
         load.append(idle())
         return run(scratch, kind=kind, device="cpu", steps=steps, **job)
 
-    print(
-        f"{kind}: the settings of transformers{' + PEFT' if kind == 'lora' else ''}: tokens/s, GiB, seconds a step"
-    )
-    found, exact = [], None
+    library = "transformers + PEFT" if kind == "lora" else "transformers"
+    print(f"{kind}: the settings of {library}: tokens/s, GiB, seconds a step")
+    speeds, exact = [], None
     for setting in [*CPU[kind], *([BY_HAND[kind]] if kind in BY_HAND else [])]:
-        fp32 = setting.get("weights") == "fp32"  # as ours: losses are compared with these
+        fp32 = setting.get("weights") == "fp32"  # as ours: its losses are compared with ours
         result = timed(options.steps if fp32 else 3, who="theirs", setting=setting)
         exact = result if fp32 else exact
-        print(
-            f"  {result['tok_per_s']:7,.0f}  {result['peak_gib']:.2f}  {result['seconds']:.2f}  {name(setting)}",
-            flush=True,
-        )
+        figures = "  {tok_per_s:7,.0f}  {peak_gib:.2f}  {seconds:.2f}  ".format(**result)
+        print(figures + name(setting), flush=True)
         if setting in CPU[kind]:
-            found.append((result["tok_per_s"], setting))
-    setting = max(found, key=lambda pair: pair[0])[1]
+            speeds.append((result["tok_per_s"], setting))
+    _, fastest = max(speeds, key=lambda pair: pair[0])
+
     rounds = []
     for _ in range(options.rounds):
-        ours, theirs = (
-            timed(options.steps, who="ours", at=options.at),
-            timed(options.steps, who="theirs", setting=setting),
-        )
+        ours = timed(options.steps, who="ours", at=options.at)
+        theirs = timed(options.steps, who="theirs", setting=fastest)
         rounds.append((ours, theirs))
+        figures = "{tok_per_s:,.0f} tok/s, {peak_gib:.2f} GiB; "
         print(
-            f"  ours {ours['tok_per_s']:,.0f} tok/s, {ours['peak_gib']:.2f} GiB; "
-            f"theirs {theirs['tok_per_s']:,.0f} tok/s, {theirs['peak_gib']:.2f} GiB; ratio {ours['tok_per_s'] / theirs['tok_per_s']:.2f}",
+            f"  ours {figures.format(**ours)}theirs {figures.format(**theirs)}"
+            f"ratio {ours['tok_per_s'] / theirs['tok_per_s']:.2f}",
             flush=True,
         )
     exact = exact or rounds[0][1]
-    print(
-        "  losses", *(f"{a:.4f}/{b:.4f}" for a, b in zip(rounds[0][0]["losses"], exact["losses"]))
-    )
+    losses = zip(rounds[0][0]["losses"], exact["losses"])
+    print("  losses", *(f"{a:.4f}/{b:.4f}" for a, b in losses))
+
+    def median(value):
+        return statistics.median(value(ours, theirs) for ours, theirs in rounds)
+
     other = "peft_tok_per_s" if kind == "lora" else "transformers_tok_per_s"
     figures = {
-        "ours_tok_per_s": round(statistics.median(o["tok_per_s"] for o, _ in rounds)),
-        other: round(statistics.median(t["tok_per_s"] for _, t in rounds)),
-        "ratio": round(statistics.median(o["tok_per_s"] / t["tok_per_s"] for o, t in rounds), 3),
-        "memory_ratio": round(
-            statistics.median(o["peak_gib"] / t["peak_gib"] for o, t in rounds), 3
-        ),
+        "ours_tok_per_s": round(median(lambda o, t: o["tok_per_s"])),
+        other: round(median(lambda o, t: t["tok_per_s"])),
+        "ratio": round(median(lambda o, t: o["tok_per_s"] / t["tok_per_s"]), 3),
+        "memory_ratio": round(median(lambda o, t: o["peak_gib"] / t["peak_gib"]), 3),
         "loss_gap": round(max(gap(ours, exact) for ours, _ in rounds), 5),
     }
     return figures, max(load)
 
 
-def gap(ours, theirs):
+def gap(ours: dict, theirs: dict) -> float:
     return max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"]))
 
 
-def idle():
-    """The share of the processors that is in use. UserError when it is too much to time anything beside."""
+def idle() -> float:
+    """Return the share of the processors in use. UserError if it is too much to time anything."""
     for _ in range(5):
         before = usage()
         time.sleep(1)
@@ -233,153 +223,124 @@ def idle():
     )
 
 
-def processor():
+def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    name = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "a CPU"
-    )
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     flags = next((line for line in lines if line.startswith("flags")), "").split()
-    return name + "".join(
-        f", {flag}" for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in flags
-    )
+    known = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    return ", ".join([*(names[:1] or ["a CPU"]), *known])
 
 
-def usage():
-    """(all, idle) time of the processors since the start, in ticks."""
-    ticks = [
-        int(n) for n in Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:9]
-    ]
+def usage() -> tuple[int, int]:
+    """Return (all, idle) time of the processors since the start, in ticks."""
+    line = Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0]
+    ticks = [int(n) for n in line.split()[1:9]]
     return sum(ticks), ticks[3] + ticks[4]
 
 
 # --- on a GPU
 
 
-def on_gpu(scratch, dry):
-    """LoRA, full, QLoRA, pure bf16; theirs beside the first two. Whatever fails is said and left out of the table."""
-    began, device, sizes, count = (
-        time.time(),
-        "cpu" if dry else "cuda",
-        TINY if dry else LARGE,
-        4 if dry else 8,
-    )
+def on_gpu(scratch, dry: bool) -> None:
+    """Time LoRA, full, QLoRA and pure bf16, the first two beside theirs; leave out what fails."""
+    started = time.time()
+    device, count = ("cpu", 4) if dry else ("cuda", 8)
+    config_sizes = TINY if dry else LARGE
     if not dry and not torch.cuda.is_available():
         raise UserError(
             "there is no CUDA GPU here", "bench/gpu.sh --dry-run shows that the script runs."
         )
-    free = torch.cuda.mem_get_info()[0] - memory.CUDA_RESERVE if not dry else 1 << 40
-    print(
-        torch.cuda.get_device_name() if not dry else "a dry run on the CPU",
-        f"torch {torch.__version__}",
-        f"{free / 2**30:.0f} GiB to use",
-        flush=True,
-    )
-    shape = ModelConfig(vocab_size=32002, max_position_embeddings=4096, **sizes)
-    kinds = {
-        "lora": {"adapter": ADAPTER},
-        "full": {},
-        "qlora": {"adapter": ADAPTER, "nf4": True},
-        "pure": {"pure": True},
-    }
+    free = 1 << 40 if dry else torch.cuda.mem_get_info()[0] - memory.CUDA_RESERVE
+    machine = "a dry run on the CPU" if dry else torch.cuda.get_device_name()
+    print(machine, f"torch {torch.__version__}", f"{free / 2**30:.0f} GiB to use", flush=True)
+    config = ModelConfig(vocab_size=32002, max_position_embeddings=4096, **config_sizes)
     results, lines = {}, []
+
+    def say(text):
+        print(f"{time.time() - started:.0f} s: {text}", flush=True)
+
     with concurrent.futures.ProcessPoolExecutor(6, multiprocessing.get_context("spawn")) as pool:
-        needs = {
-            (kind, way): pool.submit(
-                memory.predict_peak_memory, shape, count, 1024, recompute=way, **given
-            )
-            for kind, given in kinds.items()
-            for way in AC_MODES
-        }
-        prepare(Path(scratch), sizes, rows=count, device=device)
-        torch.cuda.empty_cache()  # the processes to come need it
-        print(f"{time.time() - began:.0f} s: weights and rows are made", flush=True)
-        for kind in kinds:
-            predicted = {way: needs[kind, way].result() for way in AC_MODES}
-            way = next((way for way in AC_MODES if predicted[way] < free), "full")
-            work = cost.StepWorkload(
-                shape, kinds[kind], count, compiled=not dry, cpu=dry, filled=1.0
-            )
-            hoped_speed = (
-                count
-                * 1024
-                / work.seconds(
-                    cost.local_device(torch.device(device), torch.bfloat16)[0], count, way
-                )
-            )
-            jobs = [{"who": "ours", "at": count, "recompute": way}]
+        predictions = {}
+        for kind in RATES:
+            for mode in AC_MODES:
+                arguments = config, spec_of(kind, mode), count, 1024
+                predictions[kind, mode] = pool.submit(memory.predict_peak_memory, *arguments)
+        prepare(Path(scratch), config_sizes, rows=count, device=device)
+        torch.cuda.empty_cache()  # for the processes to come
+        say("weights and rows are made")
+        for kind in RATES:
+            predicted = {mode: predictions[kind, mode].result() for mode in AC_MODES}
+            mode = next((mode for mode in AC_MODES if predicted[mode] < free), "full")
+            speed = predict_speed(config, kind, mode, count, dry)
+            jobs = [{"who": "ours", "at": count, "recompute": mode}]
             jobs += [{"who": "theirs", "setting": setting} for setting in CUDA.get(kind, [])]
-            found = []
+            measured = []
             for job in jobs:
-                if time.time() - began > SECONDS:
-                    print(
-                        f"no time left for {kind}, {name(job.get('setting', {'ours': way}))}",
-                        flush=True,
-                    )
+                label = name(job["setting"]) if "setting" in job else f"ours, recompute {mode}"
+                if time.time() - started > SECONDS:
+                    say(f"no time left for {kind}, {label}")
                     continue
                 figures = run(scratch, kind=kind, device=device, steps=12, **job)
                 if figures:
-                    found.append((job, figures))
-                    what = (
-                        f"ours, recompute {way}" if job["who"] == "ours" else name(job["setting"])
-                    )
-                    hoped = (
-                        f"{predicted[way] / 2**30:6.1f} GiB {hoped_speed:8,.0f} tok/s"
-                        if job["who"] == "ours"
-                        else " " * 25
-                    )
-                    lines.append(
-                        f"{kind:<6} {figures['tok_per_s']:8,.0f} tok/s  mfu {figures['mfu']:4.0%}  {figures['peak_gib']:6.1f} GiB  "
-                        f"predicted {hoped}  {figures['graphs']} graphs  {what}"
-                    )
-                    print(f"{time.time() - began:.0f} s: {lines[-1]}", flush=True)
-            results[kind] = summary(found, predicted[way], hoped_speed)
-    print("\n" + "\n".join(lines) + f"\n{time.time() - began:.0f} s in all")
+                    measured.append((job, figures))
+                    hoped = ""
+                    if job["who"] == "ours":
+                        hoped = f"{predicted[mode] / 2**30:6.1f} GiB {speed:8,.0f} tok/s"
+                    lines.append(format_figures(kind, figures, hoped, label))
+                    say(lines[-1])
+            results[kind] = summary(measured, predicted[mode], speed)
+    print("\n" + "\n".join(lines))
+    say("in all")
     print(json.dumps(results))
 
 
-def summary(found, predicted, hoped_speed):
-    ours = next((figures for job, figures in found if job["who"] == "ours"), None)
-    theirs = max(
-        (figures for job, figures in found if job["who"] == "theirs"),
-        key=lambda f: f["tok_per_s"],
-        default=None,
+def predict_speed(config, kind, mode, count, dry) -> float:
+    """Return the tokens/s that plan.py would predict."""
+    work = cost.StepWorkload(
+        config, spec_of(kind, mode), count, compiled=not dry, cpu=dry, fill_share=1.0
     )
+    gpu, _ = cost.local_device(torch.device("cpu" if dry else "cuda"), torch.bfloat16)
+    return count * 1024 / work.seconds(gpu, count, mode)
+
+
+def format_figures(kind, figures, hoped, label) -> str:
+    return (
+        f"{kind:<6} {figures['tok_per_s']:8,.0f} tok/s  mfu {figures['mfu']:4.0%}  "
+        f"{figures['peak_gib']:6.1f} GiB  predicted {hoped:25}  {figures['graphs']} graphs  {label}"
+    )
+
+
+def summary(measured, predicted_bytes, predicted_speed) -> dict | None:
+    ours = next((figures for job, figures in measured if job["who"] == "ours"), None)
+    theirs = [figures for job, figures in measured if job["who"] == "theirs"]
     if not ours:
         return None
-    result = {key: round(ours[key], 3) for key in ("tok_per_s", "mfu", "peak_gib")} | {
-        "predicted_gib": round(predicted / 2**30, 2)
-    }
-    result |= {"predicted_tok_per_s": round(hoped_speed)}  # docs/PLAN.md's pairs
+    result = {key: round(ours[key], 3) for key in ("tok_per_s", "mfu", "peak_gib")}
+    result["predicted_gib"] = round(predicted_bytes / 2**30, 2)
+    result["predicted_tok_per_s"] = round(predicted_speed)  # docs/PLAN.md's pairs
     if theirs:
-        result |= {
-            "theirs_tok_per_s": round(theirs["tok_per_s"]),
-            "theirs_peak_gib": round(theirs["peak_gib"], 2),
-        }
-        result |= {
-            "ratio": round(ours["tok_per_s"] / theirs["tok_per_s"], 3),
-            "loss_gap": round(gap(ours, theirs), 5),
-        }
+        fastest = max(theirs, key=lambda figures: figures["tok_per_s"])
+        result["theirs_tok_per_s"] = round(fastest["tok_per_s"])
+        result["theirs_peak_gib"] = round(fastest["peak_gib"], 2)
+        result["ratio"] = round(ours["tok_per_s"] / fastest["tok_per_s"], 3)
+        result["loss_gap"] = round(gap(ours, fastest), 5)
     return result
 
 
 # --- what both sides are given
 
 
-def prepare(scratch, sizes, rows, device="cpu", base=None, folder=None):
-    """A base (random weights unless one is given), an adapter and sessions in `scratch`."""
+def prepare(scratch: Path, config_sizes, rows, device="cpu", base=None, folder=None) -> None:
+    """Put a base (random weights unless one is given), an adapter and sessions into `scratch`."""
     if base:
         (scratch / "base").symlink_to(Path(base).resolve())
         model = load_model(base, torch.bfloat16)
     else:
-        model = random_base(scratch, sizes, device)
+        model = random_base(scratch, config_sizes, device)
     lora.inject(model, **ADAPTER)
     (scratch / "adapter").mkdir()
-    lora.save(
-        model,
-        scratch / "adapter",
-        scratch / "base",
-        {key: p.detach().cpu() for key, p in lora.adapter_parameters(model).items()},
-    )
+    tensors = {key: p.detach().cpu() for key, p in lora.adapter_parameters(model).items()}
+    lora.save(model, scratch / "adapter", scratch / "base", tensors)
     if folder:
         shutil.copytree(folder, scratch / "data")
     else:
@@ -388,40 +349,32 @@ def prepare(scratch, sizes, rows, device="cpu", base=None, folder=None):
 
 
 def write_example_data(folder):
-    """Make `folder` of the example export. → the folder"""
-    export = [
-        sys.executable,
-        ROOT / "data.py",
-        ROOT / "examples" / "telegram" / "result.json",
-        "--out",
-        folder,
-    ]
-    subprocess.run(export, check=True, stdout=subprocess.DEVNULL)
+    """Make a data folder of the example export. Return it."""
+    export = ROOT / "examples" / "telegram" / "result.json"
+    command = [sys.executable, ROOT / "data.py", export, "--out", folder]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder
 
 
-def random_base(scratch, sizes, device):
-    """`scratch`/base, with Mistral's v1 vocabulary where mistral-common is installed. → the model"""
-    tokenizer = ROOT / "examples" / "base"
+def random_base(scratch: Path, config_sizes, device) -> Transformer:
+    """Write random weights to `scratch`/base, with Mistral's v1 tokenizer if it is installed."""
+    example = ROOT / "examples" / "base"
+    source = example
     try:
         import mistral_common
 
-        tokenizer = scratch / "words"
-        tokenizer.mkdir()
-        (tokenizer / "config.json").write_bytes(
-            (ROOT / "examples" / "base" / "config.json").read_bytes()
-        )
-        (tokenizer / "tokenizer.model").write_bytes(
-            (Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1").read_bytes()
-        )
+        source = scratch / "tokenizer"
+        source.mkdir()
+        (source / "config.json").write_bytes((example / "config.json").read_bytes())
+        v1 = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+        (source / "tokenizer.model").write_bytes(v1.read_bytes())
     except ImportError:
         pass
-    tokenizer = load_tokenizer(tokenizer)
+    tokenizer = load_tokenizer(source)
     torch.manual_seed(0)
+    config = ModelConfig(vocab_size=32002, max_position_embeddings=4096, **config_sizes)
     with torch.device(device):
-        model = Transformer(
-            ModelConfig(vocab_size=32002, max_position_embeddings=4096, **sizes)
-        ).to(torch.bfloat16)
+        model = Transformer(config).to(torch.bfloat16)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, 0, 0.02)
@@ -431,15 +384,12 @@ def random_base(scratch, sizes, device):
     return model
 
 
-def rows_of(scratch, steps):
-    """`steps` lists of as many full rows as a step has."""
-    rows = data.load_rows(
-        Path(scratch) / "data" / "train.jsonl", load_tokenizer(Path(scratch) / "base"), 1024
-    )
-    rows, count = (
-        [row for row in rows if len(row.ids) == 1024],
-        int((Path(scratch) / "rows").read_text()),
-    )
+def step_rows(scratch, steps: int) -> list[list[data.Row]]:
+    """Return the full rows of each step."""
+    scratch = Path(scratch)
+    rows = data.load_rows(scratch / "data" / "train.jsonl", load_tokenizer(scratch / "base"), 1024)
+    rows = [row for row in rows if len(row.ids) == 1024]
+    count = int((scratch / "rows").read_text())
     return [
         [rows[(count * number + i) % len(rows)] for i in range(count)] for number in range(steps)
     ]
@@ -448,127 +398,108 @@ def rows_of(scratch, steps):
 # --- one process
 
 
-def work(job):
-    device, steps = torch.device(job["device"]), rows_of(job["work"], job["steps"])
-    took, losses, flops, graphs = (ours if job["who"] == "ours" else theirs)(job, device, steps)
-    counted = took[1:] if device.type == "cpu" else took[4:]  # a GPU's first steps compile
+def work(job) -> dict:
+    device = torch.device(job["device"])
+    steps = step_rows(job["work"], job["steps"])
+    side = ours if job["who"] == "ours" else theirs
+    times, losses, flops, graphs = side(job, device, steps)
+    counted = times[1:] if device.type == "cpu" else times[4:]  # a GPU's first steps compile
     seconds = statistics.median(counted)
-    dtype = torch.bfloat16
     return {
         "tok_per_s": sum(len(row.ids) for row in steps[0]) / seconds,
         "seconds": seconds,
         "peak_gib": metrics.peak_gib(device),
         "losses": losses,
         "graphs": graphs,
-        "mfu": flops / seconds / metrics.measure_peak_flops(device, dtype),
+        "mfu": flops / seconds / metrics.measure_peak_flops(device, torch.bfloat16),
     }
+
+
+def spec_of(kind: str, activation_checkpointing: str = "none") -> step.ModelSpec:
+    return step.ModelSpec(
+        adapter=ADAPTER if "lora" in kind else None,
+        activation_checkpointing=activation_checkpointing,
+        nf4=kind == "qlora",
+        pure_bf16=kind == "pure",
+    )
 
 
 def ours(job, device, steps):
-    ranks, base, kind = distributed.Distributed(device), Path(job["work"]) / "base", job["kind"]
-    adapter = ADAPTER if "lora" in kind else None
-    ways = {
-        "adapter": adapter,
-        "recompute": job.get("recompute", "none"),
-        "nf4": kind == "qlora",
-        "pure": kind == "pure",
-    }
-    model = step.build_model(hf.read_config(base), ranks, base, **ways)
-    if adapter:
-        tensors = load_file(Path(job["work"]) / "adapter" / "adapter_model.safetensors")
+    """Return (seconds of each step, losses, FLOPs of a step, compiled graphs)."""
+    ranks, folder, kind = distributed.Distributed(device), Path(job["work"]), job["kind"]
+    base, spec = folder / "base", spec_of(kind, job.get("recompute", "none"))
+    model = step.build_model(hf.read_config(base), ranks, spec, base)
+    if spec.adapter:
+        tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
         for key, parameter in lora.adapter_parameters(model).items():
             shards.copy_shard(parameter, tensors[lora.peft_name(key)])
     if device.type == "cuda":
         model.compile_blocks()
-    optimizer = optim.make_optimizer(model, RATES[kind], 0.0, kind == "pure")
-    took, losses = [], []
+    optimizer = optim.make_optimizer(model, RATES[kind], 0.0, spec.pure_bf16)
+    times, losses = [], []
     for rows in steps:
-        began = time.perf_counter()
-        loss, _, _ = step.train_step(
-            model, optimizer, step.micro_batches(rows, job["at"], ranks, 1024), ranks
-        )
+        started = time.perf_counter()
+        batches = step.micro_batches(rows, job["at"], ranks, 1024)
+        loss, _, _ = step.train_step(model, optimizer, batches, ranks)
         metrics.synchronize(device)
-        took.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - started)
         losses.append(loss)
-    return (
-        took,
-        losses,
-        metrics.step_flops(model, steps[0])[0],
-        metrics.count_compiled_graphs() if model.compiled else 0,
-    )
+    graphs = metrics.count_compiled_graphs() if model.compiled else 0
+    return times, losses, metrics.step_flops(model, steps[0])[0], graphs
 
 
 def theirs(job, device, steps):
+    """Return the same as `ours`, of transformers and PEFT; FLOPs and graphs are 0."""
     import transformers
 
     setting, folder = job["setting"], Path(job["work"])
-    dtype = torch.float32 if setting.get("weights") == "fp32" else torch.bfloat16
-    given = {"dtype": dtype, "attn_implementation": setting["attention"]}
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", **given).to(device)
+    fp32 = setting.get("weights") == "fp32"
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "base",
+        dtype=torch.float32 if fp32 else torch.bfloat16,
+        attn_implementation=setting["attention"],
+    ).to(device)
     if job["kind"] == "lora":
         import peft
 
-        fp32 = setting["adapter"] == "fp32"
         model = peft.PeftModel.from_pretrained(
-            model, folder / "adapter", is_trainable=True, autocast_adapter_dtype=fp32
+            model,
+            folder / "adapter",
+            is_trainable=True,
+            autocast_adapter_dtype=setting["adapter"] == "fp32",
         )
     model.train()
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         weights, lr=RATES[job["kind"]], betas=optim.BETAS, weight_decay=0.0, fused=True
     )
-    took, losses = [], []
+    times, losses = [], []
     for rows in steps:
-        began = time.perf_counter()
-        count, total = sum(int((row.labels != data.IGNORE_INDEX).sum()) for row in rows), 0.0
-        for batch, labels in arranged(rows, setting):
-            batch, labels = (
-                {key: value.to(device) for key, value in batch.items()},
-                labels.to(device),
-            )
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.float32):
-                # labels are shifted already; num_items_in_batch makes transformers' own loss a sum over `count`
-                loss = model(
-                    **batch,
-                    labels=labels,
-                    shift_labels=labels,
-                    num_items_in_batch=count,
-                    use_cache=False,
-                ).loss
+        started = time.perf_counter()
+        count = sum(int((row.labels != data.IGNORE_INDEX).sum()) for row in rows)
+        total = 0.0
+        for batch, labels in their_batches(rows, setting):
+            batch = {key: value.to(device) for key, value in batch.items()}
+            labels = labels.to(device)
+            # Labels are shifted already. num_items_in_batch makes their loss a sum over `count`.
+            targets = {"labels": labels, "shift_labels": labels, "num_items_in_batch": count}
+            with torch.autocast(device.type, torch.bfloat16, enabled=fp32):
+                loss = model(**batch, **targets, use_cache=False).loss
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         metrics.synchronize(device)
-        took.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - started)
         losses.append(total)
-    return took, losses, 0, 0
+    return times, losses, 0, 0
 
 
-def arranged(rows, setting):
-    """Yield (inputs, labels) as transformers takes them, by one of its own ways to keep documents apart."""
+def their_batches(rows, setting) -> Iterator[tuple[dict, torch.Tensor]]:
+    """Yield (inputs, labels) for transformers, with documents kept apart as `setting` says."""
     if setting["rows"] == "padded":
-        ends = [np.cumsum(row.doc_lengths) for row in rows]
-        documents = [
-            (r.ids[e - n : e], r.labels[e - n : e])
-            for r, all_ in zip(rows, ends)
-            for e, n in zip(all_, r.doc_lengths)
-        ]
-        documents.sort(key=lambda pair: len(pair[0]))
-        for begin in range(0, len(documents), setting["at"]):
-            some = documents[begin : begin + setting["at"]]
-            length = max(len(ids) for ids, _ in some)
-            ids, labels, mask = (
-                torch.full((len(some), length), fill) for fill in (0, data.IGNORE_INDEX, 0)
-            )
-            for i, (one, targets) in enumerate(some):
-                ids[i, : len(one)], labels[i, : len(one)], mask[i, : len(one)] = (
-                    torch.from_numpy(one),
-                    torch.from_numpy(targets),
-                    1,
-                )
-            yield {"input_ids": ids, "attention_mask": mask}, labels
+        yield from padded_documents(rows, setting["at"])
         return
     for begin in range(0, len(rows), setting["at"]):
         ids, positions, labels, *_ = step.collate(rows[begin : begin + setting["at"]], "cpu")
@@ -576,9 +507,29 @@ def arranged(rows, setting):
             ids, positions, labels = (x.reshape(1, -1) for x in (ids, positions, labels))
         batch = {"input_ids": ids, "position_ids": positions}
         if setting.get("head") == "labelled":
-            kept = (labels[0] != data.IGNORE_INDEX).nonzero().flatten()
-            batch["logits_to_keep"], labels = kept, labels[:, kept]
+            targets = (labels[0] != data.IGNORE_INDEX).nonzero().flatten()
+            batch["logits_to_keep"] = targets
+            labels = labels[:, targets]
         yield batch, labels
+
+
+def padded_documents(rows, size) -> Iterator[tuple[dict, torch.Tensor]]:
+    """Yield a document a row, `size` of similar lengths at a time."""
+    documents = []
+    for row in rows:
+        for end, n in zip(np.cumsum(row.doc_lengths), row.doc_lengths):
+            documents.append((row.ids[end - n : end], row.labels[end - n : end]))
+    documents.sort(key=lambda document: len(document[0]))
+    for begin in range(0, len(documents), size):
+        part = documents[begin : begin + size]
+        shape = len(part), max(len(ids) for ids, _ in part)
+        ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, data.IGNORE_INDEX)
+        for i, (document, targets) in enumerate(part):
+            ids[i, : len(document)] = torch.from_numpy(document)
+            labels[i, : len(document)] = torch.from_numpy(targets)
+            mask[i, : len(document)] = 1
+        yield {"input_ids": ids, "attention_mask": mask}, labels
 
 
 if __name__ == "__main__":

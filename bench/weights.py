@@ -1,4 +1,9 @@
-"""What fewer bits cost: held-out loss of a model in bf16, int8 and int4.  python -m bench.weights MODEL DATA; the last line is JSON"""
+"""Measure the held-out loss of a model in bf16, int8 and int4.
+
+    python -m bench.weights MODEL DATA
+
+The last line is JSON.
+"""
 
 import json
 import sys
@@ -13,19 +18,18 @@ from weights.load import load_model
 from weights.tokenizer import load_tokenizer
 
 
-def main():
-    model, folder = sys.argv[1], Path(sys.argv[2])
-    tokenizer = load_tokenizer(model)
-    rows = data.load_rows(folder / "val.jsonl", tokenizer, 1024)
-    ranks, found = distributed.Distributed(torch.device("cpu")), {}
+def main() -> None:
+    folder, data_folder = sys.argv[1], Path(sys.argv[2])
+    tokenizer = load_tokenizer(folder)
+    rows = data.load_rows(data_folder / "val.jsonl", tokenizer, 1024)
+    ranks = distributed.Distributed(torch.device("cpu"))
+    losses: dict[str, float] = {}
     for kind in ("plain", "int8", "int4"):
-        held = load_model(model, torch.bfloat16, tokenizer=tokenizer, weights=kind)
-        found[kind] = step.evaluate(held, rows, ranks, 4).metrics["val_loss"]
-        print(
-            f"{kind}: {found[kind]:.4f} nats a target, {found[kind] / found['plain'] - 1:+.2%}",
-            flush=True,
-        )
-    print(json.dumps(found))
+        model = load_model(folder, torch.bfloat16, tokenizer=tokenizer, weights=kind)
+        losses[kind] = step.evaluate(model, rows, ranks, 4).metrics["val_loss"]
+        change = losses[kind] / losses["plain"] - 1
+        print(f"{kind}: {losses[kind]:.4f} nats per target, {change:+.2%}", flush=True)
+    print(json.dumps(losses))
 
 
 if __name__ == "__main__":

