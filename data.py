@@ -14,8 +14,8 @@ A toy chat of four messages, which Ann exports. 40 minutes of silence precede th
     pack      samples side by side in rows of 1,024 tokens; no sample attends to another
 
 `python data.py result.json` (exports/command.py) reads messages and writes sessions to
-data/*.jsonl, which people can read and edit. Training renders, splits and packs these with the
-model's own tokenizer.
+data/*.jsonl, which people can read and edit. Training calls `load_rows`, which renders, splits
+and packs these with the model's own tokenizer.
 """
 
 import bisect
@@ -173,7 +173,7 @@ def sessions(messages: Iterable, chat, me, gap: float) -> Iterator[Session]:
     `messages`, `chat`: as in exports. Authors stay ids; `me`: the ids that are mine.
     """
     session, turn, last = None, None, None
-    for _, author, _, at, date, text, _ in messages:
+    for _id, author, _name, at, date, text, _left_out in messages:
         if session is None or at - last > gap:
             if session:
                 yield session
@@ -426,18 +426,18 @@ class SessionSplitter:
 
     `messages`: (turn, message in it) of each. `targets`: the numbers of those that are trained.
     `places`: at which token of the document each begins (the first one of a turn with the author's
-    line), then where all end. `headers`: tokens of an author's line and of the end of a turn.
+    line), then where all end. `overheads`: tokens of an author's line and of the end of a turn.
     """
 
     def __init__(self, turns, document, loss_on, tokenizer, number):
         self.turns, self.loss_on, self.tokenizer, self.number = turns, loss_on, tokenizer, number
         begins = [begin for begin, _ in tokenizer.encode(document.text)[1]]
-        self.messages, self.targets, self.places, self.headers = [], [], [], {}
+        self.messages, self.targets, self.places, self.overheads = [], [], [], {}
         at = 0  # characters
         for t, turn in enumerate(turns):
             author_line = IM_START + escape_specials(turn.author, tokenizer.specials)
-            if turn.author not in self.headers:
-                self.headers[turn.author] = len(tokenizer.encode(author_line)[0]) + 4
+            if turn.author not in self.overheads:
+                self.overheads[turn.author] = len(tokenizer.encode(author_line)[0]) + 4
             for m, message in enumerate(turn.messages):
                 if is_trained(turn, message, loss_on):
                     self.targets.append(len(self.messages))
@@ -448,13 +448,13 @@ class SessionSplitter:
             at += len(IM_END + "\n")
         self.places.append(len(begins))
 
-    def header(self, number: int) -> int:
+    def overhead(self, number: int) -> int:
         turn, _ = self.messages[number]
-        return self.headers[self.turns[turn].author]
+        return self.overheads[self.turns[turn].author]
 
     def size(self, first: int, last: int) -> int:
         """Return about how many tokens a piece of messages first … last has."""
-        return self.places[last + 1] - self.places[first] + self.header(first)
+        return self.places[last + 1] - self.places[first] + self.overhead(first)
 
     def last_that_fits(self, done: int, room: int) -> int:
         """Return the place in `targets` of the last one that fits into `room` with target `done`.
@@ -462,7 +462,7 @@ class SessionSplitter:
         That is the last of its turn, if the end of a turn fits.
         """
         targets = self.targets
-        limit = self.places[targets[done]] + room - self.header(targets[done])
+        limit = self.places[targets[done]] + room - self.overhead(targets[done])
         end = bisect.bisect_right(self.places, limit) - 1  # the first message that doesn't fit
         last = max(done, bisect.bisect_left(targets, end) - 1)
         for k in range(last, done - 1, -1):
@@ -488,7 +488,7 @@ class SessionSplitter:
         cut = ""
         if begin:  # the end of the message before, where enough of it fits
             turn, message = self.messages[begin - 1]
-            left = room - (self.places[first] - self.places[begin]) - self.header(begin - 1)
+            left = room - (self.places[first] - self.places[begin]) - self.overhead(begin - 1)
             if left >= MIN_CUT_TOKENS:
                 cut = self.cut_message(self.turns[turn].messages[message], left)
         begin -= bool(cut)

@@ -7,6 +7,9 @@ YaRN (2309.00071), GQA (2305.13245), GLU variants (2002.05202).
 
 Shapes: B batch, T tokens, S tokens with the cached ones, N = B * T, H query heads, G key/value
 heads, D head_dim, E hidden_size, V vocab_size.
+
+The file is built bottom-up. To read it from the top, begin with `Transformer.forward`, then
+`Block.compute`, `Attention.forward`, `attend`.
 """
 
 import dataclasses
@@ -699,7 +702,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, rows: int) -> Tensor:
 # --- the model
 
 
-class Decoder(nn.Module):
+class Backbone(nn.Module):
     """HF's `model.`: embeddings, blocks and the last norm."""
 
     def __init__(self, config: ModelConfig, activation_checkpointing: str):
@@ -725,7 +728,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.dtype, self.compiled = config, dtype, False
         self.activation_checkpointing = activation_checkpointing
-        self.model = Decoder(config, activation_checkpointing)
+        self.model = Backbone(config, activation_checkpointing)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

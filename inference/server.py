@@ -1,10 +1,10 @@
 """Serve a page and an OpenAI-compatible API: `python chat.py ckpt/ --web`.
 
-    /                       the page (page.html)
-    /persona                names for the page
-    /health                 {"status": "ok"}
-    /v1/models              the model's name
-    /v1/chat/completions    replies, whole or streamed
+    GET  /                       the page (page.html)
+    GET  /persona                names for the page
+    GET  /health                 {"status": "ok"}
+    GET  /v1/models              the model's name
+    POST /v1/chat/completions    replies, whole or streamed
 
 One model, one thread: requests wait in a queue, and a client that disconnects leaves it. Without
 --token the server listens on loopback and accepts loopback's host names and --allow-host. With a

@@ -71,19 +71,6 @@ REQUIRED_KEYS = (
     "tie_word_embeddings",
     "model_type",
 )
-FAMILY_KEYS = (
-    "max_position_embeddings",
-    "num_key_value_heads",
-    "head_dim",
-    "rms_norm_eps",
-    "sliding_window",
-)
-
-
-def family(*values: Any, **others: Any) -> dict:
-    return dict(zip(FAMILY_KEYS, values)) | others
-
-
 MINISTRAL3_ROPE = {
     "rope_type": "yarn",
     "rope_theta": 1e6,
@@ -99,11 +86,46 @@ QWEN_DEFAULTS = {"use_sliding_window": False, "max_window_layers": 28, "layer_ty
 # model_type: transformers' defaults for the keys that its class reads beside REQUIRED_KEYS. Others
 # are ignored, as it ignores them.
 FAMILIES = {
-    "mistral": family(131072, 8, None, 1e-6, 4096),
-    "ministral3": family(262144, 8, 128, 1e-5, None, rope_scaling=MINISTRAL3_ROPE),
-    "llama": family(2048, None, None, 1e-6, attention_bias=False, mlp_bias=False),
-    "qwen2": family(32768, 32, None, 1e-6, 4096, **QWEN_DEFAULTS),
-    "qwen3": family(32768, 32, 128, 1e-6, 4096, attention_bias=False, **QWEN_DEFAULTS),
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "head_dim": None,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 4096,
+    },
+    "ministral3": {
+        "max_position_embeddings": 262144,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+        "rope_scaling": MINISTRAL3_ROPE,
+    },
+    "llama": {
+        "max_position_embeddings": 2048,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    "qwen2": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "head_dim": None,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 4096,
+        **QWEN_DEFAULTS,
+    },
+    "qwen3": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 4096,
+        "attention_bias": False,
+        **QWEN_DEFAULTS,
+    },
 }
 MAX_VALUES = {  # of a number in config.json; else a million
     "num_hidden_layers": 1000,

@@ -156,8 +156,8 @@ def load_model(
 
     An adapter folder loads its base (or `base`, if that moved), then itself. `dtype`: None as
     stored. `tokenizer`: makes room for the ChatML tokens that the base lacks. `weights`: "plain",
-    "int8" or "int4" merges the adapter into the weights tensor by tensor, for chat. UserError
-    before memory is taken, except for weights that are not finite.
+    "int8" or "int4" merges the adapter into the weights tensor by tensor, for chat; None keeps it
+    beside them. UserError before memory is taken, except for weights that are not finite.
     """
     folder, adapter, rows = path if isinstance(path, Source) else find_source(path, base)
     config = hf.config_for_tokenizer(folder, tokenizer, rows)
