@@ -65,8 +65,6 @@ MAX_TOKEN_CHARS = 32  # characters a token is assumed to have at most, where a m
 CONTEXT_SHARE = 8  # a piece of a long session begins with at least 1/8 of a row of context
 SILENT = "sessions in which I say nothing"
 UNPROMPTED = "sessions in which nobody speaks before me"
-
-
 TO_JSON = json.JSONEncoder(ensure_ascii=False).encode
 
 

@@ -56,7 +56,7 @@ Number = dict[str, Any]  # {"value", "low", "high", "n"} or {"value": None, "why
 class Options:
     """Does a clone sound like me? Writes report.html and report.json into the first folder.
 
-    python evaluate.py ckpt/                             the clone beside its base, on held-out sessions
+    python evaluate.py ckpt/                             clone and base, on held-out sessions
     python evaluate.py ckpt-a/ ckpt-b/                   and beside another run
     python evaluate.py ckpt/ --blind-test --with NAME    a friend guesses which replies are mine
     """  # noqa: E501

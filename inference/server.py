@@ -509,7 +509,6 @@ def content_security_policy(page: str) -> str:
 
 def auth_middleware(app: Callable, hosts: set[str], token: str | None) -> Callable:
     """Wrap an ASGI app: requests that `check_access` refuses don't reach it."""
-
     encoded_headers = [(name.encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
 
     async def middleware(scope, receive, send):

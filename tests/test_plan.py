@@ -1,4 +1,4 @@
-"""plan.py predicts memory as memory.py does on all blocks; bad flags end in two lines."""
+"""plan.py predicts memory as training/memory.py does on all blocks; bad flags end in two lines."""
 
 import dataclasses
 import json

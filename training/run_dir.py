@@ -1,5 +1,4 @@
-"""The folder of a run (`metrics.jsonl`, `run.json`, the best weights, `loss.png`), and its best
-evaluation."""
+"""A run's folder: `metrics.jsonl`, `run.json`, best weights, `loss.png`; its best evaluation."""
 
 import dataclasses
 import json
