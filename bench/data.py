@@ -57,7 +57,7 @@ class Options:
 def generate(path: Path, megabytes: int) -> None:
     """Write an export as Telegram Desktop does: two languages, media, forwards, some secrets."""
     rng = random.Random(0)
-    words = [line.split() for line in WORDS]
+    vocabularies = [line.split() for line in WORDS]
     size, chats = 0, 0
     with open(path, "w", encoding="utf-8") as file:
         owner = '"personal_information": {\n  "user_id": 1\n }'
@@ -78,17 +78,20 @@ def generate(path: Path, megabytes: int) -> None:
                     number += 1
                     at += rng.choice((7, 20, 45, 90, 200, 5000))
                     author, name = people[rng.random() < 0.5]
-                    lines.append(message(rng, number, at, author, name, words[number % 3 == 0]))
+                    vocabulary = vocabularies[number % 3 == 0]
+                    lines.append(message(rng, number, at, author, name, vocabulary))
                 file.write(("," if number > 200 else "") + ",".join(lines))
             size += file.tell() - begin
             file.write("\n    ]\n   }")
         file.write("\n  ]\n }\n}\n")
 
 
-def message(rng: random.Random, number: int, at: int, author: int, name: str, words: list) -> str:
+def message(
+    rng: random.Random, number: int, at: int, author: int, name: str, vocabulary: list
+) -> str:
     """Return a message as it stands in an export: text, or sometimes something else."""
     kind = rng.random()
-    text = " ".join(rng.choices(words, k=1 + int(rng.expovariate(1 / 6))))
+    text = " ".join(rng.choices(vocabulary, k=1 + int(rng.expovariate(1 / 6))))
     if kind > 0.998:
         text += " " + rng.choice(SECRETS)
     extra = {}

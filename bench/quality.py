@@ -32,6 +32,7 @@ import torch
 import data
 import lora
 import train
+from bench.step import padded_documents
 from training import distributed, optim, step
 from training.run import plan_run
 from weights.load import load_model
@@ -223,30 +224,11 @@ def peft(base, folder: Path, tokenizer, held_out: list[data.Row], lr: float, epo
 
 def backward(model, rows: list[data.Row]) -> None:
     """Accumulate the gradients of a batch: of the mean loss over all its targets."""
-    documents = [document for row in rows for document in documents_of(row)]
-    documents.sort(key=lambda document: len(document[0]))
-    count = sum(int((labels != data.IGNORE_INDEX).sum()) for _, labels in documents)
-    for begin in range(0, len(documents), 8):
-        part = documents[begin : begin + 8]
-        shape = (len(part), max(len(ids) for ids, _ in part))
-        ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-        labels = torch.full(shape, data.IGNORE_INDEX)
-        for i, (document, targets) in enumerate(part):
-            ids[i, : len(document)] = torch.from_numpy(document)
-            labels[i, : len(document)] = torch.from_numpy(targets)
-            mask[i, : len(document)] = 1
-        logits = model(input_ids=ids, attention_mask=mask).logits.flatten(0, 1).float()
+    count = sum(int((row.labels != data.IGNORE_INDEX).sum()) for row in rows)
+    for batch, labels in padded_documents(rows, 8):
+        logits = model(**batch).logits.flatten(0, 1).float()
         loss = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
         (loss / count).backward()
-
-
-def documents_of(row: data.Row) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Cut a row into its documents: (ids, labels), int64."""
-    documents = []
-    for end, length in zip(np.cumsum(row.doc_lengths), row.doc_lengths):
-        part = slice(end - length, end)
-        documents.append((row.ids[part].astype(np.int64), row.labels[part].astype(np.int64)))
-    return documents
 
 
 if __name__ == "__main__":
