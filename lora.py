@@ -119,9 +119,14 @@ class RowsEmbedding(nn.Embedding):
 class RowsLinear(Linear):
     """A head of which only `rows` are trained: no gradient has the size of the vocabulary."""
 
+    index: Tensor | None = None  # `rows` on the device, made once: making it waits for a GPU
+
     def forward(self, x: Tensor) -> Tensor:
-        rows = torch.tensor(self.rows, device=x.device)
-        return super().forward(x).index_copy(-1, rows, F.linear(x, self.row_values.to(x.dtype)))
+        if self.index is None or self.index.device != x.device:
+            with torch.inference_mode(False):  # it may serve training later
+                self.index = torch.tensor(self.rows, device=x.device)
+        logits = super().forward(x)
+        return logits.index_copy(-1, self.index, F.linear(x, self.row_values.to(x.dtype)))
 
 
 # --- inject, merge

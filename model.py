@@ -42,7 +42,10 @@ SAVED_OPS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 GQA_MASK_DEVICES = ("cpu",)
 
 # (tokens whose logits exist at a time, of these the tokens in fp32): 16 fit a CPU's cache.
-HEAD_CHUNK = {"cpu": (256, 16), "gpu": (1024, 1024)}
+CPU_HEAD_CHUNK = (256, 16)
+
+# Logits at a time on a GPU: 1024 tokens of a vocabulary of 32,000, 256 of one of 128,000.
+GPU_HEAD_NUMEL = 1 << 25
 
 # Numbers whose fp32 intermediates fit a CPU core's cache.
 CACHE_NUMEL = 1 << 17
@@ -326,7 +329,7 @@ class Documents(NamedTuple):
     """The documents among a batch's N tokens; no token attends outside its own.
 
     `cu_seqlens`: where they begin and the last one ends, [0, 3, 8] for documents of 3 and 5 tokens:
-    a list on a CPU, an int32 tensor on CUDA, which may repeat its end to be of one size.
+    a list on a CPU, an int32 tensor on CUDA.
     `max_seqlen`: no document is longer. `blocks` (CPU): a QueryBlock per `block_size` queries.
     `kernel(q, k, v, documents)`: q (N, H, D), k, v (N, G, D) → (N, H, D).
     """
@@ -345,6 +348,7 @@ def attention_layout(
     cached: int | None,
     dtype: torch.dtype,
     cu_seqlens: list | Tensor | None = None,
+    head_dim: int = 128,
 ) -> Documents | Tensor:
     """Work out, once for all layers, who attends to whom. Only this function chooses the kernel.
 
@@ -355,7 +359,7 @@ def attention_layout(
     """
     B, T = positions.shape
     on_cpu = positions.device.type == "cpu"
-    if (on_cpu and not cached) or (cached is None and has_varlen(positions.device, dtype)):
+    if on_cpu and not cached or cached is None and has_varlen(positions.device, dtype, head_dim):
         if cu_seqlens is None:
             starts = positions == 0
             starts[:, 0] = True
@@ -391,9 +395,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Documents | Tensor) -> Te
     return out.transpose(1, 2)
 
 
-def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether CUDA's kernel for documents computes this: in 16 bits, from Ampere on."""
-    if device.type != "cuda" or dtype == torch.float32:
+def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether CUDA's kernel for documents computes this: in 16 bits, from Ampere on.
+
+    Its backward pass takes heads of up to 192 on all of these GPUs.
+    """
+    if device.type != "cuda" or dtype == torch.float32 or head_dim > 192 or head_dim % 8:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -646,9 +653,9 @@ class Block(nn.Module):
 class LinearCrossEntropy(torch.autograd.Function):
     """Cross-entropy of `head(hidden)`, exact in fp32, with the logits of few tokens at a time.
 
-    hidden (n or more, E), labels (n,) → losses (n,) float32; `chunk_sizes` as in HEAD_CHUNK. Each
-    chunk's gradient is computed with its loss, so the head's matmul runs once. It is the gradient
-    of the sum, which backward scales: sum the losses before calling backward.
+    hidden (n or more, E), labels (n,) → losses (n,) float32; `chunk_sizes` as in CPU_HEAD_CHUNK.
+    Each chunk's gradient is computed with its loss, so the head's matmul runs once. It is the
+    gradient of the sum, which backward scales: sum the losses before calling backward.
     """
 
     @staticmethod
@@ -734,8 +741,12 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def compile_blocks(self) -> None:
-        """Compile for batches of one shape; another shape is compiled again."""
+        """Compile for batches of one shape, with any number of documents.
+
+        Another shape is compiled again.
+        """
         self.compiled = True
+        torch._dynamo.config.recompile_limit = 32  # beyond it blocks would run uncompiled
         for block in self.model.layers:
             block.run = torch.compile(block.run, dynamic=False)
 
@@ -775,7 +786,12 @@ class Transformer(nn.Module):
         attn_mask = cache.mask if cache else None
         if attn_mask is None:
             cached, window = cache.length if cache else None, self.config.sliding_window
-            attn_mask = attention_layout(positions, window, cached, x.dtype, cu_seqlens)
+            attn_mask = attention_layout(
+                positions, window, cached, x.dtype, cu_seqlens, self.config.head_dim
+            )
+        edges = getattr(attn_mask, "cu_seqlens", None)
+        if self.compiled and type(edges) is Tensor:  # no list, and no fake tensor
+            torch._dynamo.mark_dynamic(edges, 0)  # one graph for any number of documents
 
         # Behind the last attention only the selected tokens matter. Compiled blocks are all alike,
         # so there they are selected behind the last block.
@@ -799,5 +815,7 @@ class Transformer(nn.Module):
         # Fake tensors that stand for a GPU's are on the CPU too; then cu_seqlens is a tensor.
         like_gpu = isinstance(getattr(attn_mask, "cu_seqlens", None), Tensor)
         on_cpu = x.device.type == "cpu" and not like_gpu
-        chunk_sizes = HEAD_CHUNK["cpu" if on_cpu else "gpu"]
+        tokens = GPU_HEAD_NUMEL // self.config.vocab_size // 64 * 64
+        tokens = min(1024, max(256, tokens))
+        chunk_sizes = CPU_HEAD_CHUNK if on_cpu else (tokens, tokens)
         return LinearCrossEntropy.apply(self.lm_head, x, targets, chunk_sizes, *weights)

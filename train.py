@@ -7,17 +7,23 @@
 `ckpt/` holds the weights with the lowest validation loss, not the last ones.
 """
 
+import os
+import sys
+
+if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    # Tensors of many sizes would break memory into pieces. Torch reads this when it is imported.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 import concurrent.futures
 import dataclasses
 import itertools
 import math
 import multiprocessing
-import os
 import signal
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +45,7 @@ from weights import hf, hub, shards
 
 ALL_LINEAR = ",".join(lora.TARGETS)
 MIN_TARGET_TOKENS = 20_000  # with less data, say what to expect
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +143,7 @@ def main():
         options = dataclasses.replace(options, resume=True, overwrite=False)
 
     # Everything that the user may have to fix is found before the weights load.
-    run = prepare(options, ranks)
+    run = check_compiler(prepare(options, ranks), ranks)
     ranks.print(describe(run, ranks))
     run = choose_micro_batch(run, ranks)
     model, optimizer = build(run, ranks)
@@ -210,8 +217,7 @@ def train_loop(trainer: "Trainer", run_dir: RunDir, manager: CheckpointManager) 
             is_best = trainer.tracker.add(point)
             best = "" if is_best else f" (best: {trainer.tracker.best.loss:.4f})"
             ranks.print(f"epoch {point.epoch:.2f}: {point}{best}")
-            for sample in generate_samples(model, tokenizer, prompts, ranks, options.seed):
-                ranks.print(sample)
+            print_samples(model, tokenizer, prompts, ranks, options.seed)
             if is_best:
                 run_dir.save_weights(model)
             elif options.max_steps is None and trainer.tracker.since_best >= options.patience:
@@ -347,6 +353,20 @@ def create_manager(
 # --- memory and speed
 
 
+def check_compiler(run: Run, ranks: Distributed) -> Run:
+    """Train uncompiled, and say so, where torch.compile doesn't work."""
+    if ranks.device.type != "cuda" or run.options.no_compile:
+        return run
+    problem = step.compiler_problem(ranks.device)
+    if not ranks.all_reduce_max(int(problem is not None)):
+        return run
+    ranks.print(
+        f"Training is not compiled, so it is slower and needs more memory: {problem or 'a rank'} "
+        "can't compile. It needs a C compiler and Python's headers: apt install gcc g++ python3-dev"
+    )
+    return dataclasses.replace(run, options=dataclasses.replace(run.options, no_compile=True))
+
+
 def choose_micro_batch(run: Run, ranks: Distributed) -> Run:
     """Choose rows at a time and activation checkpointing: the fastest that is predicted to fit.
 
@@ -388,6 +408,7 @@ def predict_choice(run: Run, ranks: Distributed, modes) -> tuple[cost.Choice, di
         world=ranks.shards,
         target_share=sizes.targets / sizes.tokens,
         doc_length=sizes.tokens / sum(len(row.doc_lengths) for row in run.rows),
+        most_documents=1 + max(len(row.doc_lengths) for row in run.rows),  # padding is one
         compiled=cuda and not options.no_compile,
         cpu=ranks.device.type == "cpu",
         fill_share=data.fill_share(run.rows, options.seq_len),
@@ -435,9 +456,9 @@ def build(run: Run, ranks: Distributed) -> tuple[Transformer, torch.optim.Optimi
     model = step.build_model(run.base.config, ranks, run.spec, folder, seed)
     if options.init and options.lora and not run.checkpoint:
         lora.load(model, options.init, shards.copy_shard)
-    if ranks.device.type == "cuda" and not options.no_compile:
-        model.compile_blocks()
     optimizer = optim.make_optimizer(model, 0.0, options.weight_decay, options.pure_bf16)
+    if ranks.device.type == "cuda" and not options.no_compile:
+        step.compile_model(model, optimizer)
     if run.checkpoint:
         checkpoint.restore(model, optimizer, run.checkpoint, ranks)
     return model, optimizer
@@ -481,15 +502,12 @@ class Trainer:
         started = time.perf_counter()
         lr = optim.lr_at(number, plan.steps, plan.lr, options.warmup)
         optim.set_lr(self.optimizer, lr)
-        while True:
+
+        def take_step():
             batches = step.micro_batches(rows, self.micro_batch, self.ranks, options.seq_len)
-            try:
-                loss, norm, targets = step.train_step(
-                    self.model, self.optimizer, batches, self.ranks, options.clip
-                )
-                break
-            except step.OutOfMemory:
-                self.halve_micro_batch()
+            return step.train_step(self.model, self.optimizer, batches, self.ranks, options.clip)
+
+        loss, norm, targets = self.until_it_fits(take_step)
         seconds = time.perf_counter() - started
         tokens = sum(len(row.ids) for row in rows)
         model_flops, hardware_flops = metrics.step_flops(self.model, rows)
@@ -509,8 +527,9 @@ class Trainer:
 
     def evaluate(self, number: int, run_dir: RunDir) -> EvalPoint:
         """Evaluate after step `number`, into metrics.jsonl. UserError if the loss isn't finite."""
-        evaluation = step.evaluate(
-            self.model, self.run.val_rows, self.ranks, self.micro_batch, self.options.seq_len
+        rows, length = self.run.val_rows, self.options.seq_len
+        evaluation = self.until_it_fits(
+            lambda: step.evaluate(self.model, rows, self.ranks, self.micro_batch, length)
         )
         if not math.isfinite(evaluation.nats):
             raise UserError(
@@ -531,18 +550,11 @@ class Trainer:
             known = cli.read_json(path, {}).get("micro_batch", self.micro_batch)
             self.micro_batch = min(self.micro_batch, ranks.broadcast(known))
         if device == "cpu" and ranks.world == 1:
-            probe = self.time_micro_batch
+            self.until_it_fits(self.time_micro_batch)
         elif device == "cuda":
-            probe = self.probe_longest_rows
-        else:
-            return
-        while True:
-            try:
-                return probe()
-            except step.OutOfMemory:
-                self.halve_micro_batch()
+            self.until_it_fits(self.probe_worst_rows)
 
-    def probe_longest_rows(self) -> None:
+    def probe_worst_rows(self) -> None:
         accumulates = self.plan.batch > self.micro_batch * self.ranks.world
         self.probe(self.run.rows, accumulates)
 
@@ -572,6 +584,14 @@ class Trainer:
             f"{cost.format_hours(hours)}; {gib:.2f} GiB, checkpoints included"
         )
 
+    def until_it_fits(self, work: Callable[[], T]) -> T:
+        """Return work(), called again with a smaller micro-batch as long as it doesn't fit."""
+        while True:
+            try:
+                return work()
+            except step.OutOfMemory:
+                self.halve_micro_batch()
+
     def halve_micro_batch(self) -> None:
         """Use half as many rows at a time.
 
@@ -587,6 +607,8 @@ class Trainer:
                 "Try --activation-checkpointing full, --qlora, or a shorter --seq-len.",
             )
         self.micro_batch //= 2
+        if self.model.compiled:
+            torch._dynamo.reset()  # what was compiled for the old size would count as a recompile
         self.ranks.print(
             f"{size} rows at a time don't fit: {self.micro_batch} from here on (the result is the "
             "same)"
@@ -624,6 +646,22 @@ def sample_prompts(options: Options) -> list[tuple[list[data.Turn], data.Turn]]:
             prompts.append((session.turns[:index], session.turns[index]))
     count = min(options.samples, len(prompts))
     return [prompts[i] for i in np.linspace(0, len(prompts) - 1, count, dtype=int)]
+
+
+def print_samples(model, tokenizer, prompts, ranks: Distributed, seed: int) -> None:
+    """Print the samples. On one GPU without room for them, training goes on."""
+
+    def show():
+        for sample in generate_samples(model, tokenizer, prompts, ranks, seed):
+            ranks.print(sample)
+
+    try:
+        step.run_within_memory(show, model, ranks.device)
+    except step.OutOfMemory:
+        if ranks.world > 1:
+            raise
+        model.train()
+        ranks.print("    (no samples: they don't fit beside the training)")
 
 
 def generate_samples(model, tokenizer, prompts, ranks: Distributed, seed: int) -> Iterator[str]:

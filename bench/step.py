@@ -433,9 +433,9 @@ def ours(job, device, steps):
         tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
         for key, parameter in lora.adapter_parameters(model).items():
             shards.copy_shard(parameter, tensors[lora.peft_name(key)])
-    if device.type == "cuda":
-        model.compile_blocks()
     optimizer = optim.make_optimizer(model, RATES[kind], 0.0, spec.pure_bf16)
+    if device.type == "cuda":
+        step.compile_model(model, optimizer)
     times, losses = [], []
     for rows in steps:
         started = time.perf_counter()

@@ -36,6 +36,12 @@ def init_adam_state(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
     return state | {name: torch.zeros_like(parameter) for name in ADAM_STATE}
 
 
+def compile_update(optimizer: torch.optim.Optimizer) -> None:
+    """Compile BF16AdamW's update: one pass over 14 bytes a weight, not 162. fp32's is fused."""
+    if isinstance(optimizer, BF16AdamW):
+        optimizer.update = torch.compile(optimizer.update, dynamic=True)
+
+
 # --- what others may ask of an optimizer
 
 
@@ -84,6 +90,7 @@ class BF16AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            settings = [group[name] for name in ("lr", "weight_decay", "betas", "eps")]
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -96,10 +103,10 @@ class BF16AdamW(torch.optim.Optimizer):
                     local, _ = shards.local_shard(tensor)
                     chunks.append(local.flatten().split(self.CHUNK_SIZE))
                 for chunk in zip(*chunks):
-                    self.update(*chunk, state["step"], **group)
+                    self.update(*chunk, state["step"], *settings)
 
     @staticmethod
-    def update(weight, grad, exp_avg, exp_avg_sq, step, *, lr, weight_decay, betas, eps, **_):
+    def update(weight, grad, exp_avg, exp_avg_sq, step, lr, weight_decay, betas, eps):
         """Update a chunk of weights and its moments in place."""
         grad = grad.float()
         mean = exp_avg.float().lerp(grad, 1 - betas[0])

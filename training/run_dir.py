@@ -174,7 +174,7 @@ class RunDir:
             # Since the last forward pass FSDP2 shows the root's parameters gathered, and cast.
             model.reshard()
         if not run.options.lora:
-            save_model(model, self.path, run.base.tokenizer)
+            save_model(model, self.path, run.base.tokenizer, advance=self.ranks.advance)
             return
         tensors = {}
         for name, parameter in lora.adapter_parameters(model).items():
