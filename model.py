@@ -378,16 +378,16 @@ def attention_layout(
     return mask  # (B or 1, 1, T, S)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Documents | Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Documents | Tensor) -> Tensor:
     """Scaled dot-product attention of q (B, T, H, D) over k, v (B, S, G, D) → (B, T, H, D)."""
-    if isinstance(attn_mask, Documents):
+    if isinstance(layout, Documents):
         flat = (x.flatten(0, 1) for x in (q, k, v))
-        return attn_mask.kernel(*flat, attn_mask).view(q.shape)
+        return layout.kernel(*flat, layout).view(q.shape)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or G, T or S, D)
     gqa = q.device.type in GQA_MASK_DEVICES
     if not gqa:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=gqa)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=layout, enable_gqa=gqa)
     return out.transpose(1, 2)
 
 
@@ -546,11 +546,11 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return ApplyRotary.apply(q, *rotation[:2]), ApplyRotary.apply(k, *rotation[-2:]), v
 
-    def forward(self, x, rotation, attn_mask, target_positions, cache, layer):
+    def forward(self, x, rotation, layout, target_positions, cache, layer):
         q, k, v = self.qkv(x, rotation)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, S, G, D)
-        attended = attend(q, k, v, attn_mask).flatten(2)  # (B, T, H * D)
+        attended = attend(q, k, v, layout).flatten(2)  # (B, T, H * D)
         return self.o_proj(select_tokens(attended, target_positions))
 
 
@@ -618,12 +618,12 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(
-        self, x: Tensor, rotation, attn_mask, target_positions=None, cache=None, layer: int = 0
+        self, x: Tensor, rotation, layout, target_positions=None, cache=None, layer: int = 0
     ) -> Tensor:
         """x (B, T, E) → (B, T, E), or (n, E) for the tokens at `target_positions` (n,) alone."""
         # Decoding has a new shape for every token: nothing to compile.
         run = self.run if cache is None else self.compute
-        return run(x, rotation, attn_mask, target_positions, cache, layer)
+        return run(x, rotation, layout, target_positions, cache, layer)
 
     def run(self, *args):
         """What `compile_blocks` compiles; FSDP2's hooks stay outside, on `forward`."""
@@ -633,9 +633,9 @@ class Block(nn.Module):
         options = {"context_fn": SELECTIVE_AC} if selective else {}
         return checkpoint(self.compute, *args, use_reentrant=False, **options)
 
-    def compute(self, x, rotation, attn_mask, target_positions, cache, layer):
+    def compute(self, x, rotation, layout, target_positions, cache, layer):
         normed = self.input_layernorm(x)
-        attended = self.self_attn(normed, rotation, attn_mask, target_positions, cache, layer)
+        attended = self.self_attn(normed, rotation, layout, target_positions, cache, layer)
         x = select_tokens(x, target_positions) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -772,17 +772,17 @@ class Transformer(nn.Module):
         rotation = rope(positions, self.config)
         x = self.model.embed_tokens(tokens)  # (B, T, E)
         x = x.to(self.dtype or x.dtype)
-        attn_mask = cache.mask if cache else None
-        if attn_mask is None:
+        layout = cache.mask if cache else None
+        if layout is None:
             cached, window = cache.length if cache else None, self.config.sliding_window
-            attn_mask = attention_layout(positions, window, cached, x.dtype, cu_seqlens)
+            layout = attention_layout(positions, window, cached, x.dtype, cu_seqlens)
 
         # Behind the last attention only the selected tokens matter. Compiled blocks are all alike,
         # so there they are selected behind the last block.
         last = None if self.compiled else self.model.layers[-1]
         for index, block in enumerate(self.model.layers):
             late = selected if block is last else None
-            x = block(x, rotation, attn_mask, late, cache, index if cache else 0)
+            x = block(x, rotation, layout, late, cache, index if cache else 0)
         if cache:
             cache.length += tokens.shape[1]
         x = self.model.norm(select_tokens(x, selected) if self.compiled else x)
@@ -790,14 +790,14 @@ class Transformer(nn.Module):
             return self.lm_head(x)  # (B, T, V) or (n, V)
 
         targets = labels.flatten()[target_positions]
-        losses = self.head_loss(x, targets, attn_mask)
+        losses = self.head_loss(x, targets, layout)
         return losses.sum() if reduction == "sum" else losses, len(targets)
 
-    def head_loss(self, x, targets, attn_mask):
+    def head_loss(self, x, targets, layout):
         train = torch.is_grad_enabled()
         weights = [p for p in self.lm_head.parameters() if train and p.requires_grad]
         # Fake tensors that stand for a GPU's are on the CPU too; then cu_seqlens is a tensor.
-        like_gpu = isinstance(getattr(attn_mask, "cu_seqlens", None), Tensor)
+        like_gpu = isinstance(getattr(layout, "cu_seqlens", None), Tensor)
         on_cpu = x.device.type == "cpu" and not like_gpu
         chunk_sizes = HEAD_CHUNK["cpu" if on_cpu else "gpu"]
         return LinearCrossEntropy.apply(self.lm_head, x, targets, chunk_sizes, *weights)
