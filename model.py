@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -173,16 +173,12 @@ class Linear(nn.Linear):
     one token x (in,). Compiled on a CPU, `product` reads weights twice as fast as a matmul would.
     """
 
-    def stored(self):
+    # Functions of as many tensors as `stored()` has.
+    unpack: Callable[..., Tensor] = staticmethod(lambda weight, dtype: weight.to(dtype))
+    product: Callable[..., Tensor] = staticmethod(lambda x, weight: (weight.float() * x).sum(-1))
+
+    def stored(self) -> Sequence[Tensor]:
         return (self.weight,)
-
-    @staticmethod
-    def unpack(weight, dtype):
-        return weight.to(dtype)
-
-    @staticmethod
-    def product(x, weight):
-        return (weight.float() * x).sum(-1)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
@@ -404,7 +400,7 @@ def varlen_kernel() -> Callable:
     from torch.nn.attention.varlen import varlen_attn
 
     knows_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    options = {"enable_gqa": True} if knows_groups else {}
+    options: dict = {"enable_gqa": True} if knows_groups else {}
 
     def kernel(q, k, v, documents):
         window = -1 if documents.window is None else documents.window - 1
@@ -538,7 +534,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def qkv(self, x: Tensor, rotation: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def qkv(self, x: Tensor, rotation: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """x (B, T, E) → q (B, T, H, D), k and v (B, T, G, D), rotated by `rope`'s angles."""
         linears = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in linears)
@@ -630,7 +626,7 @@ class Block(nn.Module):
         if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
             return self.compute(*args)
         selective = self.activation_checkpointing == "selective"
-        options = {"context_fn": SELECTIVE_AC} if selective else {}
+        options: dict = {"context_fn": SELECTIVE_AC} if selective else {}
         return checkpoint(self.compute, *args, use_reentrant=False, **options)
 
     def compute(self, x, rotation, layout, target_positions, cache, layer):
@@ -737,7 +733,7 @@ class Transformer(nn.Module):
         """Compile for batches of one shape; another shape is compiled again."""
         self.compiled = True
         for block in self.model.layers:
-            block.run = torch.compile(block.run, dynamic=False)
+            block.run = torch.compile(block.run, dynamic=False)  # type: ignore[arg-type, assignment]
 
     def forward(
         self,
@@ -772,7 +768,7 @@ class Transformer(nn.Module):
         rotation = rope(positions, self.config)
         x = self.model.embed_tokens(tokens)  # (B, T, E)
         x = x.to(self.dtype or x.dtype)
-        layout = cache.mask if cache else None
+        layout: Documents | Tensor | None = cache.mask if cache else None
         if layout is None:
             cached, window = cache.length if cache else None, self.config.sliding_window
             layout = attention_layout(positions, window, cached, x.dtype, cu_seqlens)

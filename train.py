@@ -98,7 +98,7 @@ class Options:
         shown="all seven linear layers",
     )
 
-    micro_batch: str = flag(
+    micro_batch: str | int | None = flag(  # parse_options makes it a number, or None for auto
         "auto",
         "rows at a time on one rank",
         shown="auto, the fastest that fits",
@@ -206,8 +206,9 @@ def train_loop(trainer: "Trainer", run_dir: RunDir, manager: CheckpointManager) 
             # Evaluate, show samples, save the best weights; stop when they get no better.
             point = trainer.evaluate(number, run_dir)
             is_best = trainer.tracker.add(point)
-            best = "" if is_best else f" (best: {trainer.tracker.best.loss:.4f})"
-            ranks.print(f"epoch {point.epoch:.2f}: {point}{best}")
+            best = trainer.tracker.best
+            known = f" (best: {best.loss:.4f})" if best and not is_best else ""
+            ranks.print(f"epoch {point.epoch:.2f}: {point}{known}")
             for sample in generate_samples(model, tokenizer, prompts, ranks, options.seed):
                 ranks.print(sample)
             if is_best:
@@ -247,7 +248,7 @@ def describe(run: Run, ranks: Distributed) -> str:
 def parse_options() -> Options:
     options = cli.parse(Options)
     micro_batch = None
-    if options.micro_batch != "auto":
+    if isinstance(options.micro_batch, str) and options.micro_batch != "auto":
         try:
             micro_batch = int(options.micro_batch)
         except ValueError:

@@ -188,6 +188,7 @@ class CompiledDecoder:
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.cache_positions = torch.arange(cache.size, device=device)
+        self.blocks = [block for block in model.model.layers if isinstance(block, Block)]
         self.rotations = rope(self.cache_positions[None], model.config)
         # S → (CUDA graph over the first S positions of the cache, its logits)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -240,7 +241,7 @@ class CompiledDecoder:
         hidden = (distance < 0) | (distance >= window)  # (S,)
         torch._dynamo.maybe_mark_dynamic(hidden, 0)
         x = self.model.model.embed_tokens(self.token).float()  # (1, 1, E)
-        for block, layer in zip(self.model.model.layers, self.cache.layers):
+        for block, layer in zip(self.blocks, self.cache.layers):
             q, k, v = self.queries_keys_values(block, x, rotation)
             kv = torch.stack([k, v]).transpose(2, 3)  # (2, 1, G, 1, D)
             layer.index_copy_(3, self.position, kv.to(layer.dtype))
@@ -264,7 +265,7 @@ class CompiledDecoder:
         return graph, logits
 
 
-def queries_keys_values(block: Block, x: Tensor, rotation: list[Tensor]) -> tuple[Tensor, ...]:
+def queries_keys_values(block: Block, x: Tensor, rotation: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return block.self_attn.qkv(block.input_layernorm(x), rotation)
 
 

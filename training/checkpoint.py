@@ -179,7 +179,8 @@ class CheckpointWriter(threading.Thread):
         self.path = folder / f"rank-{ranks.rank:05}"
         self.error: Exception | None = None
         self.started = time.monotonic()
-        self.tensors, places = {}, {}
+        self.tensors: dict[str, torch.Tensor] = {}
+        places = {}
         for name, tensor in tensors.items():
             local, first = shards.local_shard(tensor)
             self.tensors[name] = local.to("cpu", copy=True).contiguous()

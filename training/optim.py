@@ -20,7 +20,7 @@ def make_optimizer(
     """
     weights = [p for p in model.parameters() if p.requires_grad]
     if pure_bf16:
-        optimizer = BF16AdamW(weights, lr=lr, weight_decay=weight_decay)
+        optimizer: torch.optim.Optimizer = BF16AdamW(weights, lr=lr, weight_decay=weight_decay)
     else:
         optimizer = torch.optim.AdamW(
             weights, lr=lr, betas=BETAS, weight_decay=weight_decay, fused=True
@@ -82,7 +82,7 @@ class BF16AdamW(torch.optim.Optimizer):
         super().__init__(weights, defaults)
 
     @torch.no_grad()
-    def step(self):
+    def step(self):  # type: ignore[override]  # without a closure
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -95,8 +95,8 @@ class BF16AdamW(torch.optim.Optimizer):
                 for tensor in (parameter, parameter.grad, *(state[name] for name in ADAM_STATE)):
                     local, _ = shards.local_shard(tensor)
                     chunks.append(local.flatten().split(self.CHUNK_SIZE))
-                for chunk in zip(*chunks):
-                    self.update(*chunk, state["step"], **group)
+                for weight, grad, exp_avg, exp_avg_sq in zip(*chunks):
+                    self.update(weight, grad, exp_avg, exp_avg_sq, state["step"], **group)
 
     @staticmethod
     def update(weight, grad, exp_avg, exp_avg_sq, step, *, lr, weight_decay, betas, eps, **_):

@@ -8,7 +8,7 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -238,7 +238,7 @@ def choose_micro_batch(run: Run, ranks: Distributed) -> Run:
     """
     options, cuda = run.options, ranks.device.type == "cuda"
     if options.activation_checkpointing != "auto":
-        modes = (options.activation_checkpointing,)
+        modes: Sequence[str] = (options.activation_checkpointing,)
     elif cuda:
         modes = AC_MODES
     else:
@@ -259,7 +259,7 @@ def choose_micro_batch(run: Run, ranks: Distributed) -> Run:
     )
 
 
-def predict_choice(run: Run, ranks: Distributed, modes) -> tuple[cost.Choice, dict]:
+def predict_choice(run: Run, ranks: Distributed, modes: Sequence[str]) -> tuple[cost.Choice, dict]:
     """Predict memory and speed of each choice. Return the best, and what is predicted for it."""
     options, plan = run.options, run.plan
     cuda = ranks.device.type == "cuda"

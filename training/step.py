@@ -66,7 +66,7 @@ def build_model(
         load_weights(model, folder, ranks)
     elif seed is not None:
         init_weights(model, seed)
-    if spec.adapter:
+    if spec.adapter and seed is not None:
         with torch.no_grad():
             for parameter, value in lora.initial_values(model, seed, shards.gather_rows):
                 shards.copy_shard(parameter, value)
@@ -153,7 +153,7 @@ def collate(
     tokens = np.zeros((count, length), dtype=np.int64)
     labels = np.full((count, length), IGNORE_INDEX, dtype=np.int64)
     positions = np.zeros((count, length), dtype=np.int64)
-    starts = []  # of each document, in the flattened batch
+    starts: list[int] = []  # of each document, in the flattened batch
     for i in range(count):
         lengths = []
         if i < len(rows):
@@ -165,11 +165,11 @@ def collate(
             lengths.append(padding)
         positions[i] = np.concatenate([np.arange(n) for n in lengths])
         starts.extend(i * length + np.cumsum([0, *lengths[:-1]]))
-    cu_seqlens = [*map(int, starts), count * length]
+    cu_seqlens: list[int] | torch.Tensor = [*map(int, starts), count * length]
     if device.type == "cuda":
         size = 1 + (1 << max(6, (len(cu_seqlens) - 1).bit_length()))
-        cu_seqlens += cu_seqlens[-1:] * (size - len(cu_seqlens))
-        cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
+        padding = [count * length] * (size - len(cu_seqlens))
+        cu_seqlens = torch.tensor([*cu_seqlens, *padding], dtype=torch.int32)
     batch = Batch(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(positions),
@@ -177,7 +177,7 @@ def collate(
         cu_seqlens=cu_seqlens,
         target_positions=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
     )
-    return Batch(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in batch))
+    return Batch._make(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in batch)
 
 
 def batch_shape(size: int, length: int, ranks: Distributed) -> tuple[int, int]:
@@ -252,7 +252,7 @@ def accumulate_gradients(
         for number, batch in enumerate(batches, 1):
             ranks.advance()
             if ranks.replicas > 1:  # hosts exchange their sums once a step
-                model.set_requires_all_reduce(number == len(batches))
+                distributed.fsdp_module(model).set_requires_all_reduce(number == len(batches))
             loss, _ = model(**batch._asdict())
             # FSDP2 averages over ranks: times world makes it the sum.
             (loss * (ranks.world / count)).backward()
