@@ -46,8 +46,7 @@ class ChatCopy:
     """
 
     def __init__(self, chat: Chat, number: int):
-        self.chat, self.number = chat, number
-        self.runs: list[Run] = []
+        self.chat, self.number, self.runs = chat, number, []
         self.texts: array | None = array("q")
         self.overlap: align.Overlap | None = None
 
@@ -73,23 +72,22 @@ class MessageStore:
         chat = chat._replace(name=self.clean_name(chat.name))
         copy = ChatCopy(chat, sum(map(len, self.copies.values())))
         self.copies.setdefault(chat.key, []).append(copy)
-        runs = copy.runs
-        names: dict[tuple, None] = {}  # of authors, in order
+        runs, names = copy.runs, {}
         while batch := list(itertools.islice(messages, BATCH)):
             batch.sort(key=TIME)  # stable: messages of one second stay in their order
             ids, authors, shown, times, dates, texts, left_out = zip(*batch)
             names |= dict.fromkeys(zip(authors, shown))
             self.counts[export].update(itertools.compress(authors, map(operator.not_, left_out)))
-            cleaned = [text and self.clean(text) for text in texts]
+            texts = [text and self.clean(text) for text in texts]
             if ids[0] is not None:
                 copy.texts = None
             elif copy.texts is not None:
-                copy.texts.extend(map(hash, cleaned))
+                copy.texts.extend(map(hash, texts))
             if not runs or times[0] < runs[-1].last:
                 runs.append(Run(times[0]))
             runs[-1].last = times[-1]
             # Nobody else can write to this file.
-            data = marshal.dumps((ids, authors, times, dates, cleaned, left_out))
+            data = marshal.dumps((ids, authors, times, dates, texts, left_out))
             runs[-1].places.append((self.file.tell(), len(data)))
             self.file.write(data)
         self.names |= {author: self.clean_name(name) for author, name in names if name}
@@ -159,7 +157,7 @@ class MessageStore:
         for message, at, is_seen in zip(self.merged(copy.runs), times.tolist(), seen.tolist()):
             if not is_seen:
                 date = message.date if at == message.at else iso_time(at)
-                author = message.author and rename.get(message.author, message.author)
+                author = rename.get(message.author, message.author)
                 yield message._replace(author=author, at=at, date=date)
 
     def merged(self, runs: list[Run]) -> Iterator[Message]:
@@ -199,8 +197,7 @@ def with_keys(messages: Iterable[Message]) -> Iterator[tuple[int, Message]]:
 
     Of two messages without ids that are alike, the second "ok" of one second is another one.
     """
-    last = None
-    alike: collections.Counter[tuple] = collections.Counter()
+    last, alike = None, collections.Counter()
     for message in messages:
         key = f"{message.id} {message.author}"
         if message.id is None:
