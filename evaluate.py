@@ -68,9 +68,7 @@ class Options:
         group="what to measure",
     )
     model: str | None = flag(None, "the base, if it moved since training")
-    data: str | None = flag(
-        None, "the folder that data.py wrote", shown="what it was trained on, or data"
-    )
+    data: str = flag("", "the folder that data.py wrote", shown="what it was trained on, or data")
     replies: int = flag(100, "held-out replies to compare")
     baselines: bool = flag(False, "also measure prompts with past messages, facts, old exchanges")
     seed: int = flag(0, "the same seed gives the same report")
@@ -79,7 +77,7 @@ class Options:
     blind_test: bool = flag(
         False, "write a page of items that you approve, no report", group="a page for a friend"
     )
-    with_: str | None = flag(None, "the friend: only your chat with them is used")
+    with_: str = flag("", "the friend: only your chat with them is used")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,8 +234,8 @@ def draw_choices(examples: list[Example], seed: int) -> list[Example]:
     """Add nine replies from other sessions to each of mine; none where there are too few."""
     draw, drawn = np.random.default_rng(seed), []
     for example in examples:
-        others = {tuple(e.mine) for e in examples if e.session != example.session}
-        others = sorted(others - {tuple(example.mine)})
+        elsewhere = {tuple(e.mine) for e in examples if e.session != example.session}
+        others = sorted(elsewhere - {tuple(example.mine)})
         if len(others) < CHOICES - 1:
             return examples
         nine = [list(others[i]) for i in draw.permutation(len(others))[: CHOICES - 1]]
@@ -309,7 +307,7 @@ def load(folder: str | Path, options: Options) -> tuple:
     A base's own tokenizer gives the same ids as the checkpoint's, and tells which ChatML tokens the
     base has no rows for: they get the rows that training began with.
     """
-    folder, device = hub.resolve(folder), devices.pick_device(options.device)
+    folder, device = hub.resolve(str(folder)), devices.pick_device(options.device)
     tokenizer = load_tokenizer(folder)
     model = load_for_chat(folder, options.model, MAX_CONTEXT, device, tokenizer)
     return model, tokenizer, min(MAX_CONTEXT, model.config.max_position_embeddings)
@@ -362,6 +360,7 @@ def held_out_likelihood(model, rows: list[data.Row], name: str) -> step.Evaluati
 def longer_prompts(test_set: TestSet, facts: Path, tokenizer, size: int) -> dict[str, Callable]:
     """Return the ways to put more of me before a session's turns: {name: turns → turns}."""
     past, exchanges = test_set.past, test_set.exchanges
+    assert exchanges is not None  # it is there with --baselines
     lines = cli.read_text(facts).splitlines() if facts.is_file() else statements(past)
     lines = [line for line in lines if line.strip()]
 
@@ -435,10 +434,10 @@ def classifier_auc(mine: list[tuple], theirs: list[tuple], seed: int) -> Number:
         if len(side) < MIN_REPLIES or len({session for session, _ in side}) < MIN_SESSIONS:
             need = f"{MIN_REPLIES} of {MIN_SESSIONS} sessions are needed"
             return {"value": None, "why": f"too little: {len(side)} replies, {need}"}
-    numbers, texts = zip(*mine, *theirs)
+    numbers, replies = zip(*mine, *theirs)
     _, sessions = np.unique(numbers, return_inverse=True)
+    texts = np.array([f"\n{text}\n" for text in replies])
     is_mine = np.arange(len(texts)) < len(mine)
-    texts = np.array([f"\n{text}\n" for text in texts])
     settings = {"analyzer": "char", "ngram_range": (3, 5), "lowercase": False}
     splitter = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
     folds, pairs = [], []  # pairs: of my replies and theirs that a fold compares
@@ -559,13 +558,13 @@ def swap_sides(session: data.Session) -> data.Session:
 
 def bits_per_char(models: dict[str, ModelOutputs]) -> dict[str, Number]:
     """Measure bits on the text of all my held-out messages, and how many more than the clone's."""
-    clone, table = models["clone"].held_out, {}
+    evaluations = {name: output.held_out for name, output in models.items() if output.held_out}
+    clone, table = evaluations["clone"], {}
     number = np.arange(len(clone.chars))
-    for name, output in models.items():
-        bits = output.held_out.bits
-        table[name] = ratio(bits, clone.chars, number)
+    for name, evaluation in evaluations.items():
+        table[name] = ratio(evaluation.bits, clone.chars, number)
         if name != "clone":
-            table[f"{name} - clone"] = ratio(bits - clone.bits, clone.chars, number)
+            table[f"{name} - clone"] = ratio(evaluation.bits - clone.bits, clone.chars, number)
     return table
 
 
@@ -576,7 +575,7 @@ def memorised(models: dict[str, ModelOutputs], probes: list[Probe]) -> list[dict
         row: dict[str, Any] = {"copies": count}
         for name, output in models.items():
             base = None if name == "base" or "base" not in models else models["base"]
-            base_places = base and base.places[copies == count]
+            base_places = base.places[copies == count] if base else None
             row[name] = exposure(output.places[copies == count], base_places)
         rows.append(row)
     return rows

@@ -13,6 +13,7 @@ import json
 import math
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,7 +77,7 @@ def dataset_size(options: "Options", folder: Path | None) -> DatasetSize:
     Without --data: those of --tokens, or of as many sessions as the original's.
     """
     if options.data is None:
-        tokens = options.tokens or ORIGINAL_SESSIONS * cost.SESSION_TOKENS
+        tokens: float = options.tokens or ORIGINAL_SESSIONS * cost.SESSION_TOKENS
         sessions = f"{ORIGINAL_SESSIONS:,} sessions of {cost.SESSION_TOKENS} tokens"
         source = f"no --data: assumes the original's {sessions}"
         if options.tokens:
@@ -121,7 +122,7 @@ def estimate_tokens(path: Path) -> tuple[float, float, int]:
 
 class Base(NamedTuple):
     config: ModelConfig  # with room for our special tokens
-    added: tuple  # their rows in the vocabulary, where they are new
+    added: Sequence[int]  # their rows in the vocabulary, where they are new
     folder: Path | None
 
 
@@ -366,7 +367,7 @@ def estimate(plan: Plan) -> dict:
 def gib_per_gpu(plan: Plan) -> dict[str, float]:
     """List what one GPU holds, the reserve, their total, and what the GPU has."""
     work, choice = plan.work, plan.choice
-    reserve = memory.CUDA_RESERVE
+    reserve: float = memory.CUDA_RESERVE
     if work.cpu:
         reserve = work.required_bytes(choice.memory) - choice.bytes
     sizes = {kind: choice.memory.get(kind, 0) for kind in cost.MEMORY_KINDS}

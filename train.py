@@ -14,11 +14,9 @@ if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     # Tensors of many sizes would break memory into pieces. Torch reads this when it is imported.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-import concurrent.futures
 import dataclasses
 import itertools
 import math
-import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +36,7 @@ from model import AC_MODES, Transformer
 from training import checkpoint, cost, distributed, metrics, optim, step
 from training.checkpoint import CheckpointManager
 from training.distributed import Distributed
-from training.run import MAX_CPU_PARAMETERS, Plan, Run, is_elastic_restart, prepare
+from training.run import Plan, Run, choose_micro_batch, is_elastic_restart, prepare
 from training.run_dir import BestTracker, EvalPoint, RunDir
 from training.watchdog import Watchdog
 from weights import hf, hub, shards
@@ -107,7 +105,7 @@ class Options:
         shown="all seven linear layers",
     )
 
-    micro_batch: str = flag(
+    micro_batch: str | int | None = flag(  # parse_options makes it a number, or None for auto
         "auto",
         "rows at a time on one rank",
         shown="auto, the fastest that fits",
@@ -184,12 +182,12 @@ def train_loop(trainer: "Trainer", run_dir: RunDir, manager: CheckpointManager) 
         trainer.tracker.add(point)
         ranks.print(f"before training: {point}")
 
-    step_rows = batches(run.rows, plan, options.seed, trainer.done)
+    rows_of_steps = step_rows(run.rows, plan, options.seed, trainer.done)
     hidden = not ranks.is_main
     with tqdm(
         total=plan.steps, initial=trainer.done, unit="step", disable=hidden, dynamic_ncols=True
     ) as bar:
-        for number, rows in enumerate(step_rows, trainer.done + 1):
+        for number, rows in enumerate(rows_of_steps, trainer.done + 1):
             # All ranks stop and save alike: the manager asks every rank.
             stop = manager.poll(trainer.done, trainer.state)
             if stop is not None:
@@ -215,8 +213,9 @@ def train_loop(trainer: "Trainer", run_dir: RunDir, manager: CheckpointManager) 
             # Evaluate, show samples, save the best weights; stop when they get no better.
             point = trainer.evaluate(number, run_dir)
             is_best = trainer.tracker.add(point)
-            best = "" if is_best else f" (best: {trainer.tracker.best.loss:.4f})"
-            ranks.print(f"epoch {point.epoch:.2f}: {point}{best}")
+            best = trainer.tracker.best
+            known = f" (best: {best.loss:.4f})" if best and not is_best else ""
+            ranks.print(f"epoch {point.epoch:.2f}: {point}{known}")
             print_samples(model, tokenizer, prompts, ranks, options.seed)
             if is_best:
                 run_dir.save_weights(model)
@@ -255,7 +254,7 @@ def describe(run: Run, ranks: Distributed) -> str:
 def parse_options() -> Options:
     options = cli.parse(Options)
     micro_batch = None
-    if options.micro_batch != "auto":
+    if isinstance(options.micro_batch, str) and options.micro_batch != "auto":
         try:
             micro_batch = int(options.micro_batch)
         except ValueError:
@@ -350,9 +349,6 @@ def create_manager(
     return manager
 
 
-# --- memory and speed
-
-
 def check_compiler(run: Run, ranks: Distributed) -> Run:
     """Train uncompiled, and say so, where torch.compile doesn't work."""
     if ranks.device.type != "cuda" or run.options.no_compile:
@@ -365,79 +361,6 @@ def check_compiler(run: Run, ranks: Distributed) -> Run:
         "can't compile. It needs a C compiler and Python's headers: apt install gcc g++ python3-dev"
     )
     return dataclasses.replace(run, options=dataclasses.replace(run.options, no_compile=True))
-
-
-def choose_micro_batch(run: Run, ranks: Distributed) -> Run:
-    """Choose rows at a time and activation checkpointing: the fastest that is predicted to fit.
-
-    What the flags say is taken as it is.
-    """
-    options, cuda = run.options, ranks.device.type == "cuda"
-    if options.activation_checkpointing != "auto":
-        modes = (options.activation_checkpointing,)
-    elif cuda:
-        modes = AC_MODES
-    else:
-        modes = ("full" if run.base.config.num_parameters > MAX_CPU_PARAMETERS else "none",)
-    rows = options.micro_batch or min(2, math.ceil(run.plan.batch / ranks.world))
-    mode = AC_MODES.index(modes[-1])
-    prediction: dict = {}
-    # Several ranks on a CPU are a test: nothing is predicted for them.
-    if ranks.is_main and (cuda or ranks.world == 1):
-        choice, prediction = predict_choice(run, ranks, modes)
-        rows, mode = choice.micro_batch, AC_MODES.index(choice.ac_mode)
-    rows, mode = ranks.broadcast(rows), ranks.broadcast(mode)
-    return dataclasses.replace(
-        run,
-        options=dataclasses.replace(options, micro_batch=rows),
-        spec=dataclasses.replace(run.spec, activation_checkpointing=AC_MODES[mode]),
-        prediction=prediction,
-    )
-
-
-def predict_choice(run: Run, ranks: Distributed, modes) -> tuple[cost.Choice, dict]:
-    """Predict memory and speed of each choice. Return the best, and what is predicted for it."""
-    options, plan = run.options, run.plan
-    cuda = ranks.device.type == "cuda"
-    sizes = metrics.step_sizes(run.rows)
-    work = cost.StepWorkload(
-        run.base.config,
-        run.spec,
-        rows=math.ceil(plan.batch / ranks.world),
-        seq_len=options.seq_len,
-        world=ranks.shards,
-        target_share=sizes.targets / sizes.tokens,
-        doc_length=sizes.tokens / sum(len(row.doc_lengths) for row in run.rows),
-        most_documents=1 + max(len(row.doc_lengths) for row in run.rows),  # padding is one
-        compiled=cuda and not options.no_compile,
-        cpu=ranks.device.type == "cpu",
-        fill_share=data.fill_share(run.rows, options.seq_len),
-    )
-    gpu, free = cost.local_device(ranks.device, run.spec.dtype)
-    micro_batches = None if cuda else [1, 2][: work.rows]
-    if options.micro_batch:
-        micro_batches = [options.micro_batch]
-    arguments = work, gpu, free, micro_batches, modes
-    if ranks.world == 1:
-        choice = cost.choose_micro_batch(*arguments)
-    else:
-        # Predicting for several ranks needs process groups of its own, so another process.
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-            choice = pool.submit(cost.choose_micro_batch, *arguments).result()
-    needed = work.required_bytes(choice.memory) / 2**30
-    prediction = {"gib": needed}
-    text = (
-        f"{cli.counted(choice.micro_batch, 'rows at a time')}, activation checkpointing "
-        f"{choice.ac_mode}: {needed:.2f} GiB predicted, {'of' if choice.fits else 'MORE than'} "
-        f"{free / 2**30:.1f} to use"
-    )
-    if not work.cpu:  # a CPU is timed, by Trainer.time_micro_batch
-        speed = plan.batch * options.seq_len * work.fill_share / choice.seconds
-        prediction["tok_per_s"] = speed
-        text += f"; {speed:,.0f} tok/s"
-    ranks.print(text)
-    return choice, prediction
 
 
 # --- the model, its steps and evaluations
@@ -566,7 +489,7 @@ class Trainer:
     def time_micro_batch(self) -> None:
         """Predict the run's speed from the second of two micro-batches: the first makes kernels."""
         run, plan = self.run, self.plan
-        for rows in itertools.islice(batches(run.rows, plan, self.options.seed), 2):
+        for rows in itertools.islice(step_rows(run.rows, plan, self.options.seed), 2):
             rows = rows[: self.micro_batch]
             started = time.perf_counter()
             self.probe(rows, accumulates=False)
@@ -615,7 +538,7 @@ class Trainer:
         )
 
 
-def batches(
+def step_rows(
     rows: list[data.Row], plan: Plan, seed: int, first: int = 0
 ) -> Iterator[list[data.Row]]:
     """Yield the rows of each step from `first` on: every row once an epoch, in a new order."""

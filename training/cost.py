@@ -206,7 +206,7 @@ class StepWorkload:
         logits = 16 * config.vocab_size * self.sizes.targets
 
         pure = self.spec.pure_bf16
-        per_weight = 2  # bytes, each time that it is used
+        per_weight: float = 2  # bytes, each time that it is used
         if self.spec.nf4:
             per_weight = gpu.unpacking
         elif self.trainable_parameters > self.linear_parameters / 2 and not pure:

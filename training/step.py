@@ -70,7 +70,7 @@ def build_model(
         load_weights(model, folder, ranks)
     elif seed is not None:
         init_weights(model, seed)
-    if spec.adapter:
+    if spec.adapter and seed is not None:
         with torch.no_grad():
             for parameter, value in lora.initial_values(model, seed, shards.gather_rows):
                 shards.copy_shard(parameter, value)
@@ -189,7 +189,7 @@ def collate(
     tokens = np.zeros((count, length), dtype=np.int64)
     labels = np.full((count, length), IGNORE_INDEX, dtype=np.int64)
     positions = np.zeros((count, length), dtype=np.int64)
-    starts = []  # of each document, in the flattened batch
+    starts: list[int] = []  # of each document, in the flattened batch
     for i in range(count):
         lengths = []
         if i < len(rows):
@@ -211,7 +211,7 @@ def collate(
         cu_seqlens=cu_seqlens,
         target_positions=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
     )
-    return Batch(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in batch))
+    return Batch._make(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in batch)
 
 
 def batch_shape(size: int, length: int, ranks: Distributed) -> tuple[int, int]:
@@ -286,7 +286,7 @@ def accumulate_gradients(
         for number, batch in enumerate(batches, 1):
             ranks.advance()
             if ranks.replicas > 1:  # hosts exchange their sums once a step
-                model.set_requires_all_reduce(number == len(batches))
+                distributed.fsdp_module(model).set_requires_all_reduce(number == len(batches))
             loss, _ = model(**batch._asdict())
             # FSDP2 averages over ranks: times world makes it the sum.
             (loss * (ranks.world / count)).backward()

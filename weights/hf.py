@@ -85,7 +85,7 @@ MINISTRAL3_ROPE = {
 QWEN_DEFAULTS = {"use_sliding_window": False, "max_window_layers": 28, "layer_types": None}
 # model_type: transformers' defaults for the keys that its class reads beside REQUIRED_KEYS. Others
 # are ignored, as it ignores them.
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {
         "max_position_embeddings": 131072,
         "num_key_value_heads": 8,

@@ -65,7 +65,7 @@ def full_tensors(
     model: Transformer, dtype: torch.dtype, advance: Callable[[], object]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every parameter whole, in `dtype` unless it is packed. A collective if sharded."""
-    packed = set()
+    packed: set[int] = set()
     for module in model.modules():
         if isinstance(module, quantize.PackedLinear):
             packed |= {id(parameter) for parameter in module.stored()}
@@ -98,7 +98,7 @@ def rename_files(folder: Path, tensor_names: list[list[str]], total: int) -> Non
     for number, name in enumerate(names, 1):
         os.replace(folder / f"new-{number}.safetensors", folder / name)
     if count > 1:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for name, tensors in zip(names, tensor_names):
             weight_map |= dict.fromkeys(tensors, name)
         write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
