@@ -83,7 +83,7 @@ cuda_wheels() { # of torch's, those for the driver, the best first: not every to
   case $(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA[A-Z ]* Version *: *\([0-9.]*\).*/\1/p') in
     '') echo cpu ;;
     12.[0-7]) echo cu126 ;;
-    12.*) echo cu128 cu126 ;; # driver 570
+    12.*) echo cu128 cu126 ;; # driver 570; torch 2.11 is the last with cu128, which knows Blackwell
     1[3-9].*) echo cu130 cu128 cu126 ;; # driver 580, which PyPI's own wheel wants too
     *) fail "The box's NVIDIA driver is too old: it knows no CUDA 12" \
       "Rent one with driver 580 or newer (CUDA 13), or at least with CUDA 12.6." ;;
