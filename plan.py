@@ -277,7 +277,7 @@ def validate(options: Options) -> cost.GPU:
             raise UserError(f"--gpus {options.gpus}: --gpu cpu plans for one", "Leave --gpus out.")
         return cost.CPU
     if gib := memory_size(options.gpu):
-        return gpu_of_memory(f"card with {gib:.4g} GiB", gib)
+        return gpu_of_memory(f"GPU with {gib:.4g} GiB", gib)
     name = cost.find_gpu(options.gpu)
     if not name:
         similar = cost.similar_gpus(options.gpu)
@@ -304,7 +304,7 @@ def refuse_training(options: Options, gpu: cost.GPU) -> None:
     raise UserError(
         f"--gpu {options.gpu}: the {gpu.name} has no bf16: "
         "train.py is slow on it and needs more memory, unknown how much",
-        f"Take a card from Ampere on, such as a 3060 (--gpu {gpu.gib:g}gib counts as if it had "
+        f"Take a GPU from Ampere on, such as a 3060 (--gpu {gpu.gib:g}gib counts as if it had "
         f"bf16). {chat}",
     )
 
@@ -444,7 +444,7 @@ def format_report(plan: Plan, answer: dict) -> str:
 def format_speed(plan: Plan, answer: dict) -> str:
     gpu, basis = plan.gpu, answer["efficiency"]
     if basis is None:
-        return "unknown: only this card's memory is known; one without bf16 needs more"
+        return "unknown: only this GPU's memory is known; one without bf16 needs more"
     share = f", {gpu.efficiency:.0%} of {gpu.peak:,.3g} TFLOP/s in matmuls"
     if basis == cost.TIMED_HERE:
         share = ""
@@ -483,7 +483,7 @@ def suggestions(plan: Plan, gib: float) -> list[str]:
     """List what would make the run fit, which needs `gib` now."""
     larger = ", ".join(name for name, gpu in cost.GPUS.items() if gpu.peak and gpu.gib >= gib)
     candidates = {
-        f"a card of more memory ({larger})": larger,
+        f"a GPU with more memory ({larger})": larger,
         "--lora": not plan.options.lora,
         "--qlora": not plan.options.qlora,
         "more --gpus": not plan.work.cpu,

@@ -344,7 +344,7 @@ def gpu_from_name(name: str) -> GPU:
     if gpu and gpu.peak and abs(gpu.gib - gib) < 0.1 * gib:
         return dataclasses.replace(gpu, gib=gib)
     peak = metrics.measure_peak_flops(torch.device("cuda"), torch.bfloat16) / 1e12
-    return GPU(name, gib, 800, peak, 0.6, "assumed for an unknown card, its peak measured", 12)
+    return GPU(name, gib, 800, peak, 0.6, "assumed for an unknown GPU, its peak measured", 12)
 
 
 def this_cpu(dtype: torch.dtype) -> GPU:
