@@ -11,7 +11,6 @@ from conftest import ROOT
 
 from bench import gpu, gpu_stages
 from bench.gpu import STAGES
-from cli import UserError
 
 
 def stage_functions() -> set[str]:
@@ -31,8 +30,6 @@ def test_every_stage_is_in_the_table_and_the_first_call_fits():
     assert gpu.choose_stages(["1"])[0] == "versions"
     assert sorted(gpu.choose_stages(["1", "2"])) == sorted(STAGES)
     assert sum(stage.seconds for stage in STAGES.values() if stage.call == 1) <= gpu.SECONDS
-    with pytest.raises(UserError, match="no stage halvings"):
-        gpu.choose_stages(["halvings"])
 
 
 def test_base_is_written_before_the_first_stage_that_needs_it(tmp_path):
@@ -46,24 +43,29 @@ def test_base_is_written_before_the_first_stage_that_needs_it(tmp_path):
     assert gpu.with_base(["lora"], setup) == ["lora"]
 
 
-def test_a_dry_run_prints_lines_as_they_come_and_ends_with_json():
-    command = ["bash", ROOT / "bench" / "gpu.sh", "attention", "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr
-    *lines, last = done.stdout.splitlines()
-    assert sum("head_dim 128" in line for line in lines) >= 4
-    assert 0 < json.loads(last)["attention"]["worst"] < gpu_stages.ROUNDING
+def test_gpu_sh_refuses_a_stage_that_is_not_there():
+    command = ["bash", ROOT / "bench" / "gpu.sh", "halvings", "--dry-run"]
+    env = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and done.stderr.startswith("there is no stage halvings")
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHON": sys.executable}
+def test_main_ends_with_json_and_exit_code_1_if_a_stage_failed(monkeypatch, capsys):
+    results = {"lora": {"tok_per_s": 15123.456}, "profile": {"failed": "exit code 1"}}
+    monkeypatch.setattr(gpu, "run_stages", lambda *_: results)
+    monkeypatch.setattr(sys, "argv", ["gpu", "2", "--dry-run"])
+    with pytest.raises(SystemExit, match="1"):
+        gpu.main()
+    assert json.loads(capsys.readouterr().out)["lora"]["tok_per_s"] == 15120
+    del results["profile"]
+    gpu.main()
 
 
 def test_a_failing_stage_leaves_the_next_one_alone(tmp_path, capsys):
     (tmp_path / "rows").write_text("4")  # a base without its model
     results = gpu.run_stages(["decode", "attention"], gpu.Setup(tmp_path, dry=True), 300)
     assert results["decode"]["failed"] == "exit code 2"
-    assert "failed" not in results["attention"]
+    assert 0 < results["attention"]["worst"] < gpu_stages.ROUNDING
     assert str(tmp_path / "base") in capsys.readouterr().out
 
 
