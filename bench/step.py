@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 import cli
 import data
 import lora
-from cli import UserError
+from cli import UserError, read_json, write_json
 from model import ModelConfig, Transformer
 from training import distributed, metrics, optim, step
 from weights import hf, shards
@@ -250,25 +250,35 @@ def write_example_data(folder):
 
 def random_base(scratch: Path, config_sizes, device) -> Transformer:
     """Write random weights to `scratch`/base, with Mistral's v1 tokenizer if it is installed."""
+    config = ModelConfig(vocab_size=32002, max_position_embeddings=4096, **config_sizes)
+    source = scratch / "tokenizer"
+    source.mkdir()
     example = ROOT / "examples" / "base"
-    source = example
+    shutil.copyfile(example / "config.json", source / "config.json")
     try:
         import mistral_common
 
-        source = scratch / "tokenizer"
-        source.mkdir()
-        (source / "config.json").write_bytes((example / "config.json").read_bytes())
         v1 = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
-        (source / "tokenizer.model").write_bytes(v1.read_bytes())
+        shutil.copyfile(v1, source / "tokenizer.model")
     except ImportError:
-        pass
+        shutil.copyfile(example / "tokenizer_config.json", source / "tokenizer_config.json")
+        write_json(source / "tokenizer.json", enlarged_vocabulary(config.vocab_size))
     tokenizer = load_tokenizer(source)
-    config = ModelConfig(vocab_size=32002, max_position_embeddings=4096, **config_sizes)
     model = random_model(config, distributed.Distributed(device), step.ModelSpec(pure_bf16=True))
     (scratch / "base").mkdir()
     save_model(model, scratch / "base", tokenizer)
     tokenizer.save(scratch / "base")
     return model
+
+
+def enlarged_vocabulary(size: int) -> dict:
+    """Return the example's tokenizer.json, filled up to `size` with tokens that no text gets."""
+    tokenizer = read_json(ROOT / "examples" / "base" / "tokenizer.json")
+    vocabulary = tokenizer["model"]["vocab"]
+    taken = {*vocabulary.values(), *(token["id"] for token in tokenizer["added_tokens"])}
+    for number in range(max(taken) + 1, size):
+        vocabulary[f"unused {number}"] = number
+    return tokenizer
 
 
 def random_model(config: ModelConfig, ranks: distributed.Distributed, spec) -> Transformer:

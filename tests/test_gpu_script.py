@@ -11,6 +11,9 @@ from conftest import ROOT
 
 from bench import gpu, gpu_stages
 from bench.gpu import STAGES
+from bench.step import random_base
+from weights import hf
+from weights.tokenizer import load_tokenizer
 
 
 def stage_functions() -> set[str]:
@@ -80,6 +83,16 @@ def test_a_stage_is_skipped_without_time_or_without_its_base(tmp_path, capsys):
     results = gpu.run_stages(gpu.choose_stages(["1"]), gpu.Setup(tmp_path), 0)
     assert all("skipped" in figures for figures in results.values())
     assert "capped is skipped: it takes about" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_random_base_has_a_tokenizer_of_its_size(tmp_path, monkeypatch, installed):
+    if not installed:  # as on a rented GPU
+        monkeypatch.setitem(sys.modules, "mistral_common", None)
+    random_base(tmp_path, gpu_stages.TINY, "cpu")
+    tokenizer = load_tokenizer(tmp_path / "base")
+    assert hf.config_for_tokenizer(tmp_path / "base", tokenizer).vocab_size == 32002
+    assert len(tokenizer) == 32002
 
 
 def test_idle_share_is_the_time_that_no_kernel_covers():
