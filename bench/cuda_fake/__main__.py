@@ -62,6 +62,7 @@ def run(name: str, driver: Path) -> bool:
         "GPU_NAME": f"NVIDIA GeForce {gpu.name}",
         "GPU_CC": str(CAPABILITIES[checks.CHECKS[name].card]),
         "GPU_BYTES": str(int(gpu.gib * devices.GIB)),
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # as train.py sets it
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         "OMP_NUM_THREADS": "1",
     }

@@ -29,7 +29,8 @@ struct {
   unsigned long launches, waits, kernels, shared_bytes, used, most_used;
 } fake_cuda = {.used = 512 << 20};
 
-static int capturing; /* a CUDA graph */
+static int capturing; /* a CUDA graph, on this stream */
+static void *captured_stream;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static unsigned long setting(const char *name) {
@@ -318,7 +319,10 @@ SUCCEEDS(cuMemSetAccess)
 /* --- streams, events, graphs */
 
 int cudaDeviceSynchronize(void) { return wait_for_gpu(); }
-int cudaStreamSynchronize(void *stream) { return wait_for_gpu(); }
+int cudaStreamSynchronize(void *stream) {
+  int refused = wait_for_gpu();
+  return stream == captured_stream ? refused : 0; /* torch waits on others */
+}
 int cudaEventSynchronize(void *event) { return wait_for_gpu(); }
 int cudaEventElapsedTime(float *out, void *from, void *to) { return *out = 1, 0; }
 int cudaStreamGetPriority(void *stream, int *out) { return set_int(out, 0); }
@@ -335,16 +339,22 @@ SUCCEEDS(cudaEventQuery)
 SUCCEEDS(cudaEventRecord)
 SUCCEEDS(cudaEventRecordWithFlags)
 
-int cudaStreamBeginCapture(void *stream, int mode) { return capturing = 1, 0; }
+static int is_captured(void *stream) { return capturing && stream == captured_stream; }
+int cudaStreamBeginCapture(void *stream, int mode) {
+  captured_stream = stream;
+  return capturing = 1, 0;
+}
 int cudaStreamEndCapture(void *stream, void **graph) {
   capturing = 0;
   return make_handle(graph);
 }
-int cudaStreamIsCapturing(void *stream, int *status) { return set_int(status, capturing); }
+int cudaStreamIsCapturing(void *stream, int *status) {
+  return set_int(status, is_captured(stream));
+}
 int cudaStreamGetCaptureInfo(void *stream, int *status, unsigned long long *id, void **graph,
                              const void **nodes, const void **edges, size_t *count) {
   if (id)
-    *id = capturing;
+    *id = is_captured(stream);
   if (graph)
     *graph = NULL;
   if (nodes)
@@ -353,7 +363,7 @@ int cudaStreamGetCaptureInfo(void *stream, int *status, unsigned long long *id, 
     *edges = NULL;
   if (count)
     *count = 0;
-  return set_int(status, capturing);
+  return set_int(status, is_captured(stream));
 }
 int cudaGraphGetNodes(void *graph, void **nodes, size_t *count) { return *count = 1, 0; }
 MAKES(cudaGraphInstantiateWithFlags)
