@@ -50,6 +50,9 @@ def build_driver() -> Path:
     command = ["cc", "-shared", "-fPIC", "-O1", "-Wall", f"-Wl,-soname,{driver.name}"]
     command += [*(f"-I{folder}" for folder in headers), "-o", driver, HERE / "driver.c"]
     subprocess.run(command, check=True)
+    nvml = driver.with_name("libnvidia-ml.so.1")
+    nvml.unlink(missing_ok=True)
+    nvml.symlink_to(driver.name)
     return driver
 
 
@@ -58,6 +61,7 @@ def run(name: str, driver: Path) -> bool:
     gpu = cost.GPUS[checks.CHECKS[name].card]
     environment = {
         "LD_PRELOAD": str(driver),
+        "LD_LIBRARY_PATH": str(driver.parent),
         "TRITON_LIBCUDA_PATH": str(driver.parent),
         "GPU_NAME": f"NVIDIA GeForce {gpu.name}",
         "GPU_CC": str(CAPABILITIES[checks.CHECKS[name].card]),

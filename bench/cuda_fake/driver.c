@@ -1,7 +1,7 @@
 /*
 A CUDA driver without a GPU: memory is address space, kernels do nothing.
 
-Preloaded, it answers for libcuda, libcudart and cuBLAS, so that torch, its allocator, its compiler
+Preloaded, it answers for libcuda, libcudart, NVML and cuBLAS, so that torch, its allocator, its compiler
 and Triton run as they do on the card that GPU_NAME, GPU_CC and GPU_BYTES name. It counts memory and
 refuses what the card would refuse: more memory than it has, a kernel with too much shared memory or
 for another architecture, a wait while a CUDA graph is captured. What isn't here isn't called, or
@@ -315,6 +315,20 @@ CUresult cuMemUnmap(CUdeviceptr address, size_t size) {
   return mprotect((void *)address, size, PROT_NONE) ? CUDA_ERROR_INVALID_VALUE : 0;
 }
 SUCCEEDS(cuMemSetAccess)
+
+/* NVML, which torch asks first if GPUs of several hosts share memory, and whose memory is full. */
+SUCCEEDS(nvmlInit_v2)
+SUCCEEDS(nvmlDeviceGetNvLinkRemoteDeviceType)
+SUCCEEDS(nvmlDeviceGetNvLinkRemotePciInfo_v2)
+SUCCEEDS(nvmlSystemGetCudaDriverVersion_v2)
+int nvmlDeviceGetHandleByPciBusId_v2(const char *bus, void **out) { return make_handle(out); }
+int nvmlDeviceGetGpuFabricInfoV(void *device, unsigned *info) {
+  memset(info + 1, 0, 28); /* behind the version: a GPU without a fabric */
+  return 0;
+}
+int nvmlDeviceGetComputeRunningProcesses(void *device, unsigned *count, void *info) {
+  return *count = 0;
+}
 
 /* --- streams, events, graphs */
 
