@@ -77,7 +77,7 @@ class Training:
         spec = dataclasses.replace(work.spec, activation_checkpointing=mode)
         with fake_ranks(self.world) as ranks:
             measured, waits = measure_step(
-                config, spec, ranks, [[row] * work.rows for row in rows], size
+                config, spec, ranks, [[row] * min(work.rows, 2 * size) for row in rows], size
             )
         excess = measured / predicted - 1
         reserved = torch.cuda.max_memory_reserved()
@@ -174,7 +174,7 @@ class Decoding:
 CHECKS: dict[str, Training | Decoding] = {
     "lora 7B": Training("3090", "lora", limit_gib=21.5),
     "qlora 7B": Training("3060", "qlora", limit_gib=9),
-    "full 7B, 8 cards": Training("a100-80", "full", world=8, limit_gib=18),
+    "full 7B, 8 cards": Training("a100-80", "full", "full", rows=2, world=8, limit_gib=18),
 }
 for kind in SPECS:
     for mode in AC_MODES:
