@@ -88,9 +88,25 @@ class AdapterProduct(torch.autograd.Function):
         grad_A, grad_B = (grad_low.T @ x).float(), (flat.T @ low).float().mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
+            if torch.compiler.is_compiling() and not stored[0].is_floating_point():
+                stored[0] = reread(stored[0])
             grad_x = (flat @ ctx.unpack(*stored, x.dtype)).addmm_(grad_low, A)
             grad_x = grad_x.view(*grad.shape[:-1], A.shape[1])
         return grad_x, grad_A, grad_B, None, None, *[None for _ in stored]
+
+
+@torch.library.custom_op("doppelganger::reread", mutates_args=())
+def reread(codes: Tensor) -> Tensor:
+    """Copy packed weights for the backward pass.
+
+    Else the compiler sees that both passes unpack the same, and keeps all unpacked weights between.
+    """
+    return codes.clone()
+
+
+@reread.register_fake
+def _(codes):
+    return torch.empty_like(codes)
 
 
 @torch.library.custom_op("doppelganger::project", mutates_args=())

@@ -194,6 +194,7 @@ def measured_workload(setup: Setup, kind: str) -> cost.StepWorkload:
     shares = {
         "target_share": sizes.targets / sizes.tokens,
         "doc_length": sizes.tokens / documents,
+        "most_documents": max(len(row.doc_lengths) for row in rows),
     }
     return workload(setup, setup.config, kind, **shares)
 
