@@ -367,9 +367,8 @@ def estimate(plan: Plan) -> dict:
 def gib_per_gpu(plan: Plan) -> dict[str, float]:
     """List what one GPU holds, the reserve, their total, and what the GPU has."""
     work, choice = plan.work, plan.choice
-    reserve: float = memory.CUDA_RESERVE
-    if work.cpu:
-        reserve = work.required_bytes(choice.memory) - choice.bytes
+    reserve = work.required_bytes(choice.memory) - choice.bytes
+    reserve += 0 if work.cpu else memory.CUDA_RESERVE
     sizes = {kind: choice.memory.get(kind, 0) for kind in cost.MEMORY_KINDS}
     sizes |= {"reserve": reserve, "total": choice.bytes + reserve}
     gib = {name: round(size / devices.GIB, 2) for name, size in sizes.items()}

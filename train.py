@@ -7,17 +7,22 @@
 `ckpt/` holds the weights with the lowest validation loss, not the last ones.
 """
 
+import contextlib
+import ctypes
 import os
-import sys
 
-if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-    # Tensors of many sizes would break memory into pieces. Torch reads this when it is imported.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# Tensors of many sizes break memory into pieces, unless the pieces can grow. Torch reads this when
+# it is imported, and crashes if NVIDIA's management library is missing.
+with contextlib.suppress(OSError):
+    ctypes.CDLL("libnvidia-ml.so.1")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import dataclasses
 import itertools
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -61,8 +61,10 @@ def train_and_evaluate(model, ranks, rows: int) -> None:
         model.train()
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-@pytest.mark.parametrize("kind", SPECS)
+MODES = dict(zip(SPECS, ["selective", "none", "selective", "full", "none", "full"]))
+
+
+@pytest.mark.parametrize("kind, mode", MODES.items())
 def test_at_most_four_graphs_for_ten_blocks_and_any_documents(kind, mode, varlen_on_cpu, caplog):
     spec = dataclasses.replace(SPECS[kind], activation_checkpointing=mode)
     ranks = distributed.Distributed(torch.device("cpu"))
@@ -104,12 +106,12 @@ model.varlen_kernel = lambda: kernel
 ranks = distributed.init_distributed("cpu")
 spec = SPECS[sys.argv[2]]
 trained = step.build_model(CONFIG, ranks, spec)
-optimizer = optim.make_optimizer(trained, 1e-2, 0.0, spec.pure_bf16)
+optimizer = optim.make_optimizer(trained, 3e-2, 0.0, spec.pure_bf16)
 if sys.argv[3] == "compiled":
     step.compile_model(trained, optimizer)
 losses = []
-for seed, documents in enumerate((3, 7, 12)):
-    batch = random_batch(10 * ranks.rank + seed, 2, documents)
+for documents in (3, 7, 12):
+    batch = random_batch(ranks.rank, 2, documents)  # the same tokens each time: something to learn
     losses.append(step.train_step(trained, optimizer, [batch, batch], ranks)[0])
 if ranks.is_main:
     print(json.dumps(losses))
@@ -126,7 +128,7 @@ def test_compiled_shards_train_as_eager_ones(kind, tmp_path):
         done = command(script, ROOT / "tests", kind, how, ranks=2)
         assert done.returncode == 0, done.stderr
         losses.append(eval(done.stdout.splitlines()[-1]))
-    assert losses[0][0] > 1.02 * losses[0][2]  # something is learned
+    assert losses[0][-1] < losses[0][0] - 0.02  # something is learned
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
@@ -137,7 +139,7 @@ def test_compiled_bf16_update_equals_the_eager_one_but_for_rounding():
     copies = [torch.nn.Parameter(w.detach().clone()) for w in weights]
     eager, compiled = (optim.BF16AdamW(w, 1e-3, 0.1) for w in (weights, copies))
     optim.compile_update(compiled)
-    for rate in (1e-3, 2e-3, 3e-3):
+    for rate in (1e-3, 2e-3, 3e-3, 4e-3):
         for one, other in zip(weights, copies):
             other.data.copy_(one)
             one.grad = other.grad = torch.randn(len(one)).bfloat16()

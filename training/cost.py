@@ -72,6 +72,9 @@ SESSION_TOKENS = 276  # tokens of a session, in our example
 MOST_DOCUMENTS = 32  # sessions in a row, assumed
 TARGET_SHARE = 0.4  # share of tokens with a target, in our example
 FILL_SHARE = 0.985  # share of a row's positions that packing fills
+ROOMY_SHARE = 0.92  # of the free memory: rather a little slower than full to the brim
+LITTLE_SLOWER = 1.02
+FSDP_RESERVE = 0.1  # of what is live: the allocator holds it beside, by bench.cuda_fake
 MIN_STEPS = 50  # however little data there is
 MEMORY_KINDS = ("weights", "gradients", "optimizer", "activations", "head", "communication")
 TIMED_PARAMETERS = 1 << 29  # weights of the blocks of a model that is timed whole
@@ -175,7 +178,7 @@ class StepWorkload:
         """
         live = sum(by_kind.values())
         if not self.cpu:
-            return live
+            return live * (1 + FSDP_RESERVE * (self.world > 1))
         return live + CPU_RESERVE + CHECKPOINT_COPIES * by_kind.get("optimizer", 0)
 
     def seconds(self, gpu: GPU, micro_batch: int, ac_mode: str) -> float:
@@ -261,6 +264,7 @@ def choose_micro_batch(
 ) -> Choice:
     """Choose the fastest micro-batch and checkpointing mode that need at most `free` bytes.
 
+    If that fills more than ROOMY_SHARE of it: one that doesn't, and takes at most LITTLE_SLOWER.
     `sizes` are powers of two by default. Where nothing fits: the leanest, with `fits` False.
     """
     sizes = sizes or [1 << n for n in range(work.rows.bit_length())]
@@ -268,7 +272,10 @@ def choose_micro_batch(
     for size, mode in itertools.product(sizes, ac_modes):
         candidates.append((work.seconds(gpu, size, mode), size, AC_MODES.index(mode)))
     too_big: list[Choice] = []
+    tight: Choice | None = None  # the fastest that fits, if it leaves little free
     for seconds, size, level in sorted(candidates):
+        if tight and seconds > LITTLE_SLOWER * tight.seconds:
+            break
         # Tracing is slow. Skip what can't fit, as another candidate didn't that recomputes as much
         # or more.
         lower_bounds = (
@@ -278,9 +285,14 @@ def choose_micro_batch(
             continue
         mode = AC_MODES[level]
         choice = Choice(size, mode, work.memory(size, mode), seconds, True)
-        if work.required_bytes(choice.memory) <= free:
+        required = work.required_bytes(choice.memory)
+        if required <= ROOMY_SHARE * free:
             return choice
-        too_big.append(choice)
+        if required > free:
+            too_big.append(choice)
+        tight = tight or (choice if required <= free else None)
+    if tight:
+        return tight
     size, mode = min(sizes), ac_modes[-1]
     return Choice(size, mode, work.memory(size, mode), work.seconds(gpu, size, mode), False)
 

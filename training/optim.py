@@ -90,7 +90,8 @@ class BF16AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):  # type: ignore[override]  # without a closure
         for group in self.param_groups:
-            settings = [group[name] for name in ("lr", "weight_decay", "betas", "eps")]
+            lr = torch.tensor(group["lr"])  # each new float would be compiled again
+            settings = [lr, group["weight_decay"], group["betas"], group["eps"]]
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -117,7 +118,7 @@ class BF16AdamW(torch.optim.Optimizer):
         denominator = square.div_(1 - betas[1] ** step).sqrt_().add_(eps)
         mean.div_(denominator).div_(1 - betas[0] ** step)
         decayed = weight.float() * (1 - lr * weight_decay)
-        weight.copy_(stochastic_round(decayed.sub_(mean, alpha=lr)))
+        weight.copy_(stochastic_round(decayed.sub_(mean.mul_(lr))))
 
 
 def stochastic_round(x: torch.Tensor) -> torch.Tensor:
