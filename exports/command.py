@@ -20,6 +20,7 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ from cli import UserError, flag
 from exports import Chat, Message, Reason, report
 from exports.join import MessageStore
 from exports.redact import redact
+from exports.source import Source
 from weights.tokenizer import load_tokenizer
 
 AFTER_FORGETTING = (
@@ -196,17 +198,18 @@ def read_exports(options: Options, store: MessageStore, repairs) -> Exported:
     exported, matched, names = Exported({}, {}, set()), set(), {}
     with tqdm(unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:
         sources = [pair for path in options.exports for pair in exports.sources(path, bar.update)]
-        bar.reset(sum(source.size * reader.NUM_PASSES for reader, source in sources))
+        bar.reset(sum(source.total_size * reader.NUM_PASSES for reader, source in sources))
         for reader, source in sources:
             for chat, messages in reader.read(source, repairs):
                 names[chat.key] = chat.name
-                exported.owners[str(source)] = chat.owner
+                export = export_of(reader, source, chat)
+                exported.owners[export] = chat.owner
                 if chat.type == "bot_chat":
                     exported.bots.add(chat.key)
                 if reason := exclusion_reason(chat, options, matched):
                     exported.left_out[chat.key] = reason
                 else:
-                    store.add(str(source), chat, messages)
+                    store.add(export, chat, messages)
     for flag_, values in (("include", options.include), ("exclude", options.exclude)):
         for name in values if names else ():
             if name not in matched:
@@ -219,6 +222,17 @@ def read_exports(options: Options, store: MessageStore, repairs) -> Exported:
         if reason == Reason.EXCLUDED:
             store.copies.pop(key, None)  # read before, under the name it has in another export
     return exported
+
+
+def export_of(reader: ModuleType, source: Source, chat: Chat) -> str:
+    """Name the files in which I am one and the same person: one file, or all of a messenger."""
+    if getattr(reader, "SAME_IDS", False) and not chat.owner:
+        return messenger(reader)
+    return str(source)
+
+
+def messenger(reader: ModuleType) -> str:
+    return reader.__name__.rpartition(".")[2]
 
 
 def exclusion_reason(chat: Chat, options: Options, matched: set[str]) -> str:
