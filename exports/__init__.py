@@ -84,9 +84,9 @@ make_message = functools.partial(tuple.__new__, Message)
 
 def readers() -> tuple[ModuleType, ...]:
     """List the readers; a file is read by the first that can. Those that take most come last."""
-    from exports import telegram, whatsapp
+    from exports import table, telegram, whatsapp
 
-    return telegram, whatsapp
+    return telegram, whatsapp, table
 
 
 def read(
