@@ -31,8 +31,8 @@ from cli import UserError
 from exports.source import BROKEN_ZIP, Source
 
 SUPPORTED = (
-    "Give the result.json that Telegram Desktop wrote (Export, format JSON), "
-    "or a WhatsApp chat (Export chat: .txt or .zip)."
+    "Give Telegram's result.json (Export, format JSON), a WhatsApp chat (.txt or .zip), or another "
+    "messenger's export: docs/EXPORTS.md lists them, and how any other becomes a CSV."
 )
 # A file whose name ends otherwise is looked at only where it is named itself.
 SUFFIXES = tuple(".json .jsonl .ndjson .txt .csv .tsv .html .htm .md .db .sqlite .sqlite3".split())
@@ -84,9 +84,9 @@ make_message = functools.partial(tuple.__new__, Message)
 
 def readers() -> tuple[ModuleType, ...]:
     """List the readers; a file is read by the first that can. Those that take most come last."""
-    from exports import table, telegram, whatsapp
+    from exports import kakaotalk, line, table, telegram, vk, whatsapp
 
-    return telegram, whatsapp, table
+    return telegram, line, kakaotalk, vk, whatsapp, table
 
 
 def read(

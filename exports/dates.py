@@ -1,4 +1,4 @@
-"""Times as tables write them: ISO, seconds since 1970, or a date in one of the common orders."""
+"""Times as people and programs write them: ISO, seconds since 1970, dates in the common orders."""
 
 import datetime
 import functools
@@ -10,7 +10,8 @@ EPOCH = re.compile(r"\d{9,17}(?:\.\d{1,9})?", re.ASCII)
 ISO = re.compile(r"\d{4}-\d\d-\d\dT?", re.ASCII)
 MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
 NUMERIC = re.compile(
-    r"(?P<a>\d{1,4})(?P<sign>[-/.年])\s?(?P<b>\d{1,2})(?:[-/.]|月)\s?(?P<c>\d{1,4})[日.]?", re.ASCII
+    r"(?P<a>\d{1,4})(?P<sign>[-/.年년])\s?(?P<b>\d{1,2})[-/.月월]\s?(?P<c>\d{1,4})[日일.]?",
+    re.ASCII,
 )
 NAMED = re.compile(
     r"(?:[a-z]{3,9}\.?,?\s+)?(?:(?P<day>\d{1,2})\.?\s+(?P<month>[a-z]{3})[a-z]*\.?"
@@ -18,7 +19,7 @@ NAMED = re.compile(
     re.ASCII,
 )
 TIME = re.compile(
-    r"[,\sT]*(?:(?P<before>[ap]m|오전|오후|上午|下午|午前|午後)\s?)?(?P<hour>\d{1,2})[:.](?P<minute>\d\d)"
+    r"[,\sT]*(?:at\s)?(?:(?P<before>[ap]m|오전|오후|上午|下午|午前|午後)\s?)?(?P<hour>\d{1,2})[:.](?P<minute>\d\d)"
     r"(?:[:.](?P<second>\d\d))?(?:[.,]\d{1,9})?\s?(?P<after>[ap]\.?m\.?)?"
     r"\s?(?P<zone>z|utc|gmt|[+-]\d\d:?\d\d)?",
     re.IGNORECASE | re.ASCII,

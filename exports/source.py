@@ -160,6 +160,16 @@ def lines_of(blocks: Iterable[bytes]) -> Iterator[bytes]:
     yield rest
 
 
+def full_lines(source: Source, repairs: collections.Counter) -> Iterator[str]:
+    """Yield a file's lines, each with the newline that ends it."""
+    rest = ""
+    for text in source.text(repairs):
+        *lines, rest = (rest + text).split("\n")
+        yield from (line + "\n" for line in lines)
+    if rest:
+        yield rest
+
+
 def guess_encoding(lines: Iterable[bytes]) -> str | None:
     """Return the encoding of lines some of which aren't UTF-8; None where nothing tells.
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from exports import Chat, Message, Reason, iso_time, make_message
 from exports.dates import Clock
-from exports.source import Source
+from exports.source import Source, full_lines
 
 NUM_PASSES = 1  # over the file; the second is over our own
 SAME_IDS = True  # of two files of one kind, a name is one person
@@ -199,15 +199,6 @@ def swallowed(cells: list[str], columns: dict[str, int], delimiter: str) -> bool
         if len(inner) >= len(cells) and Clock.is_time(inner[columns["time"]].strip('" ')):
             return True
     return False
-
-
-def full_lines(source: Source, repairs: collections.Counter) -> Iterator[str]:
-    rest = ""
-    for text in source.text(repairs):
-        *lines, rest = (rest + text).split("\n")
-        yield from (line + "\n" for line in lines)
-    if rest:
-        yield rest
 
 
 class Spool:
