@@ -53,12 +53,13 @@ class Options:
     """Turn chat exports into data/train.jsonl and data/val.jsonl: sessions to edit and train on.
 
     python data.py result.json                  Telegram (JSON), WhatsApp (.txt, .zip), or a folder
+    python data.py *.zip chats/*.csv            other messengers: docs/EXPORTS.md
     python data.py old.json new.json chat.zip   several as one: joined by chat, no message twice
     """
 
     exports: tuple[str, ...] = flag(
         (),
-        "Telegram's result.json, WhatsApp's .txt or .zip, a folder",
+        "Telegram's result.json, WhatsApp's .txt or .zip, others', a CSV, a folder",
         positional=True,
         group="what to read",
     )
@@ -66,7 +67,7 @@ class Options:
         (), "whose voice: a name or an id, once a messenger", shown="the export's owner"
     )
     same: tuple[str, ...] = flag(
-        (), 'one person\'s names and ids over all messengers: "Ann,ann_99,+49 170…" (repeatable)'
+        (), 'one person\'s names and ids everywhere: "Ann,ann_99,+49 170…" (repeatable)'
     )
     since: str | None = flag(None, "leave out messages before this day, YYYY-MM-DD")
     until: str | None = flag(None, "leave out messages after this day, YYYY-MM-DD")

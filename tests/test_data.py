@@ -5,6 +5,7 @@ import mmap
 import random
 import shutil
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -615,6 +616,33 @@ def test_a_name_of_same_that_means_nobody_or_two_people_is_refused(same, expecte
     paths = two_messengers(tmp_path)
     paths[0].write_text(json.dumps(value))
     refused(command("data.py", *paths, "--dry-run", "--same", same), expected)
+
+
+def test_several_messengers_are_read_in_one_go_and_each_is_reported(tmp_path):
+    telegram, whatsapp_txt = two_messengers(tmp_path)
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    for number in range(4):
+        rows = [f"{1_700_000_000 + 60 * n},{'Zoe Ann'.split()[n % 2]},m{n}" for n in range(10)]
+        (tables / f"chat {number}.csv").write_text("\n".join(["time,author,text", *rows]))
+    # In one of them I am silent: names are the same in all tables, so --me isn't asked for again.
+    (tables / "chat 3.csv").write_text("time,author,text\n1700000000,Zoe,+49 170 1234567\n,Zoe,x\n")
+    with zipfile.ZipFile(tmp_path / "line.zip", "w") as archive:
+        line = "[LINE] Chat history with Yan\n\n2024/01/31(Wed)\n"
+        line += "".join(f"18:0{n}\t{'Yan Ann'.split()[n % 2]}\tl{n}\n" for n in range(8))
+        archive.writestr("exports/LINE/[LINE] Yan.txt", line)
+    paths = [telegram, whatsapp_txt, tmp_path / "line.zip", *sorted(tables.iterdir())]
+    out = made(tmp_path, *paths, "--me", "Ann B.", "--same", "Ann B.,table:Ann,line:Ann")
+    assert f"{tables}/ (table): 4 files, 4 chats, 31 messages; I am Ann" in out
+    assert f"{tmp_path / 'line.zip'} (line): 1 chat, 8 messages; I am Ann" in out
+    assert "1 row without a time that can be read, left out" in out
+    sources = folder(tmp_path, "report.json")[0]["sources"]
+    assert [s["messenger"] for s in sources] == ["telegram", "whatsapp", "line", "table"]
+    assert sources[3]["me"] == ["Ann"] and "chat 3" not in json.dumps(sources)
+    assert folder(tmp_path, "report.json")[0]["secrets"] == {"phone": 1}
+    authors = {(author, me) for _, author, me, _ in turns_of(tmp_path)}
+    assert {author for author, me in authors if me} == {"Ann"}
+    assert {"Bob", "Bobby", "Zoe", "Yan"} <= {author for author, me in authors if not me}
 
 
 def test_phone_numbers_match_however_they_are_written(tmp_path):
