@@ -10,6 +10,7 @@ KakaoTalk's (Date, User, Message) are tables too.
 
 import collections
 import csv
+import functools
 import hashlib
 import itertools
 import json
@@ -80,6 +81,11 @@ def find_columns(names: list[str]) -> dict[str, int] | None:
     if {"date", "time"} <= {*plain}:  # two columns that are one time
         found["time"], found["clock"] = plain.index("date"), plain.index("time")
     return found if {"time", "text", "author"} <= found.keys() else None
+
+
+@functools.lru_cache(1 << 10)
+def columns_of_keys(keys: tuple[str, ...]) -> dict[str, int] | None:
+    return find_columns(list(keys))
 
 
 def find_header(line: str) -> tuple[str, list[str]] | None:
@@ -161,39 +167,47 @@ def rows(source: Source, repairs: collections.Counter) -> Iterator[Row]:
         if hole or len(cells) != len(header) or swallowed(cells, columns, delimiter):
             repairs[DAMAGED] += 1
             continue
-        yield make_row({name: cells[index] for name, index in columns.items()})
+        yield make_row(cells, columns)
 
 
 def json_rows(lines: Iterator[str], repairs: collections.Counter) -> Iterator[Row]:
     for line in lines:
         value = parse_json(line)
-        columns = value and find_columns(list(value))
+        columns = value and columns_of_keys(tuple(value))
         if columns:
-            cells = list(value.values())
-            yield make_row({name: cells[index] for name, index in columns.items()})
+            yield make_row(list(value.values()), columns)
         elif line.strip():
             repairs[DAMAGED] += 1
 
 
-def make_row(cells: dict) -> Row:
-    cells = {name: as_text(value).strip() for name, value in cells.items()}
-    cells["time"] = f"{cells['time']} {cells.pop('clock', '')}".strip()
-    inner = parse_json(cells["text"]) if cells.get("kind") and cells["text"][:1] == "{" else None
+def make_row(cells: list, columns: dict[str, int]) -> Row:
+    values = []
+    for name in Row._fields:
+        values.append(as_text(cells[columns[name]]) if name in columns else "")
+    row = Row(*values)
+    if "clock" in columns:
+        row = row._replace(time=f"{row.time} {as_text(cells[columns['clock']])}")
+    inner = parse_json(row.text) if row.kind and row.text.startswith("{") else None
     if inner and isinstance(inner.get("msg"), str):  # of WeChat's exporters in 2023
-        cells["text"] = inner["msg"].strip()
-    return Row(*(cells.get(name, "") for name in Row._fields))
+        row = row._replace(text=inner["msg"].strip())
+    return row
 
 
 def as_text(value: object) -> str:
     """Return a cell's text; lone surrogates, which no file can hold, become U+FFFD."""
     if value is None or isinstance(value, (dict, list)):
         return ""
-    return str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = str(value).strip()
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def swallowed(cells: list[str], columns: dict[str, int], delimiter: str) -> bool:
     """Return whether a cell holds whole rows: the end of its quotes is lost."""
     long_cells = [cell for cell in cells if "\n" in cell]
+    if not long_cells:
+        return False
     for line in "\n".join(long_cells).split("\n"):
         inner = line.split(delimiter)
         if len(inner) >= len(cells) and Clock.is_time(inner[columns["time"]].strip('" ')):
