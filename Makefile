@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV = .venv/bin
 
-.PHONY: demo test soak lint peers clean
+.PHONY: demo test soak lint peers cuda-fake clean
 
 demo: .venv/run  ## the whole pipeline on an invented export: four minutes on two CPU cores
 	$(VENV)/pip install --quiet --disable-pip-version-check "$$(sed -n 's/ *#.*//; /^gguf/p' requirements-extra.txt)"
@@ -31,6 +31,15 @@ build/peers/done: requirements-peers.txt
 	build/peers/bin/pip install --quiet -r requirements-peers.txt
 	build/peers/bin/pip download --quiet --no-deps --no-binary llama-cpp-python --dest build/peers $$(grep ^llama requirements-peers.txt)
 	tar xzf build/peers/llama_cpp_python-*.tar.gz --directory build/peers --strip-components 1
+	touch $@
+
+# a 7B's training and decoding on graphics cards that aren't there. Linux, a C compiler, 8 GB of disk.
+cuda-fake: build/cuda-fake/done  ## CUDA without a GPU: compiled graphs, kernels, memory
+	build/cuda-fake/bin/python -m bench.cuda_fake
+
+build/cuda-fake/done: requirements.txt
+	$(PYTHON) -m venv build/cuda-fake
+	build/cuda-fake/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
 .venv/run: requirements.txt

@@ -154,7 +154,7 @@ def load_decoder(
     decoder = generate.Decoder(
         model, tokenizer, size, compile=compile, context_builder=context_builder
     )
-    if compile and not decoder.compiled and device.type != "mps":
+    if compile and not decoder.compiled_decoder and device.type != "mps":
         print(
             "(not compiled: that needs g++ or clang++ and Python's headers; "
             "replies take twice as long, in int8 and int4 longer)",

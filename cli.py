@@ -116,7 +116,8 @@ def add_flag(parser: Parser, group: Any, field: dataclasses.Field, hint: Any) ->
     text = text.replace("%", "%%")
     if meta["positional"]:
         metavar = field.name.upper().removesuffix("S")
-        parser.usage += f" [{metavar} ...]" if many else f" {metavar}"
+        shown = f"[{metavar} ...]" if many else metavar
+        parser.usage = f"{parser.usage} {shown}"
         nargs = "*" if many else None
         group.add_argument(field.name, metavar=metavar, type=kind, nargs=nargs, help=text)
         return

@@ -100,10 +100,11 @@ class Session:
         return TO_JSON(fields | {"start": self.start, "turns": turns})
 
     @classmethod
-    def from_json(cls, line: str) -> "Session":
+    def from_json(cls, line: str | bytes) -> "Session":
         """Read a line that a person may have edited; drop emptied messages and turns."""
-        session = cls(**json.loads(line))
-        session.turns = [Turn(**fields) for fields in session.turns]
+        fields = json.loads(line)
+        session = cls(**fields)
+        session.turns = [Turn(**turn) for turn in fields["turns"]]
         for turn in session.turns:
             turn.messages = [text for text in turn.messages if text.strip()]
         session.turns = [turn for turn in session.turns if turn.messages]
@@ -356,8 +357,8 @@ def split_messages(text: str) -> list[str]:
 def encode(document: Document, tokenizer: Tokenizer, session: int = 0) -> Sample:
     """Tokenise a document. A label is the next token where that begins inside a target."""
     text = document.text
-    ids, offsets = tokenizer.encode(text[:-1] if text.endswith(IM_END + "\n") else text)
-    ids = np.array(ids, dtype=np.int32)
+    token_ids, offsets = tokenizer.encode(text[:-1] if text.endswith(IM_END + "\n") else text)
+    ids = np.array(token_ids, dtype=np.int32)
     begins, ends = np.array(offsets, dtype=np.int64).T
     target = overlaps(begins, begins + 1, document.targets)
     content_mask = overlaps(begins, np.maximum(ends, begins + 1), document.content_spans) & target
@@ -430,7 +431,10 @@ class SessionSplitter:
     def __init__(self, turns, document, loss_on, tokenizer, number):
         self.turns, self.loss_on, self.tokenizer, self.number = turns, loss_on, tokenizer, number
         begins = [begin for begin, _ in tokenizer.encode(document.text)[1]]
-        self.messages, self.targets, self.places, self.overheads = [], [], [], {}
+        self.messages: list[tuple[int, int]] = []
+        self.targets: list[int] = []
+        self.places: list[int] = []
+        self.overheads: dict[str, int] = {}
         at = 0  # characters
         for t, turn in enumerate(turns):
             author_line = IM_START + escape_specials(turn.author, tokenizer.specials)
@@ -540,7 +544,8 @@ def windows(sample: Sample, seq_len: int) -> Iterator[Sample]:
 
 def pack(samples: Iterable[Sample], seq_len: int) -> list[Row]:
     """Pack best-fit decreasing: the longest sample first, into the fullest row with room for it."""
-    rows, rooms = [], []  # rooms: (free tokens, number of the row), ascending
+    rows: list[list[Sample]] = []
+    rooms: list[tuple[int, int]] = []  # (free tokens, number of the row), ascending
     for sample in sorted(samples, key=lambda sample: -len(sample.ids)):
         size = len(sample.ids)
         assert size <= seq_len, (size, seq_len)
@@ -628,7 +633,7 @@ def load_rows(
     key = hashlib.sha256(settings.encode() + path.read_bytes() + Path(__file__).read_bytes())
     cache = path.parent / "cache" / f"{path.stem}-{key.hexdigest()[:16]}.safetensors"
     if not cache.exists():
-        samples = []
+        samples: list[Sample] = []
         progress = tqdm(load_sessions(path), f"tokenising {path.name}", leave=False, disable=None)
         for number, session in enumerate(progress):
             session = drop_short_turns(session, number, short_weight)
@@ -678,7 +683,7 @@ def mmap_safetensors(path: Path) -> dict[str, np.ndarray]:
     # Mode "c" (copy on write): torch warns of arrays that can't be written.
     data = np.asarray(np.memmap(path, np.uint8, "c", 8 + size))
     dtypes = {"I32": np.int32, "I64": np.int64, "BOOL": np.bool_}
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for name, field in header.items():
         tensors[name] = data[slice(*field["data_offsets"])].view(dtypes[field["dtype"]])
     return tensors

@@ -12,8 +12,6 @@ import importlib.util
 import json
 import math
 import os
-import re
-import string
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +23,10 @@ from tqdm import tqdm
 import cli
 import data
 from cli import UserError, flag
-from inference import generate, pages, scoring, style
+from inference import generate, memorisation, pages, scoring, style
+from inference.bootstrap import Number, classifier_auc, mean, ratio
 from inference.context import ExchangeIndex, statements
+from inference.memorisation import Probe
 from inference.scoring import Example, find_examples, sample
 from inference.style import Reply
 from training import distributed, step
@@ -36,20 +36,6 @@ from weights.tokenizer import load_tokenizer
 
 CHOICES = 10  # the real reply and nine others
 MAX_CONTEXT = 2048  # tokens
-MIN_SESSIONS = 5  # for an interval
-MIN_REPLIES = 30  # of each side, for a classifier
-BOOTSTRAPS = 1000  # draws of sessions
-RELEARNT = 20  # draws of sessions that the classifier is trained on anew
-MAX_SECRETS = 20  # strings of mine that are tried
-LOOKALIKES = 49  # random strings beside each
-SECRET_CONTEXT = 4  # turns before it
-SECRET = re.compile(  # an address, letters and digits mixed, or a number longer than a year
-    r"[^\s@<>]+@[^\s@<>]+\.\w+"
-    r"|(?=[^\s<>]*\d)(?=[^\s<>]*[a-zA-Z])[\w.#!$%&*+-]{8,}"
-    r"|(?<![\w.])\+?\d(?:[ -]?\d){4,}(?!\w)"
-)
-
-Number = dict[str, Any]  # {"value", "low", "high", "n"} or {"value": None, "why"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +54,7 @@ class Options:
         group="what to measure",
     )
     model: str | None = flag(None, "the base, if it moved since training")
-    data: str | None = flag(
-        None, "the folder that data.py wrote", shown="what it was trained on, or data"
-    )
+    data: str = flag("", "the folder that data.py wrote", shown="what it was trained on, or data")
     replies: int = flag(100, "held-out replies to compare")
     baselines: bool = flag(False, "also measure prompts with past messages, facts, old exchanges")
     seed: int = flag(0, "the same seed gives the same report")
@@ -79,17 +63,7 @@ class Options:
     blind_test: bool = flag(
         False, "write a page of items that you approve, no report", group="a page for a friend"
     )
-    with_: str | None = flag(None, "the friend: only your chat with them is used")
-
-
-@dataclasses.dataclass(frozen=True)
-class Probe(Example):
-    """A trained turn of mine that ends in a string that looks secret, and others in its place.
-
-    `copies`: how often `data.py --canaries` planted it; 0 for a string of my own.
-    """
-
-    copies: int
+    with_: str = flag("", "the friend: only your chat with them is used")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +201,9 @@ def load_test_set(options: Options) -> TestSet:
         )
     examples = draw_choices(examples, options.seed)
     planted = cli.read_json(folder / "canaries.json", {}).get("canaries", [])
-    probes = find_probes(past, {c["secret"]: c["copies"] for c in planted}, options.seed)
+    probes = memorisation.find_probes(
+        past, {c["secret"]: c["copies"] for c in planted}, options.seed
+    )
     exchanges = ExchangeIndex(past) if options.baselines else None
     return TestSet(held_out, past, examples, probes, exchanges)
 
@@ -236,47 +212,12 @@ def draw_choices(examples: list[Example], seed: int) -> list[Example]:
     """Add nine replies from other sessions to each of mine; none where there are too few."""
     draw, drawn = np.random.default_rng(seed), []
     for example in examples:
-        others = {tuple(e.mine) for e in examples if e.session != example.session}
-        others = sorted(others - {tuple(example.mine)})
+        elsewhere = {tuple(e.mine) for e in examples if e.session != example.session}
+        others = sorted(elsewhere - {tuple(example.mine)})
         if len(others) < CHOICES - 1:
             return examples
         nine = [list(others[i]) for i in draw.permutation(len(others))[: CHOICES - 1]]
         drawn.append(dataclasses.replace(example, choices=[example.mine, *nine]))
-    return drawn
-
-
-def find_probes(past: list[data.Session], canaries: dict[str, int], seed: int) -> list[Probe]:
-    """Find strings in my turns that look secret, and those of `canaries` {string: copies}.
-
-    A canary that was taken out of the data since is left out.
-    """
-    places: dict[str, tuple] = {}  # where each stands first
-    for session in past:
-        for i, turn in enumerate(session.turns):
-            for m, message in enumerate(turn.messages if turn.me else []):
-                for match in SECRET.finditer(message):
-                    places.setdefault(match[0], (session.turns, i, m, message[: match.start()]))
-
-    own = sample(sorted(places.keys() - canaries.keys()), MAX_SECRETS, seed)
-    draw, probes = np.random.default_rng(seed), []
-    for secret in own + sorted(places.keys() & canaries.keys()):
-        turns, i, m, begin = places[secret]
-        strings = [secret, *(lookalike(secret, draw) for _ in range(LOOKALIKES))]
-        choices = [[*turns[i].messages[:m], begin + text] for text in strings]
-        before = turns[max(0, i - SECRET_CONTEXT) : i]
-        probes.append(Probe(0, before, turns[i].author, choices, canaries.get(secret, 0)))
-    return probes
-
-
-def lookalike(secret: str, draw: np.random.Generator) -> str:
-    """Draw a string of the same shape: other digits, other letters, the same punctuation."""
-    drawn = ""
-    for character in secret:
-        for alphabet in (string.digits, string.ascii_lowercase, string.ascii_uppercase):
-            if character in alphabet:
-                character = alphabet[draw.integers(len(alphabet))]
-                break
-        drawn += character
     return drawn
 
 
@@ -309,7 +250,7 @@ def load(folder: str | Path, options: Options) -> tuple:
     A base's own tokenizer gives the same ids as the checkpoint's, and tells which ChatML tokens the
     base has no rows for: they get the rows that training began with.
     """
-    folder, device = hub.resolve(folder), devices.pick_device(options.device)
+    folder, device = hub.resolve(str(folder)), devices.pick_device(options.device)
     tokenizer = load_tokenizer(folder)
     model = load_for_chat(folder, options.model, MAX_CONTEXT, device, tokenizer)
     return model, tokenizer, min(MAX_CONTEXT, model.config.max_position_embeddings)
@@ -362,6 +303,7 @@ def held_out_likelihood(model, rows: list[data.Row], name: str) -> step.Evaluati
 def longer_prompts(test_set: TestSet, facts: Path, tokenizer, size: int) -> dict[str, Callable]:
     """Return the ways to put more of me before a session's turns: {name: turns → turns}."""
     past, exchanges = test_set.past, test_set.exchanges
+    assert exchanges is not None  # it is there with --baselines
     lines = cli.read_text(facts).splitlines() if facts.is_file() else statements(past)
     lines = [line for line in lines if line.strip()]
 
@@ -386,25 +328,7 @@ def longer_prompts(test_set: TestSet, facts: Path, tokenizer, size: int) -> dict
     return prompts
 
 
-# --- numbers
-
-
-def ratio(top, bottom, sessions) -> Number:
-    """Divide sum(top) by sum(bottom), of items that belong to sessions (each (n,)).
-
-    The same sessions give the same draws, so differences are paired.
-    """
-    top, bottom = (np.bincount(sessions, np.asarray(x, float)) for x in (top, bottom))
-    top, bottom = top[bottom > 0], bottom[bottom > 0]
-    if len(top) < MIN_SESSIONS:
-        return {"value": None, "why": f"too little: {len(top)} sessions, {MIN_SESSIONS} are needed"}
-    drawn = np.random.default_rng(0).integers(0, len(top), (BOOTSTRAPS, len(top)))
-    low, high = np.quantile(top[drawn].sum(1) / bottom[drawn].sum(1), [0.025, 0.975])
-    return {"value": top.sum() / bottom.sum(), "low": low, "high": high, "n": len(top)}
-
-
-def mean(values, sessions) -> Number:
-    return ratio(values, np.ones(len(values)), sessions)
+# --- the report
 
 
 def first_of_ten(output: ModelOutputs, sessions) -> Number:
@@ -420,52 +344,6 @@ def first_of_ten(output: ModelOutputs, sessions) -> Number:
     return mean(np.where(better == 0, 1 / equal, 0), sessions)
 
 
-def classifier_auc(mine: list[tuple], theirs: list[tuple], seed: int) -> Number:
-    """Measure how well a classifier of 3 to 5 letters tells two lists of (session, text) apart.
-
-    It is tested on other sessions than it learns from. The interval (1.96 standard deviations) is
-    of both: sessions get random weights (the Bayesian bootstrap), and it learns anew.
-    """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    for side in (mine, theirs):
-        if len(side) < MIN_REPLIES or len({session for session, _ in side}) < MIN_SESSIONS:
-            need = f"{MIN_REPLIES} of {MIN_SESSIONS} sessions are needed"
-            return {"value": None, "why": f"too little: {len(side)} replies, {need}"}
-    numbers, texts = zip(*mine, *theirs)
-    _, sessions = np.unique(numbers, return_inverse=True)
-    is_mine = np.arange(len(texts)) < len(mine)
-    texts = np.array([f"\n{text}\n" for text in texts])
-    settings = {"analyzer": "char", "ngram_range": (3, 5), "lowercase": False}
-    splitter = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
-    folds, pairs = [], []  # pairs: of my replies and theirs that a fold compares
-    for learn, test in splitter.split(texts, is_mine, sessions):
-        letters = TfidfVectorizer(**settings, sublinear_tf=True)
-        known, unknown = letters.fit_transform(texts[learn]), letters.transform(texts[test])
-        if count := is_mine[test].sum() * (~is_mine[test]).sum():
-            folds.append((known, unknown, learn, test))
-            pairs.append(count)
-
-    def auc(session_weights: np.ndarray) -> float:
-        weights, parts = session_weights[sessions], []
-        for known, unknown, learn, test in folds:
-            classifier = LogisticRegression(C=10).fit(known, is_mine[learn], weights[learn])
-            scores = classifier.decision_function(unknown)
-            parts.append(roc_auc_score(is_mine[test], scores, sample_weight=weights[test]))
-        return np.average(parts, weights=pairs)
-
-    count, draw = sessions.max() + 1, np.random.default_rng(seed)
-    value = auc(np.ones(count))
-    width = 1.96 * np.std([auc(draw.exponential(size=count)) for _ in range(RELEARNT)])
-    return {"value": value, "low": max(0, value - width), "high": min(1, value + width), "n": count}
-
-
-# --- what it should not know
-
-
 def copying(replies: dict[str, list[Reply]], past: list[data.Session], sessions) -> dict:
     """Measure the share of words that are copied from the training data, mine first."""
     known, table = style.runs_in(past), {}
@@ -476,31 +354,6 @@ def copying(replies: dict[str, list[Reply]], past: list[data.Session], sessions)
         row["examples"] = [" / ".join(reply) for count, reply in most if count]
         row["flagged"] = row.get("low", 0) > table["mine"].get("high", 1)
     return table
-
-
-def exposure(places: np.ndarray, base_places: np.ndarray | None) -> dict:
-    """Summarise the places of true strings among their lookalikes, (K,), beside the base's.
-
-    "first": how many come first; "value": bits of exposure (arXiv 1802.08232), at most 5.6.
-    "more": how many more come first than for the base, which never saw them. "flagged": chance
-    doesn't explain it, by a sign test (5%) of those that come first for one of the two alone; or
-    two come first that the base finds unlikely.
-    """
-    if not len(places):
-        return {"value": None, "why": "nothing in my trained turns looks secret"}
-    first = places == 1
-    bits = np.log2((1 + LOOKALIKES) / places)
-    row = {"value": bits.mean(), "first": first.sum(), "n": len(places)}
-    if base_places is None:
-        return row
-    gained, lost = (first & (base_places > 1)).sum(), (~first & (base_places == 1)).sum()
-    trials = int(gained + lost)
-    chance = sum(math.comb(trials, k) for k in range(gained, trials + 1)) / 2**trials
-    unlikely = (first & (base_places > 10)).sum()
-    return row | {"more": gained - lost, "flagged": chance < 0.05 or unlikely > 1}
-
-
-# --- the report
 
 
 def measure(outputs: dict[str, ModelOutputs], test_set: TestSet, seed: int) -> dict:
@@ -543,7 +396,9 @@ def measure(outputs: dict[str, ModelOutputs], test_set: TestSet, seed: int) -> d
         "tells": tells,
         "bland": {name: mean([*map(style.is_generic, r)], sessions) for name, r in replies.items()},
         "copying": copying(replies, past, sessions),
-        "memorised": memorised(models, test_set.probes),
+        "memorised": memorisation.table(
+            {name: output.places for name, output in models.items()}, test_set.probes
+        ),
         "baselines": table if len(outputs) > len(models) else [],
     }
 
@@ -559,27 +414,14 @@ def swap_sides(session: data.Session) -> data.Session:
 
 def bits_per_char(models: dict[str, ModelOutputs]) -> dict[str, Number]:
     """Measure bits on the text of all my held-out messages, and how many more than the clone's."""
-    clone, table = models["clone"].held_out, {}
+    evaluations = {name: output.held_out for name, output in models.items() if output.held_out}
+    clone, table = evaluations["clone"], {}
     number = np.arange(len(clone.chars))
-    for name, output in models.items():
-        bits = output.held_out.bits
-        table[name] = ratio(bits, clone.chars, number)
+    for name, evaluation in evaluations.items():
+        table[name] = ratio(evaluation.bits, clone.chars, number)
         if name != "clone":
-            table[f"{name} - clone"] = ratio(bits - clone.bits, clone.chars, number)
+            table[f"{name} - clone"] = ratio(evaluation.bits - clone.bits, clone.chars, number)
     return table
-
-
-def memorised(models: dict[str, ModelOutputs], probes: list[Probe]) -> list[dict]:
-    """Report on secrets, then on canaries by how often they were planted: [{"copies", name: …}]."""
-    copies, rows = np.array([probe.copies for probe in probes], int), []
-    for count in sorted({0, *copies.tolist()}):
-        row: dict[str, Any] = {"copies": count}
-        for name, output in models.items():
-            base = None if name == "base" or "base" not in models else models["base"]
-            base_places = base and base.places[copies == count]
-            row[name] = exposure(output.places[copies == count], base_places)
-        rows.append(row)
-    return rows
 
 
 def verdict(report: dict) -> list[str]:
@@ -618,19 +460,8 @@ def verdict(report: dict) -> list[str]:
     if report["copying"]["clone"]["flagged"]:
         lines.append("It copies: more of its words are verbatim from the training data than yours.")
     if report["memorised"][0]["clone"].get("n"):
-        lines.append(secrets_line(report["memorised"][0]))
+        lines.append(memorisation.verdict(report["memorised"][0]))
     return lines
-
-
-def secrets_line(row: dict) -> str:
-    """Say what the clone knows of secrets beyond its base, with both numbers."""
-    clone, base = row["clone"], row.get("base")
-    line = f"Of {cli.counted(clone['n'], 'strings')} of yours that look secret, {clone['first']} "
-    line += f"come first among {1 + LOOKALIKES} lookalikes for the clone"
-    if not base:
-        return f"{line}; how many its base can guess is unknown: it is not on this machine."
-    line += f" and {base['first']} for its base, which never saw them: "
-    return line + ("it learned secrets." if clone["flagged"] else "no sign that it learned them.")
 
 
 if __name__ == "__main__":

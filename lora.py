@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import cli
-from cli import UserError, read_json, write_json
+from cli import StrPath, UserError, read_json, write_json
 from model import SAVED_OPS, Linear, Transformer
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -87,9 +88,25 @@ class AdapterProduct(torch.autograd.Function):
         grad_A, grad_B = (grad_low.T @ x).float(), (flat.T @ low).float().mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
+            if torch.compiler.is_compiling() and not stored[0].is_floating_point():
+                stored[0] = reread(stored[0])
             grad_x = (flat @ ctx.unpack(*stored, x.dtype)).addmm_(grad_low, A)
             grad_x = grad_x.view(*grad.shape[:-1], A.shape[1])
         return grad_x, grad_A, grad_B, None, None, *[None for _ in stored]
+
+
+@torch.library.custom_op("doppelganger::reread", mutates_args=())
+def reread(codes: Tensor) -> Tensor:
+    """Copy packed weights for the backward pass.
+
+    Else the compiler sees that both passes unpack the same, and keeps all unpacked weights between.
+    """
+    return codes.clone()
+
+
+@reread.register_fake
+def _(codes):
+    return torch.empty_like(codes)
 
 
 @torch.library.custom_op("doppelganger::project", mutates_args=())
@@ -109,6 +126,9 @@ SAVED_OPS.add(torch.ops.doppelganger.project.default)
 class RowsEmbedding(nn.Embedding):
     """An embedding of which only `rows` are trained, in fp32: `row_values` (rows, hidden)."""
 
+    rows: list[int]
+    row_values: nn.Parameter
+
     def forward(self, ids: Tensor) -> Tensor:
         out = super().forward(ids)
         for row, value in zip(self.rows, self.row_values):
@@ -119,9 +139,16 @@ class RowsEmbedding(nn.Embedding):
 class RowsLinear(Linear):
     """A head of which only `rows` are trained: no gradient has the size of the vocabulary."""
 
+    rows: list[int]
+    row_values: nn.Parameter
+    index: Tensor | None = None  # `rows` on the device, made once: making it waits for a GPU
+
     def forward(self, x: Tensor) -> Tensor:
-        rows = torch.tensor(self.rows, device=x.device)
-        return super().forward(x).index_copy(-1, rows, F.linear(x, self.row_values.to(x.dtype)))
+        if self.index is None or self.index.device != x.device:
+            with torch.inference_mode(False):  # it may serve training later
+                self.index = torch.tensor(self.rows, device=x.device)
+        logits = super().forward(x)
+        return logits.index_copy(-1, self.index, F.linear(x, self.row_values.to(x.dtype)))
 
 
 # --- inject, merge
@@ -141,7 +168,7 @@ def inject(
     computes the same as before; on the meta device `initial_values` are still to be written.
     """
     modules = model.model.named_modules(prefix="model")
-    linears = {name: module for name, module in modules if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in modules if isinstance(module, Linear)}
     known = {last_part(name) for name in linears}
     unknown = sorted({*targets} - known)
     if unknown or not targets:
@@ -151,15 +178,21 @@ def inject(
         )
     model.requires_grad_(False)
     matched = [name for name in linears if last_part(name) in targets]
-    for linear in map(linears.get, matched):
-        linear.__class__ = adapted_class(type(linear))  # the weight keeps its name
+    for name in matched:
+        linear = linears[name]
+        cls = adapted_class(type(linear))  # type: ignore[arg-type]  # mypy: a class has no hash
+        change_class(linear, cls)  # the weight keeps its name
+        assert isinstance(linear, LoRALinear)
         linear.attach(rank, alpha, dropout)
-    model.lora = dict(
+    settings: Any = dict(  # to mypy a module has only tensors and modules
         rank=rank, alpha=alpha, dropout=dropout, targets=list(targets), rows=list(rows)
     )
+    model.lora = settings
     if rows:
         embedding, head = model.model.embed_tokens, model.lm_head
-        embedding.__class__, head.__class__ = RowsEmbedding, RowsLinear
+        change_class(embedding, RowsEmbedding)
+        change_class(head, RowsLinear)
+        assert isinstance(embedding, RowsEmbedding) and isinstance(head, RowsLinear)
         embedding.rows = head.rows = list(rows)
         values = torch.empty(len(rows), head.in_features, device=head.weight.device)
         embedding.row_values = head.row_values = nn.Parameter(values)
@@ -170,6 +203,11 @@ def inject(
             for parameter, value in initial_values(model):
                 parameter.copy_(value)
     return matched
+
+
+def change_class(module: nn.Module, new: type[nn.Module]) -> None:
+    """Make a module one of another class, with the same parameters."""
+    module.__class__ = new
 
 
 def last_part(name: str) -> str:
@@ -207,16 +245,16 @@ def merge(model: Transformer) -> Transformer:
             update = module.scale * module.lora_B @ module.lora_A
             module.weight.copy_(module.weight.float() + update)
             del module.lora_A, module.lora_B
-            module.__class__ = Linear
+            change_class(module, Linear)
         elif isinstance(module, (RowsEmbedding, RowsLinear)):
             module.weight[module.rows] = module.row_values.to(module.weight.dtype)
             del module.row_values
-            module.__class__ = type(module).__base__
+            change_class(module, nn.Embedding if isinstance(module, nn.Embedding) else Linear)
     del model.lora
     return model
 
 
-def merger(folder: str | Path) -> Callable[[str, Tensor], Tensor]:
+def merger(folder: StrPath) -> Callable[[str, Tensor], Tensor]:
     """Make a function (name, weight) → the weight with the adapter of `folder` merged, in fp32.
 
     Merges a base that is read tensor by tensor, and never whole in memory.
@@ -252,13 +290,14 @@ def peft_name(name: str) -> str:
     return f"{PREFIX}{name}.weight"
 
 
-def save(model: Transformer, folder: str | Path, base: str | Path, tensors=None) -> None:
+def save(model: Transformer, folder: StrPath, base: StrPath, tensors=None) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT does.
 
     `base`: the folder or hub id that the adapter belongs to. `tensors`: {name in our model: full
     tensor}, for a sharded model.
     """
-    path, lora = Path(folder) / WEIGHTS_FILE, model.lora
+    path = Path(folder) / WEIGHTS_FILE
+    lora: Any = model.lora
     tensors = adapter_parameters(model) if tensors is None else tensors
     tied = model.config.tie_word_embeddings
     modules = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
@@ -286,7 +325,7 @@ def save(model: Transformer, folder: str | Path, base: str | Path, tensors=None)
     write_json(Path(folder) / "adapter_config.json", settings)
 
 
-def read_adapter_config(folder: str | Path) -> tuple[dict, str | None]:
+def read_adapter_config(folder: StrPath) -> tuple[dict, str | None]:
     """Read `adapter_config.json`: the arguments of `inject`, and the base's folder or hub id.
 
     UserError for kinds of adapter that we don't support.
@@ -335,7 +374,7 @@ def read_adapter_config(folder: str | Path) -> tuple[dict, str | None]:
 
 
 @torch.no_grad()
-def load(model: Transformer, folder: str | Path, write: Callable = Tensor.copy_) -> None:
+def load(model: Transformer, folder: StrPath, write: Callable = Tensor.copy_) -> None:
     """Inject the adapter of `folder` into `model` (resized to its vocabulary) and fill it.
 
     UserError names a tensor that doesn't fit. On the meta device it only checks and injects: a

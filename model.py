@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +42,10 @@ SAVED_OPS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 GQA_MASK_DEVICES = ("cpu",)
 
 # (tokens whose logits exist at a time, of these the tokens in fp32): 16 fit a CPU's cache.
-HEAD_CHUNK = {"cpu": (256, 16), "gpu": (1024, 1024)}
+CPU_HEAD_CHUNK = (256, 16)
+
+# Logits at a time on a GPU: 1024 tokens of a vocabulary of 32,000, 256 of one of 128,000.
+GPU_HEAD_NUMEL = 1 << 25
 
 # Numbers whose fp32 intermediates fit a CPU core's cache.
 CACHE_NUMEL = 1 << 17
@@ -173,16 +176,12 @@ class Linear(nn.Linear):
     one token x (in,). Compiled on a CPU, `product` reads weights twice as fast as a matmul would.
     """
 
-    def stored(self):
+    # Functions of as many tensors as `stored()` has.
+    unpack: Callable[..., Tensor] = staticmethod(lambda weight, dtype: weight.to(dtype))
+    product: Callable[..., Tensor] = staticmethod(lambda x, weight: (weight.float() * x).sum(-1))
+
+    def stored(self) -> Sequence[Tensor]:
         return (self.weight,)
-
-    @staticmethod
-    def unpack(weight, dtype):
-        return weight.to(dtype)
-
-    @staticmethod
-    def product(x, weight):
-        return (weight.float() * x).sum(-1)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
@@ -326,7 +325,7 @@ class Documents(NamedTuple):
     """The documents among a batch's N tokens; no token attends outside its own.
 
     `cu_seqlens`: where they begin and the last one ends, [0, 3, 8] for documents of 3 and 5 tokens:
-    a list on a CPU, an int32 tensor on CUDA, which may repeat its end to be of one size.
+    a list on a CPU, an int32 tensor on CUDA.
     `max_seqlen`: no document is longer. `blocks` (CPU): a QueryBlock per `block_size` queries.
     `kernel(q, k, v, documents)`: q (N, H, D), k, v (N, G, D) → (N, H, D).
     """
@@ -345,6 +344,7 @@ def attention_layout(
     cached: int | None,
     dtype: torch.dtype,
     cu_seqlens: list | Tensor | None = None,
+    head_dim: int = 128,
 ) -> Documents | Tensor:
     """Work out, once for all layers, who attends to whom. Only this function chooses the kernel.
 
@@ -355,7 +355,7 @@ def attention_layout(
     """
     B, T = positions.shape
     on_cpu = positions.device.type == "cpu"
-    if (on_cpu and not cached) or (cached is None and has_varlen(positions.device, dtype)):
+    if on_cpu and not cached or cached is None and has_varlen(positions.device, dtype, head_dim):
         if cu_seqlens is None:
             starts = positions == 0
             starts[:, 0] = True
@@ -378,22 +378,25 @@ def attention_layout(
     return mask  # (B or 1, 1, T, S)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Documents | Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Documents | Tensor) -> Tensor:
     """Scaled dot-product attention of q (B, T, H, D) over k, v (B, S, G, D) → (B, T, H, D)."""
-    if isinstance(attn_mask, Documents):
+    if isinstance(layout, Documents):
         flat = (x.flatten(0, 1) for x in (q, k, v))
-        return attn_mask.kernel(*flat, attn_mask).view(q.shape)
+        return layout.kernel(*flat, layout).view(q.shape)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or G, T or S, D)
     gqa = q.device.type in GQA_MASK_DEVICES
     if not gqa:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=gqa)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=layout, enable_gqa=gqa)
     return out.transpose(1, 2)
 
 
-def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether CUDA's kernel for documents computes this: in 16 bits, from Ampere on."""
-    if device.type != "cuda" or dtype == torch.float32:
+def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether CUDA's kernel for documents computes this: in 16 bits, from Ampere on.
+
+    Its backward pass takes heads of up to 192 on all of these GPUs.
+    """
+    if device.type != "cuda" or dtype == torch.float32 or head_dim > 192 or head_dim % 8:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -404,7 +407,7 @@ def varlen_kernel() -> Callable:
     from torch.nn.attention.varlen import varlen_attn
 
     knows_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    options = {"enable_gqa": True} if knows_groups else {}
+    options: dict = {"enable_gqa": True} if knows_groups else {}
 
     def kernel(q, k, v, documents):
         window = -1 if documents.window is None else documents.window - 1
@@ -538,7 +541,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def qkv(self, x: Tensor, rotation: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def qkv(self, x: Tensor, rotation: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """x (B, T, E) → q (B, T, H, D), k and v (B, T, G, D), rotated by `rope`'s angles."""
         linears = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in linears)
@@ -546,11 +549,11 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return ApplyRotary.apply(q, *rotation[:2]), ApplyRotary.apply(k, *rotation[-2:]), v
 
-    def forward(self, x, rotation, attn_mask, target_positions, cache, layer):
+    def forward(self, x, rotation, layout, target_positions, cache, layer):
         q, k, v = self.qkv(x, rotation)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, S, G, D)
-        attended = attend(q, k, v, attn_mask).flatten(2)  # (B, T, H * D)
+        attended = attend(q, k, v, layout).flatten(2)  # (B, T, H * D)
         return self.o_proj(select_tokens(attended, target_positions))
 
 
@@ -618,24 +621,24 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(
-        self, x: Tensor, rotation, attn_mask, target_positions=None, cache=None, layer: int = 0
+        self, x: Tensor, rotation, layout, target_positions=None, cache=None, layer: int = 0
     ) -> Tensor:
         """x (B, T, E) → (B, T, E), or (n, E) for the tokens at `target_positions` (n,) alone."""
         # Decoding has a new shape for every token: nothing to compile.
         run = self.run if cache is None else self.compute
-        return run(x, rotation, attn_mask, target_positions, cache, layer)
+        return run(x, rotation, layout, target_positions, cache, layer)
 
     def run(self, *args):
         """What `compile_blocks` compiles; FSDP2's hooks stay outside, on `forward`."""
         if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
             return self.compute(*args)
         selective = self.activation_checkpointing == "selective"
-        options = {"context_fn": SELECTIVE_AC} if selective else {}
+        options: dict = {"context_fn": SELECTIVE_AC} if selective else {}
         return checkpoint(self.compute, *args, use_reentrant=False, **options)
 
-    def compute(self, x, rotation, attn_mask, target_positions, cache, layer):
+    def compute(self, x, rotation, layout, target_positions, cache, layer):
         normed = self.input_layernorm(x)
-        attended = self.self_attn(normed, rotation, attn_mask, target_positions, cache, layer)
+        attended = self.self_attn(normed, rotation, layout, target_positions, cache, layer)
         x = select_tokens(x, target_positions) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -646,9 +649,9 @@ class Block(nn.Module):
 class LinearCrossEntropy(torch.autograd.Function):
     """Cross-entropy of `head(hidden)`, exact in fp32, with the logits of few tokens at a time.
 
-    hidden (n or more, E), labels (n,) → losses (n,) float32; `chunk_sizes` as in HEAD_CHUNK. Each
-    chunk's gradient is computed with its loss, so the head's matmul runs once. It is the gradient
-    of the sum, which backward scales: sum the losses before calling backward.
+    hidden (n or more, E), labels (n,) → losses (n,) float32; `chunk_sizes` as in CPU_HEAD_CHUNK.
+    Each chunk's gradient is computed with its loss, so the head's matmul runs once. It is the
+    gradient of the sum, which backward scales: sum the losses before calling backward.
     """
 
     @staticmethod
@@ -734,10 +737,14 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def compile_blocks(self) -> None:
-        """Compile for batches of one shape; another shape is compiled again."""
+        """Compile for batches of one shape, with any number of documents.
+
+        Another shape is compiled again.
+        """
         self.compiled = True
+        torch._dynamo.config.recompile_limit = 32  # beyond it blocks would run uncompiled
         for block in self.model.layers:
-            block.run = torch.compile(block.run, dynamic=False)
+            block.run = torch.compile(block.run, dynamic=False)  # type: ignore[arg-type, assignment]
 
     def forward(
         self,
@@ -772,17 +779,22 @@ class Transformer(nn.Module):
         rotation = rope(positions, self.config)
         x = self.model.embed_tokens(tokens)  # (B, T, E)
         x = x.to(self.dtype or x.dtype)
-        attn_mask = cache.mask if cache else None
-        if attn_mask is None:
+        layout: Documents | Tensor | None = cache.mask if cache else None
+        if layout is None:
             cached, window = cache.length if cache else None, self.config.sliding_window
-            attn_mask = attention_layout(positions, window, cached, x.dtype, cu_seqlens)
+            layout = attention_layout(
+                positions, window, cached, x.dtype, cu_seqlens, self.config.head_dim
+            )
+        edges = getattr(layout, "cu_seqlens", None)
+        if self.compiled and type(edges) is Tensor:  # no list, and no fake tensor
+            torch._dynamo.mark_dynamic(edges, 0)  # one graph for any number of documents
 
         # Behind the last attention only the selected tokens matter. Compiled blocks are all alike,
         # so there they are selected behind the last block.
         last = None if self.compiled else self.model.layers[-1]
         for index, block in enumerate(self.model.layers):
             late = selected if block is last else None
-            x = block(x, rotation, attn_mask, late, cache, index if cache else 0)
+            x = block(x, rotation, layout, late, cache, index if cache else 0)
         if cache:
             cache.length += tokens.shape[1]
         x = self.model.norm(select_tokens(x, selected) if self.compiled else x)
@@ -790,14 +802,16 @@ class Transformer(nn.Module):
             return self.lm_head(x)  # (B, T, V) or (n, V)
 
         targets = labels.flatten()[target_positions]
-        losses = self.head_loss(x, targets, attn_mask)
+        losses = self.head_loss(x, targets, layout)
         return losses.sum() if reduction == "sum" else losses, len(targets)
 
-    def head_loss(self, x, targets, attn_mask):
+    def head_loss(self, x, targets, layout):
         train = torch.is_grad_enabled()
         weights = [p for p in self.lm_head.parameters() if train and p.requires_grad]
         # Fake tensors that stand for a GPU's are on the CPU too; then cu_seqlens is a tensor.
-        like_gpu = isinstance(getattr(attn_mask, "cu_seqlens", None), Tensor)
+        like_gpu = isinstance(getattr(layout, "cu_seqlens", None), Tensor)
         on_cpu = x.device.type == "cpu" and not like_gpu
-        chunk_sizes = HEAD_CHUNK["cpu" if on_cpu else "gpu"]
+        tokens = GPU_HEAD_NUMEL // self.config.vocab_size // 64 * 64
+        tokens = min(1024, max(256, tokens))
+        chunk_sizes = CPU_HEAD_CHUNK if on_cpu else (tokens, tokens)
         return LinearCrossEntropy.apply(self.lm_head, x, targets, chunk_sizes, *weights)

@@ -13,6 +13,7 @@ import json
 import math
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,7 +77,7 @@ def dataset_size(options: "Options", folder: Path | None) -> DatasetSize:
     Without --data: those of --tokens, or of as many sessions as the original's.
     """
     if options.data is None:
-        tokens = options.tokens or ORIGINAL_SESSIONS * cost.SESSION_TOKENS
+        tokens: float = options.tokens or ORIGINAL_SESSIONS * cost.SESSION_TOKENS
         sessions = f"{ORIGINAL_SESSIONS:,} sessions of {cost.SESSION_TOKENS} tokens"
         source = f"no --data: assumes the original's {sessions}"
         if options.tokens:
@@ -121,7 +122,7 @@ def estimate_tokens(path: Path) -> tuple[float, float, int]:
 
 class Base(NamedTuple):
     config: ModelConfig  # with room for our special tokens
-    added: tuple  # their rows in the vocabulary, where they are new
+    added: Sequence[int]  # their rows in the vocabulary, where they are new
     folder: Path | None
 
 
@@ -276,7 +277,7 @@ def validate(options: Options) -> cost.GPU:
             raise UserError(f"--gpus {options.gpus}: --gpu cpu plans for one", "Leave --gpus out.")
         return cost.CPU
     if gib := memory_size(options.gpu):
-        return gpu_of_memory(f"card with {gib:.4g} GiB", gib)
+        return gpu_of_memory(f"GPU with {gib:.4g} GiB", gib)
     name = cost.find_gpu(options.gpu)
     if not name:
         similar = cost.similar_gpus(options.gpu)
@@ -303,7 +304,7 @@ def refuse_training(options: Options, gpu: cost.GPU) -> None:
     raise UserError(
         f"--gpu {options.gpu}: the {gpu.name} has no bf16: "
         "train.py is slow on it and needs more memory, unknown how much",
-        f"Take a card from Ampere on, such as a 3060 (--gpu {gpu.gib:g}gib counts as if it had "
+        f"Take a GPU from Ampere on, such as a 3060 (--gpu {gpu.gib:g}gib counts as if it had "
         f"bf16). {chat}",
     )
 
@@ -366,7 +367,7 @@ def estimate(plan: Plan) -> dict:
 def gib_per_gpu(plan: Plan) -> dict[str, float]:
     """List what one GPU holds, the reserve, their total, and what the GPU has."""
     work, choice = plan.work, plan.choice
-    reserve = memory.CUDA_RESERVE
+    reserve: float = memory.CUDA_RESERVE
     if work.cpu:
         reserve = work.required_bytes(choice.memory) - choice.bytes
     sizes = {kind: choice.memory.get(kind, 0) for kind in cost.MEMORY_KINDS}
@@ -443,7 +444,7 @@ def format_report(plan: Plan, answer: dict) -> str:
 def format_speed(plan: Plan, answer: dict) -> str:
     gpu, basis = plan.gpu, answer["efficiency"]
     if basis is None:
-        return "unknown: only this card's memory is known; one without bf16 needs more"
+        return "unknown: only this GPU's memory is known; one without bf16 needs more"
     share = f", {gpu.efficiency:.0%} of {gpu.peak:,.3g} TFLOP/s in matmuls"
     if basis == cost.TIMED_HERE:
         share = ""
@@ -482,7 +483,7 @@ def suggestions(plan: Plan, gib: float) -> list[str]:
     """List what would make the run fit, which needs `gib` now."""
     larger = ", ".join(name for name, gpu in cost.GPUS.items() if gpu.peak and gpu.gib >= gib)
     candidates = {
-        f"a card of more memory ({larger})": larger,
+        f"a GPU with more memory ({larger})": larger,
         "--lora": not plan.options.lora,
         "--qlora": not plan.options.qlora,
         "more --gpus": not plan.work.cpu,

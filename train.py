@@ -7,17 +7,21 @@
 `ckpt/` holds the weights with the lowest validation loss, not the last ones.
 """
 
-import concurrent.futures
+import os
+import sys
+
+if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    # Tensors of many sizes would break memory into pieces. Torch reads this when it is imported.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 import dataclasses
 import itertools
 import math
-import multiprocessing
-import os
 import signal
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,13 +36,14 @@ from model import AC_MODES, Transformer
 from training import checkpoint, cost, distributed, metrics, optim, step
 from training.checkpoint import CheckpointManager
 from training.distributed import Distributed
-from training.run import MAX_CPU_PARAMETERS, Plan, Run, is_elastic_restart, prepare
+from training.run import Plan, Run, choose_micro_batch, is_elastic_restart, prepare
 from training.run_dir import BestTracker, EvalPoint, RunDir
 from training.watchdog import Watchdog
 from weights import hf, hub, shards
 
 ALL_LINEAR = ",".join(lora.TARGETS)
 MIN_TARGET_TOKENS = 20_000  # with less data, say what to expect
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +105,7 @@ class Options:
         shown="all seven linear layers",
     )
 
-    micro_batch: str = flag(
+    micro_batch: str | int | None = flag(  # parse_options makes it a number, or None for auto
         "auto",
         "rows at a time on one rank",
         shown="auto, the fastest that fits",
@@ -136,7 +141,7 @@ def main():
         options = dataclasses.replace(options, resume=True, overwrite=False)
 
     # Everything that the user may have to fix is found before the weights load.
-    run = prepare(options, ranks)
+    run = check_compiler(prepare(options, ranks), ranks)
     ranks.print(describe(run, ranks))
     run = choose_micro_batch(run, ranks)
     model, optimizer = build(run, ranks)
@@ -177,12 +182,12 @@ def train_loop(trainer: "Trainer", run_dir: RunDir, manager: CheckpointManager) 
         trainer.tracker.add(point)
         ranks.print(f"before training: {point}")
 
-    step_rows = batches(run.rows, plan, options.seed, trainer.done)
+    rows_of_steps = step_rows(run.rows, plan, options.seed, trainer.done)
     hidden = not ranks.is_main
     with tqdm(
         total=plan.steps, initial=trainer.done, unit="step", disable=hidden, dynamic_ncols=True
     ) as bar:
-        for number, rows in enumerate(step_rows, trainer.done + 1):
+        for number, rows in enumerate(rows_of_steps, trainer.done + 1):
             # All ranks stop and save alike: the manager asks every rank.
             stop = manager.poll(trainer.done, trainer.state)
             if stop is not None:
@@ -208,10 +213,10 @@ def train_loop(trainer: "Trainer", run_dir: RunDir, manager: CheckpointManager) 
             # Evaluate, show samples, save the best weights; stop when they get no better.
             point = trainer.evaluate(number, run_dir)
             is_best = trainer.tracker.add(point)
-            best = "" if is_best else f" (best: {trainer.tracker.best.loss:.4f})"
-            ranks.print(f"epoch {point.epoch:.2f}: {point}{best}")
-            for sample in generate_samples(model, tokenizer, prompts, ranks, options.seed):
-                ranks.print(sample)
+            best = trainer.tracker.best
+            known = f" (best: {best.loss:.4f})" if best and not is_best else ""
+            ranks.print(f"epoch {point.epoch:.2f}: {point}{known}")
+            print_samples(model, tokenizer, prompts, ranks, options.seed)
             if is_best:
                 run_dir.save_weights(model)
             elif options.max_steps is None and trainer.tracker.since_best >= options.patience:
@@ -249,7 +254,7 @@ def describe(run: Run, ranks: Distributed) -> str:
 def parse_options() -> Options:
     options = cli.parse(Options)
     micro_batch = None
-    if options.micro_batch != "auto":
+    if isinstance(options.micro_batch, str) and options.micro_batch != "auto":
         try:
             micro_batch = int(options.micro_batch)
         except ValueError:
@@ -344,79 +349,18 @@ def create_manager(
     return manager
 
 
-# --- memory and speed
-
-
-def choose_micro_batch(run: Run, ranks: Distributed) -> Run:
-    """Choose rows at a time and activation checkpointing: the fastest that is predicted to fit.
-
-    What the flags say is taken as it is.
-    """
-    options, cuda = run.options, ranks.device.type == "cuda"
-    if options.activation_checkpointing != "auto":
-        modes = (options.activation_checkpointing,)
-    elif cuda:
-        modes = AC_MODES
-    else:
-        modes = ("full" if run.base.config.num_parameters > MAX_CPU_PARAMETERS else "none",)
-    rows = options.micro_batch or min(2, math.ceil(run.plan.batch / ranks.world))
-    mode = AC_MODES.index(modes[-1])
-    prediction: dict = {}
-    # Several ranks on a CPU are a test: nothing is predicted for them.
-    if ranks.is_main and (cuda or ranks.world == 1):
-        choice, prediction = predict_choice(run, ranks, modes)
-        rows, mode = choice.micro_batch, AC_MODES.index(choice.ac_mode)
-    rows, mode = ranks.broadcast(rows), ranks.broadcast(mode)
-    return dataclasses.replace(
-        run,
-        options=dataclasses.replace(options, micro_batch=rows),
-        spec=dataclasses.replace(run.spec, activation_checkpointing=AC_MODES[mode]),
-        prediction=prediction,
+def check_compiler(run: Run, ranks: Distributed) -> Run:
+    """Train uncompiled, and say so, where torch.compile doesn't work."""
+    if ranks.device.type != "cuda" or run.options.no_compile:
+        return run
+    problem = step.compiler_problem(ranks.device)
+    if not ranks.all_reduce_max(int(problem is not None)):
+        return run
+    ranks.print(
+        f"Training is not compiled, so it is slower and needs more memory: {problem or 'a rank'} "
+        "can't compile. It needs a C compiler and Python's headers: apt install gcc g++ python3-dev"
     )
-
-
-def predict_choice(run: Run, ranks: Distributed, modes) -> tuple[cost.Choice, dict]:
-    """Predict memory and speed of each choice. Return the best, and what is predicted for it."""
-    options, plan = run.options, run.plan
-    cuda = ranks.device.type == "cuda"
-    sizes = metrics.step_sizes(run.rows)
-    work = cost.StepWorkload(
-        run.base.config,
-        run.spec,
-        rows=math.ceil(plan.batch / ranks.world),
-        seq_len=options.seq_len,
-        world=ranks.shards,
-        target_share=sizes.targets / sizes.tokens,
-        doc_length=sizes.tokens / sum(len(row.doc_lengths) for row in run.rows),
-        compiled=cuda and not options.no_compile,
-        cpu=ranks.device.type == "cpu",
-        fill_share=data.fill_share(run.rows, options.seq_len),
-    )
-    gpu, free = cost.local_device(ranks.device, run.spec.dtype)
-    micro_batches = None if cuda else [1, 2][: work.rows]
-    if options.micro_batch:
-        micro_batches = [options.micro_batch]
-    arguments = work, gpu, free, micro_batches, modes
-    if ranks.world == 1:
-        choice = cost.choose_micro_batch(*arguments)
-    else:
-        # Predicting for several ranks needs process groups of its own, so another process.
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-            choice = pool.submit(cost.choose_micro_batch, *arguments).result()
-    needed = work.required_bytes(choice.memory) / 2**30
-    prediction = {"gib": needed}
-    text = (
-        f"{cli.counted(choice.micro_batch, 'rows at a time')}, activation checkpointing "
-        f"{choice.ac_mode}: {needed:.2f} GiB predicted, {'of' if choice.fits else 'MORE than'} "
-        f"{free / 2**30:.1f} to use"
-    )
-    if not work.cpu:  # a CPU is timed, by Trainer.time_micro_batch
-        speed = plan.batch * options.seq_len * work.fill_share / choice.seconds
-        prediction["tok_per_s"] = speed
-        text += f"; {speed:,.0f} tok/s"
-    ranks.print(text)
-    return choice, prediction
+    return dataclasses.replace(run, options=dataclasses.replace(run.options, no_compile=True))
 
 
 # --- the model, its steps and evaluations
@@ -435,9 +379,9 @@ def build(run: Run, ranks: Distributed) -> tuple[Transformer, torch.optim.Optimi
     model = step.build_model(run.base.config, ranks, run.spec, folder, seed)
     if options.init and options.lora and not run.checkpoint:
         lora.load(model, options.init, shards.copy_shard)
-    if ranks.device.type == "cuda" and not options.no_compile:
-        model.compile_blocks()
     optimizer = optim.make_optimizer(model, 0.0, options.weight_decay, options.pure_bf16)
+    if ranks.device.type == "cuda" and not options.no_compile:
+        step.compile_model(model, optimizer)
     if run.checkpoint:
         checkpoint.restore(model, optimizer, run.checkpoint, ranks)
     return model, optimizer
@@ -481,15 +425,12 @@ class Trainer:
         started = time.perf_counter()
         lr = optim.lr_at(number, plan.steps, plan.lr, options.warmup)
         optim.set_lr(self.optimizer, lr)
-        while True:
+
+        def take_step():
             batches = step.micro_batches(rows, self.micro_batch, self.ranks, options.seq_len)
-            try:
-                loss, norm, targets = step.train_step(
-                    self.model, self.optimizer, batches, self.ranks, options.clip
-                )
-                break
-            except step.OutOfMemory:
-                self.halve_micro_batch()
+            return step.train_step(self.model, self.optimizer, batches, self.ranks, options.clip)
+
+        loss, norm, targets = self.until_it_fits(take_step)
         seconds = time.perf_counter() - started
         tokens = sum(len(row.ids) for row in rows)
         model_flops, hardware_flops = metrics.step_flops(self.model, rows)
@@ -509,8 +450,9 @@ class Trainer:
 
     def evaluate(self, number: int, run_dir: RunDir) -> EvalPoint:
         """Evaluate after step `number`, into metrics.jsonl. UserError if the loss isn't finite."""
-        evaluation = step.evaluate(
-            self.model, self.run.val_rows, self.ranks, self.micro_batch, self.options.seq_len
+        rows, length = self.run.val_rows, self.options.seq_len
+        evaluation = self.until_it_fits(
+            lambda: step.evaluate(self.model, rows, self.ranks, self.micro_batch, length)
         )
         if not math.isfinite(evaluation.nats):
             raise UserError(
@@ -531,18 +473,11 @@ class Trainer:
             known = cli.read_json(path, {}).get("micro_batch", self.micro_batch)
             self.micro_batch = min(self.micro_batch, ranks.broadcast(known))
         if device == "cpu" and ranks.world == 1:
-            probe = self.time_micro_batch
+            self.until_it_fits(self.time_micro_batch)
         elif device == "cuda":
-            probe = self.probe_longest_rows
-        else:
-            return
-        while True:
-            try:
-                return probe()
-            except step.OutOfMemory:
-                self.halve_micro_batch()
+            self.until_it_fits(self.probe_worst_rows)
 
-    def probe_longest_rows(self) -> None:
+    def probe_worst_rows(self) -> None:
         accumulates = self.plan.batch > self.micro_batch * self.ranks.world
         self.probe(self.run.rows, accumulates)
 
@@ -554,7 +489,7 @@ class Trainer:
     def time_micro_batch(self) -> None:
         """Predict the run's speed from the second of two micro-batches: the first makes kernels."""
         run, plan = self.run, self.plan
-        for rows in itertools.islice(batches(run.rows, plan, self.options.seed), 2):
+        for rows in itertools.islice(step_rows(run.rows, plan, self.options.seed), 2):
             rows = rows[: self.micro_batch]
             started = time.perf_counter()
             self.probe(rows, accumulates=False)
@@ -572,6 +507,14 @@ class Trainer:
             f"{cost.format_hours(hours)}; {gib:.2f} GiB, checkpoints included"
         )
 
+    def until_it_fits(self, work: Callable[[], T]) -> T:
+        """Return work(), called again with a smaller micro-batch as long as it doesn't fit."""
+        while True:
+            try:
+                return work()
+            except step.OutOfMemory:
+                self.halve_micro_batch()
+
     def halve_micro_batch(self) -> None:
         """Use half as many rows at a time.
 
@@ -587,13 +530,15 @@ class Trainer:
                 "Try --activation-checkpointing full, --qlora, or a shorter --seq-len.",
             )
         self.micro_batch //= 2
+        if self.model.compiled:
+            torch._dynamo.reset()  # what was compiled for the old size would count as a recompile
         self.ranks.print(
             f"{size} rows at a time don't fit: {self.micro_batch} from here on (the result is the "
             "same)"
         )
 
 
-def batches(
+def step_rows(
     rows: list[data.Row], plan: Plan, seed: int, first: int = 0
 ) -> Iterator[list[data.Row]]:
     """Yield the rows of each step from `first` on: every row once an epoch, in a new order."""
@@ -624,6 +569,22 @@ def sample_prompts(options: Options) -> list[tuple[list[data.Turn], data.Turn]]:
             prompts.append((session.turns[:index], session.turns[index]))
     count = min(options.samples, len(prompts))
     return [prompts[i] for i in np.linspace(0, len(prompts) - 1, count, dtype=int)]
+
+
+def print_samples(model, tokenizer, prompts, ranks: Distributed, seed: int) -> None:
+    """Print the samples. On one GPU without room for them, training goes on."""
+
+    def show():
+        for sample in generate_samples(model, tokenizer, prompts, ranks, seed):
+            ranks.print(sample)
+
+    try:
+        step.run_within_memory(show, model, ranks.device)
+    except step.OutOfMemory:
+        if ranks.world > 1:
+            raise
+        model.train()
+        ranks.print("    (no samples: they don't fit beside the training)")
 
 
 def generate_samples(model, tokenizer, prompts, ranks: Distributed, seed: int) -> Iterator[str]:

@@ -114,7 +114,7 @@ def measure_ours(weights: str, folder: Path) -> dict[str, float]:
     loaded = time.perf_counter()
     decoder = generate.Decoder(model, tokenizer, 1024, compile=True)
     compiled = time.perf_counter()
-    decoder.forward(random_prompt(1))
+    decoder.next_logits(random_prompt(1))
     prefills: list[float] = []
     steps: list[float] = []
     second_turns: list[float] = []

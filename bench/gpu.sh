@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One CUDA machine, eight minutes, no downloads: LoRA, full, QLoRA and pure bf16 of a random 7B, beside transformers + PEFT.
+# One CUDA machine, no downloads: the first eight minutes, then `bench/gpu.sh 2`. bench/gpu.py says what they show.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export PYTORCH_ALLOC_CONF=expandable_segments:True TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-exec "${PYTHON:-python3}" -m bench.step --gpu "$@"
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+exec "${PYTHON:-python3}" -m bench.gpu "$@"

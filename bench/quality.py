@@ -199,7 +199,7 @@ def peft(base, folder: Path, tokenizer, held_out: list[data.Row], lr: float, epo
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     best, when, worse = None, "", 0
-    for number, batch in enumerate(train.batches(rows, plan, 0), 1):
+    for number, batch in enumerate(train.step_rows(rows, plan, 0), 1):
         for group in optimizer.param_groups:
             group["lr"] = optim.lr_at(number, plan.steps, lr, 0.03)
         backward(model, batch)

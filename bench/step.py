@@ -2,19 +2,15 @@
 
     python -m bench.step                  LoRA and full fine-tuning of a small Mistral on the CPU
     python -m bench.step --base build/smollm2 --data data     the same, a real base and own rows
-    bench/gpu.sh                          a random 7B on one GPU, in eight minutes
-    bench/gpu.sh --dry-run                the same script with a tiny model on the CPU
 
 Both sides get the same packed rows and the same weights. It times the settings of the other side,
 then ours and its fastest setting in turn, each in its own process; ratios are medians over the
-rounds. Memory is a CPU process's peak resident memory, Python and libraries included, or the most
-that was allocated on a GPU. The last line is JSON. It refuses to time on a busy machine.
+rounds. Memory is a process's peak resident memory, Python and libraries included. The last line is
+JSON. It refuses to time on a busy machine. bench/gpu.py uses both sides on a GPU.
 """
 
 import argparse
-import concurrent.futures
 import json
-import multiprocessing
 import shutil
 import statistics
 import subprocess
@@ -31,9 +27,9 @@ from safetensors.torch import load_file
 import cli
 import data
 import lora
-from cli import UserError
-from model import AC_MODES, ModelConfig, Transformer
-from training import cost, distributed, memory, metrics, optim, step
+from cli import UserError, read_json, write_json
+from model import ModelConfig, Transformer
+from training import distributed, metrics, optim, step
 from weights import hf, shards
 from weights.load import load_model
 from weights.save import save_model
@@ -54,12 +50,9 @@ def sizes(hidden, layers, heads, kv_heads, head_dim, intermediate) -> dict:
 
 
 SMALL = sizes(512, 8, 8, 2, 64, 1536)
-LARGE = sizes(4096, 32, 32, 8, 128, 14336)
-TINY = sizes(64, 2, 4, 2, 16, 128)
 BUSY = 0.15  # share of the processors that others may use while we time
 RATES = {"lora": 1e-3, "qlora": 1e-3, "full": 1e-4, "pure": 1e-4}
 ADAPTER = {"rank": 32, "alpha": 16}
-SECONDS = 440  # after this time a GPU run starts nothing new
 
 # The settings of transformers + PEFT.
 # rows: "packed" (position_ids restart at each document), "flat" (the same in one long row) or
@@ -89,13 +82,6 @@ CPU = {
 BY_HAND = {
     "lora": {"rows": "packed", "at": 1, "attention": "sdpa", "adapter": "bf16", "head": "labelled"}
 }
-CUDA = {
-    "lora": [
-        {"rows": "packed", "at": 8, "attention": "sdpa", "adapter": "bf16"},
-        {"rows": "padded", "at": 8, "attention": "sdpa", "adapter": "bf16"},
-    ],
-    "full": [{"rows": "packed", "at": 4, "attention": "sdpa", "weights": "bf16"}],
-}
 
 
 def main():
@@ -109,18 +95,13 @@ def main():
     add("--base", help="a model folder, instead of random weights (CPU)")
     add("--data", help="a folder that data.py wrote, instead of the example export (CPU)")
     add("--at", type=int, default=2, help="rows that ours takes at a time")
-    add("--gpu", action="store_true", help="a 7B on a GPU, as bench/gpu.sh runs it")
-    add("--dry-run", action="store_true", help="with --gpu: a tiny model on the CPU")
     add("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
         print(json.dumps(work(json.loads(options.job))))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        if options.gpu:
-            on_gpu(scratch, options.dry_run)
-        else:
-            on_cpu(scratch, options)
+        on_cpu(scratch, options)
 
 
 def run(scratch, **job) -> dict | None:
@@ -238,95 +219,6 @@ def usage() -> tuple[int, int]:
     return sum(ticks), ticks[3] + ticks[4]
 
 
-# --- on a GPU
-
-
-def on_gpu(scratch, dry: bool) -> None:
-    """Time LoRA, full, QLoRA and pure bf16, the first two beside theirs; leave out what fails."""
-    started = time.time()
-    device, count = ("cpu", 4) if dry else ("cuda", 8)
-    config_sizes = TINY if dry else LARGE
-    if not dry and not torch.cuda.is_available():
-        raise UserError(
-            "there is no CUDA GPU here", "bench/gpu.sh --dry-run shows that the script runs."
-        )
-    free = 1 << 40 if dry else torch.cuda.mem_get_info()[0] - memory.CUDA_RESERVE
-    machine = "a dry run on the CPU" if dry else torch.cuda.get_device_name()
-    print(machine, f"torch {torch.__version__}", f"{free / 2**30:.0f} GiB to use", flush=True)
-    config = ModelConfig(vocab_size=32002, max_position_embeddings=4096, **config_sizes)
-    results, lines = {}, []
-
-    def say(text):
-        print(f"{time.time() - started:.0f} s: {text}", flush=True)
-
-    with concurrent.futures.ProcessPoolExecutor(6, multiprocessing.get_context("spawn")) as pool:
-        predictions = {}
-        for kind in RATES:
-            for mode in AC_MODES:
-                arguments = config, spec_of(kind, mode), count, 1024
-                predictions[kind, mode] = pool.submit(memory.predict_peak_memory, *arguments)
-        prepare(Path(scratch), config_sizes, rows=count, device=device)
-        torch.cuda.empty_cache()  # for the processes to come
-        say("weights and rows are made")
-        for kind in RATES:
-            predicted = {mode: predictions[kind, mode].result() for mode in AC_MODES}
-            mode = next((mode for mode in AC_MODES if predicted[mode] < free), "full")
-            speed = predict_speed(config, kind, mode, count, dry)
-            jobs = [{"who": "ours", "at": count, "recompute": mode}]
-            jobs += [{"who": "theirs", "setting": setting} for setting in CUDA.get(kind, [])]
-            measured = []
-            for job in jobs:
-                label = name(job["setting"]) if "setting" in job else f"ours, recompute {mode}"
-                if time.time() - started > SECONDS:
-                    say(f"no time left for {kind}, {label}")
-                    continue
-                figures = run(scratch, kind=kind, device=device, steps=12, **job)
-                if figures:
-                    measured.append((job, figures))
-                    hoped = ""
-                    if job["who"] == "ours":
-                        hoped = f"{predicted[mode] / 2**30:6.1f} GiB {speed:8,.0f} tok/s"
-                    lines.append(format_figures(kind, figures, hoped, label))
-                    say(lines[-1])
-            results[kind] = summary(measured, predicted[mode], speed)
-    print("\n" + "\n".join(lines))
-    say("in all")
-    print(json.dumps(results))
-
-
-def predict_speed(config, kind, mode, count, dry) -> float:
-    """Return the tokens/s that plan.py would predict."""
-    work = cost.StepWorkload(
-        config, spec_of(kind, mode), count, compiled=not dry, cpu=dry, fill_share=1.0
-    )
-    gpu, _ = cost.local_device(torch.device("cpu" if dry else "cuda"), torch.bfloat16)
-    return count * 1024 / work.seconds(gpu, count, mode)
-
-
-def format_figures(kind, figures, hoped, label) -> str:
-    return (
-        f"{kind:<6} {figures['tok_per_s']:8,.0f} tok/s  mfu {figures['mfu']:4.0%}  "
-        f"{figures['peak_gib']:6.1f} GiB  predicted {hoped:25}  {figures['graphs']} graphs  {label}"
-    )
-
-
-def summary(measured, predicted_bytes, predicted_speed) -> dict | None:
-    ours = next((figures for job, figures in measured if job["who"] == "ours"), None)
-    theirs = [figures for job, figures in measured if job["who"] == "theirs"]
-    if not ours:
-        return None
-    result = {key: round(ours[key], 3) for key in ("tok_per_s", "mfu", "peak_gib")}
-    result["predicted_gib"] = round(predicted_bytes / 2**30, 2)
-    result["predicted_tok_per_s"] = round(predicted_speed)  # docs/PLAN.md's pairs
-    if theirs:
-        fastest = max(theirs, key=lambda figures: figures["tok_per_s"])
-        result["theirs_tok_per_s"] = round(fastest["tok_per_s"])
-        result["theirs_peak_gib"] = round(fastest["peak_gib"], 2)
-        result["ratio"] = round(ours["tok_per_s"] / fastest["tok_per_s"], 3)
-        result["loss_gap"] = round(gap(ours, fastest), 5)
-    return result
-
-
 # --- what both sides are given
 
 
@@ -358,30 +250,48 @@ def write_example_data(folder):
 
 def random_base(scratch: Path, config_sizes, device) -> Transformer:
     """Write random weights to `scratch`/base, with Mistral's v1 tokenizer if it is installed."""
+    config = ModelConfig(vocab_size=32002, max_position_embeddings=4096, **config_sizes)
+    source = scratch / "tokenizer"
+    source.mkdir()
     example = ROOT / "examples" / "base"
-    source = example
+    shutil.copyfile(example / "config.json", source / "config.json")
     try:
         import mistral_common
 
-        source = scratch / "tokenizer"
-        source.mkdir()
-        (source / "config.json").write_bytes((example / "config.json").read_bytes())
         v1 = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
-        (source / "tokenizer.model").write_bytes(v1.read_bytes())
+        shutil.copyfile(v1, source / "tokenizer.model")
     except ImportError:
-        pass
+        shutil.copyfile(example / "tokenizer_config.json", source / "tokenizer_config.json")
+        write_json(source / "tokenizer.json", enlarged_vocabulary(config.vocab_size))
     tokenizer = load_tokenizer(source)
-    torch.manual_seed(0)
-    config = ModelConfig(vocab_size=32002, max_position_embeddings=4096, **config_sizes)
-    with torch.device(device):
-        model = Transformer(config).to(torch.bfloat16)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, 0, 0.02)
+    model = random_model(config, distributed.Distributed(device), step.ModelSpec(pure_bf16=True))
     (scratch / "base").mkdir()
     save_model(model, scratch / "base", tokenizer)
     tokenizer.save(scratch / "base")
     return model
+
+
+def enlarged_vocabulary(size: int) -> dict:
+    """Return the example's tokenizer.json, filled up to `size` with tokens that no text gets."""
+    tokenizer = read_json(ROOT / "examples" / "base" / "tokenizer.json")
+    vocabulary = tokenizer["model"]["vocab"]
+    taken = {*vocabulary.values(), *(token["id"] for token in tokenizer["added_tokens"])}
+    for number in range(max(taken) + 1, size):
+        vocabulary[f"unused {number}"] = number
+    return tokenizer
+
+
+def random_model(config: ModelConfig, ranks: distributed.Distributed, spec) -> Transformer:
+    """Build a model with all its weights drawn on the device, where a 7B takes no time."""
+    model = step.build_meta_model(config, ranks, spec)
+    shards.materialize(model, ranks.device)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, 0, 0.02)
+        else:
+            torch.nn.init.ones_(parameter)
+    return model.train()
 
 
 def step_rows(scratch, steps: int) -> list[list[data.Row]]:
@@ -409,10 +319,18 @@ def work(job) -> dict:
         "tok_per_s": sum(len(row.ids) for row in steps[0]) / seconds,
         "seconds": seconds,
         "peak_gib": metrics.peak_gib(device),
+        "reserved_gib": reserved_gib(device),
         "losses": losses,
         "graphs": graphs,
         "mfu": flops / seconds / metrics.measure_peak_flops(device, torch.bfloat16),
     }
+
+
+def reserved_gib(device: torch.device) -> float:
+    """Return the most that the allocator took from the GPU; on a CPU the process's peak again."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    return metrics.peak_gib(device)
 
 
 def spec_of(kind: str, activation_checkpointing: str = "none") -> step.ModelSpec:
@@ -426,16 +344,7 @@ def spec_of(kind: str, activation_checkpointing: str = "none") -> step.ModelSpec
 
 def ours(job, device, steps):
     """Return (seconds of each step, losses, FLOPs of a step, compiled graphs)."""
-    ranks, folder, kind = distributed.Distributed(device), Path(job["work"]), job["kind"]
-    base, spec = folder / "base", spec_of(kind, job.get("recompute", "none"))
-    model = step.build_model(hf.read_config(base), ranks, spec, base)
-    if spec.adapter:
-        tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
-        for key, parameter in lora.adapter_parameters(model).items():
-            shards.copy_shard(parameter, tensors[lora.peft_name(key)])
-    if device.type == "cuda":
-        model.compile_blocks()
-    optimizer = optim.make_optimizer(model, RATES[kind], 0.0, spec.pure_bf16)
+    ranks, model, optimizer = build_ours(job, device)
     times, losses = [], []
     for rows in steps:
         started = time.perf_counter()
@@ -446,6 +355,21 @@ def ours(job, device, steps):
         losses.append(loss)
     graphs = metrics.count_compiled_graphs() if model.compiled else 0
     return times, losses, metrics.step_flops(model, steps[0])[0], graphs
+
+
+def build_ours(job, device) -> tuple[distributed.Distributed, Transformer, torch.optim.Optimizer]:
+    """Load our model, with the adapter that PEFT gets too, compiled on a GPU; its optimizer."""
+    ranks, folder, kind = distributed.Distributed(device), Path(job["work"]), job["kind"]
+    base, spec = folder / "base", spec_of(kind, job.get("recompute", "none"))
+    model = step.build_model(hf.read_config(base), ranks, spec, base)
+    if spec.adapter:
+        tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+        for key, parameter in lora.adapter_parameters(model).items():
+            shards.copy_shard(parameter, tensors[lora.peft_name(key)])
+    optimizer = optim.make_optimizer(model, RATES[kind], 0.0, spec.pure_bf16)
+    if device.type == "cuda":
+        step.compile_model(model, optimizer)
+    return ranks, model, optimizer
 
 
 def theirs(job, device, steps):

@@ -55,8 +55,13 @@ def timeline(messages: Iterable) -> Timeline:
         texts.append(0 if mark else hash(text))
         authors.append(names.setdefault(author, len(names)))
         spoken.append(not mark and not left_out)
-    numbers = (np.array(column, np.int64) for column in (times, texts, authors))
-    return Timeline(*numbers, spoken=np.array(spoken, bool), people=list(names))
+    return Timeline(
+        times=np.array(times, np.int64),
+        texts=np.array(texts, np.int64),
+        authors=np.array(authors, np.int64),
+        spoken=np.array(spoken, bool),
+        people=list(names),
+    )
 
 
 def candidates(texts: list[np.ndarray]) -> list[tuple[int, int]]:

@@ -174,7 +174,7 @@ class MessageStore:
             named = [copy.chat for copy in copies if copy.chat.key in self.names]
             yield (named or [copies[-1].chat])[-1], self.renamed(heapq.merge(*streams, key=order))
 
-    def renamed(self, messages: Iterable[Message]) -> Iterable[Message]:
+    def renamed(self, messages: Iterator[Message]) -> Iterator[Message]:
         if not self.same:
             return messages
         same = self.same

@@ -74,7 +74,9 @@ def find_order(source: Source) -> str:
     right = collections.Counter(mdy=0, dmy=0)  # of equals the first: LINE writes mdy in English
     for line in full_lines(source, collections.Counter()):
         match = YEAR_LAST.fullmatch(line.strip())
-        for order in right if match else ():
+        if not match:
+            continue
+        for order in right:
             day = day_of(line.strip(), order)
             right[order] += bool(day and WEEKDAYS[day.weekday()] == match[1].lower())
     return max(right, key=lambda order: right[order])
@@ -109,7 +111,7 @@ def events(source: Source, order: str, repairs: collections.Counter) -> Iterator
             event, day = None, following or day
         if time and not day:
             repairs[UNDATED] += 1
-        elif time and match:
+        elif time and match and day:
             name, tab, words = match[2].partition("\t")
             service = "" if name and tab else Reason.SERVICE
             moment = datetime.datetime.combine(day, time[0])

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 LIMIT = 1 << 24  # characters of one value; a longer one is damage that swallows the rest
 TAIL = 1 << 12  # characters in which the beginning of a message or a chat must fit
 
-GAP = re.compile(r"[\s,]*")  # between elements: a comma too many or too few costs nothing
+# Between elements: a comma too many or too few costs nothing. It always matches.
+GAP = re.compile(r"[\s,]*")
+match_gap: Callable[[str, int], re.Match[str]] = GAP.match  # type: ignore[assignment]
 CHAT_HEAD = re.compile(  # what may be left of one
     r'"messages"|"name"\s*:|"(?:\w+_(?:chat|group|supergroup|channel|messages|codes)|replies)"'
 )
@@ -98,7 +100,7 @@ class Cursor:
     def peek(self) -> str:
         """Return the next character, without white space, and read TAIL more; "" at the end."""
         while True:
-            self.at = GAP.match(self.text, self.at).end()
+            self.at = match_gap(self.text, self.at).end()
             if len(self.text) - self.at > TAIL or self.ended:
                 return self.text[self.at : self.at + 1]
             self.read_more()
@@ -138,7 +140,7 @@ class Cursor:
     def messages(self) -> Iterator[object]:
         """Yield each message of the array that begins here, decoded; None for one that is lost."""
         self.at += 1
-        self.lost, scan, gap = False, self.strict, GAP.match
+        self.lost, scan, gap = False, self.strict, match_gap
         while not self.lost:
             try:
                 value, end = scan(self.text, gap(self.text, self.at).end())
@@ -150,7 +152,7 @@ class Cursor:
             except (StopIteration, ValueError, RecursionError, TypeError):
                 pass
             following = self.peek()
-            after = GAP.match(self.text, self.at + 1).end()
+            after = match_gap(self.text, self.at + 1).end()
             if following == "]" and not self.is_message(after):  # else the bracket is the damage
                 self.at += 1
                 return
@@ -172,4 +174,4 @@ class Cursor:
 
     def is_message(self, at: int) -> bool:
         begins = self.begins.match(self.text, at)
-        return bool(begins) and not begins["type"]
+        return begins is not None and not begins["type"]

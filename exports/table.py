@@ -72,7 +72,7 @@ class Row(NamedTuple):
 def find_columns(names: list[str]) -> dict[str, int] | None:
     """Return {our name: index} of a header; None without time, author and text."""
     plain = [re.sub(r"[\W_]", "", name).casefold() for name in names]
-    found = {}
+    found: dict[str, int] = {}
     for column, spellings in COLUMNS.items():
         for spelling in spellings.split():
             if spelling in plain and plain.index(spelling) not in found.values():
@@ -173,8 +173,8 @@ def rows(source: Source, repairs: collections.Counter) -> Iterator[Row]:
 def json_rows(lines: Iterator[str], repairs: collections.Counter) -> Iterator[Row]:
     for line in lines:
         value = parse_json(line)
-        columns = value and columns_of_keys(tuple(value))
-        if columns:
+        columns = columns_of_keys(tuple(value)) if value else None
+        if value and columns:
             yield make_row(list(value.values()), columns)
         elif line.strip():
             repairs[DAMAGED] += 1

@@ -94,9 +94,11 @@ def make(raw: dict) -> Message | None:
         return None
     if not link and name not in ("Вы", "You"):
         return None
-    day, year, *clock = (int(match[i]) for i in (1, 3, 4, 5, 6))
+    clock = "-".join(match.group(3, 1, 4, 5, 6))
     try:
-        local = datetime.datetime(year, MONTHS.index(month) + 1, day, *clock, tzinfo=datetime.UTC)
+        local = datetime.datetime.strptime(
+            f"{clock}-{MONTHS.index(month) + 1}", "%Y-%d-%H-%M-%S-%m"
+        )
     except ValueError:
         return None
     author = ME if not link else f"vk:{'' if link[1] == 'id' else '-'}{link[2]}"
@@ -109,7 +111,7 @@ def make(raw: dict) -> Message | None:
     elif not text:
         text = next((mark for stem, mark in MARKS if stem in shown), "")
         reason = "" if text else Reason.NO_TEXT
-    at = int(local.timestamp())
+    at = int(local.replace(tzinfo=datetime.UTC).timestamp())
     number = int(raw["id"]) if re.fullmatch(r"\d{1,18}", raw["id"]) else None
     return make_message((number, author, name if link else None, at, iso_time(at), text, reason))
 

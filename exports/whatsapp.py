@@ -103,12 +103,12 @@ def stems(text: str) -> re.Pattern:
 PHRASES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 FILLER = {"", *alternatives(PHRASES["filler"])}
 EASTERN = {*alternatives(PHRASES["eastern"])}
-HOURS = {}  # by a word beside the time
+HOURS: dict[str, tuple[int, ...]] = {}  # by a word beside the time
 for hours, words in PHRASES["hours"].items():
     HOURS |= dict.fromkeys(alternatives(words.strip()), tuple(map(int, hours.split())))
 for half, hours in ("morning", range(12)), ("evening", range(12, 24)):
     HOURS |= dict.fromkeys(map(word, alternatives(PHRASES[half])), tuple(hours))
-ERAS = {}  # calendars, by a word beside the date
+ERAS: dict[str, str] = {}  # calendars, by a word beside the date
 for calendar, words in PHRASES["eras"].items():
     ERAS |= dict.fromkeys(map(word, alternatives(words)), calendar)
 HEBREW = stems(PHRASES["hebrew"])
@@ -320,7 +320,7 @@ def split_name(rest: str, with_colon: Mapping[str, set[str]] | None = None) -> t
     """
     match = AUTHOR.match(rest)
     name = display(match[1]) if match else ""
-    if not 0 < len(name) <= 60:
+    if not match or not 0 < len(name) <= 60:
         return "", rest
     text = rest[match.end() :]
     if with_colon and name in with_colon:
@@ -348,10 +348,12 @@ class Survey:
 
     def __init__(self):
         self.count, self.habits = 0, set()
-        self.names, self.authors = collections.Counter(), set()
-        self.wrong, self.last = collections.Counter(), dict.fromkeys(ORDERS, 0)  # by order
-        self.years = {order: set() for order in ORDERS}
-        self.calendars = collections.Counter()  # by order and calendar
+        self.names: collections.Counter[str] = collections.Counter()
+        self.authors: set[str] = set()
+        self.wrong: collections.Counter[str] = collections.Counter()  # by order
+        self.last = dict.fromkeys(ORDERS, 0)  # by order
+        self.years: dict[str, set[str]] = {order: set() for order in ORDERS}
+        self.calendars: collections.Counter = collections.Counter()  # by order and calendar
         self.halves, self.colons = Halves(), Colons()
 
     def add(self, front: Front) -> None:
@@ -564,7 +566,8 @@ def named_calendar(head: list[str]) -> str:
 
 def read(source: Source, repairs: collections.Counter) -> Iterator[tuple[Chat, Iterator[Message]]]:
     """See `exports`. The file is read twice."""
-    surveys, head = collections.defaultdict(Survey), []
+    surveys: dict[str, Survey] = collections.defaultdict(Survey)
+    head: list[str] = []
     for line in lines(source, collections.Counter()):
         if front := parse_front(line):
             surveys[front.shape].add(front)
@@ -662,7 +665,7 @@ def blocks(
     for line in lines(source, repairs):
         front = parse_front(line)
         new_time = layout.time_of(front)
-        if new_time:
+        if front and new_time:
             if time:
                 yield time, "\n".join(text)
             half = layout.half_of(front)
@@ -813,7 +816,7 @@ def drop_attached_chats(sources: list[Source]) -> list[Source]:
         return sources
     escaped = b"|".join(re.escape(name.encode()) for name in names)
     pattern = re.compile(b"(?:%s)(?= ?[>(])" % escaped)
-    sent = set()
+    sent: set[str] = set()
     for source in sources:
         if source.path.suffix != ".txt":
             continue

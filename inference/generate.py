@@ -82,11 +82,11 @@ class Decoder:
         # Encoding a reply's text may give other ids than those that were generated
         self.reply_ids: ReplyIds = {}
         self.stop_ids, self.banned_ids = stop_and_banned_ids(model, tokenizer)
-        self.compiled: CompiledDecoder | None = None
+        self.compiled_decoder: CompiledDecoder | None = None
         if compile and can_compile(norm.device):
             # A compiler may be there without Python's headers
             with contextlib.suppress(torch._dynamo.exc.BackendCompilerFailed):
-                self.compiled = CompiledDecoder(model, self.cache)
+                self.compiled_decoder = CompiledDecoder(model, self.cache)
         self.cache.length = 0
 
     def generate(
@@ -103,14 +103,14 @@ class Decoder:
         """
         ids = list(ids)
         for _ in range(min(max_new, self.cache.size - len(ids))):
-            logits = self.forward(ids).index_fill(0, self.banned_ids, -torch.inf)
+            logits = self.next_logits(ids).index_fill(0, self.banned_ids, -torch.inf)
             next_id = self.broadcast(sample(logits, temperature, top_p, generator))
             if next_id in self.stop_ids:
                 return
             ids.append(next_id)
             yield next_id
 
-    def forward(self, ids: Sequence[int]) -> Tensor:
+    def next_logits(self, ids: Sequence[int]) -> Tensor:
         """Return the logits (V,) of the token after `ids`, in float32 on the CPU."""
         logits = self.extend(ids, min(self.num_cached(ids), len(ids) - 1))
         return logits.flatten().float().cpu()
@@ -132,8 +132,8 @@ class Decoder:
         for begin in range(start, len(ids), PREFILL_CHUNK):
             chunk = torch.tensor([ids[begin : begin + PREFILL_CHUNK]], device=device)
             # The compiler would specialize on the lengths 0 and 1
-            if self.compiled and len(ids) - start == 1 and start > 1:
-                logits = self.compiled(chunk)
+            if self.compiled_decoder and len(ids) - start == 1 and start > 1:
+                logits = self.compiled_decoder(chunk)
             else:
                 logits = self.prefill_chunk(chunk)
         self.cached_ids = list(ids)
@@ -188,6 +188,7 @@ class CompiledDecoder:
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.cache_positions = torch.arange(cache.size, device=device)
+        self.blocks = [block for block in model.model.layers if isinstance(block, Block)]
         self.rotations = rope(self.cache_positions[None], model.config)
         # S → (CUDA graph over the first S positions of the cache, its logits)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -240,7 +241,7 @@ class CompiledDecoder:
         hidden = (distance < 0) | (distance >= window)  # (S,)
         torch._dynamo.maybe_mark_dynamic(hidden, 0)
         x = self.model.model.embed_tokens(self.token).float()  # (1, 1, E)
-        for block, layer in zip(self.model.model.layers, self.cache.layers):
+        for block, layer in zip(self.blocks, self.cache.layers):
             q, k, v = self.queries_keys_values(block, x, rotation)
             kv = torch.stack([k, v]).transpose(2, 3)  # (2, 1, G, 1, D)
             layer.index_copy_(3, self.position, kv.to(layer.dtype))
@@ -264,7 +265,7 @@ class CompiledDecoder:
         return graph, logits
 
 
-def queries_keys_values(block: Block, x: Tensor, rotation: list[Tensor]) -> tuple[Tensor, ...]:
+def queries_keys_values(block: Block, x: Tensor, rotation: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return block.self_attn.qkv(block.input_layernorm(x), rotation)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import data
-from inference.generate import PREFILL_MULTIPLE, DecodeBatch, Decoder, truncate_prompt
+from inference.generate import PREFILL_MULTIPLE, BatchRow, DecodeBatch, Decoder, truncate_prompt
 from inference.style import Reply
 
 PACK_TOKENS = 512  # tokens of replies that are read side by side
@@ -45,7 +45,7 @@ def find_examples(sessions: Iterable[data.Session], first: int = 0) -> list[Exam
     return examples
 
 
-def sample(items: list, count: int, seed: int) -> list:
+def sample(items: Sequence, count: int, seed: int) -> list:
     """Draw at most `count` items, in their order."""
     drawn = np.random.default_rng(seed).permutation(len(items))[:count]
     return [items[i] for i in sorted(drawn)]
@@ -63,7 +63,8 @@ def reply_nats(decoder: Decoder, example: Example, size: int) -> np.ndarray:
     The marks around messages don't count. Tokens that all documents begin with are read once; the
     replies lie side by side behind them. At most the last `size` tokens of a document are read.
     """
-    documents, before = [], example.before
+    documents: list[np.ndarray] = []
+    before = example.before
     for reply in example.choices:
         turns = [*before, data.Turn(example.author, True, "", list(reply))]
         document = data.render(turns, first=(len(before), 0), specials=decoder.tokenizer.specials)
@@ -157,7 +158,9 @@ def answer(
     token_bytes = sum(layer[:, :, :, :1].nbytes for layer in decoder.cache.layers)
     batch_size = max(1, min(BATCH, BATCH_BYTES // (longest * token_bytes)))
 
-    batch, nats, rows = DecodeBatch(decoder, batch_size, longest), [], []
+    batch = DecodeBatch(decoder, batch_size, longest)
+    nats: list[np.ndarray] = []
+    rows: list[BatchRow] = []
     for i, example in enumerate(progress(examples)):
         nats.append(reply_nats(decoder, example, size))
         generator = torch.Generator().manual_seed(1000 * seed + i)

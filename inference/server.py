@@ -348,10 +348,10 @@ def cut_at_stop(text: str, stops: list[str]) -> tuple[bool, int]:
 
 
 ROUTES: list[Route] = []
-PUBLIC_PATHS: set[str] = set()  # need no token: they tell no name and no chat
+TOKENLESS_PATHS: set[str] = set()  # need no token: they tell no name and no chat
 
 
-def endpoint(*paths: str, method: str = "GET", public: bool = False) -> Callable:
+def endpoint(*paths: str, method: str = "GET", tokenless: bool = False) -> Callable:
     """Register a handler, which finds what it needs in request.app.state (see `application`).
 
     The API is below /v1; some clients leave that out.
@@ -359,20 +359,20 @@ def endpoint(*paths: str, method: str = "GET", public: bool = False) -> Callable
 
     def register(handler: Callable) -> Callable:
         ROUTES.extend(Route(path, handler, methods=[method]) for path in paths)
-        PUBLIC_PATHS.update(paths if public else ())
+        TOKENLESS_PATHS.update(paths if tokenless else ())
         return handler
 
     return register
 
 
-@endpoint("/", public=True)
+@endpoint("/", tokenless=True)
 async def home(request: Request) -> Response:
     state = request.app.state
     headers = {"content-security-policy": content_security_policy(state.page)}
     return HTMLResponse(state.page, headers=headers)
 
 
-@endpoint("/health", "/v1/health", public=True)
+@endpoint("/health", "/v1/health", tokenless=True)
 async def health(request: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
@@ -539,7 +539,7 @@ def check_access(
     if token:
         sent = headers.get("authorization", "").encode()
         valid = hmac.compare_digest(sent, f"Bearer {token}".encode())
-        if not valid and path not in PUBLIC_PATHS:
+        if not valid and path not in TOKENLESS_PATHS:
             message = "The token is missing or wrong: Authorization: Bearer TOKEN"
             scheme = {"www-authenticate": "Bearer"}
             return ApiError(401, message, code="invalid_api_key", headers=scheme)

@@ -78,7 +78,8 @@ def shares(replies: list[Reply], of: Callable[[Reply], set[str]]) -> dict[str, f
 def giveaways(mine: list[Reply], theirs: list[Reply], most: int = 8) -> list[dict]:
     """List what they do more often than I do, and than chance explains (3 deviations)."""
     m, n = len(mine), len(theirs)
-    my_shares, rows = shares(mine, features), []
+    my_shares = shares(mine, features)
+    rows: list[dict] = []
     for feature, share in shares(theirs, features).items():
         my_share = my_shares.get(feature, 0)
         pooled = (m * my_share + n * share) / (m + n)

@@ -9,7 +9,6 @@ import io
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -118,18 +117,19 @@ def test_plan_table_is_what_plan_prints(flags, time, money):
     assert f" {time} of training;" in output and f"= {money}, at " in output, output
 
 
-# --- every message has a row in TROUBLES.md
+# --- every row in TROUBLES.md quotes a message of ours
 
 
-def message_pattern(node: ast.AST) -> str:
-    """Turn the expression of a message into a regular expression; what varies may be anything."""
+OTHERS_MESSAGES = ("… failed (exitcode: 2)", "ChildFailedError")  # torchrun's
+
+
+def constant_parts(node: ast.AST) -> str:
+    """Return a text of the code, `…` where it varies."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return re.escape(plain_text(node.value))
+        return node.value
     if isinstance(node, ast.JoinedStr):
-        return "".join(map(message_pattern, node.values))
-    if isinstance(node, ast.BinOp):
-        return message_pattern(node.left) + message_pattern(node.right)
-    return ".*?"
+        return "".join(map(constant_parts, node.values))
+    return "…"
 
 
 def plain_text(text: str) -> str:
@@ -137,46 +137,52 @@ def plain_text(text: str) -> str:
     return re.sub(r"[`*\\]", "", text).replace("\n", " ")
 
 
-def count_letters(text: str) -> int:
-    return sum(map(str.isalpha, text))
-
-
-def python_messages() -> Iterator[tuple[str, str]]:
-    """Yield (file and line, pattern) of each UserError in the code."""
-    paths = [*ROOT.glob("*.py")]
+@functools.cache
+def messages() -> str:
+    """Return all texts that our programs may print, one a line, `…` where they vary."""
+    texts = re.findall(
+        r'"((?:\$\([^)]*\)|[^"])*)"', (ROOT / "remote.sh").read_text(encoding="utf-8")
+    )
+    texts = [re.sub(r"\$\{[^}]*\}|\$\([^)]*\)|\$\w+", "…", text) for text in texts]
+    texts.append((ROOT / "inference" / "page.html").read_text(encoding="utf-8"))
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("examples/*.py")]
     for room in ROOMS:
         paths += (ROOT / room).glob("*.py")
-    for path in sorted(paths):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("UserError"):
-                problem, hint = map(message_pattern, node.args)
-                if count_letters(problem) < 7:  # too short to be told from others
-                    problem = f"{problem}.*?{hint}"
-                yield f"{relative_path(path)}:{node.lineno}", problem
+    for path in paths:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        texts += [constant_parts(node) for node in ast.walk(tree)]
+    return "\n".join(sorted({plain_text(text) for text in texts}))
 
 
-def shell_messages() -> Iterator[tuple[str, str]]:
-    """Yield (file and line, pattern) of each `fail "…"` in remote.sh."""
-    script = (ROOT / "remote.sh").read_text(encoding="utf-8")
-    for number, line in enumerate(script.splitlines(), 1):
-        for message in re.findall(r'\bfail "((?:\$\([^)]*\)|[^"])*)"', line):
-            constant_parts = re.split(r"\$\{[^}]*\}|\$\([^)]*\)|\$\w+", message)
-            pattern = ".*?".join(re.escape(plain_text(part)) for part in constant_parts)
-            if count_letters(pattern):
-                yield f"remote.sh:{number}", pattern
+def is_said(quote: str) -> bool:
+    """Return whether a text of ours can read like `quote`; `…` may be anything, in both."""
+    parts = [part for part in re.split("…|[0-9]+", quote) if part]
+    if re.search(".*?".join(map(re.escape, parts)), messages()):
+        return True
+    # or as one whose own constant parts stand in the quote, in their order
+    for text in messages().splitlines():
+        parts = [part for part in re.split("…|[0-9]+", text) if part]
+        if "…" not in text or sum(map(str.isalpha, text)) < 7 or parts[0] not in quote:
+            continue
+        if re.search(".*?".join(map(re.escape, parts)), quote):
+            return True
+    return False
 
 
-def test_troubles_names_every_message():
-    table_rows = re.findall(r"^\| (`.*)$", read_page("TROUBLES"), re.M)
-    documented = [plain_text(re.split(r"(?<!\\) \|", row)[0]) for row in table_rows]
-    missing = []
-    for place, pattern in [*python_messages(), *shell_messages()]:
-        if not any(re.search(pattern, row) for row in documented):
-            missing.append(f"{place}: {pattern.replace('.*?', '…')}".replace("\\", ""))
-    assert not missing, "\n".join([
-        "docs/TROUBLES.md needs rows for these: | `message, … where it varies` | why, and what to do |",
-        *missing,
-    ])  # fmt: skip
+def troubles_quotes() -> list[str]:
+    rows = re.findall(r"^\| (`.*)$", read_page("TROUBLES"), re.M)
+    cells = [re.split(r"(?<!\\) \|", row)[0] for row in rows]
+    return [quote for cell in cells for quote in re.findall(r"`([^`]+)`", cell)]
+
+
+@pytest.mark.parametrize("quote", troubles_quotes())
+def test_troubles_quotes_what_a_program_says(quote):
+    if not any(text in quote for text in OTHERS_MESSAGES):
+        assert is_said(plain_text(quote)), f"no program says {quote}"
+
+
+def test_a_message_that_was_reworded_is_found_out():
+    assert is_said("… is encrypted") and not is_said("… is locked with a password")
 
 
 # --- names, links, flags

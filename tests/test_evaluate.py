@@ -15,7 +15,7 @@ import data
 import evaluate
 from cli import UserError
 from evaluate import ModelOutputs
-from inference import generate, pages, scoring, style
+from inference import bootstrap, generate, memorisation, pages, scoring, style
 from inference.scoring import Example
 from training import distributed, step
 from weights.load import load_model
@@ -190,9 +190,9 @@ def test_classifier_tells_apart_another_source_but_not_the_same():
     draw = np.random.default_rng(0)
     one, same = ([(n % 30, sentence(draw)) for n in range(120)] for _ in range(2))
     other = [(n % 30, sentence(draw, "I would rather", "tomorrow!")) for n in range(120)]
-    assert abs(evaluate.classifier_auc(one, same, 0)["value"] - 0.5) < 0.12
-    assert evaluate.classifier_auc(one, other, 0)["value"] > 0.98
-    assert "too little" in evaluate.classifier_auc(one[:20], other[:20], 0)["why"]
+    assert abs(bootstrap.classifier_auc(one, same, 0)["value"] - 0.5) < 0.12
+    assert bootstrap.classifier_auc(one, other, 0)["value"] > 0.98
+    assert "too little" in bootstrap.classifier_auc(one[:20], other[:20], 0)["why"]
 
 
 def test_interval_covers_the_truth_as_often_as_it_says():
@@ -200,10 +200,10 @@ def test_interval_covers_the_truth_as_often_as_it_says():
     for _ in range(200):
         chars = draw.integers(20, 200, 30)
         bits = chars * draw.gamma(4, 0.5, 30)  # 2 bits per character
-        found = evaluate.ratio(bits, chars, np.arange(30))
+        found = bootstrap.ratio(bits, chars, np.arange(30))
         covered += found["low"] <= 2 <= found["high"]
     assert 0.85 <= covered / 200 <= 0.99
-    assert evaluate.ratio([1, 2], [1, 1], [0, 1])["value"] is None
+    assert bootstrap.ratio([1, 2], [1, 1], [0, 1])["value"] is None
 
 
 def test_clone_that_repeats_training_replies_is_flagged_as_copying():
@@ -280,13 +280,13 @@ def test_text_cannot_end_the_script_that_it_stands_in(template):
 def test_canaries_are_told_from_other_secrets():
     lines = ["the code is 5550123", "locker 1 opens with 00481234"]
     canaries = {"00481234": 2, "99999999": 4}  # the second was taken out of the data
-    found = evaluate.find_probes([session(ask(), reply_of(*lines))], canaries, 0)
+    found = memorisation.find_probes([session(ask(), reply_of(*lines))], canaries, 0)
     assert [(probe.mine, probe.copies) for probe in found] == [(lines[:1], 0), (lines, 2)]
 
 
 def test_secrets_are_mine_beside_random_ones_of_their_shape():
     turns = [ask("mine is 55512345"), reply_of("my code is 48213-A7x9 since 2024")]
-    (probe,) = evaluate.find_probes([session(*turns)], {}, 0)
+    (probe,) = memorisation.find_probes([session(*turns)], {}, 0)
     assert (probe.before, probe.author) == (turns[:1], "Ann")
     assert probe.mine == ["my code is 48213-A7x9"] and len(probe.choices) == 50
     for (text,) in probe.choices:
@@ -295,7 +295,7 @@ def test_secrets_are_mine_beside_random_ones_of_their_shape():
 
 
 def test_exposure_of_strings_that_come_first():
-    known = evaluate.exposure(np.ones(5, int), None)
+    known = memorisation.exposure(np.ones(5, int), None)
     assert known == {"value": pytest.approx(np.log2(50)), "first": 5, "n": 5}
 
 
@@ -310,18 +310,18 @@ def test_exposure_of_strings_that_come_first():
     ],
 )
 def test_secrets_alarm_by_what_the_clone_knows_beyond_its_base(clone, base, more, alarming):
-    clone_row = evaluate.exposure(np.array(clone), np.array(base))
-    row = {"clone": clone_row, "base": evaluate.exposure(np.array(base), None)}
-    line = evaluate.secrets_line(row)
+    clone_row = memorisation.exposure(np.array(clone), np.array(base))
+    row = {"clone": clone_row, "base": memorisation.exposure(np.array(base), None)}
+    line = memorisation.verdict(row)
     assert clone_row["more"] == more and clone_row["flagged"] == alarming
     assert ("it learned secrets" in line) == alarming and ("no sign" in line) != alarming
     assert f"{clone.count(1)} come first" in line and f"{base.count(1)} for its base" in line
 
 
 def test_secrets_without_a_base_are_no_alarm():
-    row = {"clone": evaluate.exposure(np.array([1] * 19 + [4]), None)}
-    assert "not on this machine" in evaluate.secrets_line(row)
-    assert "value" in evaluate.exposure(np.zeros(0, int), None)
+    row = {"clone": memorisation.exposure(np.array([1] * 19 + [4]), None)}
+    assert "not on this machine" in memorisation.verdict(row)
+    assert "value" in memorisation.exposure(np.zeros(0, int), None)
 
 
 def test_progress_prints_lines_where_there_is_no_terminal(monkeypatch, capsys):

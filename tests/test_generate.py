@@ -180,7 +180,7 @@ def test_failing_compiler_falls_back_to_eager(base, tokenizer, monkeypatch):
     monkeypatch.setattr(generate, "can_compile", lambda device: True)
     decoder = generate.Decoder(model, tokenizer, 64, compile=True)
     assert (
-        decoder.compiled is None
+        decoder.compiled_decoder is None
         and list(decoder.generate(list(range(3, 9)), 4, temperature=0)) == plain
     )
 
@@ -199,10 +199,12 @@ def test_compiled_decoder_equals_the_model(tmp_path, weights, changes):
     ids = list(range(3, 15))
     for new in (40, 41, 42, 50, 60):
         ids.append(new)
-        assert torch.allclose(decoder.forward(ids), logits(model, ids)[-1], atol=2e-4, rtol=1e-3)
+        assert torch.allclose(
+            decoder.next_logits(ids), logits(model, ids)[-1], atol=2e-4, rtol=1e-3
+        )
     shorter = [*ids[:9], 77]  # an earlier turn was replaced
     assert torch.allclose(
-        decoder.forward(shorter), logits(model, shorter)[-1], atol=2e-4, rtol=1e-3
+        decoder.next_logits(shorter), logits(model, shorter)[-1], atol=2e-4, rtol=1e-3
     )
 
 
@@ -283,7 +285,7 @@ def test_next_turn_reads_only_its_new_tokens(adapted, tokenizer):
         handle = decoder.model.register_forward_pre_hook(
             lambda model, args, lengths=lengths: lengths.append(args[0].shape[1])
         )
-        decoder.forward(begin)
+        decoder.next_logits(begin)
         handle.remove()
         new = len(begin) - len(answer.prompt) - len(answer.ids) + 1
         assert sum(lengths) <= new + -new % generate.PREFILL_MULTIPLE
@@ -367,7 +369,7 @@ def test_ctrl_c_while_prefilling_leaves_a_valid_cache(adapted, tokenizer, monkey
         load_model(str(adapted), tokenizer=tokenizer, weights="plain"), tokenizer, 64
     )
     ids = list(range(3, 20))
-    decoder.forward(ids)
+    decoder.next_logits(ids)
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -375,9 +377,9 @@ def test_ctrl_c_while_prefilling_leaves_a_valid_cache(adapted, tokenizer, monkey
     with monkeypatch.context() as patch:
         patch.setattr(decoder.model.model.layers[1], "compute", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            decoder.forward([*ids[:5], *range(100, 115)])
+            decoder.next_logits([*ids[:5], *range(100, 115)])
     assert torch.allclose(
-        decoder.forward([*ids, 50]), logits(decoder.model, [*ids, 50])[-1], atol=1e-4
+        decoder.next_logits([*ids, 50]), logits(decoder.model, [*ids, 50])[-1], atol=1e-4
     )
 
 

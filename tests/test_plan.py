@@ -340,7 +340,7 @@ def test_a_7b_fits_where_it_is_known_to_fit(capsys, monkeypatch):
         assert answer["fits"] == fits, flags
     text = run(capsys, monkeypatch, "--gpu", "3090")
     assert "does NOT fit" in text and text.endswith(
-        "to make it fit  a card of more memory (h200, b200); --lora; --qlora; more --gpus\n"
+        "to make it fit  a GPU with more memory (h200, b200); --lora; --qlora; more --gpus\n"
     )
     text = run(
         capsys,

@@ -18,6 +18,7 @@ from conftest import ROOT, refused
 
 from weights.load import load_model
 
+RENT = ROOT / "docs" / "RENT.md"
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 TOOLS = "bash sh cat sed grep date mkdir mv rm cp ls cmp sort tee sleep id tail timeout true dirname wc".split()
 QUICK = ("--seq-len", 160, "--device", "cpu", "--dtype", "fp32", "--samples", 0, "--micro-batch", 4)
@@ -202,6 +203,8 @@ def start(home, line, *flags, on_done=None):
             stdout=out,
             stderr=out,
             start_new_session=True,
+            # A suite in the background of a script ignores Ctrl-C, and bash can't trap it then
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     STARTED.append(process)
     return process
@@ -291,11 +294,9 @@ def test_whole_run_brings_home_a_loadable_model(box, home, base):
     assert out.stat().st_mode & 0o777 == 0o700 and (home / "done.txt").read_text() == "well done\n"
     assert not (out / ".incoming").exists() and steps(out) == [1, 2, 3, 4, 5, 6]
     assert load_model(str(out), torch.float32).lora["rank"] == 32
-    merge = re.search(
-        r"base that is there: (.* 'cd doppelganger && HF_HOME=\$PWD/\.hub .*')$", text, re.M
-    )
+    merge = re.search(r"(HF_HOME=\$PWD/\.hub \S+ lora\.py merge ckpt clone) ", RENT.read_text())
     done = subprocess.run(
-        ["bash", "-c", merge[1]],
+        ["bash", "-c", f"{machine.line} 'cd doppelganger && {merge[1]}'"],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -325,7 +326,7 @@ def test_killed_full_finetune_resumes_and_only_its_result_comes_home(box, home, 
     assert not [path for path in out.rglob("*") if path.name not in (".remote", ".incoming")]
     machine.signal_training(signal.SIGKILL)
     assert process.wait(timeout=240) == 137
-    assert "Training ended before its time (exit code 137)" in output(home)
+    assert "Training is not finished (exit code 137)" in output(home)
     text = run(home, machine.line, *flags, on_done="exit 3", code=3)
     assert "after step" in text and "--on-done ended with exit code 3" in text
     assert machine.files() == SENT and saves(machine.code / "ckpt")
@@ -334,7 +335,7 @@ def test_killed_full_finetune_resumes_and_only_its_result_comes_home(box, home, 
 
 
 @needs_box
-def test_max_minutes_is_reported_as_a_planned_end(box, home, base, venv):
+def test_max_minutes_ends_a_run_that_can_be_resumed(box, home, base, venv):
     machine = box("box", venv=venv)
     flags = (
         "--lora",
@@ -344,8 +345,7 @@ def test_max_minutes_is_reported_as_a_planned_end(box, home, base, venv):
         *FLAGS,
     )
     text = run(home, machine.line, *flags)
-    assert "Training ended when --max-minutes were over, as planned. The same command" in text
-    assert "before its time" not in text
+    assert "Training is not finished (exit code 0): see above. The same command resumes" in text
     # A busy machine has no step done by then.
     assert bool(saves(home / "my ckpt")) != ("stopped before the first step" in text)
 
@@ -435,7 +435,7 @@ def test_user_errors_are_two_lines_and_nothing_is_copied(box, home, tmp_path):
 
 
 PYTHON = """case "$*" in
-*torch.ones*) [ -e wheel ] && [ "$BAD" != all ] && [ "$(cat wheel)" != "$BAD" ] && echo "$PWD/torch" ;;
+*torch.ones*) [ -e wheel ] && [ "$BAD" != all ] && [ "$(cat wheel)" != "$BAD" ] ;;
 "-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
 *install*torch==*) echo "$*" > pip && last=${!#} && echo "${last##*/}" > wheel ;;
 *install*) cat > others ;;

@@ -311,14 +311,14 @@ def test_learning_rate_warms_up_then_follows_a_cosine():
 
 def test_each_epoch_has_every_row_once_in_a_new_order():
     plan = Plan(batch=4, epoch=3, steps=7, lr=1.0, evaluate_at=frozenset())
-    steps = list(train.batches(list(range(10)), plan, seed=0))
+    steps = list(train.step_rows(list(range(10)), plan, seed=0))
     epochs = [sum(steps[0:3], []), sum(steps[3:6], [])]
     assert (
         [len(b) for b in steps] == [4, 4, 2, 4, 4, 2, 4]
         and [sorted(e) for e in epochs] == [list(range(10))] * 2
         and epochs[0] != epochs[1]
     )
-    assert steps == list(train.batches(list(range(10)), plan, seed=0))
+    assert steps == list(train.step_rows(list(range(10)), plan, seed=0))
 
 
 def test_generate_samples_leaves_dropout_on(base, chats, tokenizer):

@@ -179,7 +179,8 @@ class CheckpointWriter(threading.Thread):
         self.path = folder / f"rank-{ranks.rank:05}"
         self.error: Exception | None = None
         self.started = time.monotonic()
-        self.tensors, places = {}, {}
+        self.tensors: dict[str, torch.Tensor] = {}
+        places = {}
         for name, tensor in tensors.items():
             local, first = shards.local_shard(tensor)
             self.tensors[name] = local.to("cpu", copy=True).contiguous()
@@ -244,7 +245,8 @@ class CheckpointManager:
         self.optimizer, self.tensors = optimizer, training_state(model, optimizer)
         self.save_every, self.save_minutes = save_every, save_minutes
         self.keep, self.deadline = keep, deadline
-        self.saved_step = self.started_step = step  # of the last checkpoint, committed or not
+        self.saved_step = step  # of the last checkpoint that is committed
+        self.started_step = step  # of the last one that was begun, committed or not
         self.path: Path | None = None  # of the checkpoint that is being written
         self.writer: CheckpointWriter | None = None
         self.signal: int | None = None

@@ -69,6 +69,7 @@ CHECKPOINT_COPIES = 1 + 1 / len(optim.ADAM_STATE)
 # Bytes of a CPU process beside live tensors: Python, its libraries, the kernels of some shapes.
 CPU_RESERVE = 0.65 * devices.GIB
 SESSION_TOKENS = 276  # tokens of a session, in our example
+MOST_DOCUMENTS = 32  # sessions in a row, assumed
 TARGET_SHARE = 0.4  # share of tokens with a target, in our example
 FILL_SHARE = 0.985  # share of a row's positions that packing fills
 MIN_STEPS = 50  # however little data there is
@@ -120,6 +121,7 @@ class StepWorkload:
     world: int = 1
     target_share: float = TARGET_SHARE
     doc_length: float = SESSION_TOKENS  # tokens of a document
+    most_documents: int = MOST_DOCUMENTS  # in a row
     compiled: bool = True
     cpu: bool = False
     fill_share: float = FILL_SHARE
@@ -162,6 +164,7 @@ class StepWorkload:
             self.world,
             target_share=self.target_share,
             doc_length=round(self.doc_length) if self.cpu else None,
+            documents=micro_batch * self.most_documents,
             compiled=self.compiled,
         )
 
@@ -203,13 +206,15 @@ class StepWorkload:
         logits = 16 * config.vocab_size * self.sizes.targets
 
         pure = self.spec.pure_bf16
-        per_weight = 2  # bytes, each time that it is used
+        per_weight: float = 2  # bytes, each time that it is used
         if self.spec.nf4:
             per_weight = gpu.unpacking
         elif self.trainable_parameters > self.linear_parameters / 2 and not pure:
             per_weight = 6  # fp32 masters
         uses = math.ceil(self.rows / micro_batch) * (3 if ac_mode == "full" else 2)
-        update = (60 if pure else 40) * self.trainable_parameters / self.world * gpu.updating
+        # To clip and update a weight: fused in fp32; BF16AdamW's many steps are compiled into one.
+        per_update = 40 if not pure else 20 if self.compiled else 168
+        update = per_update * self.trainable_parameters / self.world * gpu.updating
         return activations + logits + uses * self.linear_parameters * per_weight + update
 
     def sent_bytes(self, micro_batch: int) -> float:
@@ -339,7 +344,7 @@ def gpu_from_name(name: str) -> GPU:
     if gpu and gpu.peak and abs(gpu.gib - gib) < 0.1 * gib:
         return dataclasses.replace(gpu, gib=gib)
     peak = metrics.measure_peak_flops(torch.device("cuda"), torch.bfloat16) / 1e12
-    return GPU(name, gib, 800, peak, 0.6, "assumed for an unknown card, its peak measured", 12)
+    return GPU(name, gib, 800, peak, 0.6, "assumed for an unknown GPU, its peak measured", 12)
 
 
 def this_cpu(dtype: torch.dtype) -> GPU:
@@ -408,9 +413,9 @@ def benchmark_step(
     ranks = distributed.Distributed(device)
     spec = dataclasses.replace(work.spec, activation_checkpointing=choice.ac_mode)
     model = step.build_model(work.config, ranks, spec)
-    if device.type == "cuda" and work.compiled:
-        model.compile_blocks()
     optimizer = optim.make_optimizer(model, 1e-4, 0.0, spec.pure_bf16)
+    if device.type == "cuda" and work.compiled:
+        step.compile_model(model, optimizer)
     seeds = itertools.count()
 
     def timed_step():

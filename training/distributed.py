@@ -4,13 +4,18 @@ import dataclasses
 import datetime
 import functools
 import os
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 from cli import UserError
 from weights import devices, quantize
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 # FSDP2 of torch 2.11 needs a gradient of every parameter, and packed 4-bit weights have none.
 SHARDS_UINT8 = tuple(map(int, torch.__version__.split(".")[:2])) > (2, 11)
@@ -86,12 +91,12 @@ class Distributed:
             self.all_reduce(torch.zeros((), device=self.device)).item()
 
 
-def init_distributed(device: str | None = None) -> Distributed:
+def init_distributed(device_name: str | None = None) -> Distributed:
     """Join the other ranks if torchrun started this process: NCCL on CUDA, else Gloo.
 
     UserError if the hosts have different numbers of ranks.
     """
-    device = devices.pick_device(device)
+    device = devices.pick_device(device_name)
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
@@ -105,7 +110,7 @@ def init_distributed(device: str | None = None) -> Distributed:
             f"this host has {local_world} of {world} ranks",
             "Start the same number on each host: GPUS=… ./fsdp_launch.sh",
         )
-    store_options = {}
+    store_options: dict = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         rank = int(os.environ["RANK"])
         store_options = {"store": open_store("group"), "rank": rank, "world_size": world}
@@ -152,6 +157,14 @@ def shard_model(model, ranks: Distributed, dtype: torch.dtype) -> None:
     for block, next_block in zip(blocks, blocks[1:]):
         block.set_modules_to_forward_prefetch([next_block])
         next_block.set_modules_to_backward_prefetch([block])
+
+
+def fsdp_module(model: nn.Module) -> "FSDPModule":
+    """Return a sharded model as the class that `shard_model` made it an object of."""
+    from torch.distributed.fsdp import FSDPModule
+
+    assert isinstance(model, FSDPModule), type(model)
+    return model
 
 
 def local_rank() -> int:

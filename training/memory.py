@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -51,11 +52,20 @@ class MemoryTracker(TorchDispatchMode):
         for tensor in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self.add(tensor)
+        if "varlen_attn_backward" in str(op):
+            self.note_scratch(flash_scratch_bytes(*args))
         if self.kind == "communication":
             self.update_sizes()
         if self.now > self.peak:
             self.reset_peak()
         return out
+
+    def note_scratch(self, size: int) -> None:
+        """Count bytes that an operator held only while it ran."""
+        if self.now + size > self.peak:
+            self.count(self.kind, size)
+            self.reset_peak()
+            self.count(self.kind, -size)
 
     def reset_peak(self) -> None:
         """Take what is live now as the peak."""
@@ -103,6 +113,20 @@ class MemoryTracker(TorchDispatchMode):
                 self.by_kind[live.kind] -= live.size
                 self.by_kind[kind] += live.size
                 live.kind = kind
+
+
+def flash_scratch_bytes(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *args) -> int:
+    """Return what FlashAttention 2's backward pass allocates beside its results.
+
+    query (N, H, D), key (N, G, D). Its sums are in fp32, with 128 rows of room for each document;
+    with grouped heads, each head first gets its own gradients of keys and values. Source: torch,
+    csrc/flash_api.cpp, mha_varlen_bwd.
+    """
+    (N, H, D), (_, G, _) = query.shape, key.shape
+    cu_seqlens = next(x for x in args if torch.is_tensor(x) and x.dtype == torch.int32)
+    rows = N + 128 * (len(cu_seqlens) - 1)
+    sums = 4 * rows * H * (math.ceil(D / 32) * 32 + 1)
+    return sums + (2 * N * H * D * query.itemsize if H != G else 0)
 
 
 class PhasePeaks:
@@ -189,13 +213,13 @@ def fake_distributed(world: int) -> Iterator[distributed.Distributed]:
 
 
 def zero_batch(
-    micro_batch: int, seq_len: int, target_share: float, doc_length: int | None
+    micro_batch: int, seq_len: int, target_share: float, doc_length: int | None, documents: int
 ) -> step.Batch:
     """Make a batch of zeros; with a `doc_length` its attention is that of a CPU, else of CUDA."""
     size = micro_batch * seq_len
     tokens = torch.zeros(micro_batch, seq_len, dtype=torch.int64)
     target_positions = torch.zeros(int(size * target_share), dtype=torch.int64)
-    cu_seqlens: list | torch.Tensor = torch.zeros(65, dtype=torch.int32)
+    cu_seqlens: list | torch.Tensor = torch.zeros(documents + 1, dtype=torch.int32)
     if doc_length:
         cu_seqlens = [*range(0, size, doc_length), size]
     return step.Batch(tokens, tokens, tokens, cu_seqlens, target_positions)
@@ -210,14 +234,15 @@ def trace_step_memory(
     world: int = 1,
     target_share: float = 0.4,
     doc_length: int | None = None,
+    documents: int = 64,
     compiled: bool = False,
 ) -> dict[str, dict[str, int]]:
     """Run a training step on fake tensors, as one of `world` GPUs. → {phase: {kind: bytes}}
 
     Of several micro-batches only the last is run, beside the gradients of those before.
-    `target_share` is the share of tokens with a target. `doc_length` is for a step on a CPU, whose
-    attention keeps other tensors. `compiled` takes the order of work of `compile_blocks`, not what
-    its compiler saves.
+    `target_share` is the share of tokens with a target, `documents` their number in a micro-batch.
+    `doc_length` is for a step on a CPU, whose attention keeps other tensors. `compiled` takes the
+    order of work of `compile_blocks`, not what its compiler saves.
     """
     with fake_distributed(world) as ranks, FakeTensorMode(), MemoryTracker() as tracker:
         model = step.build_meta_model(config, ranks, spec, "cpu").train()
@@ -226,7 +251,7 @@ def trace_step_memory(
         optimizer = optim.make_optimizer(model, 1e-4, 0.0, spec.pure_bf16)
         phases = PhasePeaks(tracker, model, ranks)
         phases.begin("start", "activations")
-        batch = zero_batch(micro_batch, seq_len, target_share, doc_length)
+        batch = zero_batch(micro_batch, seq_len, target_share, doc_length, documents)
         if micro_batches > 1:
             for parameter in phases.trained:
                 parameter.grad = torch.zeros_like(parameter)

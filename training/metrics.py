@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from data import IGNORE_INDEX, Row
-from model import Transformer
+from model import Linear, Transformer
 
 
 class StepSizes(NamedTuple):
@@ -70,7 +69,7 @@ def count_flops(model: Transformer, sizes: StepSizes) -> StepFlops:
         # Behind the last block's attention, model.forward drops tokens without a target.
         drops = block is model.model.layers[-1] and not model.compiled
         for name, linear in block.named_modules():
-            if isinstance(linear, nn.Linear):
+            if isinstance(linear, Linear):
                 before = name.endswith(("q_proj", "k_proj", "v_proj"))
                 n = sizes.targets if drops and not before else sizes.tokens
                 trained = sum(p.numel() for p in linear.parameters() if p.requires_grad)
@@ -129,7 +128,9 @@ def cpu_peak_rss() -> int:
     """Return the peak resident set size of this process, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux, where getrusage's peak includes the parent process's
-        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text(encoding="utf-8"))[1]) << 10
+        peak = re.search(r"VmHWM:\s*(\d+)", status.read_text(encoding="utf-8"))
+        if peak:
+            return int(peak[1]) << 10
     if sys.platform == "win32":
         # A PROCESS_MEMORY_COUNTERS: its own size, then (after page faults) the peak.
         counters = (ctypes.c_uint64 * 9)(72)

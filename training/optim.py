@@ -20,7 +20,7 @@ def make_optimizer(
     """
     weights = [p for p in model.parameters() if p.requires_grad]
     if pure_bf16:
-        optimizer = BF16AdamW(weights, lr=lr, weight_decay=weight_decay)
+        optimizer: torch.optim.Optimizer = BF16AdamW(weights, lr=lr, weight_decay=weight_decay)
     else:
         optimizer = torch.optim.AdamW(
             weights, lr=lr, betas=BETAS, weight_decay=weight_decay, fused=True
@@ -34,6 +34,12 @@ def init_adam_state(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
     """Make AdamW's state of a parameter before its first update."""
     state = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}
     return state | {name: torch.zeros_like(parameter) for name in ADAM_STATE}
+
+
+def compile_update(optimizer: torch.optim.Optimizer) -> None:
+    """Compile BF16AdamW's update: one pass over 14 bytes a weight, not 162. fp32's is fused."""
+    if isinstance(optimizer, BF16AdamW):
+        optimizer.update = torch.compile(optimizer.update, dynamic=True)  # type: ignore[method-assign]
 
 
 # --- what others may ask of an optimizer
@@ -82,8 +88,9 @@ class BF16AdamW(torch.optim.Optimizer):
         super().__init__(weights, defaults)
 
     @torch.no_grad()
-    def step(self):
+    def step(self):  # type: ignore[override]  # without a closure
         for group in self.param_groups:
+            settings = [group[name] for name in ("lr", "weight_decay", "betas", "eps")]
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -95,11 +102,11 @@ class BF16AdamW(torch.optim.Optimizer):
                 for tensor in (parameter, parameter.grad, *(state[name] for name in ADAM_STATE)):
                     local, _ = shards.local_shard(tensor)
                     chunks.append(local.flatten().split(self.CHUNK_SIZE))
-                for chunk in zip(*chunks):
-                    self.update(*chunk, state["step"], **group)
+                for weight, grad, exp_avg, exp_avg_sq in zip(*chunks):
+                    self.update(weight, grad, exp_avg, exp_avg_sq, state["step"], *settings)
 
     @staticmethod
-    def update(weight, grad, exp_avg, exp_avg_sq, step, *, lr, weight_decay, betas, eps, **_):
+    def update(weight, grad, exp_avg, exp_avg_sq, step, lr, weight_decay, betas, eps):
         """Update a chunk of weights and its moments in place."""
         grad = grad.float()
         mean = exp_avg.float().lerp(grad, 1 - betas[0])

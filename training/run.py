@@ -1,12 +1,14 @@
 """What a run is made of, and whether it may start: found before any weights load."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import math
+import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,8 +18,8 @@ import cli
 import data
 import lora
 from cli import UserError
-from model import ModelConfig, Transformer
-from training import checkpoint, cost
+from model import AC_MODES, ModelConfig, Transformer
+from training import checkpoint, cost, metrics
 from training.distributed import Distributed
 from training.step import ModelSpec, check_trainable
 from weights import devices, hf, hub
@@ -224,6 +226,82 @@ def plan_run(rows: int, options, num_parameters: int) -> Plan:
         default_lr *= 10
     lr = options.lr or default_lr
     return Plan(batch, epoch, steps, lr, frozenset({*range(every, steps + 1, every), steps}))
+
+
+# --- memory and speed
+
+
+def choose_micro_batch(run: Run, ranks: Distributed) -> Run:
+    """Choose rows at a time and activation checkpointing: the fastest that is predicted to fit.
+
+    What the flags say is taken as it is.
+    """
+    options, cuda = run.options, ranks.device.type == "cuda"
+    if options.activation_checkpointing != "auto":
+        modes: Sequence[str] = (options.activation_checkpointing,)
+    elif cuda:
+        modes = AC_MODES
+    else:
+        modes = ("full" if run.base.config.num_parameters > MAX_CPU_PARAMETERS else "none",)
+    rows = options.micro_batch or min(2, math.ceil(run.plan.batch / ranks.world))
+    mode = AC_MODES.index(modes[-1])
+    prediction: dict = {}
+    # Several ranks on a CPU are a test: nothing is predicted for them.
+    if ranks.is_main and (cuda or ranks.world == 1):
+        choice, prediction = predict_choice(run, ranks, modes)
+        rows, mode = choice.micro_batch, AC_MODES.index(choice.ac_mode)
+    rows, mode = ranks.broadcast(rows), ranks.broadcast(mode)
+    return dataclasses.replace(
+        run,
+        options=dataclasses.replace(options, micro_batch=rows),
+        spec=dataclasses.replace(run.spec, activation_checkpointing=AC_MODES[mode]),
+        prediction=prediction,
+    )
+
+
+def predict_choice(run: Run, ranks: Distributed, modes: Sequence[str]) -> tuple[cost.Choice, dict]:
+    """Predict memory and speed of each choice. Return the best, and what is predicted for it."""
+    options, plan = run.options, run.plan
+    cuda = ranks.device.type == "cuda"
+    sizes = metrics.step_sizes(run.rows)
+    work = cost.StepWorkload(
+        run.base.config,
+        run.spec,
+        rows=math.ceil(plan.batch / ranks.world),
+        seq_len=options.seq_len,
+        world=ranks.shards,
+        target_share=sizes.targets / sizes.tokens,
+        doc_length=sizes.tokens / sum(len(row.doc_lengths) for row in run.rows),
+        most_documents=1 + max(len(row.doc_lengths) for row in run.rows),  # padding is one
+        compiled=cuda and not options.no_compile,
+        cpu=ranks.device.type == "cpu",
+        fill_share=data.fill_share(run.rows, options.seq_len),
+    )
+    gpu, free = cost.local_device(ranks.device, run.spec.dtype)
+    micro_batches = None if cuda else [1, 2][: work.rows]
+    if options.micro_batch:
+        micro_batches = [options.micro_batch]
+    arguments = work, gpu, free, micro_batches, modes
+    if ranks.world == 1:
+        choice = cost.choose_micro_batch(*arguments)
+    else:
+        # Predicting for several ranks needs process groups of its own, so another process.
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+            choice = pool.submit(cost.choose_micro_batch, *arguments).result()
+    needed = work.required_bytes(choice.memory) / 2**30
+    prediction = {"gib": needed}
+    text = (
+        f"{cli.counted(choice.micro_batch, 'rows at a time')}, activation checkpointing "
+        f"{choice.ac_mode}: {needed:.2f} GiB predicted, {'of' if choice.fits else 'MORE than'} "
+        f"{free / 2**30:.1f} to use"
+    )
+    if not work.cpu:  # a CPU is timed, by Trainer.time_micro_batch
+        speed = plan.batch * options.seq_len * work.fill_share / choice.seconds
+        prediction["tok_per_s"] = speed
+        text += f"; {speed:,.0f} tok/s"
+    ranks.print(text)
+    return choice, prediction
 
 
 # --- the output folder: is there a run to resume, and is this the same one?

@@ -17,7 +17,7 @@ import data
 import lora
 from model import Transformer
 from training.checkpoint import RESUME_HINT
-from training.distributed import Distributed
+from training.distributed import Distributed, fsdp_module
 from training.run import Run, read_record
 from weights import hf, shards
 from weights.save import save_model
@@ -74,9 +74,23 @@ class BestTracker:
         points = {name: EvalPoint(*metadata[name]) for name in names}
         return cls(**points, since_best=metadata["since_best"])
 
+    def result(self) -> dict[str, float]:
+        """Return what run.json says of a finished run."""
+        before, best = self.before, self.best
+        assert before and best and self.last, self
+        return {
+            "loss_before": before.loss,
+            "loss": best.loss,
+            "bits_before": before.bits,
+            "bits": best.bits,
+            "epoch": best.epoch,
+            "steps": self.last.step,
+        }
+
     def summary(self) -> str:
         """Say what training gained."""
         before, best = self.before, self.best
+        assert before and best, self
         text = (
             f"best at epoch {best.epoch:.1f}: {before.loss:.2f} → {best.loss:.2f} nats per target, "
             f"{before.bits:.3f} → {best.bits:.3f} bits per character"
@@ -172,9 +186,9 @@ class RunDir:
         run = self.run
         if self.ranks.world > 1:
             # Since the last forward pass FSDP2 shows the root's parameters gathered, and cast.
-            model.reshard()
+            fsdp_module(model).reshard()
         if not run.options.lora:
-            save_model(model, self.path, run.base.tokenizer)
+            save_model(model, self.path, run.base.tokenizer, advance=self.ranks.advance)
             return
         tensors = {}
         for name, parameter in lora.adapter_parameters(model).items():
@@ -189,15 +203,7 @@ class RunDir:
         prediction = dict(self.run.prediction)
         text = tracker.summary()
         if self.ranks.is_main:
-            result = {
-                "loss_before": tracker.before.loss,
-                "loss": tracker.best.loss,
-                "bits_before": tracker.before.bits,
-                "bits": tracker.best.bits,
-                "epoch": tracker.best.epoch,
-                "steps": tracker.last.step,
-                "seconds": round(time.time() - started, 1),
-            }
+            result = tracker.result() | {"seconds": round(time.time() - started, 1)}
             lines = [line for line in cli.read_metrics(self.path) if "tok_per_s" in line]
             lines = [line for line in lines if line["step"] > self.run.steps_done]
             if lines and prediction:
@@ -264,7 +270,7 @@ def plot_losses(folder: Path) -> None:
 
 def git_commit() -> str | None:
     """Return the git commit of this code, None outside a checkout."""
-    command = ["git", "-C", Path(__file__).parent.parent, "rev-parse", "HEAD"]
+    command = ["git", "-C", str(Path(__file__).parent.parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

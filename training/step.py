@@ -5,10 +5,13 @@ size and the number of ranks change the speed, not the result.
 """
 
 import dataclasses
+import functools
+import logging
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,13 +21,14 @@ import lora
 from cli import UserError
 from data import IGNORE_INDEX, Row
 from model import CPU_MULTIPLE, ModelConfig, Transformer
-from training import distributed
+from training import distributed, optim
 from training.distributed import Distributed
 from weights import quantize, shards
 from weights.load import load_weights
 from weights.quantize import NF4_BLOCK
 
 LONG_ROW = 4 * CPU_MULTIPLE  # on a CPU, longer rows are padded to a multiple of CPU_MULTIPLE
+T = TypeVar("T")
 
 
 # --- the model
@@ -66,7 +70,7 @@ def build_model(
         load_weights(model, folder, ranks)
     elif seed is not None:
         init_weights(model, seed)
-    if spec.adapter:
+    if spec.adapter and seed is not None:
         with torch.no_grad():
             for parameter, value in lora.initial_values(model, seed, shards.gather_rows):
                 shards.copy_shard(parameter, value)
@@ -124,6 +128,39 @@ def check_trainable(options, config: ModelConfig) -> None:
         )
 
 
+# --- compiling
+
+
+def compile_model(model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+    """Compile a model's blocks, and the update of an optimizer that isn't fused."""
+    model.compile_blocks()
+    optim.compile_update(optimizer)
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(shorten_limit_warning)
+
+
+def shorten_limit_warning(record: logging.LogRecord) -> bool:
+    """Say in one line of ours what torch.compile says in five when it gives up on a function."""
+    if "hit config" not in record.msg:
+        return True
+    print(
+        "Blocks that torch.compile has seen in too many shapes are not compiled from here on: "
+        "slower, with more memory. Please report it, with your flags.",
+        file=sys.stderr,
+    )
+    return False
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Try torch.compile on one number. Return why it fails, None if it works."""
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=device))
+    except Exception as error:  # gcc's, Triton's, Inductor's: they share no class
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
+    finally:
+        torch._dynamo.utils.counters.clear()  # it is no graph of a run
+    return None
+
+
 # --- rows → tensors
 
 
@@ -142,8 +179,7 @@ def collate(
 ) -> Batch:
     """Make a batch as long as the longest row and at least of `min_shape` (rows, tokens).
 
-    Padding is a document of its own, without targets. On CUDA the number of documents is padded to
-    a power of two, so that compiled blocks see few sizes.
+    Padding is a document of its own, without targets.
     """
     device = torch.device(device)
     count = max(min_shape[0], len(rows))
@@ -153,7 +189,7 @@ def collate(
     tokens = np.zeros((count, length), dtype=np.int64)
     labels = np.full((count, length), IGNORE_INDEX, dtype=np.int64)
     positions = np.zeros((count, length), dtype=np.int64)
-    starts = []  # of each document, in the flattened batch
+    starts: list[int] = []  # of each document, in the flattened batch
     for i in range(count):
         lengths = []
         if i < len(rows):
@@ -165,10 +201,8 @@ def collate(
             lengths.append(padding)
         positions[i] = np.concatenate([np.arange(n) for n in lengths])
         starts.extend(i * length + np.cumsum([0, *lengths[:-1]]))
-    cu_seqlens = [*map(int, starts), count * length]
+    cu_seqlens: list[int] | torch.Tensor = [*map(int, starts), count * length]
     if device.type == "cuda":
-        size = 1 + (1 << max(6, (len(cu_seqlens) - 1).bit_length()))
-        cu_seqlens += cu_seqlens[-1:] * (size - len(cu_seqlens))
         cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
     batch = Batch(
         tokens=torch.from_numpy(tokens),
@@ -177,7 +211,7 @@ def collate(
         cu_seqlens=cu_seqlens,
         target_positions=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
     )
-    return Batch(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in batch))
+    return Batch._make(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in batch)
 
 
 def batch_shape(size: int, length: int, ranks: Distributed) -> tuple[int, int]:
@@ -246,25 +280,44 @@ def accumulate_gradients(
 
     OutOfMemory leaves no gradients, and the random state as it was.
     """
-    total = torch.zeros((), device=ranks.device)
-    rng = rng_state(ranks.device)
-    try:
+
+    def accumulate():
+        total = torch.zeros((), device=ranks.device)
         for number, batch in enumerate(batches, 1):
             ranks.advance()
             if ranks.replicas > 1:  # hosts exchange their sums once a step
-                model.set_requires_all_reduce(number == len(batches))
+                distributed.fsdp_module(model).set_requires_all_reduce(number == len(batches))
             loss, _ = model(**batch._asdict())
             # FSDP2 averages over ranks: times world makes it the sum.
             (loss * (ranks.world / count)).backward()
             total += loss.detach()
         return total
-    except torch.OutOfMemoryError:
-        pass  # the error holds the frames, and they hold the tensors: leave it first
+
+    return run_within_memory(accumulate, model, ranks.device)
+
+
+def run_within_memory(work: Callable[[], T], model: nn.Module, device: torch.device) -> T:
+    """Return work(). OutOfMemory leaves no gradients, and the random state as it was."""
+    rng = rng_state(device)
+    try:
+        return work()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # The error held the frames of `work`, and they the tensors: they are free from here on.
     drop_gradients(model)
-    if ranks.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
     set_rng_state(rng)
     raise OutOfMemory
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that a GPU's memory is full: torch's, cuBLAS's, Triton's or NCCL's."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "status_alloc_failed" in text
 
 
 def probe_micro_batch(
@@ -275,15 +328,18 @@ def probe_micro_batch(
     length: int,
     accumulates: bool,
 ) -> None:
-    """OutOfMemory if a micro-batch of the `size` longest rows doesn't fit. Changes nothing.
+    """OutOfMemory if the micro-batches of `size` rows that need most don't fit. Changes nothing.
 
-    `accumulates`: also beside the gradients of another micro-batch.
+    Those are the longest rows, and those with the most documents, for which CUDA's attention needs
+    more. `accumulates`: also beside the gradients of another micro-batch.
     """
-    longest = sorted(rows, key=lambda row: -len(row.ids))[:size]
     rng = rng_state(ranks.device)
-    batches = micro_batches(longest * ranks.world, size, ranks, length)
-    accumulate_gradients(model, batches * (2 if accumulates else 1), ranks, 1)
-    drop_gradients(model)
+    needs = [lambda row: -len(row.ids), lambda row: -len(row.doc_lengths)]
+    for need in needs[: 1 if ranks.device.type == "cpu" else 2]:
+        worst = sorted(rows, key=need)[:size]
+        batches = micro_batches(worst * ranks.world, size, ranks, length)
+        accumulate_gradients(model, batches * (2 if accumulates else 1), ranks, 1)
+        drop_gradients(model)
     set_rng_state(rng)
 
 
@@ -334,7 +390,10 @@ class Evaluation:
 def evaluate(
     model: nn.Module, rows: Sequence[Row], ranks: Distributed, micro_batch: int, length: int = 1
 ) -> Evaluation:
-    """Compute the loss of every target, summed over the ranks. `length`: as in `micro_batches`."""
+    """Compute the loss of every target, summed over the ranks. `length`: as in `micro_batches`.
+
+    OutOfMemory if a micro-batch doesn't fit.
+    """
     model.eval()
     shape = batch_shape(micro_batch, length, ranks)
     sessions = 1 + max(int(row.sessions.max()) for row in rows)
@@ -346,7 +405,8 @@ def evaluate(
         ranks.advance()
         part = own_rows[i : i + micro_batch]
         # Every rank takes part in every forward pass, with an empty batch if need be.
-        losses, _ = model(**collate(part, ranks.device, shape)._asdict(), reduction="none")
+        batch = collate(part, ranks.device, shape)._asdict() | {"reduction": "none"}
+        losses, _ = run_within_memory(functools.partial(model, **batch), model, ranks.device)
         if part:
             add_losses(part, losses.cpu().double(), totals, bits, chars)
     model.train()

@@ -21,9 +21,9 @@ INTERVAL = 1.0  # seconds between two heartbeats
 
 
 class Heartbeat(NamedTuple):
-    """What a rank tells of itself. `count` and `progress` (`Distributed.progress`) only grow."""
+    """What a rank tells of itself. `number` and `progress` (`Distributed.progress`) only grow."""
 
-    count: int
+    number: int
     progress: int
     host: int
     pid: int
@@ -51,7 +51,7 @@ class Watchdog(threading.Thread):
         self.out = Path(out)
         self.step = 0  # where training is, for messages
         self.over = threading.Event()
-        self.main_thread = threading.main_thread().ident
+        self.main_thread = threading.main_thread().ident or 0
         self.seen: dict[int, Seen] = {}
         self.count = 0
         if ranks.world == 1:
@@ -133,7 +133,7 @@ class Watchdog(threading.Thread):
         now, host = time.monotonic(), distributed.host_index()
         for rank, beat in enumerate(beats):
             last, beat_at, progress_at = self.seen.get(rank, Seen(beat, now, now))
-            if beat.count != last.count:
+            if beat.number != last.number:
                 beat_at = now
             if beat.progress != last.progress:
                 progress_at = now

@@ -16,7 +16,7 @@ GIB = 1 << 30
 def pick_device(name: str | None = None) -> torch.device:
     """Return device `name`, else cuda, then mps, then cpu.
 
-    UserError for an NVIDIA card that this torch can't use: never silently the CPU.
+    UserError for an NVIDIA GPU that this torch can't use: never silently the CPU.
     """
     if name not in (None, "cuda", "mps", "cpu"):
         raise UserError(
@@ -47,19 +47,19 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def unusable_cuda(driver: str) -> UserError:
-    """Say why torch can't use the NVIDIA card whose driver describes itself so."""
+    """Say why torch can't use the NVIDIA GPU whose driver describes itself so."""
     found = re.search(r"\s(\d[^\s]*\.\S*)", driver)
     version = found[1] if found else "unknown"
     if torch.version.cuda is None:
         return UserError(
-            f"This machine has an NVIDIA card (driver {version}), "
+            f"This machine has an NVIDIA GPU (driver {version}), "
             f"but this torch ({torch.__version__}) is built for the CPU.",
             "Install torch with CUDA (pytorch.org, 'Get started'), or pass --device cpu.",
         )
     return UserError(
         f"The NVIDIA driver {version} is too old for this torch "
         f"({torch.__version__}, CUDA {torch.version.cuda}).",
-        "Update the driver, or install a torch built for an older CUDA (pytorch.org), "
+        "Update the driver (CUDA 13 needs 580), or install torch's cu126 build (pytorch.org), "
         "or pass --device cpu.",
     )
 

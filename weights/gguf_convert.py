@@ -308,12 +308,8 @@ def dequantized(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (HF's name, weight in `dtype`). UserError for NaN or infinity."""
     for name, tensor in tensors.items():
-        heads = 0
-        if header.metadata["general.architecture"] == "llama":
-            if ".q_proj." in name:
-                heads = config.num_attention_heads
-            elif ".k_proj." in name:
-                heads = config.num_key_value_heads
+        is_llama = header.metadata["general.architecture"] == "llama"
+        heads = hf.rotary_heads(name, config) if is_llama else 0
         weight = tensor.dequantize(dtype, heads)
         if not shards.all_finite(weight):
             raise UserError(

@@ -82,10 +82,18 @@ MINISTRAL3_ROPE = {
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
-QWEN_DEFAULTS = {"use_sliding_window": False, "max_window_layers": 28, "layer_types": None}
+QWEN_DEFAULTS = {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
 # model_type: transformers' defaults for the keys that its class reads beside REQUIRED_KEYS. Others
 # are ignored, as it ignores them.
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {
         "max_position_embeddings": 131072,
         "num_key_value_heads": 8,
@@ -109,23 +117,8 @@ FAMILIES = {
         "attention_bias": False,
         "mlp_bias": False,
     },
-    "qwen2": {
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 32,
-        "head_dim": None,
-        "rms_norm_eps": 1e-6,
-        "sliding_window": 4096,
-        **QWEN_DEFAULTS,
-    },
-    "qwen3": {
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "rms_norm_eps": 1e-6,
-        "sliding_window": 4096,
-        "attention_bias": False,
-        **QWEN_DEFAULTS,
-    },
+    "qwen2": {"head_dim": None, **QWEN_DEFAULTS},
+    "qwen3": {"head_dim": 128, "attention_bias": False, **QWEN_DEFAULTS},
 }
 MAX_VALUES = {  # of a number in config.json; else a million
     "num_hidden_layers": 1000,
@@ -467,17 +460,21 @@ def open_tensors(folder: Path, config: ModelConfig) -> dict[str, StoredTensor]:
             name = stored_name
             for pattern, replacement in TENSOR_RENAMES:
                 name = re.sub(pattern, replacement, name)
-            heads = 0
-            if stored_name.endswith(".wq.weight"):
-                heads = config.num_attention_heads
-            elif stored_name.endswith(".wk.weight"):
-                heads = config.num_key_value_heads
+            interleaved = stored_name.endswith((".wq.weight", ".wk.weight"))
+            heads = rotary_heads(name, config) if interleaved else 0
             if name:
                 tensors[name] = StoredTensor(file, folder / file_name, stored_name, heads)
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         check_tied(folder, tensors)
         del tensors["lm_head.weight"]
     return tensors
+
+
+def rotary_heads(name: str, config: ModelConfig) -> int:
+    """Return how many heads of queries or keys a tensor of this HF name makes; 0 for others."""
+    if ".q_proj." in name:
+        return config.num_attention_heads
+    return config.num_key_value_heads if ".k_proj." in name else 0
 
 
 def check_tied(folder: Path, tensors: dict[str, StoredTensor]) -> None:

@@ -132,16 +132,18 @@ def find_source(path: StrPath, base: StrPath | None = None) -> Source:
     if not hf.is_adapter(folder):
         return Source(hf.open_folder(folder), None, [])
     settings, named = lora.read_adapter_config(folder)
-    if not base and not named:
-        raise UserError(
-            f"{folder / 'adapter_config.json'} names no base", "Say where it is: --model FOLDER"
-        )
-    if not base and Path(named).is_absolute() and not Path(named).is_dir():
-        raise UserError(
-            f"{folder} is an adapter over {named}, which is not there",
-            "Say where it is now: --model FOLDER",
-        )
-    return Source(hf.open_folder(hub.resolve(str(base or named))), folder, settings["rows"])
+    if not base:
+        if not named:
+            raise UserError(
+                f"{folder / 'adapter_config.json'} names no base", "Say where it is: --model FOLDER"
+            )
+        if Path(named).is_absolute() and not Path(named).is_dir():
+            raise UserError(
+                f"{folder} is an adapter over {named}, which is not there",
+                "Say where it is now: --model FOLDER",
+            )
+        base = named
+    return Source(hf.open_folder(hub.resolve(str(base))), folder, settings["rows"])
 
 
 def load_model(

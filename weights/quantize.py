@@ -76,11 +76,15 @@ def dequantize(codes: Tensor, scales: Tensor, ranges: Tensor, dtype: torch.dtype
     """Return the weight (out, in) that `quantize` stored: float32 point * absmax, rounded once.
 
     Beside the result it needs the scales and an eighth of the weights in float32, never a float32
-    copy of the whole.
+    copy of the whole; compiled, the scales alone.
     """
     out, width = len(codes), 2 * codes.shape[1]
     smallest, step = ranges.view(torch.float32).split(1, 1)
     absmax = smallest + scales * step  # (out, in / 64)
+    if torch.compiler.is_compiling():
+        code = torch.stack([codes >> 4, codes & 15], -1)  # (out, in / 2, 2)
+        blocks = nf4_points(code).view(*scales.shape, NF4_BLOCK) * absmax.unsqueeze(-1)
+        return blocks.to(dtype).view(out, width)
     points = torch.tensor(NF4_POINTS, device="cpu")
     # (256,): the two points of each byte as one number, so that one look-up gets both
     pairs = torch.cartesian_prod(points, points).view(torch.int64).flatten()
@@ -91,6 +95,18 @@ def dequantize(codes: Tensor, scales: Tensor, ranges: Tensor, dtype: torch.dtype
         blocks = (*scale.shape, NF4_BLOCK)
         torch.mul(values.view(blocks), scale.unsqueeze(-1), out=rows.view(blocks))
     return weight
+
+
+def nf4_points(codes: Tensor) -> Tensor:
+    """Return the codes' points, float32, chosen bit by bit.
+
+    Compiled, this is one kernel. A table would be copied to the GPU at each call.
+    """
+    points: list = [*NF4_POINTS]
+    for bit in range(4):
+        is_set = (codes >> bit & 1).bool()
+        points = [torch.where(is_set, high, low) for low, high in zip(points[::2], points[1::2])]
+    return points[0]
 
 
 class PackedLinear(Linear):

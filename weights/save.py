@@ -1,7 +1,7 @@
 """Model → a Hugging Face folder. New files are written beside the old ones, then renamed."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,18 @@ def save_model(
     folder: StrPath,
     tokenizer: Tokenizer,
     dtype: torch.dtype = torch.bfloat16,
+    advance: Callable[[], object] = lambda: None,
 ) -> None:
     """Write a HF model folder in `dtype`; int8 and int4 layers stay packed, which only we read.
 
-    A sharded model is gathered tensor by tensor: every rank must call, rank 0 writes. The old
+    A sharded model is gathered tensor by tensor: every rank must call, rank 0 writes. `advance` is
+    called before each, so that a watchdog can tell a slow disk from a rank that hangs. The old
     model stays whole until the last moment: a model of several files gets names that the old index
     doesn't have, and the new index replaces the old one.
     """
     folder = Path(folder)
     is_writer = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    write_tensors(folder, full_tensors(model, dtype), is_writer)
+    write_tensors(folder, full_tensors(model, dtype, advance), is_writer)
     if is_writer:
         ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.im_end}
         write_json(folder / "config.json", raw_config(model, dtype) | ends)
@@ -59,13 +61,16 @@ def write_tensors(
         rename_files(folder, tensor_names, total)
 
 
-def full_tensors(model: Transformer, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def full_tensors(
+    model: Transformer, dtype: torch.dtype, advance: Callable[[], object]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every parameter whole, in `dtype` unless it is packed. A collective if sharded."""
-    packed = set()
+    packed: set[int] = set()
     for module in model.modules():
         if isinstance(module, quantize.PackedLinear):
             packed |= {id(parameter) for parameter in module.stored()}
     for name, parameter in model.named_parameters():
+        advance()
         value = shards.full_tensor(parameter.detach())
         yield name, value if id(parameter) in packed else value.to(dtype)
 
@@ -93,7 +98,7 @@ def rename_files(folder: Path, tensor_names: list[list[str]], total: int) -> Non
     for number, name in enumerate(names, 1):
         os.replace(folder / f"new-{number}.safetensors", folder / name)
     if count > 1:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for name, tensors in zip(names, tensor_names):
             weight_map |= dict.fromkeys(tensors, name)
         write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -54,11 +54,11 @@ def copy_shard(target: Target, value: Any) -> bool:
 
     Returns whether these rows are finite.
     """
-    packed = isinstance(target, PackedLinear)
-    local, first = local_shard(target.stored()[0] if packed else target)
+    packed = target if isinstance(target, PackedLinear) else None
+    local, first = local_shard(packed.stored()[0] if packed else target)
     rows = value[first : first + len(local)]
     if packed:
-        for parameter, part in zip(target.stored(), target.quantize(rows.to(local.device))):
+        for parameter, part in zip(packed.stored(), packed.quantize(rows.to(local.device))):
             local_shard(parameter)[0].copy_(part)
     else:
         local.copy_(rows)

@@ -65,12 +65,17 @@ class Tokenizer:
         missing = [token for token in (IM_END, IM_START) if engine.token_to_id(token) is None]
         # some bases have them, but as ordinary words
         engine.add_special_tokens([special_token(IM_END), special_token(IM_START)])
-        self.added: list[int] = [engine.token_to_id(token) for token in missing]
-        self.im_start, self.im_end = engine.token_to_id(IM_START), engine.token_to_id(IM_END)
-        # sentencepiece's tokens for characters that have none of their own
-        byte_of = {engine.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
-        self.byte_of = {} if None in byte_of else byte_of
         tokens = engine.get_added_tokens_decoder()
+        ids = {token.content: i for i, token in tokens.items()}
+        self.added = [ids[token] for token in missing]
+        self.im_start, self.im_end = ids[IM_START], ids[IM_END]
+        # sentencepiece's tokens for characters that have none of their own
+        byte_of = {}
+        for byte in range(256):
+            i = engine.token_to_id(f"<0x{byte:02X}>")
+            if i is not None:
+                byte_of[i] = byte
+        self.byte_of = byte_of if len(byte_of) == 256 else {}
         self.special_ids = sorted(i for i, token in tokens.items() if token.special)
         specials = set()
         for token in tokens.values():
@@ -279,7 +284,7 @@ def read_tokenizer(path: Path, config: dict, added: dict) -> Tokenizer:
         bos = bos or "<s>"
         is_tekken = path.suffix == ".json"
         engine = from_tekken(read_json(path)) if is_tekken else from_sentencepiece(path, added)
-    adds_bos = False
+    adds_bos: bool | None = False
     if bos and engine.token_to_id(bos) is not None:
         adds_bos = config.get("add_bos_token")
         if adds_bos is None:  # then the post-processor decides
@@ -370,7 +375,7 @@ def sentencepiece_bpe(
     merges = find_merges([pieces[i] for i in by_score])
     vocab = {piece: i for i, piece in enumerate(pieces)}
     engine = Engine(models.BPE(vocab, merges, unk_token=unk, byte_fallback=True, fuse_unk=True))
-    normalizer = [normalizers.Replace(" ", "▁")]
+    normalizer: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
     decoder = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix:
         normalizer.insert(0, normalizers.Prepend("▁"))
