@@ -6,13 +6,23 @@ a whole one of 30 lines), and it stands in `readers`:
     NUM_PASSES              how often it reads a file, for the progress bar
     can_read(head)          whether a file that begins with this text is one of its own
     read(source, repairs)   yield (Chat, iterator of its Messages); count repairs in `repairs`
+
+Two more are optional:
+
+    group(sources)          which of its files in a folder or zip belong together: a list of lists,
+                            each in the order of reading. `read` gets the first file of each list,
+                            and `source.parts` is the list. Without it each file is read alone.
+    SAME_IDS = True         a person has the same id in all files, so `--me` is looked for in all of
+                            them at once, and I may be silent in some
 """
 
 import collections
 import datetime
 import functools
+import os
+import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import NamedTuple
@@ -21,8 +31,15 @@ from cli import UserError
 from exports.source import BROKEN_ZIP, Source
 
 SUPPORTED = (
-    "Give the result.json that Telegram Desktop wrote (Export, format JSON), "
-    "or a WhatsApp chat (Export chat: .txt or .zip)."
+    "Give Telegram's result.json (Export, format JSON), a WhatsApp chat (.txt or .zip), or another "
+    "messenger's export: docs/EXPORTS.md lists them, and how any other becomes a CSV."
+)
+# A file whose name ends otherwise is looked at only where it is named itself.
+SUFFIXES = tuple(".json .jsonl .ndjson .txt .csv .tsv .html .htm .md .db .sqlite .sqlite3".split())
+# Folders in which exports keep what was sent. A chat that was sent in a chat isn't one of mine.
+ATTACHMENTS = re.compile(
+    r"__macosx|\..+|.+_files|(?:video_|profile_)?(?:files|pictures)|photos|videos|audio|gifs"
+    r"|(?:round_)?(?:voice|video)_messages|stickers(?:_used)?|images|media|attachments|css|js"
 )
 
 
@@ -66,9 +83,10 @@ make_message = functools.partial(tuple.__new__, Message)
 
 
 def readers() -> tuple[ModuleType, ...]:
-    from exports import telegram, whatsapp
+    """List the readers; a file is read by the first that can. Those that take most come last."""
+    from exports import kakaotalk, line, table, telegram, vk, whatsapp
 
-    return telegram, whatsapp
+    return telegram, line, kakaotalk, vk, whatsapp, table
 
 
 def read(
@@ -86,7 +104,10 @@ def read(
 def sources(
     path: str | Path, progress: Callable[[int], object] = lambda size: None
 ) -> list[tuple[ModuleType, Source]]:
-    """Find the chat files in a file, zip or folder: [(reader, Source)]. UserError where none is."""
+    """Find the chat files in a file, zip or folder: [(reader, Source)]. UserError where none is.
+
+    Of files that belong together only the first is in the list; its `parts` are all of them.
+    """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: there is no such file", SUPPORTED)
@@ -99,7 +120,7 @@ def sources(
         head = source.head()
         pairs += [(reader, source) for reader in readers() if reader.can_read(head)][:1]
     if pairs:
-        return pairs
+        return group_parts(pairs)
     names = [str(inner) for inner in (path, *path.rglob("*"))]
     if names == [str(path)] and (path.is_dir() or not path.stat().st_size):
         raise UserError(f"{path} is empty", SUPPORTED)
@@ -110,22 +131,58 @@ def sources(
     raise UserError(f"{path} is not an export that we know", SUPPORTED)
 
 
-def candidates(path: Path, progress: Callable[[int], object]) -> list[Source]:
-    """List the files that may be chats: this one; those in a folder, a zip, a folder's folders."""
-    from exports import whatsapp
+def group_parts(pairs: Iterable[tuple[ModuleType, Source]]) -> list[tuple[ModuleType, Source]]:
+    """Let each reader say which of its files in one folder or zip belong together."""
+    together = collections.defaultdict(list)
+    for reader, source in pairs:
+        together[reader, source.archive].append(source)
+    grouped = []
+    for (reader, _), files in together.items():
+        group = getattr(reader, "group", None)
+        for parts in group(files) if group else [[source] for source in files]:
+            parts[0].parts = parts
+            grouped.append((reader, parts[0]))
+    return grouped
 
+
+def candidates(path: Path, progress: Callable[[int], object]) -> list[Source]:
+    """List the files that may be chats, by name: this one, or all in a folder or a zip."""
     if path.is_dir():
-        files = [p for p in sorted(path.iterdir()) if p.suffix in (".json", ".txt") and p.is_file()]
-        files += sorted(path.glob("*/result.json"))
-        sources = [Source(file, progress) for file in files]
-        if own := whatsapp.chat_of_container(path.resolve().name, sources):
-            return own
-        for inner in sorted(path.glob("*.zip")):
-            sources += candidates(inner, progress)
-        return sources
+        return files_of_folder(path, progress)
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04" and not zipfile.is_zipfile(path):
             return [Source(path, progress)]
+    return files_of_zip(path, progress)
+
+
+def files_of_folder(path: Path, progress: Callable[[int], object]) -> list[Source]:
+    """List the files that may be chats in a folder, its folders and zips."""
+    from exports import whatsapp
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = []
+    for folder, inner, names in os.walk(path, onerror=refuse):
+        inner[:] = sorted(name for name in inner if not ATTACHMENTS.fullmatch(name.lower()))
+        files = [Path(folder, name) for name in sorted(names)]
+        files = [file for file in files if file.is_file()]
+        chats = [file for file in files if file.suffix.lower() in SUFFIXES]
+        here = [Source(file, progress) for file in chats]
+        if own := whatsapp.chat_of_container(Path(folder).resolve().name, here):
+            found += own
+            continue
+        found += here
+        for file in files:
+            if file.suffix.lower() == ".zip":
+                found += files_of_zip(file, progress)
+    return found
+
+
+def files_of_zip(path: Path, progress: Callable[[int], object]) -> list[Source]:
+    """List the files that may be chats in a zip. UserError where it can't be read."""
+    from exports import whatsapp
+
     try:
         archive = zipfile.ZipFile(path)
     except BROKEN_ZIP:
@@ -135,17 +192,17 @@ def candidates(path: Path, progress: Callable[[int], object]) -> list[Source]:
         ) from None
     members, likely = [], []
     for member in archive.infolist():
-        folder, _, name = member.filename.rpartition("/")
-        if name.endswith((".json", ".txt")) and not folder.startswith("__MACOSX"):
+        *folders, name = member.filename.lower().split("/")
+        if name.endswith(SUFFIXES) and "__macosx" not in folders:
             members.append(member)
-            if not folder or name in ("result.json", "_chat.txt"):
+            if not any(map(ATTACHMENTS.fullmatch, folders)):
                 likely.append(member)
     if any(member.flag_bits & 1 for member in members):
         raise UserError(f"{path} is encrypted", "Unpack it, then give the folder.")
-    sources = []
+    files = []
     for member in likely or members:
-        sources.append(Source(PurePosixPath(member.filename), progress, archive, member))
-    return whatsapp.chat_of_container(path.stem, sources) or whatsapp.drop_attached_chats(sources)
+        files.append(Source(PurePosixPath(member.filename), progress, archive, member))
+    return whatsapp.chat_of_container(path.stem, files) or whatsapp.drop_attached_chats(files)
 
 
 def iso_time(at: int) -> str:

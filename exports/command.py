@@ -6,11 +6,13 @@ Messages and sessions wait in temporary files: memory grows with an index of ses
 """
 
 import collections
+import csv
 import dataclasses
 import datetime
 import difflib
 import functools
 import gc
+import itertools
 import random
 import re
 import shlex
@@ -20,6 +22,7 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -32,6 +35,7 @@ from cli import UserError, flag
 from exports import Chat, Message, Reason, report
 from exports.join import MessageStore
 from exports.redact import redact
+from exports.source import Source
 from weights.tokenizer import load_tokenizer
 
 AFTER_FORGETTING = (
@@ -49,17 +53,21 @@ class Options:
     """Turn chat exports into data/train.jsonl and data/val.jsonl: sessions to edit and train on.
 
     python data.py result.json                  Telegram (JSON), WhatsApp (.txt, .zip), or a folder
+    python data.py *.zip chats/*.csv            other messengers: docs/EXPORTS.md
     python data.py old.json new.json chat.zip   several as one: joined by chat, no message twice
     """
 
     exports: tuple[str, ...] = flag(
         (),
-        "Telegram's result.json, WhatsApp's .txt or .zip, a folder",
+        "Telegram's result.json, WhatsApp's .txt or .zip, others', a CSV, a folder",
         positional=True,
         group="what to read",
     )
     me: tuple[str, ...] = flag(
         (), "whose voice: a name or an id, once a messenger", shown="the export's owner"
+    )
+    same: tuple[str, ...] = flag(
+        (), 'one person\'s names and ids everywhere: "Ann,ann_99,+49 170…" (repeatable)'
     )
     since: str | None = flag(None, "leave out messages before this day, YYYY-MM-DD")
     until: str | None = flag(None, "leave out messages after this day, YYYY-MM-DD")
@@ -109,12 +117,20 @@ def main():
         try:
             exported = read_exports(options, store, repairs)
             joined = store.align()
+            store.unify(find_same(store, exported.messengers, options.same))
             me = store.with_aliases(find_me(store, exported.owners, options.me))
             forgotten = store.with_aliases(find_forgotten(store, me, options.forget))
+            sources = [stats.report(me, store.names) for stats in exported.sources]
+            store.share_names()
             index, persona, stats = build_sessions(store, exported, me, forgotten, options, spool)
         finally:
             gc.enable()
-        counts = stats.report() | {"secrets": secrets, "repairs": repairs, "joined": joined}
+        counts = stats.report() | {
+            "secrets": secrets,
+            "repairs": repairs,
+            "joined": joined,
+            "sources": sources,
+        }
         if forgotten:
             counts["only_mine"] = []  # others may have written there too
         check_enough(", ".join(options.exports), index, counts)
@@ -132,6 +148,8 @@ def main():
         if not options.dry_run:
             save(Path(options.out), Path(new), persona, counts, canaries)
         show_session(data.Session.from_json(read_line(spool, parts["train"][-1])))
+    report.show_sources([stats.path for stats in exported.sources], sources)
+    print()
     report.show(counts, options)
     if options.forget:
         print(f"\nForgotten: {', '.join(options.forget)}. {AFTER_FORGETTING}")
@@ -187,26 +205,39 @@ class Exported(NamedTuple):
     """What exports tell besides messages."""
 
     owners: dict[str, str | None]  # by export: whose it is
+    messengers: dict[str, str]  # by export
     left_out: dict[str, str]  # by chat: why it isn't read
     bots: set[str]
+    sources: list[report.SourceStats]
 
 
 def read_exports(options: Options, store: MessageStore, repairs) -> Exported:
     """Read the chats into `store`. UserError where --include or --exclude match no chat."""
-    exported, matched, names = Exported({}, {}, set()), set(), {}
+    exported, matched, names = Exported({}, {}, {}, set(), []), set(), {}
     with tqdm(unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:
-        sources = [pair for path in options.exports for pair in exports.sources(path, bar.update)]
-        bar.reset(sum(source.size * reader.NUM_PASSES for reader, source in sources))
-        for reader, source in sources:
-            for chat, messages in reader.read(source, repairs):
+        found = {path: exports.sources(path, bar.update) for path in options.exports}
+        pairs = list(itertools.chain(*found.values()))
+        bar.reset(sum(source.total_size * reader.NUM_PASSES for reader, source in pairs))
+        for (reader, source), stats in zip(pairs, source_stats(found), strict=True):
+            if stats not in exported.sources:
+                exported.sources.append(stats)
+            for chat, messages in reader.read(source, stats.repairs):
                 names[chat.key] = chat.name
-                exported.owners[str(source)] = chat.owner
+                export = export_of(reader, source, chat)
+                exported.owners[export] = chat.owner
+                exported.messengers[export] = stats.messenger
                 if chat.type == "bot_chat":
                     exported.bots.add(chat.key)
+                stats.chats += 1
                 if reason := exclusion_reason(chat, options, matched):
                     exported.left_out[chat.key] = reason
-                else:
-                    store.add(str(source), chat, messages)
+                    stats.chats_left_out[reason] += 1
+                    continue
+                authors, reasons = store.add(export, chat, messages)
+                stats.authors |= authors
+                stats.messages += reasons
+    for stats in exported.sources:
+        repairs.update(stats.repairs)
     for flag_, values in (("include", options.include), ("exclude", options.exclude)):
         for name in values if names else ():
             if name not in matched:
@@ -219,6 +250,42 @@ def read_exports(options: Options, store: MessageStore, repairs) -> Exported:
         if reason == Reason.EXCLUDED:
             store.copies.pop(key, None)  # read before, under the name it has in another export
     return exported
+
+
+def source_stats(
+    found: Mapping[str, list[tuple[ModuleType, Source]]],
+) -> Iterator[report.SourceStats]:
+    """Yield for each source in which line of the report it counts.
+
+    A line is a zip, a folder or a file; files of one messenger in a folder share one, from four on.
+    """
+    lines: dict[tuple[str, str], report.SourceStats] = {}
+    in_folder = collections.Counter(
+        (Path(path).parent, reader)
+        for path, pairs in found.items()
+        for reader, source in pairs
+        if Path(path) == source.path
+    )
+    for path, pairs in found.items():
+        for reader, source in pairs:
+            label = str(source.archive or path)
+            if Path(path) == source.path and in_folder[Path(path).parent, reader] > 3:
+                label = f"{Path(path).parent}/"
+            key = label, messenger(reader)
+            stats = lines.setdefault(key, report.SourceStats(*key))
+            stats.files += len(source.parts)
+            yield stats
+
+
+def export_of(reader: ModuleType, source: Source, chat: Chat) -> str:
+    """Name the files in which I am one and the same person: one file, or all of a messenger."""
+    if getattr(reader, "SAME_IDS", False) and not chat.owner:
+        return messenger(reader)
+    return str(source)
+
+
+def messenger(reader: ModuleType) -> str:
+    return reader.__name__.rpartition(".")[2]
 
 
 def exclusion_reason(chat: Chat, options: Options, matched: set[str]) -> str:
@@ -238,11 +305,19 @@ def exclusion_reason(chat: Chat, options: Options, matched: set[str]) -> str:
 def match_people(name: str, ids: Iterable[str], names: Mapping[str, str]) -> list[str]:
     """Return the ids that --me or --forget mean: by id, with or without its prefix, or by name."""
     name, matches = name.casefold(), []
+    phone = phone_digits(name)
     for id in ids:
         short = re.sub(r"^[a-z]+:?", "", id)
-        if name in (id.casefold(), short.casefold(), names.get(id, "").casefold()):
+        same_phone = phone and phone_digits(short) == phone
+        if same_phone or name in (id.casefold(), short.casefold(), names.get(id, "").casefold()):
             matches.append(id)
     return matches
+
+
+def phone_digits(text: str) -> str:
+    """Return the digits of `+49 170 123-45 67`, however it is written; "" of other text."""
+    is_phone = re.fullmatch(r"(?:\+|00)[\d\s()./\u00a0\u2010-\u2013\u202a-\u202c-]{6,30}", text)
+    return re.sub(r"\D", "", text).removeprefix("00") if is_phone else ""
 
 
 def format_people(ids: Iterable[str], names: Mapping[str, str], counts) -> str:
@@ -254,18 +329,60 @@ def format_people(ids: Iterable[str], names: Mapping[str, str], counts) -> str:
     return ", ".join(shown)
 
 
+def find_same(store: MessageStore, messengers: Mapping, values: Iterable[str]) -> list[list[str]]:
+    """Return the ids of each person whom --same names; the first name is the one to keep.
+
+    UserError where a name is nobody's, or of two people in one messenger.
+    """
+    names, everyone, people = store.names, store.total(), []
+    for value in values if everyone else ():
+        (parts,) = csv.reader([value], skipinitialspace=True)  # "Smith, Ann" may stand in quotes
+        parts = [part.strip() for part in parts if part.strip()]
+        if len(parts) < 2:
+            raise UserError(
+                f"--same {value}: that is one name", 'Write all of them: --same "Ann,ann_99".'
+            )
+        ids: dict[str, None] = {}
+        for part in parts:
+            matches = match_people(part, everyone, names)
+            if not matches:
+                raise UserError(
+                    f"--same {value}: nobody is called {part}",
+                    f"Give a name or id, one of: {format_people(everyone, names, everyone)}",
+                )
+            refuse_several(part, matches, store, messengers)
+            ids |= dict.fromkeys(matches)
+        people.append(list(ids))
+    return people
+
+
+def refuse_several(name: str, ids: list[str], store: MessageStore, messengers: Mapping) -> None:
+    """Raise UserError where a name of --same means two people of one messenger."""
+    for wanted in dict.fromkeys(messengers.values()):
+        exports_ = [counts for e, counts in store.counts.items() if messengers[e] == wanted]
+        here = [id for id in ids if any(id in counts for counts in exports_)]
+        if len(here) > 1:
+            people = format_people(here, store.names, store.total())
+            raise UserError(
+                f"--same {name}: several people in {wanted} have that name",
+                f"Give the id instead of the name, one of: {people}",
+            )
+
+
 def find_me(store: MessageStore, owners: Mapping, values: Iterable[str]) -> list[str]:
     """Return the ids that are mine: the exports' owners, and whom --me names.
 
     --me names people in exports without an owner. Where it matches nobody there, it replaces the
-    owner of the exports where it does: the clone of a friend.
+    owner of the exports where it does: the clone of a friend. Of a person whom --same names, it
+    means all names.
     """
     names, everyone = store.names, store.total()
     me, replaced = [], set()
     for name in values if everyone else ():  # check_enough says why nobody is there
-        matches = {}
+        aliases, matches = store.with_aliases(match_people(name, everyone, names)), {}
         for export, counts in store.counts.items():
-            if ids := match_people(name, counts, names):
+            ids = match_people(name, counts, names) or [id for id in counts if id in aliases]
+            if ids:
                 matches[export] = ids
         if not matches:
             raise UserError(
@@ -273,8 +390,9 @@ def find_me(store: MessageStore, owners: Mapping, values: Iterable[str]) -> list
                 f"Give --me NAME or --me ID, one of: {format_people(everyone, names, everyone)}",
             )
         unowned = {export: ids for export, ids in matches.items() if not owners[export]}
-        for export, ids in (unowned or matches).items():
-            if len(ids) > 1:
+        unified = any(id in store.same for id in aliases)
+        for export, ids in (matches if unified or not unowned else unowned).items():
+            if len({store.same.get(id, id) for id in ids}) > 1:
                 people = format_people(ids, names, store.counts[export])
                 raise UserError(
                     f"{export}: --me {name}: several people have that name",
@@ -284,7 +402,7 @@ def find_me(store: MessageStore, owners: Mapping, values: Iterable[str]) -> list
             replaced.add(owners[export])
     me = [owner for owner in owners.values() if owner and owner not in replaced] + me
     for export, counts in store.counts.items():
-        if counts and not owners[export] and not counts.keys() & {*me}:
+        if counts and not owners[export] and not counts.keys() & store.with_aliases(me).keys():
             raise UserError(
                 f"{export}: the export doesn't say whose it is",
                 f"Give --me NAME or --me ID, one of: {format_people(counts, names, counts)}",

@@ -56,6 +56,7 @@ class MessageStore:
 
     `file`: where messages go. `clean`: what is done to texts and names before that.
     `names`: {author's id: display name}. `counts`: {export: messages of each author}.
+    `same`: {author's id: the id under which `chats` yields the person}, where `unify` was told.
     """
 
     def __init__(self, file: BinaryIO, clean: Callable[[str], str] = str):
@@ -63,21 +64,28 @@ class MessageStore:
         self.copies: dict[str, list[ChatCopy]] = {}  # by the chat's key, the oldest first
         self.names: dict[str, str] = {}
         self.counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+        self.same: dict[str, str] = {}
 
     def total(self) -> collections.Counter:
         return sum(self.counts.values(), collections.Counter())
 
-    def add(self, export: str, chat: Chat, messages: Iterator[Message]) -> None:
-        """Write a chat's messages. What is added last counts, where two exports hold the same."""
+    def add(
+        self, export: str, chat: Chat, messages: Iterator[Message]
+    ) -> tuple[set[str | None], collections.Counter]:
+        """Write a chat's messages. What is added last counts, where two exports hold the same.
+
+        Returns (who wrote, how many are left out for each Reason; "" for those that aren't).
+        """
         chat = chat._replace(name=self.clean_name(chat.name))
         copy = ChatCopy(chat, sum(map(len, self.copies.values())))
         self.copies.setdefault(chat.key, []).append(copy)
-        runs, names = copy.runs, {}
+        runs, names, reasons = copy.runs, {}, collections.Counter()
         while batch := list(itertools.islice(messages, BATCH)):
             batch.sort(key=TIME)  # stable: messages of one second stay in their order
             ids, authors, shown, times, dates, texts, left_out = zip(*batch)
             names |= dict.fromkeys(zip(authors, shown))
             self.counts[export].update(itertools.compress(authors, map(operator.not_, left_out)))
+            reasons.update(left_out)
             texts = [text and self.clean(text) for text in texts]
             if ids[0] is not None:
                 copy.texts = None
@@ -91,6 +99,7 @@ class MessageStore:
             runs[-1].places.append((self.file.tell(), len(data)))
             self.file.write(data)
         self.names |= {author: self.clean_name(name) for author, name in names if name}
+        return {author for author, _ in names}, reasons
 
     def align(self) -> list[dict]:
         """Find copies of a chat whose messages have no ids, also under two names: see align.py.
@@ -132,7 +141,24 @@ class MessageStore:
         for copy in itertools.chain.from_iterable(self.copies.values()):
             aliases |= copy.overlap.rename if copy.overlap else {}
         ids = list(ids)
-        return dict.fromkeys(ids + [aliases[id] for id in ids if id in aliases])
+        ids += [aliases[id] for id in ids if id in aliases]
+        people = {self.same[id] for id in ids if id in self.same}
+        return dict.fromkeys(ids + [id for id, person in self.same.items() if person in people])
+
+    def unify(self, people: Iterable[list[str]]) -> None:
+        """Make each list of ids, the first one's name first, one person. After `align`."""
+        for ids in people:
+            ids = list(self.with_aliases(ids))
+            first = self.same.get(ids[0], ids[0])
+            self.same |= dict.fromkeys(ids, first)
+
+    def share_names(self) -> None:
+        """Give all ids of a person the name of the first that has one."""
+        for person in dict.fromkeys(self.same.values()):
+            ids = [id for id, other in self.same.items() if other == person]
+            name = next((self.names[id] for id in ids if id in self.names), None)
+            if name:
+                self.names |= dict.fromkeys(ids, name)
 
     def chats(self) -> Iterator[tuple[Chat, Iterator[Message]]]:
         """Yield chats as they were first added, with their messages (without names) in order."""
@@ -146,7 +172,13 @@ class MessageStore:
                     newer = array("q", np.unique(np.array(keys)).tobytes())
             # A personal chat is called as its person is, not as a file "Bob copy".
             named = [copy.chat for copy in copies if copy.chat.key in self.names]
-            yield (named or [copies[-1].chat])[-1], heapq.merge(*streams, key=order)
+            yield (named or [copies[-1].chat])[-1], self.renamed(heapq.merge(*streams, key=order))
+
+    def renamed(self, messages: Iterator[Message]) -> Iterator[Message]:
+        if not self.same:
+            return messages
+        same = self.same
+        return (m._replace(author=same[m.author]) if m.author in same else m for m in messages)
 
     def aligned(self, copy: ChatCopy) -> Iterator[Message]:
         """Yield the messages of a copy that newer ones lack, by the newest one's clock."""

@@ -1,12 +1,13 @@
 """Report what `data.py` read: `report.json` for programs, the same in words for a person."""
 
 import collections
+import dataclasses
 import functools
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 
-from cli import counted
+from cli import counted, printable
 
 MARK = re.compile("<[a-z]+>")
 SAMPLE_MESSAGES = 2_000  # of mine, for tokens per 1,000 characters
@@ -93,6 +94,48 @@ class ChatStats:
             "scripts": count_scripts(self.letters),
             "only_mine": [name for id, name in self.groups.items() if id not in self.answered],
         }
+
+
+@dataclasses.dataclass
+class SourceStats:
+    """What was read of one file, folder or zip given, by one reader."""
+
+    path: str  # printed only: the name of a file may be a person's
+    messenger: str
+    files: int = 0
+    chats: int = 0
+    authors: set[str | None] = dataclasses.field(default_factory=set)
+    chats_left_out: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    # By Reason; "" for those that aren't left out.
+    messages: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    repairs: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+    def report(self, me: Iterable[str], names: Mapping[str, str]) -> dict:
+        """Return its part of report.json; `me`: my ids."""
+        mine = [names.get(id, id) for id in me if id in self.authors]
+        return {
+            "messenger": self.messenger,
+            "files": self.files,
+            "chats": self.chats,
+            "messages": self.messages.total(),
+            "me": list(dict.fromkeys(mine)),
+            "chats_left_out": dict(self.chats_left_out.most_common()),
+            "messages_left_out": {r: n for r, n in self.messages.most_common() if r},
+            "repairs": dict(self.repairs),
+        }
+
+
+def show_sources(paths: Iterable[str], sources: list[dict]) -> None:
+    """Print a line for each source; of several also what was left out of each."""
+    several = len(sources) > 1
+    for path, source in zip(paths, sources, strict=True):
+        files = f"{source['files']:,} files, " if source["files"] > 1 else ""
+        chats, messages = counted(source["chats"], "chats"), counted(source["messages"], "messages")
+        me = f"I am {' and '.join(source['me'])}" if source["me"] else "nothing of mine"
+        print(printable(f"{path} ({source['messenger']}): {files}{chats}, {messages}; {me}"))
+        for part in ("chats_left_out", "messages_left_out", "repairs") if several else ():
+            for reason, n in source[part].items():
+                print(printable(f"{'':>12}- {counted(n, chat_reason(reason))}"))
 
 
 def tokens_per_1000_characters(messages: Iterable[str], tokenizer) -> dict[str, int]:

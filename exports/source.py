@@ -42,7 +42,10 @@ NOT_LATIN = re.compile(  # words without an ASCII letter
 
 
 class Source:
-    """One file of an export. `progress(n)` is called as n bytes are read."""
+    """One file of an export. `progress(n)` is called as n bytes are read.
+
+    `parts`: this file and those that its reader says belong to it, in the order of reading.
+    """
 
     def __init__(
         self,
@@ -54,10 +57,15 @@ class Source:
         self.path, self.progress, self.zip, self.member = path, progress, archive, member
         self.archive = Path(archive.filename) if archive else None
         self.size = member.file_size if member else Path(path).stat().st_size
+        self.parts = [self]
         self.attached = 0  # other chats in its zip or folder, which were sent in this one
 
     def __str__(self) -> str:
         return f"{self.archive}: {self.path}" if self.archive else str(self.path)
+
+    @property
+    def total_size(self) -> int:
+        return sum(part.size for part in self.parts)
 
     def blocks(self, repairs: collections.Counter) -> Iterator[bytes]:
         """Yield the bytes; of a damaged zip those before the damage."""
@@ -111,7 +119,17 @@ class Source:
         """Return the text of a small file beside this one, by relative path; None without it."""
         if name.startswith("/") or ".." in name.split("/"):
             return None
-        path = self.path.parent / name
+        return self.read_other(self.path.parent / name)
+
+    def above(self, name: str) -> str | None:
+        """Return the text of a small file, by its path in the nearest of six folders above."""
+        for folder in list(self.path.parents)[:6]:
+            text = self.read_other(folder / name)
+            if text is not None:
+                return text
+        return None
+
+    def read_other(self, path: PurePath) -> str | None:
         try:
             data = self.zip.read(str(path)) if self.zip else Path(path).read_bytes()
         except (OSError, KeyError, ValueError, *BROKEN_ZIP):
@@ -140,6 +158,16 @@ def lines_of(blocks: Iterable[bytes]) -> Iterator[bytes]:
             yield rest
             rest = b""
     yield rest
+
+
+def full_lines(source: Source, repairs: collections.Counter) -> Iterator[str]:
+    """Yield a file's lines, each with the newline that ends it."""
+    rest = ""
+    for text in source.text(repairs):
+        *lines, rest = (rest + text).split("\n")
+        yield from (line + "\n" for line in lines)
+    if rest:
+        yield rest
 
 
 def guess_encoding(lines: Iterable[bytes]) -> str | None:

@@ -79,7 +79,7 @@ JID = re.compile(r"(?::\d+)?@(?:s\.whatsapp\.net|c\.us)$")
 
 
 def can_read(head: str) -> bool:
-    keys = r'"(?:personal_information|chats|left_chats|messages)"'
+    keys = r'"(?:personal_information|chats|left_chats|messages)"\s*:'
     return head.lstrip("\ufeff \t\r\n").startswith("{") and bool(re.search(keys, head))
 
 

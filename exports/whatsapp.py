@@ -818,6 +818,8 @@ def drop_attached_chats(sources: list[Source]) -> list[Source]:
     pattern = re.compile(b"(?:%s)(?= ?[>(])" % escaped)
     sent: set[str] = set()
     for source in sources:
+        if source.path.suffix != ".txt":
+            continue
         rest = b""
         for block in source.blocks(collections.Counter()):
             others = {match.decode() for match in pattern.findall(rest + block)}

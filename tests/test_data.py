@@ -5,6 +5,7 @@ import mmap
 import random
 import shutil
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import data
 from cli import UserError
 from data import IGNORE_INDEX, Session, Turn
 from exports import Chat, Message, redact, telegram, whatsapp
-from exports.command import INDEX, hold_out, main, validation_size, without_people
+from exports.command import INDEX, hold_out, main, match_people, validation_size, without_people
 
 TOY = [
     ("bob", "10:00", "hi"),
@@ -559,6 +560,97 @@ def made(tmp_path, *words):
     done = command("data.py", *words, "--out", tmp_path / "data")
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def two_messengers(tmp_path, mine="Ann B.", friend="Bobby"):
+    """A Telegram account (Ann is user1, Bob user2) and a WhatsApp chat, where both are others."""
+    (tmp_path / "result.json").write_text(json.dumps(export(dialogue(10))))
+    lines = [(who, f"{who[0]} in June {n}") for n in range(8) for who in (friend, mine)]
+    chat = tmp_path / "WhatsApp Chat with Bobby.txt"
+    chat.write_text(whatsapp_chat(*lines))
+    return tmp_path / "result.json", chat
+
+
+def test_same_makes_one_person_of_many_names_me_too(tmp_path):
+    out = made(
+        tmp_path, *two_messengers(tmp_path), "--same", "Ann,Ann B.", "--same", "bob, whatsapp:Bobby"
+    )
+    turns = turns_of(tmp_path)
+    assert {(author, me) for _, author, me, _ in turns} == {("Ann", True), ("Bob", False)}
+    assert {text[0] for _, author, _, text in turns if author == "Bob"} >= {"B"}
+    persona, report = folder(tmp_path, "persona.json", "report.json")
+    assert persona["me"] == "Ann" and [c["name"] for c in persona["contacts"]] == ["Bob"]
+    assert persona["contacts"][0]["messages"] == 18
+    assert [source["me"] for source in report["sources"]] == [["Ann"], ["Ann B."]]
+    assert [source["messenger"] for source in report["sources"]] == ["telegram", "whatsapp"]
+    assert "WhatsApp Chat with Bobby.txt (whatsapp): 1 chat, 16 messages; I am Ann B." in out
+
+
+def test_forgetting_one_of_a_person_s_names_forgets_them_all(tmp_path):
+    pair = ("--same", "Ann,Ann B.", "--same", "Bob,Bobby")
+    chats = [*two_messengers(tmp_path), *pair, "--dry-run", "--forget", "Bobby"]
+    done = command("data.py", *chats)
+    assert done.returncode == 2 and "no messages in chats that are read" in done.stderr, done
+
+
+def test_the_clone_of_a_friend_has_all_the_friend_s_names(tmp_path):
+    pair = ("--same", "Bob,Bobby", "--me", "Bobby", "--gap-minutes", "90")
+    made(tmp_path, *two_messengers(tmp_path), *pair)
+    authors = {(author, me) for _, author, me, _ in turns_of(tmp_path)}
+    assert authors == {("Bob", True), ("Ann", False), ("Ann B.", False)}
+
+
+@pytest.mark.parametrize(("same", "expected"), [
+    ("Ann", "that is one name"),
+    ("Ann,Zed", "nobody is called Zed"),
+    ("Bob,Ann B.,Sam", "several people in telegram have that name"),
+])  # fmt: skip
+def test_a_name_of_same_that_means_nobody_or_two_people_is_refused(same, expected, tmp_path):
+    value = export(dialogue(10))
+    messages = value["chats"]["list"][0]["messages"]
+    for number in (1, 2):
+        last = messages[-1]
+        messages.append(
+            last | {"id": 900 + number, "from": "Sam", "from_id": f"user7{number}", "text": "hi"}
+        )
+    paths = two_messengers(tmp_path)
+    paths[0].write_text(json.dumps(value))
+    refused(command("data.py", *paths, "--dry-run", "--same", same), expected)
+
+
+def test_several_messengers_are_read_in_one_go_and_each_is_reported(tmp_path):
+    telegram, whatsapp_txt = two_messengers(tmp_path)
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    for number in range(4):
+        rows = [f"{1_700_000_000 + 60 * n},{'Zoe Ann'.split()[n % 2]},m{n}" for n in range(10)]
+        (tables / f"chat {number}.csv").write_text("\n".join(["time,author,text", *rows]))
+    # In one of them I am silent: names are the same in all tables, so --me isn't asked for again.
+    (tables / "chat 3.csv").write_text("time,author,text\n1700000000,Zoe,+49 170 1234567\n,Zoe,x\n")
+    with zipfile.ZipFile(tmp_path / "line.zip", "w") as archive:
+        line = "[LINE] Chat history with Yan\n\n2024/01/31(Wed)\n"
+        line += "".join(f"18:0{n}\t{'Yan Ann'.split()[n % 2]}\tl{n}\n" for n in range(8))
+        archive.writestr("exports/LINE/[LINE] Yan.txt", line)
+    paths = [telegram, whatsapp_txt, tmp_path / "line.zip", *sorted(tables.iterdir())]
+    out = made(tmp_path, *paths, "--me", "Ann B.", "--same", "Ann B.,table:Ann,line:Ann")
+    assert f"{tables}/ (table): 4 files, 4 chats, 31 messages; I am Ann" in out
+    assert f"{tmp_path / 'line.zip'} (line): 1 chat, 8 messages; I am Ann" in out
+    assert "1 row without a time that can be read, left out" in out
+    sources = folder(tmp_path, "report.json")[0]["sources"]
+    assert [s["messenger"] for s in sources] == ["telegram", "whatsapp", "line", "table"]
+    assert sources[3]["me"] == ["Ann"] and "chat 3" not in json.dumps(sources)
+    assert folder(tmp_path, "report.json")[0]["secrets"] == {"phone": 1}
+    authors = {(author, me) for _, author, me, _ in turns_of(tmp_path)}
+    assert {author for author, me in authors if me} == {"Ann"}
+    assert {"Bob", "Bobby", "Zoe", "Yan"} <= {author for author, me in authors if not me}
+
+
+def test_phone_numbers_match_however_they_are_written(tmp_path):
+    for written in ("+49 170 123-45 67", "+491701234567", "0049 170 1234567"):
+        assert match_people(written, ["whatsapp:+49 170 1234567", "user4917"], {}) == [
+            "whatsapp:+49 170 1234567"
+        ]
+    assert match_people("123", ["whatsapp:+49 170 1234567"], {}) == []
 
 
 def test_several_exports_and_messengers_are_one_voice(tmp_path):

@@ -16,6 +16,8 @@ import torch
 from conftest import ROOT
 from test_imports import MAY, ROOMS
 
+import exports
+
 DOCS = ROOT / "docs"
 PAGES = ("HOW_IT_WORKS", "RENT", "TROUBLES", "CONTRIBUTING")
 FILE = re.compile(r"^```\w+ (?P<name>[\w.]+)\n(?P<text>.*?)^```$", re.M | re.S)
@@ -296,3 +298,26 @@ def rewrite_outputs(name: str) -> None:
 if __name__ == "__main__":
     for page_name in PAGES:
         rewrite_outputs(page_name)
+
+
+# --- a reader of one's own
+
+
+def test_a_complete_reader_has_at_most_60_lines():
+    section = read_page("CONTRIBUTING").split("## A complete reader")[1]
+    code = SNIPPET.search(section)["code"]
+    assert "def can_read" in code and "def read" in code and len(code.splitlines()) <= 60
+
+
+def test_the_conversion_script_has_ten_lines_and_makes_a_table(tmp_path, monkeypatch):
+    page = read_page("EXPORTS")
+    code = re.search(r"^```python\n(.*?)^```$", page, re.M | re.S)[1]
+    assert len(code.splitlines()) <= 10
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO("[2024-01-31 18:05] <Ann> on, my way\n--- join\n")
+    )
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(code, "the page", "exec"), {})
+    (tmp_path / "tea.csv").write_text(out.getvalue())
+    ((chat, messages),) = [(c, list(m)) for c, m in exports.read(tmp_path / "tea.csv")]
+    assert chat.name == "#tea" and [(m.name, m.text) for m in messages] == [("Ann", "on, my way")]

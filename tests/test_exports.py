@@ -3,6 +3,7 @@ import json
 import os
 import re
 import time
+import types
 import zipfile
 
 import pytest
@@ -751,3 +752,87 @@ def test_several_chats_that_a_person_put_into_one_zip_are_all_read(tmp_path):
             "\n".join(front + "WhatsApp Chat with Eve.txt is here" for front in CHAT),
         )
     assert len(texts(tmp_path / "chats.zip")) == 10
+
+
+# --- nested folders, large zips, several files a chat
+
+
+def beep(name="beep", **more):
+    """A reader as docs/CONTRIBUTING.md has one: `beep CHAT AUTHOR`, then a message a line."""
+    module = types.ModuleType(f"exports.{name}")
+
+    def read_parts(source, repairs):
+        _, chat, author = source.head().split("\n")[0].split()
+        lines = [line for part in source.parts for line in part.head().split("\n")[1:]]
+        messages = (
+            exports.Message(None, f"{name}:{author}", author, at, exports.iso_time(at), text)
+            for at, text in enumerate(lines)
+        )
+        yield exports.Chat(f"{name}:{chat}", chat, "personal_chat", chat, None), messages
+
+    module.NUM_PASSES, module.read = 1, read_parts
+    module.can_read = lambda head: head.startswith(f"{name} ")
+    vars(module).update(more)
+    return module
+
+
+def by_folder(sources):
+    folders = {}
+    for source in sources:
+        folders.setdefault(source.path.parent, []).append(source)
+    return [sorted(files, key=lambda source: source.path.name) for files in folders.values()]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_files_of_one_chat_are_read_as_one_in_the_reader_s_order(tmp_path, packed, monkeypatch):
+    readers = (beep(group=by_folder),)
+    monkeypatch.setattr(exports, "readers", lambda: readers)
+    files = {
+        "me/messages/inbox/bob_1/message_2.json": "beep bob Bob\nlater",
+        "me/messages/inbox/bob_1/message_1.json": "beep bob Bob\nsoon",
+        "me/messages/inbox/eve_2/message_1.json": "beep eve Eve\nhi",
+        "me/messages/inbox/eve_2/photos/message_1.json": "beep sent Eve\nnot mine",
+        "me/ads/clicks.json": "{}",
+        "me/messages/inbox/bob_1/photos/1.jpg": "beep jpg Bob\nno",
+    }
+    path = tmp_path / ("export.zip" if packed else "export")
+    if packed:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, text in files.items():
+                archive.writestr(name, text)
+    else:
+        for name, text in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_text(text)
+    found = [(c.name, [m.text for m in messages]) for c, messages in exports.read(path)]
+    assert found == [("bob", ["soon", "later"]), ("eve", ["hi"])]
+    sources = [source for _, source in exports.sources(path)]
+    assert [source.total_size for source in sources] == [35, 15]
+    assert sources[0].above("ads/clicks.json") == "{}" and sources[0].above("ads/x.json") is None
+
+
+def test_two_exports_in_one_folder_are_grouped_apart(tmp_path, monkeypatch):
+    readers = (beep(group=by_folder),)
+    monkeypatch.setattr(exports, "readers", lambda: readers)
+    for name in "old", "new":
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.writestr("inbox/bob_1/message_1.json", f"beep bob Bob\n{name}")
+    found = [[m.text for m in messages] for _, messages in exports.read(tmp_path)]
+    assert found == [["new"], ["old"]]
+
+
+def test_thousands_of_pictures_in_a_zip_are_never_opened(tmp_path, monkeypatch):
+    opened = []
+    with zipfile.ZipFile(tmp_path / "big.zip", "w") as archive:
+        for number in range(5_000):
+            archive.writestr(f"inbox/bob/photos/{number}.jpg", b"")
+            archive.writestr(f"inbox/bob/files/{number}.json", b"{}")
+        archive.writestr("inbox/bob/result.json", json.dumps(full(chat({"text": "a"}))))
+    open_member = zipfile.ZipFile.open
+
+    def count(self, name, *args, **kwargs):
+        opened.append(name)
+        return open_member(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", count)
+    assert texts(tmp_path / "big.zip") == ["a"] and len({str(name) for name in opened}) == 1
