@@ -11,7 +11,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from weights import quantize
 from weights.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 512  # prompt tokens in one forward pass: bounds the memory of activations
+PIECE = 64  # of them between two steps of others' replies: about as long as a step or two
 PREFILL_MULTIPLE = 16  # on a CPU chunks are padded to a multiple of it, see model.CPU_MULTIPLE
 MIN_PROBABILITY = 1e-5  # sampling sorts only ids above it, if they make up top_p
 MAX_REPLIES = 1000  # replies whose ids are kept
@@ -59,7 +60,8 @@ class Decoder:
     `size`: tokens of context, prompt and reply together. `broadcast(id)` returns rank 0's choice,
     when several ranks decode together. `compile`: compile single-token steps, if there is a
     compiler; takes some seconds, and a model without adapters. `context_builder(turns)` puts
-    facts and past exchanges before a conversation, see context.py.
+    facts and past exchanges before a conversation, see context.py. `slots`: contexts that are
+    cached, for a DecodeBatch; alone the decoder uses the first.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Decoder:
         broadcast: Callable[[int], int] = lambda id: id,
         compile: bool = False,
         context_builder: Callable[[list[data.Turn]], list[data.Turn]] = lambda turns: turns,
+        slots: int = 1,
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -77,7 +80,8 @@ class Decoder:
         self.context_builder = context_builder
         norm = model.model.norm.weight
         dtype = model.dtype or norm.dtype
-        self.cache = KVCache(model.config, size, dtype=dtype, device=norm.device)
+        self.slots = BatchCache(model.config, size, slots, dtype, norm.device)
+        self.cache: KVCache = self.slots.rows[0]
         self.cached_ids: list[int] = []
         # Encoding a reply's text may give other ids than those that were generated
         self.reply_ids: ReplyIds = {}
@@ -121,7 +125,7 @@ class Decoder:
 
     def num_cached(self, ids: Sequence[int]) -> int:
         """Count the first of `ids` that are in the cache."""
-        return len(os.path.commonprefix([self.cached_ids, list(ids)]))
+        return len(common_prefix(self.cached_ids, list(ids)))
 
     @torch.inference_mode()
     def extend(self, ids: Sequence[int], start: int) -> Tensor:
@@ -131,23 +135,21 @@ class Decoder:
         logits, device = torch.empty(0), self.cache.layers[0].device
         for begin in range(start, len(ids), PREFILL_CHUNK):
             chunk = torch.tensor([ids[begin : begin + PREFILL_CHUNK]], device=device)
-            # The compiler would specialize on the lengths 0 and 1
-            if self.compiled_decoder and len(ids) - start == 1 and start > 1:
-                logits = self.compiled_decoder(chunk)
-            else:
-                logits = self.prefill_chunk(chunk)
+            logits = self.read_chunk(chunk, self.cache)
         self.cached_ids = list(ids)
         return logits
 
-    def prefill_chunk(self, chunk: Tensor) -> Tensor:
-        """Write a chunk (1, n) into the cache; return the logits (1, V) after its last token."""
+    def read_chunk(self, chunk: Tensor, cache: KVCache) -> Tensor:
+        """Append a chunk (1, n) to a cache of one row; return the logits (1, V) after it."""
         count = chunk.shape[1]
+        # The compiler would specialize on the lengths 0 and 1
+        if self.compiled_decoder and cache is self.cache and count == 1 and cache.length > 1:
+            return self.compiled_decoder(chunk)[:, 0]
         padding = -count % PREFILL_MULTIPLE if chunk.device.type == "cpu" and count > 1 else 0
-        padding = min(padding, self.cache.size - self.cache.length - count)
+        padding = min(padding, cache.size - cache.length - count)
         last = torch.tensor([count - 1], device=chunk.device)
-        padded = F.pad(chunk, (0, padding))
-        logits = self.model(padded, cache=self.cache, logit_positions=last)
-        self.cache.length -= padding
+        logits = self.model(F.pad(chunk, (0, padding)), cache=cache, logit_positions=last)
+        cache.length -= padding
         return logits
 
 
@@ -292,43 +294,65 @@ def final_logits(model: Transformer, x: Tensor) -> Tensor:
 # --- several replies at a time
 
 
-class BatchCache(KVCache):
-    """A KV cache whose rows have lengths of their own; the first `num_rows` are in use.
+class RowCache(KVCache):
+    """A row of a BatchCache as a cache of its own, in the same memory."""
 
-    A forward pass reads one token of each of these.
+    def __init__(self, cache: KVCache, row: int):
+        self.layers = [layer[:, row : row + 1] for layer in cache.layers]
+        self.size, self.length, self.mask = cache.size, 0, None
+
+
+class BatchCache(KVCache):
+    """A KV cache whose rows have lengths of their own.
+
+    A forward pass reads one token of each of the first rows, after `prepare`. `rows`: each alone.
     """
 
-    def __init__(self, config: ModelConfig, size: int, batch: int, dtype, device):
+    def __init__(
+        self, config: ModelConfig, size: int, batch: int, dtype: torch.dtype, device: torch.device
+    ):
         super().__init__(config, size, batch, dtype, device)
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.rows = [RowCache(self, row) for row in range(batch)]
         self.window = config.sliding_window or size
-        self.num_rows = 0
+        self.positions = torch.empty(0)
 
-    def copy_row(self, row: int, source: KVCache, source_row: int, length: int) -> None:
-        """Fill `row` with the first `length` tokens of a row of `source`."""
+    def copy_row(self, row: int, source: KVCache, begin: int, end: int) -> None:
+        """Copy tokens begin to end of `source`, a cache of one row, to the same place in `row`."""
         for ours, theirs in zip(self.layers, source.layers):
-            ours[:, row, :, :length] = theirs[:, source_row, :, :length]
-        self.lengths[row] = length
+            ours[:, row, :, begin:end] = theirs[:, 0, :, begin:end]
 
-    def prepare(self) -> Tensor:
-        """Return the positions (rows, 1) of the next tokens, and set `mask` for them."""
-        positions = self.lengths[: self.num_rows, None]
-        self.length = int(positions.max())
-        distance = positions - torch.arange(self.length + 1, device=positions.device)  # (rows, S)
+    def swap_rows(self, first: int, second: int, length: int) -> None:
+        """Exchange the first `length` tokens of two rows."""
+        for layer in self.layers:
+            both = layer[:, [second, first], :, :length]  # a copy
+            layer[:, [first, second], :, :length] = both
+
+    def prepare(self, lengths: list[int]) -> Tensor:
+        """Set `mask` for the next token of the first n rows, which hold so many tokens.
+
+        Returns their positions (n, 1).
+        """
+        self.length = max(lengths)
+        self.positions = torch.tensor(lengths, device=self.layers[0].device)
+        seen = torch.arange(self.length + 1, device=self.positions.device)
+        distance = self.positions[:, None] - seen  # (n, S)
         self.mask = ((distance >= 0) & (distance < self.window))[:, None, None]
-        return positions
+        return self.positions[:, None]
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (rows, 1, G, D), each row at its length; return all of it (rows, S, G, D)."""
-        rows = torch.arange(self.num_rows, device=k.device)
-        self.layers[layer][:, rows, :, self.lengths[: self.num_rows]] = torch.cat([k, v], 1)
-        keys, values = self.layers[layer][:, : self.num_rows, :, : self.length + 1].transpose(2, 3)
-        return keys, values
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """Write k, v (n, 1, G, D), each row at its length; return all of it (n, S, G, D)."""
+        count = len(self.positions)
+        rows = torch.arange(count, device=k.device)
+        self.layers[layer][:, rows, :, self.positions] = torch.cat([k, v], 1)
+        return self.layers[layer][:, :count, :, : self.length + 1].transpose(2, 3).unbind(0)
 
 
 @dataclasses.dataclass(eq=False)
 class BatchRow:
-    """A reply in a batch: `ids` so far; `ended` by the model itself, not for want of `room`."""
+    """A reply in a batch: `ids` so far; `ended` by the model itself, not for want of `room`.
+
+    `cached`: what its row of the cache holds of prompt and ids.
+    """
 
     prompt: list[int]
     room: int
@@ -336,24 +360,49 @@ class BatchRow:
     top_p: float
     generator: torch.Generator | None
     ids: list[int] = dataclasses.field(default_factory=list)
+    cached: list[int] = dataclasses.field(default_factory=list)
     ended: bool = False
+
+    @property
+    def unread(self) -> list[int]:
+        """The ids behind the cached ones: the rest of the prompt, or the one that was drawn."""
+        beyond = len(self.cached) - len(self.prompt)
+        return self.prompt[beyond:] if beyond < 0 else self.ids[beyond:]
 
 
 class DecodeBatch:
     """Several replies at once, each as `Decoder.generate` writes it.
 
     A step reads the weights once for all of them. A row joins with `add`, between any two steps,
-    and leaves when it is done. `decoder` reads the prompts one by one: what a prompt shares with
-    the one before is read once. `size`: tokens of a row, prompt and reply together.
+    and leaves when it is done, or with `remove`. Row i has row i of the cache. Behind them the
+    cache keeps what others left there, until it needs the place: the least recently used first.
+    What a prompt shares with any row, or with the decoder's last prompt, is copied.
+
+    `max_rows`, `size` (tokens of a row, prompt and reply together): of a cache of its own. Without
+    them it has the decoder's slots; then a row alone is as fast as the decoder, and nobody else
+    may use that.
     """
 
-    def __init__(self, decoder: Decoder, max_rows: int, size: int | None = None):
+    def __init__(self, decoder: Decoder, max_rows: int | None = None, size: int | None = None):
         self.decoder = decoder
-        self.max_rows = max_rows
+        self.cache = decoder.slots
+        if max_rows is not None:
+            size = size or decoder.cache.size
+            layer = decoder.cache.layers[0]
+            config = decoder.model.config
+            self.cache = BatchCache(config, size, max_rows, layer.dtype, layer.device)
+        self.max_rows = len(self.cache.rows)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all rows, and what is cached."""
         self.rows: list[BatchRow] = []
-        layer = decoder.cache.layers[0]
-        size = size or decoder.cache.size
-        self.cache = BatchCache(decoder.model.config, size, max_rows, layer.dtype, layer.device)
+        # By row of the cache: the ids in it, and when it was left
+        self.cached: list[list[int]] = [[] for _ in self.cache.rows]
+        self.left_at = [0] * self.max_rows
+        self.num_left = 0
+        if self.cache is self.decoder.slots:
+            self.decoder.cached_ids = []
 
     @property
     def full(self) -> bool:
@@ -368,27 +417,92 @@ class DecodeBatch:
         top_p: float = 0.95,
         generator: torch.Generator | None = None,
     ) -> BatchRow:
-        """Read a prompt and return its row, whose `ids` grow with each step."""
+        """Return the row of a prompt; the next steps read it, then its `ids` grow."""
         assert not self.full, f"the batch holds {self.max_rows} rows"
         room = min(max_new, self.cache.size - len(prompt))
         row = BatchRow(list(prompt), room, temperature, top_p, generator)
         if room > 0:
-            self.decoder.prefill(row.prompt[:-1])
-            self.cache.copy_row(len(self.rows), self.decoder.cache, 0, len(prompt) - 1)
+            place, index = self.choose_place(row.prompt), len(self.rows)
+            row.cached = self.cached[place] = common_prefix(self.cached[place], row.prompt[:-1])
+            self.swap(place, index)
             self.rows.append(row)
+            self.copy_prefix(row, index)
         return row
+
+    def choose_place(self, prompt: list[int]) -> int:
+        """Return the free row of the cache that a prompt takes.
+
+        It is that of its own talk, which holds the prompt's beginning and little else. The
+        beginning alone doesn't make another's talk its own.
+        """
+        free = range(len(self.rows), self.max_rows)
+        shared = {place: len(common_prefix(self.cached[place], prompt)) for place in free}
+        best = max(free, key=shared.__getitem__)
+        if 2 * shared[best] > len(self.cached[best]):
+            return best
+        return min(free, key=self.left_at.__getitem__)
+
+    def copy_prefix(self, row: BatchRow, index: int) -> None:
+        """Copy what another row of the cache, or the decoder's, holds of a prompt."""
+        last = self.decoder.cached_ids, self.decoder.cache
+        prompt = row.prompt[:-1]  # the logits after the last token are not in a cache
+        for ids, cache in [*zip(self.cached, self.cache.rows), last]:
+            begin, end = len(row.cached), len(common_prefix(ids, prompt))
+            if end > begin:
+                self.cache.copy_row(index, cache, begin, end)
+                row.cached += prompt[begin:end]
 
     @torch.inference_mode()
     def step(self) -> list[BatchRow]:
-        """Generate one token of each row; return the rows that are done, which left the batch."""
-        self.cache.num_rows = len(self.rows)
-        last_ids = [[row.ids[-1] if row.ids else row.prompt[-1]] for row in self.rows]
-        tokens = torch.tensor(last_ids, device=self.cache.lengths.device)
-        logits = self.decoder.model(tokens, self.cache.prepare(), cache=self.cache)
-        logits = logits[:, 0].float().cpu().index_fill(1, self.decoder.banned_ids, -torch.inf)
-        self.cache.lengths[: len(self.rows)] += 1
+        """Generate a token of each row whose prompt is read; read a piece of the next prompt.
+
+        Returns the rows that are done, which left the batch.
+        """
+        ready = [index for index, row in enumerate(self.rows) if len(row.unread) == 1]
+        done: list[BatchRow] = []
+        if ready:
+            # Rows before the last one read a token of their prompts in passing
+            rows = self.rows[: ready[-1] + 1]
+            done += self.draw(rows, self.forward(rows))
+        for index, row in enumerate(self.rows):
+            if len(row.unread) > 1:
+                self.copy_prefix(row, index)
+                logits = self.read(index, PIECE if ready else PREFILL_CHUNK)
+                done += self.draw([row], logits)
+                break
+        for row in done:
+            self.remove(row)
+        return done
+
+    def forward(self, rows: list[BatchRow]) -> Tensor:
+        """Read a token of each of the first rows; return the logits (n, V) after them."""
+        if len(rows) == 1:
+            return self.read(0, 1)
+        ids = [row.unread[0] for row in rows]
+        tokens = torch.tensor(ids, device=self.cache.layers[0].device)[:, None]
+        positions = self.cache.prepare([len(row.cached) for row in rows])
+        logits = self.decoder.model(tokens, positions, cache=self.cache)
+        for row, id in zip(rows, ids):
+            row.cached.append(id)
+        return logits[:, 0]
+
+    def read(self, index: int, count: int) -> Tensor:
+        """Read at most `count` tokens of a row; return the logits (1, V) after them."""
+        row, cache = self.rows[index], self.cache.rows[index]
+        ids = row.unread[:count]
+        cache.length = len(row.cached)
+        chunk = torch.tensor([ids], device=cache.layers[0].device)
+        logits = self.decoder.read_chunk(chunk, cache)
+        row.cached += ids
+        return logits
+
+    def draw(self, rows: list[BatchRow], logits: Tensor) -> list[BatchRow]:
+        """Sample the next id of each row that is read, from logits (n, V); return those done."""
+        logits = logits.float().cpu().index_fill(1, self.decoder.banned_ids, -torch.inf)
         done = []
-        for row, row_logits in zip(self.rows, logits):
+        for row, row_logits in zip(rows, logits):
+            if row.unread:
+                continue
             next_id = sample(row_logits, row.temperature, row.top_p, row.generator)
             next_id = self.decoder.broadcast(next_id)
             row.ended = next_id in self.decoder.stop_ids
@@ -396,18 +510,29 @@ class DecodeBatch:
                 row.ids.append(next_id)
             if row.ended or len(row.ids) == row.room:
                 done.append(row)
-        for row in done:
-            self.remove(row)
         return done
 
+    @torch.inference_mode()
     def remove(self, row: BatchRow) -> None:
-        """Give the row's place to the last row."""
-        index = self.rows.index(row)
-        last = len(self.rows) - 1
-        if index < last:
-            self.cache.copy_row(index, self.cache, last, int(self.cache.lengths[last]))
-            self.rows[index] = self.rows[last]
+        """Free a row's place, which keeps what it holds. The last row takes its number."""
+        index, last = self.rows.index(row), len(self.rows) - 1
+        self.swap(index, last)
+        self.rows[index] = self.rows[last]
         self.rows.pop()
+        self.num_left += 1
+        self.left_at[last] = self.num_left
+
+    def swap(self, first: int, second: int) -> None:
+        """Exchange what two rows of the cache hold."""
+        if first != second:
+            length = max(len(self.cached[first]), len(self.cached[second]))
+            self.cache.swap_rows(first, second, length)
+            for values in (self.cached, self.left_at):
+                values[first], values[second] = values[second], values[first]
+
+
+def common_prefix(first: list[int], second: list[int]) -> list[int]:
+    return os.path.commonprefix([first, second])
 
 
 # --- turns and messages
@@ -418,7 +543,8 @@ class Answer:
 
     `prompt` and `ids`: what was read and what is generated; `messages`: so far; `ended`: by the
     model itself, not by `max_new` or the end of the context. A decoder writes one at a time; an
-    answer that is left early (closed, or interrupted) leaves it ready for the next.
+    answer that is left early (closed, or interrupted) leaves it ready for the next. To write
+    several side by side, `join` a batch and `update` after its steps.
     """
 
     def __init__(
@@ -441,19 +567,30 @@ class Answer:
         turns = decoder.context_builder(turns)
         self.prompt = truncate_prompt(turns, me, decoder.tokenizer, prompt_size, decoder.reply_ids)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        self.stream = decoder.generate(self.prompt, self.max_new, temperature, top_p, generator)
+        self.sampling = (self.max_new, temperature, top_p, generator)
 
     def __iter__(self) -> Generator[list[str], None, None]:
-        for messages in stream_messages(self.record_ids(), self.decoder.tokenizer):
-            self.messages = messages
-            yield messages
-        self.ended = len(self.ids) < self.max_new
-        self.remember()
-
-    def record_ids(self) -> Iterator[int]:
-        for id in self.stream:
+        for id in self.decoder.generate(self.prompt, *self.sampling):
             self.ids.append(id)
-            yield id
+            if self.update():
+                yield self.messages
+        if self.update(done=True):
+            yield self.messages
+
+    def join(self, batch: DecodeBatch) -> BatchRow:
+        """Let a batch write it."""
+        row = batch.add(self.prompt, *self.sampling)
+        self.ids = row.ids
+        return row
+
+    def update(self, done: bool = False) -> bool:
+        """Bring `messages` up to date with `ids`; return whether they grew. `done`: ids are."""
+        before = self.messages
+        self.messages = split_reply(self.ids, self.decoder.tokenizer, done)
+        if done:
+            self.ended = len(self.ids) < self.max_new
+            self.remember()
+        return self.messages != before
 
     def remember(self) -> None:
         """Keep the turn's ids, so that the next prompt begins with exactly what is cached."""
@@ -465,21 +602,15 @@ class Answer:
             del known[next(iter(known))]
 
 
-def stream_messages(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[list[str]]:
-    """Turn ids into the list of messages so far, each time it grows.
+def split_reply(ids: list[int], tokenizer: Tokenizer, done: bool) -> list[str]:
+    """Return the messages in a reply, which only grow while it does.
 
-    The end of the text waits while it may still become a `>>>` mark or is half a character.
+    Until it is done, its end waits while it may become a `>>>` mark or is half a character.
     """
-    seen: list[int] = []
-    messages: list[str] = []
-    for id in ids:
-        seen.append(id)
-        text = re.sub("(\n>{0,3}|\ufffd+)$", "", tokenizer.decode(seen))
-        if data.split_messages(text) != messages:
-            messages = data.split_messages(text)
-            yield messages
-    if seen and data.split_messages(tokenizer.decode(seen)) != messages:
-        yield data.split_messages(tokenizer.decode(seen))
+    text = tokenizer.decode(ids) if ids else ""
+    if not done:
+        text = re.sub("(\n>{0,3}|\ufffd+)$", "", text)
+    return data.split_messages(text)
 
 
 def truncate_prompt(

@@ -174,7 +174,9 @@ def test_messages_stream_and_half_a_character_waits(tokenizer):
     ids = tokenizer.encode("<|im_start|>Ann\n" + text)[0]
     prompt = tokenizer.encode("<|im_start|>Ann\n>>>")[0]
     assert ids[: len(prompt)] == prompt
-    seen = list(generate.stream_messages(iter(ids[len(prompt) :]), tokenizer))
+    reply = ids[len(prompt) :]
+    seen = [generate.split_reply(reply[:n], tokenizer, False) for n in range(1, len(reply) + 1)]
+    seen = [*filter(None, seen), generate.split_reply(reply, tokenizer, True)]
     assert seen[-1] == ["hi 🫠🦆", "how >> are\nyou"] and seen[0] in (["h"], ["hi"])
     assert not any("\ufffd" in m or ">>>" in m for shown in seen for m in shown)
     for before, after in zip(seen, seen[1:]):  # what was shown is never taken back

@@ -1,8 +1,11 @@
 """Decoding: cached, compiled, batched and quantized, the model says what the plain model says."""
 
+import itertools
 import json
 import shutil
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 from conftest import ROOT, VOCAB, command, refused, save_mistral
@@ -262,9 +265,120 @@ def test_a_row_that_is_done_leaves_its_place_to_the_next(base, tokenizer):
     short, long = batch.add([5, 6, 7], 1, 0), batch.add([8, 9], 4, 0)
     assert batch.full and batch.step() == [short] and not batch.full and not short.ended
     assert batch.add([300] * 64, 4, 0).ids == [] and not batch.full  # no room: done at once
-    third = batch.add([10], 2, 0)
-    assert [batch.step(), batch.step(), batch.step()] == [[], [third], [long]]
-    assert [len(row.ids) for row in (short, long, third)] == [1, 4, 2] and batch.rows == []
+    third = batch.add([10, 11, 12], 2, 0)
+    done = []
+    while batch.rows:
+        done += batch.step()
+    assert [len(row.ids) for row in (short, long, third)] == [1, 4, 2] and done == [third, long]
+
+
+WORDS = st.lists(st.integers(300, VOCAB - 1), max_size=30)
+JOIN = st.fixed_dictionaries({
+    "begins_as": st.integers(0, 9),  # an earlier prompt and its reply
+    "words": WORDS,
+    "max_new": st.integers(0, 12),
+    "temperature": st.sampled_from([0, 1.0]),
+})  # fmt: skip
+ACTIONS = st.lists(
+    st.one_of(
+        st.just("step"), st.just("step"), JOIN, st.tuples(st.just("leave"), st.integers(0, 9))
+    ),
+    max_size=40,
+)
+
+
+@pytest.fixture(scope="module", params=[None, 8], ids=["all", "window"])
+def windowed(request, tmp_path_factory):
+    """A decoder of three slots, and one that stands for decoding alone."""
+    folder = save_mistral(tmp_path_factory.mktemp("windowed"), sliding_window=request.param)
+    model, tokenizer = load_model(str(folder), torch.float32), load_tokenizer(folder)
+    decoders = [generate.Decoder(model, tokenizer, 96, slots=slots) for slots in (3, 1)]
+    for decoder in decoders:
+        decoder.stop_ids = set(range(3, VOCAB, 12))
+    return decoders
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(actions=ACTIONS, shared_slots=st.booleans())
+def test_any_joins_and_leaves_give_the_replies_of_each_alone(windowed, actions, shared_slots):
+    decoder, alone = windowed
+    batch = generate.DecodeBatch(decoder, None if shared_slots else 2)
+    rows, left, seeds = [], [], itertools.count()
+    for action in actions:
+        if action == "step":
+            batch.step()
+        elif isinstance(action, tuple):
+            if batch.rows:
+                left.append(batch.rows[action[1] % len(batch.rows)])
+                batch.remove(left[-1])
+        elif not batch.full:
+            before = rows[action["begins_as"] % len(rows)][1] if rows else None
+            begin = [*before.prompt, *before.ids] if before else []
+            prompt = [*begin, *action["words"], 5][:95]
+            if not shared_slots and action["words"]:
+                decoder.prefill(prompt[: len(action["words"])])  # as evaluate.py does
+            settings = action["max_new"], action["temperature"], 0.95
+            generator = torch.Generator().manual_seed(seed := next(seeds))
+            rows.append((seed, batch.add(prompt, *settings, generator), settings))
+    while batch.rows:
+        batch.step()
+    for seed, row, settings in rows:
+        generator = torch.Generator().manual_seed(seed)
+        expected = list(alone.generate(row.prompt, *settings, generator))
+        if row in left:
+            expected = expected[: len(row.ids)]
+        assert row.ids == expected
+
+
+def count_reads(model):
+    """Count the tokens that a model reads from now on; padding to 16 counts."""
+    counts = []
+    model.register_forward_pre_hook(lambda model, args: counts.append(args[0].numel()))
+    return counts
+
+
+def test_what_prompts_share_is_read_once_and_a_talk_finds_its_place_again(base, tokenizer):
+    model = load_model(str(base), torch.float32, tokenizer=tokenizer)
+    decoder = generate.Decoder(model, tokenizer, 512, slots=3)
+    batch, reads = generate.DecodeBatch(decoder), count_reads(model)
+    header = list(range(300, 500))
+    rows = [batch.add([*header, number], 4, 0) for number in (600, 601)]
+    while batch.rows:
+        batch.step()
+    assert sum(reads) <= 208 + 16 + 2 * 4  # the header once
+    reads.clear()
+    other = batch.add(list(range(700, 900)), 2, 0)  # takes the place that was never used
+    while batch.rows:
+        batch.step()
+    assert sum(reads) >= 200
+    reads.clear()
+    for row in rows:
+        batch.add([*row.prompt, *row.ids, 610, 611], 2, 0)
+        while batch.rows:
+            batch.step()
+    assert sum(reads) <= 2 * (16 + 2)
+    reads.clear()
+    batch.add([*other.prompt, *other.ids, 610], 1, 0)
+    batch.step()
+    assert sum(reads) <= 16
+
+
+def test_a_long_prompt_is_read_in_pieces_between_steps(base, tokenizer):
+    model = load_model(str(base), torch.float32, tokenizer=tokenizer)
+    batch = generate.DecodeBatch(generate.Decoder(model, tokenizer, 512, slots=3))
+    reads = count_reads(model)
+    first = batch.add([5, 6, 7], 20, 0)
+    batch.step()
+    long, left = batch.add(list(range(300, 700)), 1, 0), batch.add(list(range(800, 1200)), 9, 0)
+    for _ in range(3):
+        before = len(first.ids)
+        batch.step()
+        assert len(first.ids) == before + 1
+    assert max(reads) <= generate.PIECE and len(long.cached) < 400
+    batch.remove(left)  # hangs up before its prompt is read
+    while batch.rows:
+        batch.step()
+    assert len(first.ids) == 20 and len(long.ids) == 1 and left.ids == []
 
 
 # --- prompts and what stays cached
