@@ -18,7 +18,7 @@ from cli import UserError, flag
 from inference import generate
 from inference.context import ContextBuilder, Exchange
 from weights import devices, hf, hub
-from weights.load import load_for_chat
+from weights.load import choose_slots, load_for_chat
 from weights.tokenizer import load_tokenizer, read_names, unknown_name_warning
 
 LIMITS = {
@@ -27,6 +27,10 @@ LIMITS = {
     "temperature": (0, 10),
     "top_p": (0, 1),
     "port": (0, 65535),
+    "slots": (1, 32),
+    "per_client": (1, 1 << 31),
+    "timeout": (1, 1 << 31),
+    "max_prompt": (1, 1 << 20),
 }
 MIN_COMPILE_PARAMETERS = 200e6  # a smaller model has answered before the compiler is done
 
@@ -56,6 +60,12 @@ class Options:
     allow_host: tuple[str, ...] = flag((), "accept this host name without a token (repeatable)")
     port: int = flag(8000, "port to listen on")
     token: str | None = flag(None, "bearer token that clients must send, by any host name")
+    slots: int | None = flag(
+        None, "answers at a time, each with memory for a context", shown="what fits, at most 8"
+    )
+    per_client: int = flag(16, "requests of one address at a time, waiting ones included")
+    timeout: int = flag(600, "seconds that a request may take, waiting included")
+    max_prompt: int = flag(200_000, "longest conversation in a request, in characters")
 
     no_compile: bool = flag(
         False, "don't compile the model: starts sooner, half as fast", group="speed and memory"
@@ -109,7 +119,7 @@ def validate(options: Options) -> Path:
     """Check the flags before anything is loaded; return the checkpoint's folder."""
     for name, (low, high) in LIMITS.items():
         value = getattr(options, name)
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             raise UserError(
                 f"--{name.replace('_', '-')} must be from {low:,} to {high:,}, got {value}",
                 "Leave it out for the default.",
@@ -145,14 +155,19 @@ def load_decoder(
 ) -> generate.Decoder:
     device = devices.pick_device(options.device)
     tokenizer = load_tokenizer(folder)
+    slots = 1
+    if options.web:
+        slots = options.slots or choose_slots(
+            folder, options.model, options.context, device, options.weights
+        )
     model = load_for_chat(
-        folder, options.model, options.context, device, tokenizer, options.weights
+        folder, options.model, options.context, device, tokenizer, options.weights, slots
     )
     size = min(options.context, model.config.max_position_embeddings)
     large = model.config.num_parameters > MIN_COMPILE_PARAMETERS
     compile = large and not options.no_compile
     decoder = generate.Decoder(
-        model, tokenizer, size, compile=compile, context_builder=context_builder
+        model, tokenizer, size, compile=compile, context_builder=context_builder, slots=slots
     )
     if compile and not decoder.compiled_decoder and device.type != "mps":
         print(

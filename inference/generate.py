@@ -532,7 +532,7 @@ class DecodeBatch:
 
 
 def common_prefix(first: list[int], second: list[int]) -> list[int]:
-    return os.path.commonprefix([first, second])
+    return list(os.path.commonprefix([first, second]))
 
 
 # --- turns and messages

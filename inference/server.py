@@ -6,17 +6,19 @@
     GET  /v1/models              the model's name
     POST /v1/chat/completions    replies, whole or streamed
 
-One model, one thread: requests wait in a queue, and a client that disconnects leaves it. Without
---token the server listens on loopback and accepts loopback's host names and --allow-host. With a
-token it accepts any host name (it may be behind a proxy); without that token clients get only the
-page and /health. With --token and --as, or on another --host, every client is --as; else a client
-may be anyone. Conversations are neither written to disk nor logged.
+One model, one thread: --slots replies are written side by side, other requests wait in a queue,
+and a client that disconnects leaves it at once. Without --token the server listens on loopback and
+accepts loopback's host names and --allow-host. With a token it accepts any host name (it may be
+behind a proxy); without that token clients get only the page and /health. With --token and --as,
+or on another --host, every client is --as; else a client may be anyone. Conversations are neither
+written to disk nor logged.
 
 To add an endpoint, write a function under "Endpoints" with the decorator `@endpoint`.
 """
 
 import asyncio
 import base64
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -31,7 +33,6 @@ import re
 import secrets
 import socket
 import sys
-import threading
 import time
 import webbrowser
 from collections.abc import AsyncIterator, Callable
@@ -58,7 +59,7 @@ except ImportError as error:
         f"--web needs {error.name}, which is not installed", "pip install -r requirements-extra.txt"
     ) from None
 
-MAX_QUEUE = 32  # requests, the one that is answered included
+MAX_QUEUE = 32  # requests, those that are answered included
 MAX_BODY_BYTES = 2**20
 MAX_MESSAGES = 2000  # in a conversation
 MAX_STOPS = 100  # strings in `stop`: many clients send more than OpenAI's four
@@ -107,18 +108,25 @@ class ApiError(HTTPException):
         self.code = code
 
 
-async def error_response(request: Request | None, error: HTTPException) -> Response:
+def error_body(error: Exception) -> dict:
+    """Describe an error; one that isn't meant for the client tells it nothing."""
+    if not isinstance(error, HTTPException):
+        error = ApiError(500, "Internal error; see the server's terminal")
     body = {
         "message": error.detail,
         "type": "server_error" if error.status_code >= 500 else "invalid_request_error",
         "param": getattr(error, "param", None),
         "code": getattr(error, "code", None),
     }
-    return JSONResponse({"error": body}, error.status_code, error.headers)
+    return {"error": body}
+
+
+async def error_response(request: Request | None, error: HTTPException) -> Response:
+    return JSONResponse(error_body(error), error.status_code, error.headers)
 
 
 async def internal_error(request: Request, error: Exception) -> Response:
-    return await error_response(request, ApiError(500, "Internal error; see the server's terminal"))
+    return JSONResponse(error_body(error), 500)
 
 
 # --- Requests
@@ -138,6 +146,10 @@ class ChatRequest:
             if fields.get(name) is not None and fields[name] not in neutral:
                 raise ApiError(400, f"{name} is not supported", name, "unsupported_parameter")
         self.turns = parse_turns(fields.get("messages"), me, you, fixed_names)
+        num_chars = sum(len(text) for turn in self.turns for text in turn.messages)
+        if num_chars > defaults.max_prompt:
+            message = f"messages have {num_chars} characters, more than {defaults.max_prompt}"
+            raise ApiError(400, message, "messages", "context_length_exceeded")
         self.stream = get_field(fields, "stream", bool, False)
         stream_options = get_field(fields, "stream_options", dict, {})
         self.include_usage = get_field(stream_options, "include_usage", bool, False)
@@ -258,74 +270,155 @@ async def read_body(request: Request) -> bytes:
 # --- The queue before the model
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Job:
-    """A request in the queue.
+    """A request from its arrival to the end of its reply.
 
-    `result`: (finish_reason, usage), as OpenAI calls them; cancel it to leave the queue. `texts`:
-    the pieces of the reply as they come.
+    `result`: (finish_reason, usage), as OpenAI calls them; cancel it to leave. `texts`: the pieces
+    of the reply as they come. `deadline`: by time.monotonic(). `answer`, `row`: None while it
+    waits.
     """
 
+    request: ChatRequest
+    client: str
+    deadline: float
     result: asyncio.Future
     texts: asyncio.Queue
+    answer: generate.Answer | None = None
+    row: generate.BatchRow | None = None
+    sent: int = 0  # characters
+
+    @property
+    def waiting(self) -> bool:
+        return self.row is None and not self.result.done()
+
+
+# A piece of a reply, and at its end its result or what went wrong
+Piece = tuple[Job, str, tuple[str, dict] | Exception | None]
 
 
 class RequestQueue:
-    """Generates one reply after another, in a thread of its own: first come, first served."""
+    """Requests that wait, and those that are answered side by side.
 
-    def __init__(self, decoder: generate.Decoder, me: str):
+    The model has a thread of its own. Between two of its steps requests join and leave.
+    """
+
+    def __init__(self, decoder: generate.Decoder, me: str, options):
         self.decoder = decoder
         self.me = me
-        self.size = 0
+        self.options = options
+        self.batch = generate.DecodeBatch(decoder)
+        self.jobs: list[Job] = []  # in the order of arrival
+        self.answered: list[Job] = []
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.worker: asyncio.Task | None = None
 
-    def submit(self, request: ChatRequest) -> Job:
-        if self.size >= MAX_QUEUE:
-            message, headers = "Too many requests are waiting; try again", {"retry-after": "5"}
-            raise ApiError(503, message, code="overloaded", headers=headers)
-        self.size += 1
+    def submit(self, request: ChatRequest, client: str) -> Job:
+        """Queue a request of the client at this address. ApiError when there are too many."""
+        self.jobs = [job for job in self.jobs if not job.result.done()]
+        retry = {"retry-after": "5"}
+        if len(self.jobs) >= MAX_QUEUE:
+            message = "Too many requests are waiting; try again"
+            raise ApiError(503, message, code="overloaded", headers=retry)
+        if sum(job.client == client for job in self.jobs) >= self.options.per_client:
+            message = f"A client may have {self.options.per_client} requests at a time; try again"
+            raise ApiError(429, message, code="rate_limit_exceeded", headers=retry)
         loop = asyncio.get_running_loop()
-        texts: asyncio.Queue = asyncio.Queue()
-        done = threading.Event()
+        deadline = time.monotonic() + self.options.timeout
+        job = Job(request, client, deadline, loop.create_future(), asyncio.Queue())
+        self.jobs.append(job)
+        if self.worker is None or self.worker.done():
+            self.worker = loop.create_task(self.work())
+        return job
 
-        def send(text: str) -> None:
-            loop.call_soon_threadsafe(texts.put_nowait, text)
+    async def work(self) -> None:
+        """Let the model make steps while there are requests."""
+        loop = asyncio.get_running_loop()
+        while self.jobs:
+            try:
+                pieces = await loop.run_in_executor(self.thread, self.step, self.choose())
+            except Exception as error:  # for example, no memory left
+                pieces = [(job, "", error) for job in self.answered]
+                self.batch.clear()
+            for job, text, result in pieces:
+                deliver(job, text, result)
+            for job in self.jobs:
+                if job.waiting and time.monotonic() > job.deadline:
+                    message = f"There was no answer within {self.options.timeout} seconds"
+                    headers = {"retry-after": "5"}
+                    deliver(job, "", ApiError(503, message, code="timeout", headers=headers))
+            self.jobs = [job for job in self.jobs if not job.result.done()]
 
-        def leave(result: asyncio.Future) -> None:
-            self.size -= 1
-            done.set()
+    def choose(self) -> list[Job]:
+        """Choose who joins: of the clients with the fewest answers under way, the first to come."""
+        waiting = [job for job in self.jobs if job.waiting]
+        joining: list[Job] = []
+        active = [job for job in self.answered if not job.result.done()]
+        while waiting and len(active) < self.batch.max_rows:
+            counts = collections.Counter(job.client for job in active)
+            job = min(waiting, key=lambda job: counts[job.client])
+            for jobs in (active, joining):
+                jobs.append(job)
+            waiting.remove(job)
+        return joining
 
-        result = loop.run_in_executor(self.thread, self.generate, request, send, done)
-        result.add_done_callback(leave)
-        return Job(result, texts)
+    def step(self, joining: list[Job]) -> list[Piece]:
+        """Let requests leave and join, and take a step, in the model's thread."""
+        left = [job for job in self.answered if job.result.done()]
+        for job in left:
+            self.answered.remove(job)
+            if job.row in self.batch.rows:
+                self.batch.remove(job.row)
+        pieces: list[Piece] = []
+        for job in joining:
+            try:
+                self.join(job)
+            except Exception as error:
+                pieces.append((job, "", error))
+        self.batch.step()
+        return [*pieces, *map(self.next_piece, self.answered)]
 
-    def generate(
-        self, request: ChatRequest, send: Callable[[str], None], done: threading.Event
-    ) -> tuple[str, dict]:
-        """Send a reply piece by piece, until it ends or the client has left (`done`)."""
-        answer = generate.Answer(
+    def join(self, job: Job) -> None:
+        request = job.request
+        job.answer = generate.Answer(
             self.decoder, request.turns, self.me,
             request.max_tokens, request.temperature, request.top_p, request.seed,
         )  # fmt: skip
-        text = ""
-        sent = 0  # characters
-        stopped = False
-        with contextlib.closing(iter(answer)) as steps:
-            for messages in steps:
-                text = "\n".join(messages)
-                stopped, ready = cut_at_stop(text, request.stops)
-                send(text[sent:ready])
-                sent = max(sent, ready)
-                if stopped or done.is_set():
-                    break
-        if not stopped:
-            send(text[sent:])
+        job.row = job.answer.join(self.batch)
+        self.answered.append(job)
+
+    def next_piece(self, job: Job) -> Piece:
+        """Return what can be sent of a reply by now, and its result if it ends here."""
+        answer = job.answer
+        assert answer is not None, job
+        done, late = job.row not in self.batch.rows, time.monotonic() > job.deadline
+        answer.update(done)
+        text = "\n".join(answer.messages)
+        stopped, ready = cut_at_stop(text, job.request.stops)
+        if (done or late) and not stopped:
+            ready = len(text)
+        piece = text[job.sent : ready]
+        job.sent = max(job.sent, ready)
+        if not (stopped or done or late):
+            return job, piece, None
         usage = {
             "prompt_tokens": len(answer.prompt),
             "completion_tokens": len(answer.ids),
             "total_tokens": len(answer.prompt) + len(answer.ids),
         }
-        return "stop" if stopped or answer.ended else "length", usage
+        return job, piece, ("stop" if stopped or answer.ended else "length", usage)
+
+
+def deliver(job: Job, text: str, result: tuple[str, dict] | Exception | None) -> None:
+    """Hand a piece of a reply to whoever waits for it, unless they left."""
+    if job.result.done():
+        return
+    if text:
+        job.texts.put_nowait(text)
+    if isinstance(result, Exception):
+        job.result.set_exception(result)
+    elif result:
+        job.result.set_result(result)
 
 
 def cut_at_stop(text: str, stops: list[str]) -> tuple[bool, int]:
@@ -403,7 +496,7 @@ async def chat_completions(request: Request) -> Response:
     chat = ChatRequest(body, state.me, state.you, state.options, fixed_names)
     if chat.seed is None:
         chat.seed = next(state.seeds)
-    job = state.queue.submit(chat)
+    job = state.queue.submit(chat, client_address(request))
     head = {
         "id": f"chatcmpl-{secrets.token_hex(12)}",
         "object": "chat.completion.chunk" if chat.stream else "chat.completion",
@@ -415,6 +508,13 @@ async def chat_completions(request: Request) -> Response:
         headers = {"x-accel-buffering": "no"}  # else nginx holds back the first 4 kB
         return StreamingResponse(chunks, 200, headers, "text/event-stream")
     return await whole_reply(request, job, head)
+
+
+def client_address(request: Request) -> str:
+    """Return a client's address; behind a proxy on this machine, the one that the proxy tells."""
+    address = request.client.host if request.client else ""
+    forwarded = ",".join(request.headers.getlist("x-forwarded-for")).rpartition(",")[2].strip()
+    return forwarded if forwarded and is_loopback(address) else address
 
 
 async def whole_reply(request: Request, job: Job, head: dict) -> Response:
@@ -453,6 +553,11 @@ async def stream_chunks(job: Job, head: dict, include_usage: bool) -> AsyncItera
                 break
             if text:
                 yield chunk({"content": text})
+        if error := job.result.exception():
+            yield event(error_body(error))
+            if not isinstance(error, ApiError):
+                raise error
+            return
         reason, usage = job.result.result()
         yield chunk({}, reason)
         if include_usage:
@@ -480,7 +585,7 @@ def application(
     state.me, state.you = me, you
     state.contacts = contacts
     state.options = options
-    state.queue = RequestQueue(decoder, me)
+    state.queue = RequestQueue(decoder, me, options)
     state.page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     about = {"object": "model", "created": int(time.time()), "owned_by": "doppelganger"}
     state.model = {"id": me, **about}
@@ -659,7 +764,9 @@ def serve(sock: socket.socket, decoder: generate.Decoder, me: str, you: str, opt
     # A browser doesn't send what follows #
     page_url = f"{base_url}/#{quote(options.token, safe='')}" if options.token else f"{base_url}/"
     print(f"An AI imitation of {me}: {page_url}", flush=True)
-    print(f"API: {base_url}/v1 (Ctrl-C exits)", flush=True)
+    slots = cli.counted(len(decoder.slots.rows), "answers")
+    gib = sum(layer.nbytes for layer in decoder.slots.layers) / 2**30
+    print(f"API: {base_url}/v1, {slots} at a time in {gib:.2f} GiB (Ctrl-C exits)", flush=True)
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if sys.stdout.isatty() and (display or sys.platform in ("darwin", "win32")):
         webbrowser.open(page_url)

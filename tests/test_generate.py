@@ -341,26 +341,26 @@ def test_what_prompts_share_is_read_once_and_a_talk_finds_its_place_again(base, 
     model = load_model(str(base), torch.float32, tokenizer=tokenizer)
     decoder = generate.Decoder(model, tokenizer, 512, slots=3)
     batch, reads = generate.DecodeBatch(decoder), count_reads(model)
-    header = list(range(300, 500))
-    rows = [batch.add([*header, number], 4, 0) for number in (600, 601)]
-    while batch.rows:
-        batch.step()
-    assert sum(reads) <= 208 + 16 + 2 * 4  # the header once
-    reads.clear()
-    other = batch.add(list(range(700, 900)), 2, 0)  # takes the place that was never used
-    while batch.rows:
-        batch.step()
-    assert sum(reads) >= 200
-    reads.clear()
-    for row in rows:
-        batch.add([*row.prompt, *row.ids, 610, 611], 2, 0)
+
+    def talk(*prompts):
+        """Return the rows of some prompts at once, and how many tokens were read for them."""
+        reads.clear()
+        rows = [batch.add(prompt, 3, 0) for prompt in prompts]
         while batch.rows:
             batch.step()
-    assert sum(reads) <= 2 * (16 + 2)
-    reads.clear()
-    batch.add([*other.prompt, *other.ids, 610], 1, 0)
-    batch.step()
-    assert sum(reads) <= 16
+        return *rows, sum(reads)
+
+    header = list(range(300, 500))
+    first, second, count = talk([*header, 600], [*header, 601])
+    assert count <= 208 + 16 + 2 * 3  # the header once
+    other, count = talk(list(range(700, 900)))
+    assert count >= 200
+    short = 16 + 3
+    for row in (other, first, second, other):  # the third place was free, so all are there
+        assert talk([*row.prompt, *row.ids, 610, 611])[-1] <= short
+    assert talk(list(range(1000, 1200)))[-1] >= 200  # takes the place of `first`, left long ago
+    assert talk(other.prompt)[-1] <= short and talk(second.prompt)[-1] <= short
+    assert talk(first.prompt)[-1] <= short  # that is all header, which `second` has
 
 
 def test_a_long_prompt_is_read_in_pieces_between_steps(base, tokenizer):

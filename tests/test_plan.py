@@ -473,7 +473,9 @@ def test_chat_memory_is_weights_and_cache(tied):
 
 def test_chat_weights_are_the_widest_that_fit_the_device(base, monkeypatch):
     cpu, folder = torch.device("cpu"), hf.open_folder(base)
-    needs = chat_memory(folder.config, 512)
+    config = dataclasses.replace(folder.config, intermediate_size=8192)  # packing pays
+    folder = dataclasses.replace(folder, config=config)
+    needs = chat_memory(folder.config, 512, rest_bytes=4)
     assert needs["fp32"] == 2 * needs["bf16"] > 4 * folder.config.num_parameters
     assert list(needs.values()) == sorted(needs.values(), reverse=True)
     monkeypatch.setattr(devices, "default_dtype", lambda device: torch.float32)

@@ -206,10 +206,19 @@ def check_fingerprint(adapter: Path, folder: ModelFolder, tensors: dict[str, Sto
 # --- weights for chat
 
 
-def chat_memory(config: ModelConfig, context: int) -> dict[str, int]:
-    """Return {weight format: bytes that chat takes with `context` tokens}, the widest first."""
+MAX_SLOTS = 8  # answers at a time, unless told
+
+
+def chat_memory(
+    config: ModelConfig, context: int, slots: int = 1, rest_bytes: int = 2
+) -> dict[str, int]:
+    """Return {weight format: bytes that chat takes}, the widest first.
+
+    `context`: tokens that each of `slots` has room for. `rest_bytes`: of a number beside packed
+    weights.
+    """
     kv_width = config.num_key_value_heads * config.head_dim
-    cache = 2 * config.num_hidden_layers * kv_width * context
+    cache = 2 * config.num_hidden_layers * kv_width * context * slots
     layer = sum(inputs * outputs for inputs, outputs, _ in config.linears.values())
     blocks = config.num_hidden_layers * layer
     head = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
@@ -218,33 +227,41 @@ def chat_memory(config: ModelConfig, context: int) -> dict[str, int]:
     bytes_each = {  # of a weight in the blocks, of one in the head, of the rest
         "fp32": (4, 4, 4),
         "bf16": (2, 2, 2),
-        "int8": (1, 1, 2),
-        "int4": (int4_bytes, 1, 2),
+        "int8": (1, 1, rest_bytes),
+        "int4": (int4_bytes, 1, rest_bytes),
     }
     needs = {}
-    for name, (block_bytes, head_bytes, rest_bytes) in bytes_each.items():
-        needs[name] = int(rest_bytes * rest + block_bytes * blocks + head_bytes * head)
+    for name, (block_bytes, head_bytes, other_bytes) in bytes_each.items():
+        needs[name] = int(other_bytes * rest + block_bytes * blocks + head_bytes * head)
     return needs
 
 
 def choose_chat_weights(
-    folder: ModelFolder, context: int, device: torch.device, requested: str | None = None
+    folder: ModelFolder,
+    context: int,
+    device: torch.device,
+    requested: str | None = None,
+    slots: int = 1,
 ) -> str:
     """Choose the weight format: as `requested` or stored, else the device's usual, if it fits.
 
-    Else the widest that fits. UserError where none does.
+    Else the widest that fits. UserError where none does. `context`, `slots`: as in `chat_memory`.
     """
-    usual = "bf16" if devices.default_dtype(device) == torch.bfloat16 else "fp32"
+    dtype = devices.default_dtype(device)
+    usual = "bf16" if dtype == torch.bfloat16 else "fp32"
     config, stored = folder.config, folder.quantization
     free = free_bytes(device)
-    needs = chat_memory(config, min(context, config.max_position_embeddings))
+    context = min(context, config.max_position_embeddings)
+    needs = chat_memory(config, context, slots, dtype.itemsize)
     fitting = [name for name, need in needs.items() if need <= free]
     if (stored or requested or usual) in fitting:
         return requested or stored or usual
     if fitting and not requested and not stored:
         return fitting[0]
     hint = "Free memory, pass a smaller --context, or take a smaller base."
-    if fitting and not stored:
+    if slots > 1:
+        hint = "Pass smaller --slots."
+    elif fitting and not stored:
         hint = f"Pass --weights {fitting[0]}."
     sizes = ", ".join(f"{need / devices.GIB:.1f} GiB in {name}" for name, need in needs.items())
     free_gib = f"{free / devices.GIB:.1f} GiB"
@@ -259,6 +276,26 @@ def free_bytes(device: torch.device) -> int:
     return devices.free_memory()
 
 
+def choose_slots(
+    path: StrPath,
+    base: StrPath | None,
+    context: int,
+    device: torch.device,
+    requested: str | None = None,
+) -> int:
+    """Choose how many contexts to cache beside the model: they may take half of the memory left.
+
+    The arguments are `load_for_chat`'s.
+    """
+    folder = find_source(path, base).folder
+    kind = choose_chat_weights(folder, context, device, requested)
+    context = min(context, folder.config.max_position_embeddings)
+    rest_bytes = devices.default_dtype(device).itemsize
+    one, two = (chat_memory(folder.config, context, n, rest_bytes)[kind] for n in (1, 2))
+    left = max(0, free_bytes(device) - one)
+    return min(MAX_SLOTS, 1 + left // 2 // (two - one))
+
+
 def load_for_chat(
     path: StrPath,
     base: StrPath | None,
@@ -266,10 +303,11 @@ def load_for_chat(
     device: torch.device,
     tokenizer: Tokenizer,
     requested: str | None = None,
+    slots: int = 1,
 ) -> Transformer:
     """Load the model of a `ckpt/` in the format of `choose_chat_weights`, its adapter merged."""
     source = find_source(path, base)
-    kind = choose_chat_weights(source.folder, context, device, requested)
+    kind = choose_chat_weights(source.folder, context, device, requested, slots)
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
     dtype = dtypes.get(kind) or devices.default_dtype(device)
     weights = "plain" if kind in dtypes else kind
