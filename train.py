@@ -597,12 +597,16 @@ def generate_samples(model, tokenizer, prompts, ranks: Distributed, seed: int) -
     model.eval()
     size = min(512, model.config.max_position_embeddings)
     decoder = generate.Decoder(model, tokenizer, size=size, broadcast=ranks.broadcast)
-    generator = torch.Generator().manual_seed(seed)
-    max_tokens = 64 if ranks.world == 1 else 24  # sharded, every token gathers the whole model
-    for before, reply in prompts:
+    batch, rows = generate.DecodeBatch(decoder, len(prompts)), []
+    max_tokens = 64 if ranks.world == 1 else 24  # sharded, every step gathers the whole model
+    for index, (before, reply) in enumerate(prompts):
         ids = generate.truncate_prompt(before, reply.author, tokenizer, decoder.cache.size - 64)
-        reply_ids = decoder.generate(ids, max_tokens, generator=generator)
-        messages = data.split_messages(tokenizer.decode(list(reply_ids)))
+        generator = torch.Generator().manual_seed(seed + index)
+        rows.append(batch.add(ids, max_tokens, generator=generator))
+    while batch.rows:
+        batch.step()
+    for (before, reply), row in zip(prompts, rows):
+        messages = data.split_messages(tokenizer.decode(row.ids))
         yield (
             f"    {before[-1].author}: {before[-1].messages[-1]}\n"
             f"      you wrote: {' / '.join(reply.messages)}\n"

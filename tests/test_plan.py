@@ -17,7 +17,7 @@ from model import AC_MODES, KVCache, ModelConfig, Transformer
 from training import cost, memory, metrics
 from training.step import ModelSpec
 from weights import devices, hf, hub, quantize
-from weights.load import chat_memory, choose_chat_weights
+from weights.load import chat_memory, choose_chat_weights, choose_slots
 
 MIDDLE = ModelConfig(4000, 256, 768, 6, 8, 2, 32)
 KINDS = {
@@ -487,6 +487,20 @@ def test_chat_weights_are_the_widest_that_fit_the_device(base, monkeypatch):
     monkeypatch.setattr(devices, "free_memory", lambda: 1000)
     with pytest.raises(UserError, match="smaller base"):
         choose_chat_weights(folder, 512, cpu)
+
+
+def test_slots_take_half_of_the_memory_that_is_left(base, monkeypatch):
+    cpu, config = torch.device("cpu"), hf.open_folder(base).config
+    one, two = (chat_memory(config, 512, slots)["fp32"] for slots in (1, 2))
+    cache = sum(layer.nbytes for layer in KVCache(config, 512).layers)
+    assert two - one == cache
+    for free, slots in ((one, 1), (one + 2 * cache, 2), (one + 7 * cache, 4), (1 << 40, 8)):
+        monkeypatch.setattr(devices, "free_memory", lambda free=free: free)
+        assert choose_slots(base, None, 10**6, cpu, "fp32") == slots
+    monkeypatch.setattr(devices, "free_memory", lambda: two - 1)
+    assert choose_chat_weights(hf.open_folder(base), 512, cpu, "fp32") == "fp32"
+    with pytest.raises(UserError, match="--slots"):
+        choose_chat_weights(hf.open_folder(base), 512, cpu, "fp32", slots=2)
 
 
 def test_every_gpu_has_figures_and_their_basis():

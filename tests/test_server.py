@@ -1,5 +1,6 @@
 """A server process with a random model, tested by sockets, OpenAI's client and a browser."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import http.client
@@ -12,13 +13,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai
 import pytest
 import torch
-from conftest import ROOT, VOCAB, command, refused
+from conftest import ROOT, VOCAB, command, refused, save_mistral
 
 from data import Turn
 from inference import generate, server
@@ -30,6 +33,7 @@ from weights.tokenizer import load_tokenizer
 
 HOSTILE = int(os.environ.get("HOSTILE", 200))  # requests
 TALKS = int(os.environ.get("TALKS", 10))
+STORM = float(os.environ.get("STORM", 5))  # seconds
 TOKEN = "correct-horse-battery"
 HI = [{"role": "user", "content": "hi"}]
 POST_HEAD = (
@@ -353,7 +357,7 @@ def test_full_queue_is_a_503_and_clients_that_leave_free_their_place(clone):
         {"messages": [{"role": "user", "content": "word " * 200}], "stream": True, "seed": 1}
     ).encode()
     head = POST_HEAD
-    with serving(clone, "--max-tokens", 200) as (port, _):
+    with serving(clone, "--max-tokens", 200, "--per-client", 99) as (port, _):
         began = time.time()
         greedy(port, max_tokens=200)
         one_takes = time.time() - began
@@ -375,6 +379,202 @@ def test_full_queue_is_a_503_and_clients_that_leave_free_their_place(clone):
         while ask(port, body={"messages": HI, "max_tokens": 1})[0] == 503:
             time.sleep(0.02)
         assert time.time() - began < server.MAX_QUEUE * one_takes / 4
+
+
+# --- many requests at a time
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_asyncio_openai_client_gets_sixteen_replies_at_once_as_alone(port, stream):
+    talks = [
+        {
+            "messages": [{"role": "user", "content": "the same beginning " * 20 + f"of {n}"}],
+            "temperature": n % 3,
+            "seed": n,
+            "max_tokens": 8 + n,
+        }
+        for n in range(16)
+    ]
+    alone = [ask(port, body=talk)[2]["choices"][0] for talk in talks]
+
+    async def reply(client, talk):
+        answer = await client.chat.completions.create(model="any", stream=stream, **talk)
+        if not stream:
+            return answer.choices[0].message.content, answer.choices[0].finish_reason
+        chunks = [chunk.choices[0] async for chunk in answer]
+        return "".join(c.delta.content or "" for c in chunks), chunks[-1].finish_reason
+
+    async def together():
+        url = f"http://127.0.0.1:{port}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="any", max_retries=0) as client:
+            return await asyncio.gather(*(reply(client, talk) for talk in talks))
+
+    expected = [(choice["message"]["content"], choice["finish_reason"]) for choice in alone]
+    assert asyncio.run(together()) == expected
+
+
+def test_one_address_has_a_limit_and_behind_a_proxy_addresses_differ(clone):
+    body = {"messages": HI, "max_tokens": 200, "seed": 1}
+    with serving(clone, "--max-tokens", 200, "--per-client", 2) as (port, _):
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            for headers in ({}, {"X-Forwarded-For": "6.6.6.6, 10.0.0.1"}):
+                asked = [pool.submit(ask, port, body=body, **headers) for _ in range(6)]
+                answers = [future.result() for future in asked]
+                over = [answer for answer in answers if answer[0] != 200]
+                assert 1 <= len(over) <= 4
+                for status, head, answer in over:
+                    assert (status, head["retry-after"]) == (429, "5")
+                    assert answer["error"]["code"] == "rate_limit_exceeded"
+            others = [{"X-Forwarded-For": f"6.6.6.6, 10.0.0.{n}"} for n in range(6)]
+            asked = [pool.submit(ask, port, body=body, **headers) for headers in others]
+            assert all(future.result()[0] == 200 for future in asked)
+
+
+def test_too_long_a_conversation_is_a_400_that_says_so(clone):
+    with serving(clone, "--max-prompt", 100) as (port, _):
+        status, _, answer = ask(port, body={"messages": [{"role": "user", "content": "x" * 101}]})
+        error = answer["error"]
+        assert (status, error["param"], error["code"]) == (
+            400,
+            "messages",
+            "context_length_exceeded",
+        )
+        assert greedy(port, [{"role": "user", "content": "x" * 100}])[0]
+
+
+@pytest.fixture(scope="module")
+def decoder(clone):
+    return generate.Decoder(load_model(str(clone)), load_tokenizer(clone), 512, slots=2)
+
+
+def make_queue(decoder, per_client=99, timeout=60):
+    """Return a RequestQueue whose batch notes what each step reads, and takes a while."""
+    queue = server.RequestQueue(
+        decoder, "Ann", SimpleNamespace(per_client=per_client, timeout=timeout)
+    )
+    queue.steps = []
+    step = queue.batch.step
+
+    def noting_step():
+        time.sleep(0.005)
+        try:
+            return step()
+        finally:
+            queue.steps.append([len(row.cached) for row in queue.batch.rows])
+
+    queue.batch.step = noting_step
+    return queue
+
+
+def make_request(text="hi", max_tokens=20, **fields):
+    body = {"messages": [{"role": "user", "content": text}], "max_tokens": max_tokens, "seed": 1}
+    defaults = SimpleNamespace(max_tokens=400, temperature=0.7, top_p=0.95, max_prompt=10**6)
+    return server.ChatRequest(json.dumps(body | fields).encode(), "Ann", "Bob", defaults, False)
+
+
+def text_of(job):
+    return "".join(job.texts.get_nowait() for _ in range(job.texts.qsize()))
+
+
+def test_who_has_fewer_answers_under_way_is_next(decoder):
+    async def main():
+        queue, ended = make_queue(decoder), []
+        for client in ("a", "a", "a", "a", "a", "b"):
+            job = queue.submit(make_request(f"question {len(ended)}"), client)
+            job.result.add_done_callback(lambda _, client=client: ended.append(client))
+        await queue.worker
+        return ended
+
+    # Two slots: when the first of a's leaves, b is next, though it came last
+    assert "b" in asyncio.run(main())[:4]
+
+
+def test_timeout_ends_a_reply_early_and_refuses_who_waits(decoder):
+    async def main():
+        whole = make_queue(decoder)
+        complete = whole.submit(make_request(max_tokens=200), "a")
+        await whole.worker
+        queue = make_queue(decoder, timeout=0.3)
+        jobs = [queue.submit(make_request(max_tokens=200), "a") for _ in range(3)]
+        await queue.worker
+        text = text_of(complete)
+        for job in jobs[:2]:
+            reason, usage = job.result.result()
+            assert reason == "length" and usage["completion_tokens"] < 200
+            assert text.startswith(text_of(job))
+        error = jobs[2].result.exception()
+        assert (error.status_code, error.code, error.headers) == (
+            503,
+            "timeout",
+            {"retry-after": "5"},
+        )
+
+    asyncio.run(main())
+
+
+def test_hanging_up_frees_the_place_while_a_prompt_is_read(decoder):
+    async def main():
+        queue = make_queue(decoder)
+        first = queue.submit(make_request(max_tokens=200), "a")
+        while not queue.steps:
+            await asyncio.sleep(0)
+        long = queue.submit(make_request("word " * 1000), "b")
+        while not (long.row and long.row.cached):
+            await asyncio.sleep(0)
+        long.result.cancel()
+        next_one = queue.submit(make_request("hello", max_tokens=1), "b")
+        await next_one.result
+        assert not long.row.ids and len(long.row.cached) < len(long.row.prompt)
+        assert queue.batch.rows == [first.row] and not first.result.done()
+        await queue.worker
+        assert first.result.result()[1]["completion_tokens"] > 20
+
+    asyncio.run(main())
+
+
+def test_a_failing_step_is_a_500_for_those_in_it_and_the_next_are_answered(decoder, monkeypatch):
+    async def main():
+        queue = make_queue(decoder)
+        job = queue.submit(make_request(), "a")
+        await queue.worker
+        expected = text_of(job)
+        with monkeypatch.context() as patch:
+
+            def fails(*_):
+                raise MemoryError
+
+            patch.setattr(queue.batch, "forward", fails)
+            jobs = [queue.submit(make_request(), "a") for _ in range(2)]
+            stream = server.stream_chunks(jobs[0], {}, False)
+            events = []
+            with contextlib.suppress(MemoryError):
+                async for chunk in stream:
+                    events.append(chunk)
+            assert json.loads(events[-1][6:])["error"]["type"] == "server_error"
+            assert isinstance(jobs[1].result.exception(), MemoryError)
+        job = queue.submit(make_request(), "a")
+        await queue.worker
+        assert text_of(job) == expected
+
+    asyncio.run(main())
+
+
+def test_slots_take_the_memory_that_is_said_at_the_start(tokenizer, tmp_path):
+    sizes = {"num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 8}
+    folder = save_mistral(tmp_path, head_dim=128, **sizes)
+    predicted = 512 * 6 * 2 * 8 * 128 * 4 / 2**20  # MiB a slot: tokens, layers, k and v, heads
+    body = {"messages": [{"role": "user", "content": "word " * 1000}], "max_tokens": 4}
+    taken = {}
+    for slots in (1, 5):
+        with serving(folder, "--slots", slots) as (port, process):
+            answers = f"{slots} answer{'s' * (slots > 1)} at a time"
+            line = process.stdout.readline()
+            assert f"{answers} in {slots * predicted / 1024:.2f} GiB" in line
+            with concurrent.futures.ThreadPoolExecutor(6) as pool:
+                asked = [pool.submit(ask, port, body=body | {"seed": n}) for n in range(6)]
+                assert all(future.result()[0] == 200 for future in asked)
+            taken[slots] = resources(process)[1]
+    assert taken[5] - taken[1] == pytest.approx(4 * predicted, rel=0.1)
 
 
 # --- access
@@ -820,6 +1020,127 @@ def test_many_talks_at_once_get_the_same_replies_as_alone(port):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         together = list(pool.map(talk, range(TALKS)))
     assert together == [talk(number) for number in range(TALKS)]
+
+
+# --- clients that come and go
+
+
+class Storm:
+    """Clients that ask, stall, hang up and come back; each reply is compared with the one alone."""
+
+    def __init__(self, port):
+        self.port = port
+        self.talks, texts = [], set()
+        for seed in range(24):
+            draw = random.Random(seed)
+            begin = draw.choice(["hi", "the same long beginning " * draw.randint(1, 40)])
+            body = {"messages": [], "seed": seed, "temperature": draw.choice([0, 0.7, 1.5])}
+            body["max_tokens"] = draw.randint(1, 24)
+            for turn in ("one", "two"):
+                content = f"{begin} {turn} {draw.randint(0, 9)}"
+                body["messages"] = [*body["messages"], {"role": "user", "content": content}]
+                status, _, answer = ask(port, body=body)
+                assert status == 200, answer
+                reply = answer["choices"][0]["message"]["content"]
+                # The server looks up a turn's ids by its text: the latest that had it
+                if reply in texts:
+                    break
+                texts.add(reply)
+                self.talks.append((dict(body), self.outcome(answer)))
+                body["messages"] = [
+                    *body["messages"],
+                    {"role": "assistant", "content": reply},
+                ]
+        self.counts = dict.fromkeys(("whole", "streamed", "left", "refused"), 0)
+        self.failures = []
+
+    @staticmethod
+    def outcome(answer):
+        choice = answer["choices"][0]
+        return choice["message"]["content"], choice["finish_reason"], answer["usage"]
+
+    def run(self, seconds):
+        until = time.time() + seconds
+        threads = [threading.Thread(target=self.client, args=(n, until)) for n in range(32)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def client(self, number, until):
+        draw = random.Random(number)
+        while time.time() < until and not self.failures:
+            try:
+                self.request(draw)
+            except Exception as error:
+                self.failures.append(repr(error))
+            if draw.random() < 0.3:
+                time.sleep(draw.random() / 2)
+
+    def request(self, draw):
+        body, expected = draw.choice(self.talks)
+        stream = draw.random() < 0.5
+        if stream:
+            body = body | {"stream": True, "stream_options": {"include_usage": True}}
+        text = json.dumps(body).encode()
+        request = POST_HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(text) + text
+        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as one:
+            if draw.random() < 0.1:  # stalls in its request
+                half = draw.randrange(len(request))
+                one.sendall(request[:half])
+                if draw.random() < 0.5:
+                    self.counts["left"] += 1
+                    return
+                time.sleep(draw.random())
+                request = request[half:]
+            one.sendall(request)
+            if draw.random() < 0.3:  # hangs up
+                time.sleep(draw.choice([0, 0.02, 0.3]))
+                if draw.random() < 0.5:
+                    one.recv(200)
+                self.counts["left"] += 1
+                return
+            if draw.random() < 0.1:  # stalls in the reply
+                time.sleep(draw.random())
+            answer = http.client.HTTPResponse(one)
+            answer.begin()
+            text = answer.read().decode()
+        if answer.status in (503, 429):
+            self.counts["refused"] += 1
+            return
+        assert answer.status == 200, text
+        got = self.streamed_outcome(text) if stream else self.outcome(json.loads(text))
+        assert got == expected, (body, got, expected)
+        self.counts["streamed" if stream else "whole"] += 1
+
+    @staticmethod
+    def streamed_outcome(text):
+        events = text.split("\n\n")
+        assert events[-2:] == ["data: [DONE]", ""], text
+        chunks = [json.loads(event[6:]) for event in events[:-2] if event.startswith("data: ")]
+        choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
+        content = "".join(choice["delta"].get("content", "") for choice in choices)
+        return content, choices[-1]["finish_reason"], chunks[-1]["usage"]
+
+
+def test_clients_that_stall_hang_up_and_come_back_get_the_replies_of_each_alone(clone):
+    with serving(clone, "--slots", 4, "--per-client", 99) as (port, process):
+        storm = Storm(port)
+        storm.run(2)
+        begin = resources(process)
+        storm.run(STORM)
+        assert not storm.failures, storm.failures[:3]
+        print(storm.counts)
+        assert min(storm.counts[kind] for kind in ("whole", "streamed", "left")) > 0, storm.counts
+        deadline = time.time() + 30
+        while resources(process)[2] > begin[2] and time.time() < deadline:
+            time.sleep(0.1)
+        for body, expected in storm.talks:
+            assert Storm.outcome(ask(port, body=body)[2]) == expected
+        threads, memory, files = resources(process)
+        assert threads <= begin[0] and files <= begin[2] + 1, (begin, threads, files)
+        assert memory < 1.05 * begin[1], (begin, memory)
+        assert "Traceback" not in process.errors()
 
 
 # --- the page, in a browser
