@@ -23,7 +23,7 @@ from weights import quantize
 from weights.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 512  # prompt tokens in one forward pass: bounds the memory of activations
-PIECE = 64  # of them between two steps of others' replies: about as long as a step or two
+PIECE = 128  # of them between two steps of others' replies: as long as two or three steps
 PREFILL_MULTIPLE = 16  # on a CPU chunks are padded to a multiple of it, see model.CPU_MULTIPLE
 MIN_PROBABILITY = 1e-5  # sampling sorts only ids above it, if they make up top_p
 MAX_REPLIES = 1000  # replies whose ids are kept

@@ -508,6 +508,8 @@ def test_timeout_ends_a_reply_early_and_refuses_who_waits(decoder):
             "timeout",
             {"retry-after": "5"},
         )
+        events = [json.loads(text[6:]) async for text in server.stream_chunks(jobs[2], {}, False)]
+        assert events[-1]["error"]["code"] == "timeout" and len(events) == 2
 
     asyncio.run(main())
 
