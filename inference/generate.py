@@ -24,6 +24,7 @@ from weights.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 512  # prompt tokens in one forward pass: bounds the memory of activations
 PIECE = 128  # of them between two steps of others' replies: as long as two or three steps
+MAX_ONE_BY_ONE = 4  # int8 rows on a CPU: unpacking weights for all takes as long as so many alone
 PREFILL_MULTIPLE = 16  # on a CPU chunks are padded to a multiple of it, see model.CPU_MULTIPLE
 MIN_PROBABILITY = 1e-5  # sampling sorts only ids above it, if they make up top_p
 MAX_REPLIES = 1000  # replies whose ids are kept
@@ -91,6 +92,10 @@ class Decoder:
             # A compiler may be there without Python's headers
             with contextlib.suppress(torch._dynamo.exc.BackendCompilerFailed):
                 self.compiled_decoder = CompiledDecoder(model, self.cache)
+        # Rows up to which a DecodeBatch decodes one after another
+        int8 = isinstance(model.model.layers[0].mlp.up_proj, quantize.Int8Linear)
+        on_cpu = norm.device.type == "cpu"
+        self.max_one_by_one = MAX_ONE_BY_ONE if self.compiled_decoder and int8 and on_cpu else 1
         self.cache.length = 0
 
     def generate(
@@ -142,8 +147,11 @@ class Decoder:
     def read_chunk(self, chunk: Tensor, cache: KVCache) -> Tensor:
         """Append a chunk (1, n) to a cache of one row; return the logits (1, V) after it."""
         count = chunk.shape[1]
+        # A CUDA graph holds the addresses of the first slot
+        slots = self.slots.rows if chunk.device.type == "cpu" else [self.cache]
         # The compiler would specialize on the lengths 0 and 1
-        if self.compiled_decoder and cache is self.cache and count == 1 and cache.length > 1:
+        if self.compiled_decoder and count == 1 and cache.length > 1 and cache in slots:
+            self.compiled_decoder.cache = cache
             return self.compiled_decoder(chunk)[:, 0]
         padding = -count % PREFILL_MULTIPLE if chunk.device.type == "cpu" and count > 1 else 0
         padding = min(padding, cache.size - cache.length - count)
@@ -460,7 +468,11 @@ class DecodeBatch:
         """
         ready = [index for index, row in enumerate(self.rows) if len(row.unread) == 1]
         done: list[BatchRow] = []
-        if ready:
+        shared = self.cache is self.decoder.slots
+        if len(ready) <= (self.decoder.max_one_by_one if shared else 1):
+            for index in ready:
+                done += self.draw([self.rows[index]], self.read(index, 1))
+        else:
             # Rows before the last one read a token of their prompts in passing
             rows = self.rows[: ready[-1] + 1]
             done += self.draw(rows, self.forward(rows))
@@ -476,8 +488,6 @@ class DecodeBatch:
 
     def forward(self, rows: list[BatchRow]) -> Tensor:
         """Read a token of each of the first rows; return the logits (n, V) after them."""
-        if len(rows) == 1:
-            return self.read(0, 1)
         ids = [row.unread[0] for row in rows]
         tokens = torch.tensor(ids, device=self.cache.layers[0].device)[:, None]
         positions = self.cache.prepare([len(row.cached) for row in rows])

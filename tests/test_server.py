@@ -534,6 +534,27 @@ def test_hanging_up_frees_the_place_while_a_prompt_is_read(decoder):
     asyncio.run(main())
 
 
+def test_next_turn_of_a_talk_reads_only_what_is_new_though_another_talked_between(decoder):
+    async def main():
+        queue, reads = make_queue(decoder), []
+        job = queue.submit(make_request("what do you think of it? " * 20), "a")
+        await queue.submit(make_request("another talk"), "b").result
+        await queue.worker
+        messages = [
+            {"role": "user", "content": "what do you think of it? " * 20},
+            {"role": "assistant", "content": text_of(job)},
+            {"role": "user", "content": "why?"},
+        ]
+        handle = decoder.model.register_forward_pre_hook(
+            lambda model, args: reads.append(args[0].numel())
+        )
+        await queue.submit(make_request(messages=messages, max_tokens=1), "a").result
+        handle.remove()
+        assert sum(reads) <= 32 < len(job.row.prompt), reads
+
+    asyncio.run(main())
+
+
 def test_a_failing_step_is_a_500_for_those_in_it_and_the_next_are_answered(decoder, monkeypatch):
     async def main():
         queue = make_queue(decoder)
