@@ -93,9 +93,10 @@ class Decoder:
             with contextlib.suppress(torch._dynamo.exc.BackendCompilerFailed):
                 self.compiled_decoder = CompiledDecoder(model, self.cache)
         # Rows up to which a DecodeBatch decodes one after another
-        int8 = isinstance(model.model.layers[0].mlp.up_proj, quantize.Int8Linear)
-        on_cpu = norm.device.type == "cpu"
-        self.max_one_by_one = MAX_ONE_BY_ONE if self.compiled_decoder and int8 and on_cpu else 1
+        packed = {type(module) for module in model.model.modules()}
+        packed &= set(quantize.PACKED_TYPES.values())
+        int8_on_cpu = packed == {quantize.Int8Linear} and norm.device.type == "cpu"
+        self.max_one_by_one = MAX_ONE_BY_ONE if self.compiled_decoder and int8_on_cpu else 1
         self.cache.length = 0
 
     def generate(
@@ -537,8 +538,9 @@ class DecodeBatch:
         if first != second:
             length = max(len(self.cached[first]), len(self.cached[second]))
             self.cache.swap_rows(first, second, length)
-            for values in (self.cached, self.left_at):
-                values[first], values[second] = values[second], values[first]
+            cached, left_at = self.cached, self.left_at
+            cached[first], cached[second] = cached[second], cached[first]
+            left_at[first], left_at[second] = left_at[second], left_at[first]
 
 
 def common_prefix(first: list[int], second: list[int]) -> list[int]:
