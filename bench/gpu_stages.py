@@ -544,11 +544,11 @@ def decode(setup: Setup) -> dict:
     eager = decoder()
     started = time.perf_counter()
     compiled = decoder(compile=True)
-    if not compiled.compiled:
+    if not compiled.compiled_decoder:
         raise RuntimeError("decoding was not compiled")
     print(f"compiled in {time.perf_counter() - started:.1f} s")
     errors = [logits_error(next_logits(one, ids), exact) for one in (eager, compiled)]
-    graphs = compiled.compiled.graphs
+    graphs = compiled.compiled_decoder.graphs
     print(f"CUDA graphs for {sorted(graphs)} cached tokens ([512, 1024] wanted)")
     print(f"logits are off by {errors[0]:.2%} eager, {errors[1]:.2%} compiled")
 
@@ -568,7 +568,7 @@ def decode(setup: Setup) -> dict:
 
 def next_logits(decoder: generate.Decoder, ids: Sequence[int], count: int = 20) -> list:
     """Return the logits after each of the last `count` ids, read one by one."""
-    return [decoder.forward(ids[:end]) for end in range(len(ids) - count, len(ids))]
+    return [decoder.next_logits(ids[:end]) for end in range(len(ids) - count, len(ids))]
 
 
 def logits_error(logits: list, exact: list) -> float:
@@ -576,8 +576,8 @@ def logits_error(logits: list, exact: list) -> float:
 
 
 def decoding_speed(decoder: generate.Decoder, ids: list[int], count: int = 48) -> float:
-    decoder.forward(ids)
-    times = [seconds(decoder.forward, ids + [5] * n) for n in range(1, count + 1)]
+    decoder.next_logits(ids)
+    times = [seconds(decoder.next_logits, ids + [5] * n) for n in range(1, count + 1)]
     return 1 / statistics.median(times)
 
 
