@@ -7,35 +7,25 @@ come from another page, one `Name_12.json` each, with other keys. Neither says w
 
 import collections
 import functools
-import hashlib
 import itertools
-import json
 import operator
 import re
 from collections.abc import Iterator
-from pathlib import PurePath
 
 from exports import Chat, Message, Reason, local_time, make_message
+from exports.messenger_files import group_chats, read_chat, undo_mojibake
 from exports.repair import MessageCursor
 from exports.source import Source
 
 NUM_PASSES = 1
 SAME_IDS = True  # people are known by their display names
+group = group_chats
 # Where a message or the array of them begins. What people type has its quotes escaped.
 BEGINS = re.compile(
     r'\{\s*"(?:sender_name|senderName|isUnsent|timestamp|timestamp_ms|content|text)"\s*:'
     r'|(?P<type>"messages")\s*:\s*(?=\[)'
 )
 KEYS = re.compile(r'"(?:sender_name|senderName|threadName|thread_path)"\s*:')
-PARTICIPANTS = re.compile(r'"participants"\s*:\s*(?=\[)')
-TITLE = re.compile(r'"(title|thread_path|threadName)"\s*:\s*("(?:[^"\\]|\\.)*+")')
-PROFILES = (  # where the owner's name is, of Facebook and of Instagram, in old exports and new
-    "personal_information/profile_information/profile_information.json",
-    "profile_information/profile_information.json",
-    "personal_information/personal_information/personal_information.json",
-    "personal_information/personal_information.json",
-)
-TAIL = 1 << 14  # bytes at the end of a file in which its title stands
 MARKS = (
     ("photos", "<photo>"),
     ("videos", "<video>"),
@@ -56,9 +46,9 @@ BY_SUFFIX = {suffix: mark for mark, names in SUFFIXES.items() for suffix in name
 # begin with the author's name are found as well.
 EVENTS = re.compile(
     r"(?:Reacted .{1,40} to your message|Liked a message|You are now connected on Messenger\.?"
-    r"|You (?:sent an attachment|sent a location|missed (?:a|your) .{0,20}call|named the group"
-    r"|added .{1,200} to the group|left the group|created (?:the|this) group|waved at .{1,80}"
-    r"|set (?:the|your) .{1,200}|changed the .{1,200})\b.{0,200}) ?$"
+    r"|You (?:sent (?:an attachment|a location)|left the group|created (?:the|this) group"
+    r"|missed (?:an?|your) [\w ]{0,20}call|waved at .{1,80}|added .{1,200} to the group"
+    r"|(?:named|set|changed) the (?:group|nickname|quick|emoji|theme|chat)\b.{0,200})\.) ?$"
 )
 OWN_TYPES = (None, "Generic", "Share", "text", "media", "link")  # others: calls, joins
 EVENT_STARTS = ("Reacted ", "Liked ", "You ")
@@ -79,109 +69,10 @@ def can_read(head: str) -> bool:
     return head.lstrip("\ufeff \t\r\n").startswith("{") and is_chat and bool(KEYS.search(head))
 
 
-def group(sources: list[Source]) -> list[list[Source]]:
-    """Put the files of a chat together, the oldest first, and find whose export it is."""
-    chats: dict[PurePath, list[Source]] = collections.defaultdict(list)
-    roots: dict[str, list[Source]] = collections.defaultdict(list)
-    for source in sources:
-        split = re.fullmatch(r"message_\d+\.json", source.path.name)
-        chats[source.path.parent if split else source.path].append(source)
-    for parts in chats.values():
-        parts.sort(key=file_number, reverse=True)
-        # A folder may hold several exports, each with its own folder `messages`.
-        roots[parts[0].path.as_posix().rpartition("/messages/")[0]].append(parts[0])
-    for firsts in roots.values():
-        owner = find_owner(firsts)
-        for source in firsts:
-            source.owner = owner
-    return list(chats.values())
-
-
-def file_number(source: Source) -> int:
-    digits = re.findall(r"\d{1,9}", source.path.stem)
-    return int(digits[-1]) if digits else 0
-
-
-def find_owner(chats: list[Source]) -> str | None:
-    """Return the name of the account's owner: a participant whom the profile names.
-
-    Without a profile it is the only one who is in all chats of two people, if there are several.
-    """
-    people = [set(participants(chat.head())) for chat in chats]
-    mine = profile_names(chats[0]) & set().union(*people)
-    pairs = [names for names in people if len(names) == 2]
-    if not mine and len(pairs) > 1:
-        mine = set.intersection(*pairs)
-    return mine.pop() if len(mine) == 1 else None
-
-
-def profile_names(source: Source) -> set[str]:
-    """Return what may be the owner's name, by the profile in a folder above.
-
-    On Instagram that is all that it says: its labels are in the account's language.
-    """
-    for path in PROFILES:
-        try:
-            profile = json.loads(source.above(path) or "")
-            if "profile_user" in profile:
-                fields = profile["profile_user"][0]["string_map_data"].values()
-                return {undo_mojibake(field.get("value", "")) for field in fields}
-            profile = profile.get("profile_v2") or profile.get("profile")
-            return {undo_mojibake(profile["name"]["full_name"])}
-        except (ValueError, LookupError, TypeError, AttributeError):
-            continue
-    return set()
-
-
-def participants(head: str) -> list[str]:
-    """Return the names of a chat's people, from the beginning of its file."""
-    try:
-        place = PARTICIPANTS.search(head)
-        people, _ = json.JSONDecoder().raw_decode(head, place.end() if place else len(head))
-    except (ValueError, RecursionError):
-        return []
-    names = [person.get("name") if isinstance(person, dict) else person for person in people]
-    return [undo_mojibake(name) for name in names if isinstance(name, str)]
-
-
-def undo_mojibake(text: str) -> str:
-    """Read characters up to U+00FF as the bytes of UTF-8, where they are; else leave the text."""
-    if text.isascii():
-        return text
-    try:
-        return text.encode("latin-1").decode()
-    except UnicodeError:  # it was never broken, or another tool has mended it
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def read(source: Source, repairs: collections.Counter) -> Iterator[tuple[Chat, Iterator[Message]]]:
     """See `exports`. A file holds one chat: damage costs the messages that it hit."""
-    people, end = participants(source.head()), tail(min(source.parts, key=lambda part: part.size))
-    fields = {}
-    for key, value in TITLE.findall(end) + TITLE.findall(source.head()):
-        try:
-            fields.setdefault(key, undo_mojibake(json.loads(value, strict=False)))
-        except ValueError:
-            continue
-    secure = re.sub(r"_\d+$", "", fields.get("threadName", ""))
-    name = fields.get("title") or secure or next(iter(people), "Deleted Account")
-    folder = source.path.parent.name if source.parts != [source] else source.path.stem
-    thread = fields.get("thread_path") or fields.get("threadName") or folder
-    chat_id = hashlib.blake2b(thread.rpartition("/")[2].encode(), digest_size=8).hexdigest()
-    owner = source.owner
-    if owner is None and len(people) == 2 and people.count(name) == 1:
-        owner = people[1 - people.index(name)]  # two people's chat is called as the other one is
-    kind = "private_group" if len(people) > 2 else "personal_chat"
-    owner = f"messenger:{owner}" if owner else None
-    chat = Chat(f"messenger:{chat_id}", chat_id, kind, name, owner)
-    yield chat, itertools.chain.from_iterable(messages(part, repairs) for part in source.parts)
-
-
-def tail(source: Source) -> str:
-    end = b""
-    for block in source.blocks(collections.Counter()):
-        end = block if len(block) >= TAIL else (end + block)[-TAIL:]
-    return end[-TAIL:].decode("utf-8", "replace")
+    parts = (messages(part, repairs) for part in source.parts)
+    yield read_chat(source), itertools.chain.from_iterable(parts)
 
 
 def messages(part: Source, repairs: collections.Counter) -> Iterator[Message]:

@@ -15,7 +15,7 @@ from test_damage import MUTANTS, damaged
 import cli
 import exports
 from exports.join import order
-from exports.messenger import undo_mojibake
+from exports.messenger_files import undo_mojibake
 
 PEOPLE = ("Ann Ärmel", "Боб", "Zoë 🦆 Quill")  # no one mutation makes one of another
 CHARACTERS = st.characters(codec="utf-8", exclude_categories=("Cc", "Zs"))
@@ -131,6 +131,9 @@ def test_mended_text_and_text_in_latin_letters_are_left_alone(tmp_path):
         ({"content": "Ann Ärmel hat die Gruppe „Zoo“ genannt."}, "service messages"),
         ({"content": "Reacted 😂 to your message "}, "service messages"),
         ({"content": "Liked a message"}, "service messages"),
+        ({"content": "You changed the group photo."}, "service messages"),
+        ({"content": "You left the group?"}, "You left the group?"),
+        ({"content": "You changed the lock."}, "You changed the lock."),
         ({"content": "The video call ended.", "call_duration": 12}, "service messages"),
         ({"content": "x", "type": "Subscribe", "users": []}, "service messages"),
         ({"is_unsent": True}, "deleted messages"),
