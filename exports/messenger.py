@@ -71,14 +71,14 @@ def can_read(head: str) -> bool:
 
 def read(source: Source, repairs: collections.Counter) -> Iterator[tuple[Chat, Iterator[Message]]]:
     """See `exports`. A file holds one chat: damage costs the messages that it hit."""
-    parts = (messages(part, repairs) for part in source.parts)
-    yield read_chat(source), itertools.chain.from_iterable(parts)
+    yield read_chat(source), messages(source.parts, repairs)
 
 
-def messages(part: Source, repairs: collections.Counter) -> Iterator[Message]:
-    """Yield the messages of a file: seconds as they stand, those of one second the oldest first."""
+def messages(parts: list[Source], repairs: collections.Counter) -> Iterator[Message]:
+    """Yield the messages, newest second first; those of one second the oldest first."""
+    cursors = (MessageCursor(part.text(repairs), BEGINS, repairs) for part in parts)
     last, same_second = 0, []
-    for raw in MessageCursor(part.text(repairs), BEGINS, repairs).read():
+    for raw in itertools.chain.from_iterable(cursor.read() for cursor in cursors):
         message = read_message(raw, last)
         if message.at != last or len(same_second) == MAX_SECOND:
             yield from in_order(same_second)

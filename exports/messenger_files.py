@@ -21,14 +21,17 @@ TAIL = 1 << 14  # bytes at the end of a file in which its title stands
 
 
 def group_chats(sources: list[Source]) -> list[list[Source]]:
-    """Put the files of a chat together, the oldest first, and find whose export it is."""
+    """Put the files of a chat together, newest first, and find whose export it is.
+
+    In that order no part overlaps another in time, so MessageStore merges without much memory.
+    """
     chats: dict[PurePath, list[Source]] = collections.defaultdict(list)
     roots: dict[str, list[Source]] = collections.defaultdict(list)
     for source in sources:
         split = re.fullmatch(r"message_\d+\.json", source.path.name)
         chats[source.path.parent if split else source.path].append(source)
     for parts in chats.values():
-        parts.sort(key=file_number, reverse=True)
+        parts.sort(key=file_number)
         # A folder may hold several exports, each with its own folder `messages`.
         roots[parts[0].path.as_posix().rpartition("/messages/")[0]].append(parts[0])
     for firsts in roots.values():

@@ -104,6 +104,19 @@ def test_messages_of_one_second_and_one_millisecond_stay_in_order(tmp_path):
     [(_, found)] = read(write(tmp_path, thread(messages)))
     assert [m.text for m in found] == [f"text {i}" for i in range(6)]
     assert len({m.id for m in found}) == 6
+    write(tmp_path / "split", thread(messages[:3]), 1)
+    write(tmp_path / "split", thread(messages[3:]), 2)
+    [(_, found)] = read(tmp_path / "split")
+    assert [m.text for m in found] == [f"text {i}" for i in range(6)]
+
+
+def test_a_chat_of_several_files_is_read_in_order_of_time_so_that_little_is_in_memory(tmp_path):
+    for number in range(1, 13):
+        some = [said(PEOPLE[0], 10**9 - 10**6 * number - 1000 * i, "x") for i in range(9)]
+        write(tmp_path, thread(some), number)
+    [(_, messages)] = exports.read(tmp_path)
+    times = [message.at for message in messages]
+    assert len(times) == 108 and times == sorted(times, reverse=True)
 
 
 def test_mended_text_and_text_in_latin_letters_are_left_alone(tmp_path):
