@@ -77,7 +77,8 @@ def read(source: Source, repairs: collections.Counter) -> Iterator[tuple[Chat, I
 def messages(parts: list[Source], repairs: collections.Counter) -> Iterator[Message]:
     """Yield the messages, newest second first; those of one second the oldest first."""
     cursors = (MessageCursor(part.text(repairs), BEGINS, repairs) for part in parts)
-    last, same_second = 0, []
+    last = 0
+    same_second: list[Message] = []
     for raw in itertools.chain.from_iterable(cursor.read() for cursor in cursors):
         message = read_message(raw, last)
         if message.at != last or len(same_second) == MAX_SECOND:
@@ -92,7 +93,7 @@ def in_order(same_second: list[Message]) -> list[Message]:
     if len(same_second) < 2:
         return same_second
     by_id = sorted(reversed(same_second), key=operator.itemgetter(0))
-    return [message._replace(id=message.id + i) for i, message in enumerate(by_id)]
+    return [message._replace(id=(message.id or 0) + i) for i, message in enumerate(by_id)]
 
 
 def read_message(raw: dict, last: int) -> Message:

@@ -91,7 +91,7 @@ def participants(head: str) -> list[str]:
 def read_chat(source: Source) -> Chat:
     """Make the Chat of its files from what stands before and behind the messages."""
     people, end = participants(source.head()), tail(min(source.parts, key=lambda part: part.size))
-    fields = {}
+    fields: dict[str, str] = {}
     for key, value in TITLE.findall(end) + TITLE.findall(source.head()):
         try:
             fields.setdefault(key, undo_mojibake(json.loads(value, strict=False)))
