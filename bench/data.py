@@ -3,6 +3,7 @@
     python -m bench.data --mb 2000              a generated export of 2 GB, half of it one chat
     python -m bench.data --export result.json   your own
     python -m bench.data --mb 200 --runs 5      medians of 5 runs
+    python -m bench.data --mb 500 --format messenger
 
 Prints JSON. `ratio` is the time of all of data.py (Python's start, redaction, sessions, report)
 over that of json.load alone, which needs about seven times the file's size in memory.
@@ -39,7 +40,7 @@ SECRETS = (
 LOAD = """
 import json, sys, time
 began = time.time()
-json.load(open(sys.argv[1], encoding="utf-8"))
+kept = [json.load(open(path, encoding="utf-8")) for path in sys.argv[1:]]
 print(time.time() - began)
 """
 
@@ -49,6 +50,7 @@ class Options:
     """Measure data.py on an export of a chosen size."""
 
     mb: int = flag(200, "size of the generated export, in megabytes")
+    format: str = flag("telegram", "what it is of: telegram or messenger")
     export: str | None = flag(None, "measure on this export instead")
     runs: int = flag(3, "runs of each, in turn; medians are printed")
     alone: bool = flag(False, "don't run json.load, which holds the whole file")
@@ -125,6 +127,39 @@ def message(
     return "\n" + textwrap.indent(json.dumps(fields, indent=1, ensure_ascii=False), " " * 5)
 
 
+def generate_messenger(folder: Path, megabytes: int) -> None:
+    """Write an export as Facebook does: files of 10,000 messages, newest first, mojibake."""
+    rng = random.Random(0)
+    vocabularies = [line.split() for line in WORDS]
+    size = chats = 0
+    while size < megabytes * 1e6:
+        chats += 1
+        room = size + megabytes * 1e6 * (0.5 if chats == 1 else 0.02)
+        inbox = folder / f"your_facebook_activity/messages/inbox/person_{chats}"
+        inbox.mkdir(parents=True)
+        people, at, number = ("Me Myself", f"Person {chats}"), 1_700_000_000_000, 0
+        while size < min(room, megabytes * 1e6):
+            number += 1
+            messages = []
+            for i in range(10_000):
+                at -= rng.choice((7, 20, 45, 90, 200, 5000)) * 1000
+                text = " ".join(rng.choices(vocabularies[i % 3 == 0], k=1 + i % 12))
+                sent: dict = {"content": text.encode().decode("latin-1")}
+                if i % 25 == 0:
+                    sent = {"photos": [{"uri": f"photos/{i}.jpg", "creation_timestamp": 1}]}
+                sender = {"sender_name": people[rng.random() < 0.5], "timestamp_ms": at}
+                messages.append(sender | sent | {"is_geoblocked_for_viewer": False})
+            chat = {
+                "participants": [{"name": name} for name in people[::-1]],
+                "messages": messages,
+                "title": people[1],
+                "thread_path": f"inbox/person_{chats}",
+            }
+            path = inbox / f"message_{number}.json"
+            path.write_text(json.dumps(chat, indent=2), encoding="utf-8")
+            size += path.stat().st_size
+
+
 def measure(*command) -> tuple[float, float, str]:
     """Run Python with these arguments; return (seconds, peak memory in MiB, what it printed)."""
     began = time.perf_counter()
@@ -143,16 +178,21 @@ def main():
     options = cli.parse(Options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(options.export).absolute() if options.export else Path(folder) / "result.json"
-        if not options.export:
+        if options.format == "messenger" and not options.export:
+            path = Path(folder) / "export"
+            generate_messenger(path, options.mb)
+        elif not options.export:
             generate(path, options.mb)
+        files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
         out = Path(folder) / "data"
         runs, loads = [], []
         for _ in range(options.runs):
             runs.append(measure("data.py", path, "--out", out, "--overwrite"))
             if not options.alone:
-                loads.append(float(measure("-c", LOAD, path)[2]))
+                loads.append(float(measure("-c", LOAD, *files)[2]))
         messages = json.loads((out / "report.json").read_text(encoding="utf-8"))["messages"]
-        size, seconds = path.stat().st_size / 1e6, statistics.median(run[0] for run in runs)
+        size = sum(file.stat().st_size for file in files) / 1e6
+        seconds = statistics.median(run[0] for run in runs)
         result = {
             "mb": round(size, 1),
             "messages": messages,

@@ -84,9 +84,20 @@ make_message = functools.partial(tuple.__new__, Message)
 
 def readers() -> tuple[ModuleType, ...]:
     """List the readers; a file is read by the first that can. Those that take most come last."""
-    from exports import kakaotalk, line, table, telegram, vk, whatsapp
+    from exports import (
+        discord,
+        discord_package,
+        kakaotalk,
+        line,
+        messenger,
+        table,
+        telegram,
+        vk,
+        whatsapp,
+    )
 
-    return telegram, line, kakaotalk, vk, whatsapp, table
+    first = messenger, discord, discord_package, telegram
+    return *first, line, kakaotalk, vk, whatsapp, table
 
 
 def read(
@@ -207,6 +218,11 @@ def files_of_zip(path: Path, progress: Callable[[int], object]) -> list[Source]:
 
 def iso_time(at: int) -> str:
     return datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat()[:19]
+
+
+def local_time(at: int) -> str:
+    """Return the ISO time of a moment by this computer's clock, for exports that have UTC alone."""
+    return datetime.datetime.fromtimestamp(at).isoformat()
 
 
 def fix_dst(at: int, last: int | None) -> int:

@@ -175,3 +175,25 @@ class Cursor:
     def is_message(self, at: int) -> bool:
         begins = self.begins.match(self.text, at)
         return begins is not None and not begins["type"]
+
+
+class MessageCursor(Cursor):
+    """A Cursor in a file that holds the messages of one chat and nothing else."""
+
+    def make_object(self, pairs: list) -> dict:
+        """Refuse a key written twice: two messages whose border is lost."""
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            raise ValueError
+        return made
+
+    def read(self) -> Iterator[dict]:
+        """Yield each message, empty where it is damaged.
+
+        As there is no other chat, reading goes on behind any damage.
+        """
+        while match := self.next():
+            # Messages outside of an array are read as if its bracket stood before them.
+            self.at = match.end() if match["type"] else match.start() - 1
+            for message in self.messages():
+                yield message if isinstance(message, dict) else {}

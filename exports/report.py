@@ -11,7 +11,7 @@ from cli import counted, printable
 
 MARK = re.compile("<[a-z]+>")
 SAMPLE_MESSAGES = 2_000  # of mine, for tokens per 1,000 characters
-EXPORT_ALL = "Export again and untick 'Only my messages'."
+EXPORT_ALL = "Export again and untick 'Only my messages'; Discord: with DiscordChatExporter."
 CHAT_TYPES = {
     "saved_messages": "Saved Messages",
     "bot_chat": "chats with bots",

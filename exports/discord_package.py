@@ -1,0 +1,108 @@
+"""Discord's own data package: `messages/c123/messages.json`, until 2024 `messages.csv`.
+
+It has my messages alone, so no session comes of it. It tells who I am in DiscordChatExporter's
+files, and adds to these what I wrote in the same channels.
+"""
+
+import collections
+import csv
+import json
+import re
+from collections.abc import Iterator
+
+from exports import Chat, Message, Reason, local_time, make_message
+from exports.discord import (
+    author_id,
+    clean_text,
+    file_mark,
+    read_time,
+    snowflake,
+    whole_text,
+)
+from exports.repair import MessageCursor
+from exports.source import Source
+
+NUM_PASSES = 1
+SAME_IDS = True
+# Where a message begins. The array of them has no key.
+BEGINS = re.compile(r'\{\s*"ID"\s*:\s*"?\d|(?P<type>(?!))')
+HEAD = re.compile(r'\s*(?:\[\s*\{\s*"ID"\s*:|ID,Timestamp,Contents)')
+TYPES = {  # of a channel; numbers until 2023
+    "DM": "personal_chat",
+    "GROUP_DM": "private_group",
+    "1": "personal_chat",
+    "3": "private_group",
+}
+ONLY_MINE = "files of Discord's data package: your own messages alone, nothing that they answer"
+
+
+def can_read(head: str) -> bool:
+    return bool(HEAD.match(head.removeprefix("\ufeff")))
+
+
+def read(source: Source, repairs: collections.Counter) -> Iterator[tuple[Chat, Iterator[Message]]]:
+    """See `exports`. Everything in it is by the account's owner."""
+    repairs[ONLY_MINE] += 1
+    user = parse_object(source.above("account/user.json") or source.above("Account/user.json"))
+    me, name = author_id(user) or "discord:me", user.get("global_name") or user.get("username")
+    name = whole_text(name) if isinstance(name, str) else None
+    yield read_channel(source, me), messages(source, me, name, repairs)
+
+
+def read_channel(source: Source, owner: str) -> Chat:
+    """Make the Chat of `messages/c123/` of the files beside and above its messages."""
+    channel = parse_object(source.beside("channel.json"))
+    number = str(channel.get("id") or source.path.parent.name.removeprefix("c"))
+    name = parse_object(source.above("index.json")).get(number) or channel.get("name") or number
+    chat_type = TYPES.get(str(channel.get("type")), "private_supergroup")
+    return Chat(f"discord:c{number}", number, chat_type, whole_text(str(name)), owner)
+
+
+def parse_object(text: str | None) -> dict:
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def messages(
+    source: Source, me: str, name: str | None, repairs: collections.Counter
+) -> Iterator[Message]:
+    if source.head().lstrip("\ufeff \r\n").startswith("["):
+        rows = MessageCursor(source.text(repairs), BEGINS, repairs).read()
+    else:
+        rows = csv_rows(source.text(repairs))
+    last = 0
+    for row in rows:
+        get = row.get
+        last, date = read_time(get("Timestamp"), last)
+        identity, content = snowflake(get("ID")), get("Contents")
+        text = clean_text(content)
+        if not text and (urls := str(get("Attachments") or "").split()):
+            text = file_mark(urls[0].partition("?")[0])
+        left_out = "" if text else Reason.NO_TEXT
+        if not date or identity is None:
+            text, left_out = "", Reason.DAMAGED
+        # The package has UTC alone.
+        yield make_message((identity, me, name, last, local_time(last), text, left_out))
+
+
+def csv_rows(pieces: Iterator[str]) -> Iterator[dict]:
+    lines = csv.DictReader(text_lines(pieces))
+    while True:
+        try:
+            yield next(lines)
+        except StopIteration:
+            return
+        except csv.Error:
+            yield {}
+
+
+def text_lines(pieces: Iterator[str]) -> Iterator[str]:
+    """Yield lines with their ends; only a line feed ends one."""
+    rest = ""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split("\n")
+        yield from (line + "\n" for line in lines)
+    yield rest

@@ -1,0 +1,169 @@
+"""Facebook Messenger and Instagram: "Download your information" and secure storage, as JSON.
+
+A chat is a folder of `message_1.json` (the newest), `message_2.json`…, each newest first. Text is
+UTF-8 whose bytes were written as Latin-1 characters. The end-to-end encrypted chats of Messenger
+come from another page, one `Name_12.json` each, with other keys. Neither says whose export it is.
+"""
+
+import collections
+import functools
+import itertools
+import operator
+import re
+from collections.abc import Iterator
+
+from exports import Chat, Message, Reason, local_time, make_message
+from exports.messenger_files import group_chats, read_chat, undo_mojibake
+from exports.repair import MessageCursor
+from exports.source import Source
+
+NUM_PASSES = 1
+SAME_IDS = True  # people are known by their display names
+group = group_chats
+# Where a message or the array of them begins. What people type has its quotes escaped.
+BEGINS = re.compile(
+    r'\{\s*"(?:sender_name|senderName|isUnsent|timestamp|timestamp_ms|content|text)"\s*:'
+    r'|(?P<type>"messages")\s*:\s*(?=\[)'
+)
+KEYS = re.compile(r'"(?:sender_name|senderName|threadName|thread_path)"\s*:')
+MARKS = (
+    ("photos", "<photo>"),
+    ("videos", "<video>"),
+    ("audio_files", "<voice>"),
+    ("gifs", "<gif>"),
+    ("sticker", "<sticker>"),
+    ("files", "<file>"),
+)
+SUFFIXES = {
+    "<photo>": "jpg jpeg png heic",
+    "<video>": "mp4 mov",
+    "<voice>": "ogg opus mp3 m4a aac wav",
+    "<gif>": "gif",
+    "<sticker>": "webp",
+}
+BY_SUFFIX = {suffix: mark for mark, names in SUFFIXES.items() for suffix in names.split()}
+# Sentences that the messenger writes in somebody's name. Other languages have theirs: those that
+# begin with the author's name are found as well.
+EVENTS = re.compile(
+    r"(?:Reacted .{1,40} to your message|Liked a message|You are now connected on Messenger\.?"
+    r"|You (?:sent (?:an attachment|a location)|left the group|created (?:the|this) group"
+    r"|missed (?:an?|your) [\w ]{0,20}call|waved at .{1,80}|added .{1,200} to the group"
+    r"|(?:named|set|changed) the (?:group|nickname|quick|emoji|theme|chat)\b.{0,200})\.) ?$"
+)
+OWN_TYPES = (None, "Generic", "Share", "text", "media", "link")  # others: calls, joins
+EVENT_STARTS = ("Reacted ", "Liked ", "You ")
+# The keys of a message that is text and nothing else.
+PLAIN = {
+    "sender_name",
+    "timestamp_ms",
+    "content",
+    "reactions",
+    "is_geoblocked_for_viewer",
+    "is_unsent_image_by_messenger_kid_parent",
+}
+MAX_SECOND = 4096  # messages of one second that are put in order
+
+
+def can_read(head: str) -> bool:
+    is_chat = '"participants"' in head or '"messages"' in head
+    return head.lstrip("\ufeff \t\r\n").startswith("{") and is_chat and bool(KEYS.search(head))
+
+
+def read(source: Source, repairs: collections.Counter) -> Iterator[tuple[Chat, Iterator[Message]]]:
+    """See `exports`. A file holds one chat: damage costs the messages that it hit."""
+    yield read_chat(source), messages(source.parts, repairs)
+
+
+def messages(parts: list[Source], repairs: collections.Counter) -> Iterator[Message]:
+    """Yield the messages, newest second first; those of one second the oldest first."""
+    cursors = (MessageCursor(part.text(repairs), BEGINS, repairs) for part in parts)
+    last = 0
+    same_second: list[Message] = []
+    for raw in itertools.chain.from_iterable(cursor.read() for cursor in cursors):
+        message = read_message(raw, last)
+        if message.at != last or len(same_second) == MAX_SECOND:
+            yield from in_order(same_second)
+            last, same_second = message.at, []
+        same_second.append(message)
+    yield from in_order(same_second)
+
+
+def in_order(same_second: list[Message]) -> list[Message]:
+    """Turn messages around, the newest of which is the first; each gets a number of its own."""
+    if len(same_second) < 2:
+        return same_second
+    by_id = sorted(reversed(same_second), key=operator.itemgetter(0))
+    return [message._replace(id=(message.id or 0) + i) for i, message in enumerate(by_id)]
+
+
+def read_message(raw: dict, last: int) -> Message:
+    """Make a Message of a JSON object of either shape; without a time it is as late as `last`."""
+    get = raw.get
+    sender = get("sender_name") or get("senderName")
+    author, name = read_author(sender) if isinstance(sender, str) else (None, "")
+    content, at = get("content") or get("text"), get("timestamp_ms") or get("timestamp")
+    content = undo_mojibake(content).strip() if isinstance(content, str) else ""
+    if content and author and PLAIN.issuperset(raw):
+        text, left_out = content, Reason.SERVICE if is_event(content, name) else ""
+    else:
+        text, left_out = own_text(raw, name, content), reason(raw, name, content)
+        if not text and not left_out:
+            left_out = Reason.FORWARD if "share" in raw else Reason.NO_TEXT
+    if type(at) is not int or not 0 < at < 1 << 47:
+        left_out, at = left_out or Reason.NO_AUTHOR, last * 1000
+    elif "timestamp_ms" not in raw and at < 1 << 33:
+        at *= 1000  # until 2018, in seconds
+    second = at // 1000
+    text = "" if left_out else text
+    return make_message(
+        (at << 12, author, name or None, second, local_time(second), text, left_out)
+    )
+
+
+@functools.lru_cache(1 << 12)
+def read_author(name: str) -> tuple[str | None, str]:
+    name = undo_mojibake(name)
+    return f"messenger:{name}" if name else None, name
+
+
+def reason(raw: dict, author: str, content: str) -> str:
+    """Return why a message is nobody's own words, "" where it may be."""
+    kind = raw.get("type")
+    if not raw:
+        return Reason.DAMAGED
+    if raw.get("is_unsent") or raw.get("isUnsent") or raw.get("is_taken_down"):
+        return Reason.DELETED
+    if kind == "placeholder":  # where something was, in secure storage
+        return Reason.DELETED
+    if "call_duration" in raw or "missed" in raw or kind not in OWN_TYPES:
+        return Reason.SERVICE
+    if not author:
+        return Reason.NO_AUTHOR
+    # "Ann named the group X.", "Ann hat einen Anhang gesendet."; an attachment has its mark.
+    return Reason.SERVICE if is_event(content, author) and not has_attachment(raw) else ""
+
+
+def has_attachment(raw: dict) -> bool:
+    return "share" in raw or any(raw.get(key) for key, _ in MARKS)
+
+
+def own_text(raw: dict, author: str, content: str) -> str:
+    """Return what somebody wrote, else the mark of what was sent; "" of what somebody shared."""
+    if content and not is_event(content, author):
+        return content
+    media = raw.get("media")
+    for file in media if isinstance(media, list) else ():
+        uri = str(file.get("uri")) if isinstance(file, dict) else ""
+        return BY_SUFFIX.get(uri.rpartition(".")[2].lower(), "<file>")
+    for key, mark in MARKS:
+        if raw.get(key):
+            return mark
+    share = raw.get("share")
+    link = str(share.get("link")) if isinstance(share, dict) else ""
+    return "<location>" if re.search(r"//(?:www\.bing\.com/maps|maps\.)", link) else ""
+
+
+def is_event(content: str, author: str) -> bool:
+    """Return whether the messenger wrote this in the author's name."""
+    named = content.endswith(".") and content.startswith(f"{author} ")
+    return named or content.startswith(EVENT_STARTS) and bool(EVENTS.match(content))
