@@ -153,8 +153,9 @@ def read_message(raw: dict, workspace: Workspace) -> Message:
         text = clean_text(get("text"), workspace) or files_mark(get("files") or get("file"))
         left_out = "" if text else Reason.NO_TEXT
     name = workspace.names.get(user)
-    if not name and isinstance(get("user_profile"), dict):
-        name = name_of(get("user_profile"))
+    profile = get("user_profile")
+    if not name and isinstance(profile, dict):
+        name = name_of(profile)
     number = int(ts.replace(".", "")) if timed else None
     date = local_time(at) if timed else iso_time(at)
     author = f"slack:{user}" if is_person else None
