@@ -13,8 +13,8 @@ test: .venv/dev  ## all tests, on all cores
 # 10,000 damaged exports of each messenger and model files, 45 killed runs, hosts that lose their connection, 5,000 hostile
 # requests, ten minutes of clients that come and go, memory over 300 steps
 soak: .venv/dev  ## long tests
-	MUTANTS=10000 KILLS=30 $(VENV)/python -m pytest -q -s tests/test_damage.py tests/test_table.py tests/test_line.py tests/test_kakaotalk.py tests/test_vk.py tests/test_lies.py tests/test_resume.py tests/test_hosts.py
-	MUTANTS=2500 $(VENV)/python -m pytest -q -s -k mutated tests/test_messenger.py tests/test_discord.py
+	MUTANTS=10000 KILLS=30 $(VENV)/python -m pytest -q -s tests/test_damage.py tests/test_lies.py tests/test_resume.py tests/test_hosts.py
+	MUTANTS=2500 OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -n auto -k mutat tests
 	GROWTH=300 OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -s tests/test_memory_growth.py
 	HOSTILE=5000 TALKS=500 STORM=600 OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q tests/test_server.py
 

@@ -19,6 +19,7 @@ Two more are optional:
 import collections
 import datetime
 import functools
+import mimetypes
 import os
 import re
 import zipfile
@@ -36,6 +37,9 @@ SUPPORTED = (
 )
 # A file whose name ends otherwise is looked at only where it is named itself.
 SUFFIXES = tuple(".json .jsonl .ndjson .txt .csv .tsv .html .htm .md .db .sqlite .sqlite3".split())
+# Messages' database in an iPhone's backup: the SHA-1 of HomeDomain-Library/SMS/sms.db.
+IPHONE_MESSAGES = "3d0d7e5fb2ce288813306e4d4636395e047a3d28"
+SLACK_DAY = re.compile(r"\d{4}-\d\d-\d\d\.json")
 # Folders in which exports keep what was sent. A chat that was sent in a chat isn't one of mine.
 ATTACHMENTS = re.compile(
     r"__macosx|\..+|.+_files|(?:video_|profile_)?(?:files|pictures)|photos|videos|audio|gifs"
@@ -87,16 +91,19 @@ def readers() -> tuple[ModuleType, ...]:
     from exports import (
         discord,
         discord_package,
+        imessage,
         kakaotalk,
         line,
         messenger,
+        signal,
+        slack,
         table,
         telegram,
         vk,
         whatsapp,
     )
 
-    first = messenger, discord, discord_package, telegram
+    first = imessage, messenger, discord, discord_package, signal, slack, telegram
     return *first, line, kakaotalk, vk, whatsapp, table
 
 
@@ -175,10 +182,17 @@ def files_of_folder(path: Path, progress: Callable[[int], object]) -> list[Sourc
 
     found = []
     for folder, inner, names in os.walk(path, onerror=refuse):
-        inner[:] = sorted(name for name in inner if not ATTACHMENTS.fullmatch(name.lower()))
+        slack = "users.json" in names  # its channels may have any name
+        inner[:] = sorted(
+            name for name in inner if slack or not ATTACHMENTS.fullmatch(name.lower())
+        )
         files = [Path(folder, name) for name in sorted(names)]
         files = [file for file in files if file.is_file()]
-        chats = [file for file in files if file.suffix.lower() in SUFFIXES]
+        chats = [
+            file
+            for file in files
+            if file.suffix.lower() in SUFFIXES or file.name == IPHONE_MESSAGES
+        ]
         here = [Source(file, progress) for file in chats]
         if own := whatsapp.chat_of_container(Path(folder).resolve().name, here):
             found += own
@@ -206,7 +220,7 @@ def files_of_zip(path: Path, progress: Callable[[int], object]) -> list[Source]:
         *folders, name = member.filename.lower().split("/")
         if name.endswith(SUFFIXES) and "__macosx" not in folders:
             members.append(member)
-            if not any(map(ATTACHMENTS.fullmatch, folders)):
+            if SLACK_DAY.fullmatch(name) or not any(map(ATTACHMENTS.fullmatch, folders)):
                 likely.append(member)
     if any(member.flag_bits & 1 for member in members):
         raise UserError(f"{path} is encrypted", "Unpack it, then give the folder.")
@@ -222,7 +236,16 @@ def iso_time(at: int) -> str:
 
 def local_time(at: int) -> str:
     """Return the ISO time of a moment by this computer's clock, for exports that have UTC alone."""
-    return datetime.datetime.fromtimestamp(at).isoformat()
+    return datetime.datetime.fromtimestamp(at).isoformat()[:19]
+
+
+def mime_mark(mime_type: object, name: object = None) -> str:
+    """Return the mark of a file by its MIME type, or by its name where it has none."""
+    mime_type = str(mime_type or mimetypes.guess_type(str(name))[0])
+    if mime_type == "image/gif":
+        return "<gif>"
+    marks = {"image": "<photo>", "video": "<video>", "audio": "<audio>"}
+    return marks.get(mime_type.partition("/")[0], "<file>")
 
 
 def fix_dst(at: int, last: int | None) -> int:

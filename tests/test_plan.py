@@ -184,7 +184,7 @@ def test_gpu_known_by_memory_alone_has_no_time_and_no_cost(capsys, monkeypatch):
         assert {name for name, value in answer.items() if value is None} == {*nothing}
         assert answer["setup_hours"] > 0 and answer["disk_gb"]["total"] > 0
     assert planned("--gpu", "4090 laptop")["hours"] is None
-    assert planned("--gpu", "16gb", "--gpus", 2)["gib_per_gpu"]["total"] == 15
+    assert planned("--gpu", "16gb", "--gpus", 2)["gib_per_gpu"]["total"] == 16.3
     text = run(capsys, monkeypatch, "--lora", "--gpu", "16gb", "--price", 1)
     for line in ("speed           unknown", "time            unknown", "money           unknown"):
         assert line in text

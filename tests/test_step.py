@@ -388,7 +388,8 @@ def test_predicted_memory_equals_measured(kind, varlen_on_cpu, monkeypatch):
     grouped = (
         "enable_gqa" in inspect.signature(varlen_attn).parameters
     )  # torch 2.11's kernel is given keys and values repeated
-    assert 0.99 < predicted(kind) / live.peak < (1.01 if grouped else 1.06)
+    # Where attention's backward is the peak, the real kernel holds a little more than the stand-in.
+    assert 0.99 < predicted(kind) / live.peak < (1.015 if grouped else 1.06)
 
 
 @pytest.mark.parametrize("documents, mib", [(64, 258), (512, 1161)])

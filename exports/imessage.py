@@ -1,0 +1,226 @@
+"""iMessage: Messages' own database, `chat.db` of a Mac or `sms.db` in an iPhone's backup."""
+
+import collections
+import contextlib
+import hashlib
+import plistlib
+import re
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from exports import Chat, Message, Reason, local_time, make_message, mime_mark
+from exports.source import BROKEN_ZIP, Source
+
+NUM_PASSES = 1
+SAME_IDS = True
+ME = "imessage:me"  # the id of whoever the database says sent a message
+HEADER = "SQLite format 3\0"
+TABLES = {"message", "handle", "chat", "chat_message_join"}
+GROUP_STYLE = 43  # chat.style; 45 is a chat of two
+APPLE_EPOCH = 978_307_200  # 2001-01-01 in seconds since 1970
+NANOSECONDS = 10**12  # a larger date is in nanoseconds (since 2017), a smaller one in seconds
+OBJECTS = re.compile("[\ufffc\ufffd]")  # stand for attachments in a message's text
+# The first string of a typedstream: class, length (in one byte, two or four), UTF-8.
+STRING = re.compile(rb"NSString\x01.\x84\x01\+(?:([\0-\x7f])|\x81(..)|\x82(....))", re.DOTALL)
+# Columns that old versions lack are read as NULL.
+COLUMNS = (
+    "ROWID guid date is_from_me handle_id text attributedBody item_type is_audio_message"
+    " date_edited date_retracted message_summary_info"
+).split()
+# Reactions, stickers on a message and votes are rows of their own.
+NO_REACTION = "COALESCE(m.associated_message_type, 0) NOT BETWEEN 1000 AND 4999"
+OTHER_DATABASE = "SQLite databases that aren't Messages' own, left out"
+DAMAGED_DATABASE = "damaged databases, read as far as possible"
+
+
+def can_read(head: str) -> bool:
+    return head.startswith(HEADER)
+
+
+def read(source: Source, repairs: collections.Counter) -> Iterator[tuple[Chat, Iterator[Message]]]:
+    """See `exports`. Nothing is written beside the database, and no lock is taken on it."""
+    with open_database(source, repairs) as database:
+        try:
+            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+            chats = list_chats(database) if tables >= TABLES else {}
+            handles = dict(database.execute("SELECT ROWID, id FROM handle")) if chats else {}
+        except sqlite3.Error:
+            repairs[DAMAGED_DATABASE] += 1
+            return
+        if not tables >= TABLES:
+            repairs[OTHER_DATABASE] += 1
+        for chat, rowids in chats.values():
+            yield chat, messages(database, chat, rowids, handles, repairs)
+    source.progress(source.size)
+
+
+@contextlib.contextmanager
+def open_database(source: Source, repairs: collections.Counter) -> Iterator[sqlite3.Connection]:
+    """Open a database without writing to it; one in a zip, or with a `-wal` beside it, as a copy.
+
+    The `-wal` holds the latest messages. SQLite can only read it where it may write.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path, log = Path(source.path), Path(f"{source.path}-wal")
+        in_zip = source.zip is not None
+        if in_zip or (log.exists() and log.stat().st_size):
+            path = Path(folder, "chat.db")
+            with open(path, "wb") as copy:
+                copy.writelines(source.blocks(repairs))
+            copy_log(source, log, Path(f"{path}-wal"))
+            options = "mode=rw"
+        else:
+            options = "immutable=1"
+        database = sqlite3.connect(f"{path.resolve().as_uri()}?{options}", uri=True)
+        database.text_factory = lambda data: data.decode("utf-8", "replace")
+        with contextlib.closing(database):
+            yield database
+
+
+def copy_log(source: Source, log: Path, to: Path) -> None:
+    if not source.zip:
+        shutil.copyfile(log, to)
+        return
+    with contextlib.suppress(KeyError, *BROKEN_ZIP):
+        member = source.zip.getinfo(f"{source.path}-wal")
+        with source.zip.open(member) as packed, open(to, "wb") as copy:
+            shutil.copyfileobj(packed, copy)
+
+
+def list_chats(database: sqlite3.Connection) -> dict[tuple, tuple[Chat, list[int]]]:
+    """Return the chats with their rows: SMS and iMessage with one person are one chat."""
+    chats: dict[tuple, tuple[Chat, list[int]]] = {}
+    query = "SELECT ROWID, style, chat_identifier, display_name FROM chat ORDER BY ROWID"
+    for rowid, style, identifier, display_name in database.execute(query):
+        identifier = str(identifier or rowid)
+        chat_type = "private_group" if style == GROUP_STYLE else "personal_chat"
+        name = display_name or identifier
+        chat = Chat(f"imessage:{identifier}", make_id(identifier), chat_type, name, ME)
+        chat, rowids = chats.setdefault((chat_type, identifier), (chat, []))
+        rowids.append(rowid)
+    return chats
+
+
+def make_id(handle: str) -> str:
+    """Return an id without the phone number or address: ids are written into data/."""
+    return "imessage:" + hashlib.blake2b(handle.encode(), digest_size=8).hexdigest()
+
+
+def messages(
+    database: sqlite3.Connection,
+    chat: Chat,
+    rowids: list[int],
+    handles: dict[int, str],
+    repairs: collections.Counter,
+) -> Iterator[Message]:
+    """Yield the messages of a chat by date; of a damaged database those before the damage."""
+    present = {row[1] for row in database.execute("PRAGMA table_info(message)")}
+    columns = [f"m.{name}" if name in (*present, "ROWID") else "NULL" for name in COLUMNS]
+    no_reaction = NO_REACTION if "associated_message_type" in present else "TRUE"
+    select = f"SELECT {', '.join(columns)} FROM message m WHERE {no_reaction} AND m.ROWID "
+    places = ", ".join(map(str, rowids))
+    members = f"SELECT message_id FROM chat_message_join WHERE chat_id IN ({places})"
+    other = chat.name if chat.type == "personal_chat" else None
+    last = 0
+    for row in rows(database, select, members, repairs):
+        message = read_message(database, row, handles, other, last)
+        last = message.at
+        yield message
+
+
+def rows(
+    database: sqlite3.Connection, select: str, members: str, repairs: collections.Counter
+) -> Iterator[tuple]:
+    """Yield the rows of the messages whose ROWIDs the query `members` gives, by date.
+
+    SQLite sorts before it gives the first row, so any damage costs all: then each is asked for.
+    """
+    unread = True
+    try:
+        for row in database.execute(f"{select} IN ({members}) ORDER BY m.date, m.ROWID"):
+            unread = False
+            yield row
+        return
+    except sqlite3.Error:
+        repairs[DAMAGED_DATABASE] += 1
+    with contextlib.suppress(sqlite3.Error):
+        for rowid in database.execute(members) if unread else ():
+            with contextlib.suppress(sqlite3.Error):
+                yield from database.execute(f"{select} = ?", rowid).fetchall()
+
+
+def read_message(
+    database: sqlite3.Connection,
+    row: tuple,
+    handles: dict[int, str],
+    other: str | None,
+    last: int,
+) -> Message:
+    """Make a Message of a row; without a date it is as late as the one before, `last`."""
+    rowid, guid, date, from_me, handle, text, body, item_type, voice, edited, retracted, summary = (
+        row
+    )
+    at = read_time(date)
+    name = "Me" if from_me else handles.get(handle, other)
+    left_out = ""
+    if item_type:  # joins, names of groups, shared places, calls
+        text, left_out = "", Reason.SERVICE
+    elif at is None or name is None:
+        text, left_out = "", Reason.NO_AUTHOR
+    else:
+        text = text or string_of(body) or edited_text(summary)
+        text = OBJECTS.sub("", text).strip() or attachment_mark(database, rowid, voice)
+        if not text:
+            left_out = Reason.DELETED if edited or retracted else Reason.NO_TEXT
+    author = ME if from_me else name and make_id(name)
+    at = last if at is None else at
+    # A row has another number on another device; its guid is the same.
+    number = int.from_bytes(hashlib.blake2b(str(guid).encode(), digest_size=7).digest())
+    return make_message((number, author, name, at, local_time(at), text, left_out))
+
+
+def read_time(date: object) -> int | None:
+    """Return seconds since 1970 of a date since 2001, None of what isn't one."""
+    if not isinstance(date, int) or date <= 0:
+        return None
+    return APPLE_EPOCH + (date // 10**9 if date > NANOSECONDS else date)
+
+
+def string_of(stream: object) -> str:
+    """Return the text of an attributed string in a typedstream; "" where there is none."""
+    match = STRING.search(stream) if isinstance(stream, bytes) else None
+    if not match or not isinstance(stream, bytes):
+        return ""
+    length = int.from_bytes(match[1] or match[2] or match[3], "little")
+    text = stream[match.end() : match.end() + length]
+    return text.decode("utf-8", "replace") if len(text) == length else ""
+
+
+def edited_text(summary: object) -> str:
+    """Return the latest texts of an edited message's parts, from its `message_summary_info`."""
+    try:
+        info = plistlib.loads(summary, fmt=plistlib.FMT_BINARY)  # type: ignore[arg-type]
+        parts = info.get("ec", {})
+        return "\n".join(string_of(parts[part][-1]["t"]) for part in sorted(parts, key=int))
+    except (plistlib.InvalidFileException, ArithmeticError, AttributeError, LookupError):
+        return ""
+    except (TypeError, ValueError, RecursionError):
+        return ""
+
+
+def attachment_mark(database: sqlite3.Connection, rowid: int, voice: int | None) -> str:
+    """Return what stands for a message's first attachment; "" where it has none."""
+    query = (
+        "SELECT a.mime_type, a.transfer_name FROM message_attachment_join j"
+        " JOIN attachment a ON a.ROWID = j.attachment_id WHERE j.message_id = ? LIMIT 1"
+    )
+    try:
+        found = database.execute(query, (rowid,)).fetchone()
+    except sqlite3.OperationalError:  # a database without these tables
+        return ""
+    if not found:
+        return ""
+    return "<voice>" if voice else mime_mark(found[0], found[1])
