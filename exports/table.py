@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from exports import Chat, Message, Reason, iso_time, make_message
+from exports import Chat, Message, Reason, local_time, make_message
 from exports.dates import Clock
 from exports.source import Source, full_lines
 
@@ -279,4 +279,4 @@ def messages(
         if author == ME and name in spool.others:
             name = "Me"  # some exporters write the chat's other side in all rows
         text = "" if reason else text
-        yield make_message((None, author, name, at, date or iso_time(at), text, reason))
+        yield make_message((None, author, name, at, date or local_time(at), text, reason))
