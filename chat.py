@@ -61,7 +61,7 @@ class Options:
     port: int = flag(8000, "port to listen on")
     token: str | None = flag(None, "bearer token that clients must send, by any host name")
     slots: int | None = flag(
-        None, "answers at a time, each with memory for a context", shown="what fits, at most 8"
+        None, "answers at a time, each with its context", shown="what fits, at most 8"
     )
     per_client: int = flag(16, "requests of one address at a time, waiting ones included")
     timeout: int = flag(600, "seconds that a request may take, waiting included")

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 
 from cli import counted, printable
+from exports.redact import redact
 
 MARK = re.compile("<[a-z]+>")
 SAMPLE_MESSAGES = 2_000  # of mine, for tokens per 1,000 characters
@@ -132,7 +133,8 @@ def show_sources(paths: Iterable[str], sources: list[dict]) -> None:
         files = f"{source['files']:,} files, " if source["files"] > 1 else ""
         chats, messages = counted(source["chats"], "chats"), counted(source["messages"], "messages")
         me = f"I am {' and '.join(source['me'])}" if source["me"] else "nothing of mine"
-        print(printable(f"{path} ({source['messenger']}): {files}{chats}, {messages}; {me}"))
+        name = redact(path, collections.Counter())  # WhatsApp names a file by the contact's number
+        print(printable(f"{name} ({source['messenger']}): {files}{chats}, {messages}; {me}"))
         for part in ("chats_left_out", "messages_left_out", "repairs") if several else ():
             for reason, n in source[part].items():
                 print(printable(f"{'':>12}- {counted(n, chat_reason(reason))}"))

@@ -80,13 +80,13 @@ def test_at_most_four_graphs_for_ten_blocks_and_any_documents(kind, mode, varlen
     assert "limit" not in caplog.text
 
 
-def test_a_recompile_limit_is_said_in_one_line(varlen_on_cpu, monkeypatch, capsys):
+def test_a_recompile_limit_is_said_in_one_line(varlen_on_cpu, capsys):
     ranks = distributed.Distributed(torch.device("cpu"))
     model = step.build_model(CONFIG, ranks, SPECS["full"])
     step.compile_model(model, optim.make_optimizer(model, 1e-3, 0.0))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    for rows in range(1, 6):
-        step.accumulate_gradients(model, [random_batch(0, rows, 9)], ranks, 1)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for rows in range(1, 6):
+            step.accumulate_gradients(model, [random_batch(0, rows, 9)], ranks, 1)
     said = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert len(said) == 1 and "not compiled" in said[0], said
 

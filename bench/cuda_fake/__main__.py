@@ -1,4 +1,4 @@
-"""Train and decode on graphics cards that aren't there: `make cuda-fake`.
+"""Train and decode on GPUs that aren't there: `make cuda-fake`.
 
 driver.c stands for NVIDIA's driver. Everything above it is the real thing, torch's allocator and
 compiler included, so this shows whether a step compiles, in how many graphs, whether its kernels
