@@ -57,6 +57,7 @@ BROKEN = re.compile(
     r".{0,81}\] \[.{1,12}\d|\[.{1,81}\d?\d.\d\d.{0,4}\]|.{0,81}\].{1,3}\d?\d:\d\d"
     r"|.{0,40}\d.\d\d.{1,90} : "
 )
+CONTROL = re.compile(r"[\x01-\x08\x0b-\x1f]")  # no part of a chat; in a time it hides a message
 INNER = re.compile(rf"\[[^\[\]]{{1,80}}\] \[{CLOCK}\]|{DAY}.{{0,5}}{CLOCK}, .{{1,80}} : ")
 DAMAGED = "damaged lines, left out"
 UNDATED = "messages before the first date, left out"
@@ -91,7 +92,7 @@ def csv_events(source: Source, repairs: collections.Counter) -> Iterator[Event]:
 def events(source: Source, repairs: collections.Counter) -> Iterator[Event]:
     day, event = "", None
     for line in full_lines(source, repairs):
-        text = line.strip("\ufeff\r\n")
+        text = CONTROL.sub("", line.strip("\ufeff\r\n"))
         rule, dated, brackets = (
             RULE.fullmatch(text),
             DATED.fullmatch(text),

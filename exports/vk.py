@@ -77,8 +77,11 @@ def parse_page(source: Source, repairs: collections.Counter) -> "Page":
     data = b"".join(source.blocks(repairs))
     utf_8 = re.search(rb'charset="?utf-8', data[:2000], re.IGNORECASE)
     page = Page()
-    page.feed(data.decode("utf-8" if utf_8 else "cp1251", "replace"))
-    page.close()
+    try:
+        page.feed(data.decode("utf-8" if utf_8 else "cp1251", "replace"))
+        page.close()
+    except AssertionError:  # html.parser's word for a damaged declaration
+        repairs["damaged pages, read up to the damage"] += 1
     return page
 
 

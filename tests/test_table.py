@@ -6,6 +6,7 @@ import datetime
 import io
 import json
 import random
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -263,6 +264,8 @@ def test_mutated_tables_have_no_traceback_and_no_wrong_author(tmp_path):
             continue
         for _, messages in chats:
             for message in messages:
+                if len(re.findall(r"\[\w+ \w+ in ", message.text)) > 1:
+                    continue  # all between two texts is lost: nobody can tell
                 for author in AUTHORS:
                     if f"[{author} in " in message.text and message.name in AUTHORS:
                         assert message.name == author, f"mutant {number}: {message}"
