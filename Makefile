@@ -10,8 +10,9 @@ demo: .venv/run  ## the whole pipeline on an invented export: four minutes on tw
 test: .venv/dev  ## all tests, on all cores
 	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -n auto --dist worksteal tests
 
-# 10,000 damaged exports of each messenger and model files, 45 killed runs, hosts that lose their connection, 5,000 hostile
-# requests, ten minutes of clients that come and go, memory over 300 steps
+# 10,000 damaged exports and model files, 2,500 of each further messenger, 45 killed runs, hosts that
+# lose their connection, 5,000 hostile requests, ten minutes of clients that come and go, memory over
+# 300 steps
 soak: .venv/dev  ## long tests
 	MUTANTS=10000 KILLS=30 $(VENV)/python -m pytest -q -s tests/test_damage.py tests/test_lies.py tests/test_resume.py tests/test_hosts.py
 	MUTANTS=2500 OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -n auto -k mutat tests
@@ -34,7 +35,7 @@ build/peers/done: requirements-peers.txt
 	tar xzf build/peers/llama_cpp_python-*.tar.gz --directory build/peers --strip-components 1
 	touch $@
 
-# a 7B's training and decoding on graphics cards that aren't there. Linux, a C compiler, 8 GB of disk.
+# a 7B's training and decoding on GPUs that aren't there. Linux, a C compiler, 8 GB of disk.
 cuda-fake: build/cuda-fake/done  ## CUDA without a GPU: compiled graphs, kernels, memory
 	build/cuda-fake/bin/python -m bench.cuda_fake
 

@@ -362,8 +362,9 @@ def check_compiler(run: Run, ranks: Distributed) -> Run:
     if not ranks.all_reduce_max(int(problem is not None)):
         return run
     ranks.print(
-        f"Training is not compiled, so it is slower and needs more memory: {problem or 'a rank'} "
-        "can't compile. It needs a C compiler and Python's headers: apt install gcc g++ python3-dev"
+        f"Training is not compiled, so it is slower and needs more memory "
+        f"({problem or 'torch.compile fails on another rank'}). "
+        "Compiling needs a C compiler and Python's headers: apt install gcc g++ python3-dev"
     )
     return dataclasses.replace(run, options=dataclasses.replace(run.options, no_compile=True))
 

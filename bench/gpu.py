@@ -107,14 +107,14 @@ def rounded(figures: dict) -> dict:
     return json.loads(json.dumps(figures), parse_float=lambda text: float(f"{float(text):.4g}"))
 
 
-def choose_stages(words: list[str]) -> list[str]:
+def choose_stages(chosen: list[str]) -> list[str]:
     """Return the stages of a call, or those named. UserError for a name that isn't known."""
     names: list[str] = []
-    for word in words:
-        chosen = [name for name, stage in STAGES.items() if word in (name, str(stage.call))]
-        if not chosen:
-            raise UserError(f"there is no stage {word}", f"There are: {', '.join(STAGES)}.")
-        names += chosen
+    for name_or_call in chosen:
+        found = [name for name, stage in STAGES.items() if name_or_call in (name, str(stage.call))]
+        if not found:
+            raise UserError(f"there is no stage {name_or_call}", f"There are: {', '.join(STAGES)}.")
+        names += found
     return names
 
 

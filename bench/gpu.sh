@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One CUDA machine, no downloads: the first eight minutes, then `bench/gpu.sh 2`. bench/gpu.py says what they show.
+# One CUDA machine, no downloads: the first eight minutes, then `bench/gpu.sh 2`.
+# bench/gpu.py says what they show.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1

@@ -326,7 +326,7 @@ NUMERIC_STEPS = [(200, 4), (60, 4), (12, 4), (4, 4), (60, 2)]
 
 
 def numerics(setup: Setup) -> dict:
-    """Train compiled, eager and on the CPU: the losses must agree. The four ways at once."""
+    """Train compiled, eager and on the CPU: the losses must agree. All four kinds at once."""
     results: dict[str, dict] = {}
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(len(NUMERICS), context) as pool:

@@ -89,7 +89,7 @@ class Clock:
 
     def __init__(self):
         self.impossible = {"dmy": 0, "mdy": 0}
-        self.example = ""  # a date that may be read in two ways
+        self.example = ""  # a date whose day and month may be either way round
         self.order = "dmy"
 
     @staticmethod

@@ -16,7 +16,7 @@ from exports.source import BROKEN_ZIP, Source
 
 NUM_PASSES = 1
 SAME_IDS = True
-ME = "imessage:me"  # the id of whoever the database says sent a message
+ME = "imessage:me"  # my id: of messages with is_from_me
 HEADER = "SQLite format 3\0"
 TABLES = {"message", "handle", "chat", "chat_message_join"}
 GROUP_STYLE = 43  # chat.style; 45 is a chat of two

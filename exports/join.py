@@ -56,7 +56,7 @@ class MessageStore:
 
     `file`: where messages go. `clean`: what is done to texts and names before that.
     `names`: {author's id: display name}. `counts`: {export: messages of each author}.
-    `same`: {author's id: the id under which `chats` yields the person}, where `unify` was told.
+    `same`: {author's id: the id under which `chats` yields the person}, as `unify` sets it.
     """
 
     def __init__(self, file: BinaryIO, clean: Callable[[str], str] = str):

@@ -10,7 +10,7 @@
     18:07<tab><tab>Bob left     a system line has no name
 
 Of a date with slashes the weekday tells whether the day or the month comes first. The variant with
-spaces instead of tabs is not read: where a name ends can't be told there.
+spaces instead of tabs is not read: nothing shows where a name ends there.
 """
 
 import collections
@@ -112,10 +112,10 @@ def events(source: Source, order: str, repairs: collections.Counter) -> Iterator
         if time and not day:
             repairs[UNDATED] += 1
         elif time and match and day:
-            name, tab, words = match[2].partition("\t")
+            name, tab, body = match[2].partition("\t")
             service = "" if name and tab else Reason.SERVICE
             moment = datetime.datetime.combine(day, time[0])
-            event = Event(moment, None if service else name, words if tab else name, service)
+            event = Event(moment, None if service else name, body if tab else name, service)
         elif "\t" in text and not following:
             repairs[DAMAGED] += (
                 1  # no part of the message before: somebody else may have written it

@@ -76,12 +76,15 @@ def messages(source: Source, repairs: collections.Counter) -> Iterator[Message]:
 def parse_page(source: Source, repairs: collections.Counter) -> "Page":
     data = b"".join(source.blocks(repairs))
     utf_8 = re.search(rb'charset="?utf-8', data[:2000], re.IGNORECASE)
-    page = Page()
-    try:
-        page.feed(data.decode("utf-8" if utf_8 else "cp1251", "replace"))
-        page.close()
-    except AssertionError:  # html.parser's word for a damaged declaration
-        repairs["damaged pages, read up to the damage"] += 1
+    page, text = Page(), data.decode("utf-8" if utf_8 else "cp1251", "replace")
+    for piece in re.split("\0+", text):  # what follows a hole belongs to something else
+        page.end_damaged_message()
+        page.reset()
+        try:
+            page.feed(piece)
+            page.close()
+        except AssertionError:  # html.parser's word for a damaged declaration
+            repairs["damaged pages, read up to the damage"] += 1
     return page
 
 
@@ -92,8 +95,6 @@ def make(raw: dict) -> Message | None:
     name = header[: match.start()].strip(" ,") if match else ""
     month = match[2].lower() if match else ""
     if not match or month not in MONTHS or not name or (raw["link"] and not link):
-        return None
-    if "\0" in header + raw["text"]:  # what follows a hole belongs to something else
         return None
     if not link and name not in ("Вы", "You"):
         return None
@@ -129,6 +130,12 @@ class Page(html.parser.HTMLParser):
         self.depth = 0  # of <div> in the message that is open, 0 outside
         self.part = ""  # where text goes
 
+    def end_damaged_message(self) -> None:
+        """Forget what is open, so that nothing more is added to it: without a header it is lost."""
+        if self.depth:
+            self.messages[-1]["header"] = ""
+        self.depth, self.part = 0, ""
+
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         get = dict(attrs).get
         classes = (get("class") or "").split()
@@ -144,8 +151,7 @@ class Page(html.parser.HTMLParser):
         self.depth += tag == "div"
         if "message__header" in classes:
             if self.messages[-1]["header"]:  # the head of another message is lost between
-                self.depth, self.part = 0, ""
-                self.messages[-1]["header"] = ""
+                self.end_damaged_message()
                 return
             self.part = "header"
         elif "attachment__description" in classes:

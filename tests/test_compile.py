@@ -133,7 +133,7 @@ def test_compiled_shards_train_as_eager_ones(kind, tmp_path):
 
 
 def test_compiled_bf16_update_equals_the_eager_one_but_for_rounding():
-    """The moments to the last bit; the weights lie at most one bf16 step apart, whatever the rate."""
+    """The moments to the last bit; the weights at most one bf16 step apart, whatever the rate."""
     torch.manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(n).bfloat16()) for n in (64, 1000, 333)]
     copies = [torch.nn.Parameter(w.detach().clone()) for w in weights]

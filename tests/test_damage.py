@@ -140,16 +140,67 @@ def spoken(path):
         return []
 
 
-@pytest.mark.parametrize("shape", ["telegram", "another tool"])
-def test_mutated_exports_have_no_traceback_no_hang_and_no_wrong_author_or_chat(shape, tmp_path):
-    path, longest, kept, whole = tmp_path / "result.json", 0, 0, 0
+def mutants(path, make, damage=damaged):
+    """Yield (number, text before the damage, its (chat, message) pairs) of MUTANTS damaged files.
+
+    A file that is refused has none. None may take five seconds.
+    """
     for number in range(MUTANTS):
         rng = random.Random(number)
-        text = healthy(rng) if shape == "telegram" else another_tools(healthy(rng))
-        path.write_bytes(damaged(text, rng).encode("utf-8", "replace"))
+        text = make(rng)
+        path.write_bytes(damage(text, rng).encode("utf-8", "replace"))
         began = time.process_time()
         found = spoken(path)
-        longest = max(longest, time.process_time() - began)
+        assert time.process_time() - began < 5, f"mutant {number}"
+        yield number, text, found
+
+
+def damaged_by(*kinds):
+    """Return a function that damages a text once or twice, in one of these ways."""
+
+    def damage(text, rng):
+        for _ in range(rng.choice((1, 2))):
+            text = once(text, rng.choice(kinds), rng.randrange(len(text) + 1), rng)
+        return text
+
+    return damage
+
+
+def assert_tags_name_the_authors(path, make, authors, tag, kinds):
+    """Each message of damaged files has only the texts of its author, whom they name in a tag."""
+    kept = 0
+    for number, _, found in mutants(path, make, damaged_by(*kinds)):
+        for _, message in found:
+            for name in re.findall(tag, message.text):
+                kept += 1
+                wrong = message.name in authors and name in authors and message.name != name
+                assert not wrong, f"mutant {number}: {message}"
+    assert kept > MUTANTS * 5
+
+
+def assert_few_are_lost(path, make, authors, messenger, tag, count, least):
+    """Each message of damaged files is its author's, whose id its text begins with."""
+    kept = whole = 0
+    for number, text, found in mutants(path, make):
+        for _, message in found:
+            name = re.match(tag, message.text)
+            if name and name[1] in authors and not message.left_out:
+                author = str(message.author).removeprefix(f"{messenger}:")
+                assert author == name[1] or author not in authors, f"mutant {number}: {message}"
+                kept += 1
+        whole += len(re.findall(count, text))
+    print(f"{MUTANTS:,} mutants, {kept / whole:.1%} of their texts read")
+    assert kept > least * whole
+
+
+@pytest.mark.parametrize("shape", ["telegram", "another tool"])
+def test_mutated_exports_have_no_traceback_no_hang_and_no_wrong_author_or_chat(shape, tmp_path):
+    kept = whole = 0
+
+    def make(rng):
+        return healthy(rng) if shape == "telegram" else another_tools(healthy(rng))
+
+    for number, text, found in mutants(tmp_path / "result.json", make):
         for chat, message in found:
             tag = re.match(r"\[(\w+) in (\d+)\] ", message.text)
             if tag and tag[1] in AUTHORS and not message.left_out:
@@ -160,11 +211,9 @@ def test_mutated_exports_have_no_traceback_no_hang_and_no_wrong_author_or_chat(s
                 )
                 kept += 1
         whole += text.count('"date_unixtime"')
-    print(
-        f"{MUTANTS:,} mutants, {kept / whole:.1%} of their messages read, longest {longest:.2f} s"
-    )
+    print(f"{MUTANTS:,} mutants, {kept / whole:.1%} of their messages read")
     # in a single chat a damaged head costs everything
-    assert kept > whole * (0.7 if shape == "telegram" else 0.65) and longest < 5
+    assert kept > whole * (0.7 if shape == "telegram" else 0.65)
 
 
 @pytest.mark.parametrize("shape", ["telegram", "whatsapp", "zip"])

@@ -1,13 +1,11 @@
 """KakaoTalk's exports of PC, Android, iPhone and Mac. Every file here is invented."""
 
 import datetime
-import random
-import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_damage import MUTANTS, once
+from test_damage import assert_tags_name_the_authors
 from test_line import AUTHORS, TEXTS
 
 import exports
@@ -110,21 +108,6 @@ def invented(rng):
 
 
 def test_mutated_chats_have_no_traceback_and_no_wrong_author(tmp_path):
-    path, kept = tmp_path / "x.txt", 0
-    for number in range(MUTANTS):
-        rng = random.Random(number)
-        text = invented(rng)
-        for _ in range(rng.choice((1, 2))):
-            damage = rng.choice(("cut", "change", "hole", "mark"))
-            text = once(text, damage, rng.randrange(len(text) + 1), rng)
-        path.write_bytes(text.encode("utf-8", "replace"))
-        try:
-            chats = [list(messages) for _, messages in exports.read(path)]
-        except exports.UserError:
-            continue
-        for message in (message for messages in chats for message in messages):
-            for tag in re.findall(r"<(\w+ \w+)>", message.text):
-                kept += 1
-                wrong = message.name in AUTHORS and tag in AUTHORS and message.name != tag
-                assert not wrong, f"mutant {number}: {message}"
-    assert kept > MUTANTS * 5
+    kinds = "cut", "change", "hole", "mark"
+    path = tmp_path / "x.txt"
+    assert_tags_name_the_authors(path, invented, AUTHORS, r"<(\w+ \w+)>", kinds)

@@ -260,17 +260,21 @@ int cudaGetSymbolAddress(void **out, const void *symbol) {
   return *out = memory, 0;
 }
 
-static int copy(void *to, const void *from, size_t size) {
-  if (size <= COPIED_BYTES)
+/* Nothing is computed, so a float that the CPU reads (a loss, a norm) would be what was left in its
+   memory, perhaps NaN. It is 0. Counts are of 8 bytes. */
+static int copy(void *to, const void *from, size_t size, int kind) {
+  if (kind == cudaMemcpyDeviceToHost && size <= sizeof(float))
+    memset(to, 0, size);
+  else if (size <= COPIED_BYTES)
     memmove(to, from, size);
   return 0;
 }
 int cudaMemcpy(void *to, const void *from, size_t size, int kind) {
   int refused = wait_for_gpu();
-  return refused ? refused : copy(to, from, size);
+  return refused ? refused : copy(to, from, size, kind);
 }
 int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *stream) {
-  return copy(to, from, size);
+  return copy(to, from, size, kind);
 }
 int cudaMemset(void *to, int value, size_t size) {
   if (size <= COPIED_BYTES)
