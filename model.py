@@ -29,6 +29,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+import fused
+
 # The label of a token that is no target, as in F.cross_entropy.
 IGNORE_INDEX = -100
 
@@ -131,6 +133,10 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         rows = x.flatten(0, -2)  # (N, E)
+        if fused.serves(rows):
+            out, inv_rms = fused.rms_norm(rows, weight, eps)
+            ctx.save_for_backward(rows, weight, inv_rms)
+            return out.view(x.shape)
         out = torch.empty_like(rows)
         inv_rms = rows.new_empty(len(rows), 1, dtype=torch.float32)
         scale = weight.float()
@@ -144,6 +150,10 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         rows, weight, inv_rms = ctx.saved_tensors
+        if fused.serves(rows):
+            flat, train_weight = grad.reshape(rows.shape), ctx.needs_input_grad[1]
+            out, grad_weight = fused.rms_norm_backward(flat, rows, weight, inv_rms, train_weight)
+            return out.view(grad.shape), grad_weight, None
         out, scale = torch.empty_like(rows), weight.float()
         grad_weight = torch.zeros_like(scale) if ctx.needs_input_grad[1] else None
         for out_chunk, x, g, inv in cache_chunks(out, rows, grad.reshape(rows.shape), inv_rms):
@@ -273,6 +283,8 @@ class ApplyRotary(torch.autograd.Function):
 
     @staticmethod
     def rotate(x, cos, sin):
+        if fused.serves(x):
+            return fused.rotate(x, cos, sin)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         cos, sin = (angle.expand(*x.shape[:2], 1, -1).flatten(0, 1) for angle in (cos, sin))
         for to, part, c, s in cache_chunks(out.flatten(0, 1), x.flatten(0, 1), cos, sin):
@@ -313,12 +325,11 @@ class KVCache:
 class QueryBlock(NamedTuple):
     """A block of queries on a CPU: it sees keys from `first_key` to the block's end.
 
-    `mask_bias`: [(columns of the scores, (block_size, 1, columns))], added to the scores: 0 where a
-    query sees a key and -inf where not. Columns that it lacks are seen by all.
+    `first_seen` (block_size,) int32: each query sees the keys from `first_key` + this to its own.
     """
 
     first_key: int
-    mask_bias: list
+    first_seen: Tensor
 
 
 class Documents(NamedTuple):
@@ -364,7 +375,7 @@ def attention_layout(
         if isinstance(cu_seqlens, Tensor):
             return Documents(varlen_kernel(), cu_seqlens, T, window)
         size = min(QUERY_BLOCK, 16 * math.ceil(B * T / 16))
-        blocks = query_blocks(cu_seqlens, size, window, dtype)
+        blocks = query_blocks(cu_seqlens, size, window)
         return Documents(document_attention, cu_seqlens, T, window, blocks, size)
     before = cached or 0
     key = torch.arange(before + T, device=positions.device)
@@ -420,9 +431,7 @@ def varlen_kernel() -> Callable:
     return kernel
 
 
-def query_blocks(
-    cu_seqlens: list, size: int, window: int | None, dtype: torch.dtype
-) -> list[QueryBlock]:
+def query_blocks(cu_seqlens: list, size: int, window: int | None) -> list[QueryBlock]:
     """Cut a CPU's N tokens into blocks of `size` queries, across the borders of documents.
 
     Keys begin at a multiple of `size` too: products have few shapes, and each new one costs oneDNN
@@ -437,22 +446,29 @@ def query_blocks(
         starts = np.maximum(starts, token - window + 1)
     blocks = []
     for first in range(0, len(token), size):
-        queries = slice(first, first + size)
-        begins, first_key = starts[queries, None], int(starts[first]) // size * size
-        keys = token[first_key : first + size]
-        hidden = (keys > token[queries, None]) | (keys < begins)
-        columns = [slice(0, len(keys))]
-        # In a long document nothing is hidden between the first block of keys and the last.
-        if len(keys) > 2 * size and (begins < first_key + size).all():
-            columns = [slice(0, size), slice(len(keys) - size, len(keys))]
-        mask_bias = []
-        for part in columns:
-            if hidden[:, part].any():
-                mask = torch.from_numpy(hidden[:, None, part])
-                bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask, -math.inf)
-                mask_bias.append((part, bias))
-        blocks.append(QueryBlock(first_key, mask_bias))
+        first_key = int(starts[first]) // size * size
+        first_seen = starts[first : first + size] - first_key
+        blocks.append(QueryBlock(first_key, torch.from_numpy(first_seen).int()))
     return blocks
+
+
+def masked_softmax_(scores: Tensor, first_seen: Tensor) -> Tensor:
+    """Scores (G, queries * heads, columns) → probabilities, in place; see QueryBlock."""
+    queries = len(first_seen)
+    if fused.serves(scores):
+        return fused.softmax_(scores, first_seen, queries)
+    column = torch.arange(scores.shape[-1])
+    own = column[-queries:, None]
+    hidden = (column < first_seen[:, None]) | (column > own)  # (queries, columns)
+    scores.unflatten(1, (queries, -1)).masked_fill_(hidden[:, None], -math.inf)
+    return torch.softmax(scores, -1, out=scores)
+
+
+def softmax_backward_(grad: Tensor, probabilities: Tensor, first_seen: Tensor) -> Tensor:
+    """The gradient of probabilities → that of scores, in place."""
+    if fused.serves(grad):
+        return fused.softmax_backward_(grad, probabilities, first_seen, len(first_seen))
+    return torch._softmax_backward_data(grad, probabilities, -1, grad.dtype, grad_input=grad)
 
 
 def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
@@ -479,10 +495,7 @@ class DocumentAttention(torch.autograd.Function):
             seen = slice(block.first_key, (index + 1) * size)
             scores = q.new_empty(G, queries.shape[2], seen.stop - seen.start)
             torch.bmm(queries[index], keys_transposed[:, :, seen], out=scores)
-            by_query = scores.unflatten(1, (size, H // G))
-            for columns, bias in block.mask_bias:
-                by_query[..., columns] += bias
-            torch.softmax(scores, -1, out=scores)
+            masked_softmax_(scores, block.first_seen)
             torch.bmm(scores, values[:, seen], out=out[index])
             if any(ctx.needs_input_grad):
                 saved.append(scores)
@@ -502,7 +515,7 @@ class DocumentAttention(torch.autograd.Function):
             seen = slice(block.first_key, (index + 1) * size)
             scores = torch.empty_like(probabilities)
             torch.bmm(grads[index], values_transposed[:, :, seen], out=scores)
-            torch._softmax_backward_data(scores, probabilities, -1, scores.dtype, grad_input=scores)
+            softmax_backward_(scores, probabilities, block.first_seen)
             torch.bmm(scores, keys[:, seen], out=grad_q[index])
             grad_k[:, seen] += scores.mT @ queries[index]
             grad_v[:, seen] += probabilities.mT @ grads[index]
@@ -571,6 +584,8 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
+        if fused.serves(gate):
+            return fused.swiglu(gate, up)
         out = torch.empty_like(gate)
         for to, g, u in cache_chunks(*(x.flatten(0, -2) for x in (out, gate, up))):
             torch.mul(F.silu(g), u, out=to)
@@ -579,6 +594,8 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
+        if fused.serves(gate):
+            return fused.swiglu_backward(grad, gate, up)
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         rows = (x.flatten(0, -2) for x in (grad_gate, grad_up, grad, gate, up))
         for to_gate, to_up, grad_out, g, u in cache_chunks(*rows):

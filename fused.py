@@ -1,0 +1,135 @@
+"""Fused kernels for a CPU: fused.cpp, built where a C++ compiler is found.
+
+Where there is none, model.py's own formulas serve. The built library is kept in the user's cache
+folder. `serves(x)` says whether a tensor can be given to the kernels.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+# Not -march=native: a home folder may be shared by different machines.
+ARCHITECTURES = {
+    "AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    "AVX2": ["-march=x86-64-v3"],
+}
+FLAGS = "-O3 -shared -fPIC -fopenmp -fno-math-errno -fno-trapping-math".split()
+TIMEOUT = 60  # seconds for the compiler, which needs two
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the kernels take this tensor: a real one on a CPU, outside torch.compile."""
+    if type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in DTYPES:
+        return False
+    return not torch.compiler.is_compiling() and library() is not None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x (N, E), weight (E,) → x / rms(x) * weight in the dtype of x, 1 / rms (N,) float32."""
+    x, weight = x.contiguous(), weight.float().contiguous()
+    out, inv_rms = torch.empty_like(x), torch.empty(len(x))
+    call("rms_norm", x.dtype, x, weight, out, inv_rms, *x.shape, eps)
+    return out, inv_rms
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, inv_rms: Tensor, train_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """grad, x (N, E) → gradients of x, in its dtype, and of the weight (E,) in float32, or None."""
+    grad, x, weight = grad.contiguous(), x.contiguous(), weight.float().contiguous()
+    out, sums = torch.empty_like(x), None
+    if train_weight:
+        sums = torch.zeros(torch.get_num_threads(), x.shape[1])
+    call("rms_norm_backward", x.dtype, grad, x, weight, inv_rms, out, sums, *x.shape)
+    return out, None if sums is None else sums.sum(0)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of one shape and dtype."""
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    call("swiglu", gate.dtype, gate, up, out, gate.numel())
+    return out
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of gate and up."""
+    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    call("swiglu_backward", gate.dtype, grad, gate, up, grad_gate, grad_up, gate.numel())
+    return grad_gate, grad_up
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, T, H, D), cos and signed sin (B or 1, T, 1, D) float32 → x rotated, as `rope` says."""
+    x, (B, T, H, D) = x.contiguous(), x.shape
+    cos, sin = (angle.expand(B, T, 1, D).contiguous() for angle in (cos, sin))
+    out = torch.empty_like(x)
+    call("rotate", x.dtype, x, cos, sin, out, B * T, H, D)
+    return out
+
+
+def softmax_(scores: Tensor, first: Tensor, queries: int) -> Tensor:
+    """Attention scores (G, queries * heads, columns) → probabilities, in place.
+
+    Query q sees the columns from `first[q]` (queries,) int32 to its own; the last sees the last.
+    """
+    G, rows, columns = scores.shape
+    call("softmax", scores.dtype, scores, first, G, queries, rows // queries, columns)
+    return scores
+
+
+def softmax_backward_(grad: Tensor, probabilities: Tensor, first: Tensor, queries: int) -> Tensor:
+    """The gradient of probabilities (G, queries * heads, columns) → that of scores, in place."""
+    G, rows, columns = grad.shape
+    shape = G, queries, rows // queries, columns
+    call("softmax_backward", grad.dtype, grad, probabilities, first, *shape)
+    return grad
+
+
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
+    """Call a kernel with tensors, as pointers, and numbers."""
+    kernel = getattr(library(), f"{name}_{DTYPES[dtype]}")
+    kernel(*map(as_c, arguments))
+
+
+def as_c(value: Tensor | int | float | None) -> object:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, int):
+        return ctypes.c_long(value)
+    return ctypes.c_float(value) if isinstance(value, float) else None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The built kernels, or None where there is no compiler, or one that can't build them."""
+    compiler = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
+    if os.name == "nt" or not compiler:
+        return None
+    flags = FLAGS + ARCHITECTURES.get(torch.backends.cpu.get_cpu_capability(), [])
+    source = SOURCE.read_bytes()
+    key = hashlib.sha256(source + repr([compiler, flags]).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "doppelganger"
+    built = cache / f"fused-{key}.so"
+    try:
+        if not built.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as folder:
+                new = Path(folder) / built.name
+                command = [compiler, *flags, str(SOURCE), "-o", str(new)]
+                subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT)
+                new.replace(built)  # two processes may build it at once
+        return ctypes.CDLL(str(built))
+    except (OSError, subprocess.SubprocessError):
+        return None
