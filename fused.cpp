@@ -113,15 +113,21 @@ void rotate(const T* x, const float* cos, const float* sin, T* out, long N, long
     }
 }
 
-// Attention probabilities in place of scores (G, queries * heads, columns). Query q sees the columns
-// from first[q] to its own, which is as far from the last column as q is from the last query.
-// Columns are a multiple of 16 and taken so many at a time: no loop has a rest.
+// --- attention; see QueryBlocks in model.py
+//
+// Scores are (blocks, G, size, heads, columns), with `heads` heads a group: blocks * G products.
+
+// Probabilities in place of scores. A query sees the columns from first_seen (blocks, size) to its
+// own, which is as far from the last column as the query from the last one. Columns are a multiple
+// of 16 and taken so many at a time: no loop has a rest.
 template <typename T>
-void softmax(T* scores, const int32_t* first, long G, long queries, long heads, long columns) {
+void softmax(T* scores, const int32_t* first_seen, long blocks, long G, long size, long heads,
+             long columns) {
     #pragma omp parallel for
-    for (long row = 0; row < G * queries * heads; row++) {
-        long query = row / heads % queries, begin = first[query];
-        long end = columns - queries + query + 1, from = begin / 16 * 16, to = (end + 15) / 16 * 16;
+    for (long row = 0; row < blocks * G * size * heads; row++) {
+        long query = row / heads % size, block = row / (G * size * heads);
+        long begin = first_seen[block * size + query];
+        long end = columns - size + query + 1, from = begin / 16 * 16, to = (end + 15) / 16 * 16;
         T* x = scores + row * columns;
         float largest[16], sums[16] = {}, powers[columns], top = -INFINITY, sum = 0;
         for (long i = 0; i < 16; i++) largest[i] = -INFINITY;
@@ -149,12 +155,13 @@ void softmax(T* scores, const int32_t* first, long G, long queries, long heads, 
 
 // The gradient of the scores, in place of that of the probabilities, which are 0 where hidden
 template <typename T>
-void softmax_backward(T* grad, const T* probabilities, const int32_t* first, long G, long queries,
-                      long heads, long columns) {
+void softmax_backward(T* grad, const T* probabilities, const int32_t* first_seen, long blocks,
+                      long G, long size, long heads, long columns) {
     #pragma omp parallel for
-    for (long row = 0; row < G * queries * heads; row++) {
-        long query = row / heads % queries, from = first[query] / 16 * 16;
-        long to = (columns - queries + query + 16) / 16 * 16;
+    for (long row = 0; row < blocks * G * size * heads; row++) {
+        long query = row / heads % size, block = row / (G * size * heads);
+        long from = first_seen[block * size + query] / 16 * 16;
+        long to = (columns - size + query + 16) / 16 * 16;
         T* g = grad + row * columns;
         const T* p = probabilities + row * columns;
         float sums[16] = {}, sum = 0;
@@ -166,6 +173,35 @@ void softmax_backward(T* grad, const T* probabilities, const int32_t* first, lon
             for (long i = 0; i < 16; i++) g[c + i] = float(p[c + i]) * (float(g[c + i]) - sum);
         memset(g + to, 0, (columns - to) * sizeof(T));
     }
+}
+
+// x (N, G * heads, D) → (blocks, G, length, heads, D): `length` tokens from each of `firsts` on
+template <typename T>
+void gather_blocks(const T* x, const int64_t* firsts, T* out, long blocks, long G, long length,
+                   long heads, long D, long N, float scale) {
+    #pragma omp parallel for
+    for (long row = 0; row < blocks * G * length; row++) {
+        long token = firsts[row / (G * length)] + row % length, group = row / length % G;
+        T* to = out + row * heads * D;
+        const T* from = x + (token * G + group) * heads * D;
+        if (token >= N) memset(to, 0, heads * D * sizeof(T));
+        else if (scale == 1) memcpy(to, from, heads * D * sizeof(T));
+        else for (long i = 0; i < heads * D; i++) to[i] = float(from[i]) * scale;
+    }
+}
+
+// The way back: x is added to total (N, G * heads, D). Blocks may overlap, groups don't.
+template <typename T, typename Total>
+void add_blocks(const T* x, const int64_t* firsts, Total* total, long blocks, long G, long length,
+                long heads, long D, long N) {
+    #pragma omp parallel for
+    for (long group = 0; group < G; group++)
+        for (long block = 0; block < blocks; block++)
+            for (long n = 0; n < length && firsts[block] + n < N; n++) {
+                Total* to = total + ((firsts[block] + n) * G + group) * heads * D;
+                const T* from = x + ((block * G + group) * length + n) * heads * D;
+                for (long i = 0; i < heads * D; i++) to[i] = float(to[i]) + float(from[i]);
+            }
 }
 
 // clang-format off
@@ -183,11 +219,22 @@ void softmax_backward(T* grad, const T* probabilities, const int32_t* first, lon
         swiglu_backward(grad, gate, up, grad_gate, grad_up, size); }                              \
     void rotate_##name(const T* x, const float* cos, const float* sin, T* out, long N, long H,    \
                        long D) { rotate(x, cos, sin, out, N, H, D); }                             \
-    void softmax_##name(T* scores, const int32_t* first, long G, long queries, long heads,        \
-                        long columns) { softmax(scores, first, G, queries, heads, columns); }     \
-    void softmax_backward_##name(T* grad, const T* probabilities, const int32_t* first, long G,   \
-                                 long queries, long heads, long columns) {                        \
-        softmax_backward(grad, probabilities, first, G, queries, heads, columns); }
+    void softmax_##name(T* scores, const int32_t* first_seen, long blocks, long G, long size,     \
+                        long heads, long columns) {                                               \
+        softmax(scores, first_seen, blocks, G, size, heads, columns); }                           \
+    void softmax_backward_##name(T* grad, const T* probabilities, const int32_t* first_seen,      \
+                                 long blocks, long G, long size, long heads, long columns) {      \
+        softmax_backward(grad, probabilities, first_seen, blocks, G, size, heads, columns); }     \
+    void gather_blocks_##name(const T* x, const int64_t* firsts, T* out, long blocks, long G,     \
+                              long length, long heads, long D, long N, float scale) {             \
+        gather_blocks(x, firsts, out, blocks, G, length, heads, D, N, scale); }                   \
+    void add_blocks_##name(const T* x, const int64_t* firsts, T* total, long blocks, long G,      \
+                           long length, long heads, long D, long N) {                             \
+        add_blocks(x, firsts, total, blocks, G, length, heads, D, N); }                           \
+    void add_blocks_to_float32_##name(const T* x, const int64_t* firsts, float* total,            \
+                                      long blocks, long G, long length, long heads, long D,       \
+                                      long N) {                                                   \
+        add_blocks(x, firsts, total, blocks, G, length, heads, D, N); }
 
 extern "C" {
 EXPORT(float, float32)

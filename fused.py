@@ -79,22 +79,44 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def softmax_(scores: Tensor, first: Tensor, queries: int) -> Tensor:
-    """Attention scores (G, queries * heads, columns) → probabilities, in place.
+def softmax_(scores: Tensor, first_seen: Tensor) -> Tensor:
+    """Scores (blocks * G, size * heads, columns) → probabilities, in place.
 
-    Query q sees the columns from `first[q]` (queries,) int32 to its own; the last sees the last.
+    Query q of a block sees the columns from `first_seen` (blocks, size) int32 to its own; the last
+    query's is the last column.
     """
-    G, rows, columns = scores.shape
-    call("softmax", scores.dtype, scores, first, G, queries, rows // queries, columns)
+    call("softmax", scores.dtype, scores, first_seen, *score_shape(scores, first_seen))
     return scores
 
 
-def softmax_backward_(grad: Tensor, probabilities: Tensor, first: Tensor, queries: int) -> Tensor:
-    """The gradient of probabilities (G, queries * heads, columns) → that of scores, in place."""
-    G, rows, columns = grad.shape
-    shape = G, queries, rows // queries, columns
-    call("softmax_backward", grad.dtype, grad, probabilities, first, *shape)
+def softmax_backward_(grad: Tensor, probabilities: Tensor, first_seen: Tensor) -> Tensor:
+    """The gradient of `softmax_`'s probabilities → that of the scores, in place."""
+    shape = score_shape(grad, first_seen)
+    call("softmax_backward", grad.dtype, grad, probabilities, first_seen, *shape)
     return grad
+
+
+def score_shape(scores: Tensor, first_seen: Tensor) -> tuple[int, ...]:
+    """Return blocks, G, size, heads, columns."""
+    (blocks, size), (products, rows, columns) = first_seen.shape, scores.shape
+    return blocks, products // blocks, size, rows // size, columns
+
+
+def gather_blocks(x: Tensor, firsts: Tensor, length: int, groups: int, scale: float) -> Tensor:
+    """x (N, heads, D) → (blocks * G, length * heads / G, D); `firsts` (blocks,) int64."""
+    x, (N, heads, D), blocks = x.contiguous(), x.shape, len(firsts)
+    out = x.new_empty(blocks * groups, length * heads // groups, D)
+    shape = blocks, groups, length, heads // groups, D, N
+    call("gather_blocks", x.dtype, x, firsts, out, *shape, scale)
+    return out
+
+
+def add_blocks_(total: Tensor, x: Tensor, firsts: Tensor, length: int) -> None:
+    """Add x (blocks * G, length * heads / G, D) to total (N, heads, D): of its dtype, or float32."""
+    (N, heads, D), blocks = total.shape, len(firsts)
+    groups = len(x) // blocks
+    name = "add_blocks" if total.dtype == x.dtype else "add_blocks_to_float32"
+    call(name, x.dtype, x.contiguous(), firsts, total, blocks, groups, length, heads // groups, D, N)
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:

@@ -56,7 +56,7 @@ CACHE_NUMEL = 1 << 17
 CPU_MULTIPLE = 64
 
 # Queries at a time on a CPU: few enough to skip most of the keys that causality hides.
-QUERY_BLOCK = 128
+QUERY_BLOCK = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,13 +322,18 @@ class KVCache:
         return self.layers[layer][:, :, :, :end].transpose(2, 3).unbind(0)
 
 
-class QueryBlock(NamedTuple):
-    """A block of queries on a CPU: it sees keys from `first_key` to the block's end.
+class QueryBlocks(NamedTuple):
+    """Blocks of queries that see equally many keys on a CPU: each product takes all of them.
 
-    `first_seen` (block_size,) int32: each query sees the keys from `first_key` + this to its own.
+    A block's queries are the `size` tokens from `first_query` (blocks,) on, its keys the `columns`
+    from `first_key` (blocks,) on, of which the last is the last query's own. A query sees the
+    columns from `first_seen` (blocks, size) on, up to its own.
     """
 
-    first_key: int
+    first_query: Tensor
+    size: int
+    first_key: Tensor
+    columns: int
     first_seen: Tensor
 
 
@@ -337,7 +342,7 @@ class Documents(NamedTuple):
 
     `cu_seqlens`: where they begin and the last one ends, [0, 3, 8] for documents of 3 and 5 tokens:
     a list on a CPU, an int32 tensor on CUDA.
-    `max_seqlen`: no document is longer. `blocks` (CPU): a QueryBlock per `block_size` queries.
+    `max_seqlen`: no document is longer. `blocks`: the queries on a CPU.
     `kernel(q, k, v, documents)`: q (N, H, D), k, v (N, G, D) → (N, H, D).
     """
 
@@ -345,8 +350,7 @@ class Documents(NamedTuple):
     cu_seqlens: list | Tensor
     max_seqlen: int
     window: int | None
-    blocks: list[QueryBlock] | None = None
-    block_size: int = QUERY_BLOCK
+    blocks: list[QueryBlocks] | None = None
 
 
 def attention_layout(
@@ -374,9 +378,8 @@ def attention_layout(
             cu_seqlens = cu_seqlens.tolist() if on_cpu else cu_seqlens
         if isinstance(cu_seqlens, Tensor):
             return Documents(varlen_kernel(), cu_seqlens, T, window)
-        size = min(QUERY_BLOCK, 16 * math.ceil(B * T / 16))
-        blocks = query_blocks(cu_seqlens, size, window)
-        return Documents(document_attention, cu_seqlens, T, window, blocks, size)
+        blocks = query_blocks(cu_seqlens, window)
+        return Documents(document_attention, cu_seqlens, T, window, blocks)
     before = cached or 0
     key = torch.arange(before + T, device=positions.device)
     query = key[before:, None]
@@ -431,12 +434,13 @@ def varlen_kernel() -> Callable:
     return kernel
 
 
-def query_blocks(cu_seqlens: list, size: int, window: int | None) -> list[QueryBlock]:
-    """Cut a CPU's N tokens into blocks of `size` queries, across the borders of documents.
+def query_blocks(cu_seqlens: list, window: int | None) -> list[QueryBlocks]:
+    """Cut a CPU's N tokens into blocks of queries, across the borders of documents.
 
-    Keys begin at a multiple of `size` too: products have few shapes, and each new one costs oneDNN
-    time and memory.
+    Keys begin at a multiple of the size too, and blocks are grouped by powers of two: products have
+    few shapes, and each new one costs oneDNN time and memory.
     """
+    size = min(QUERY_BLOCK, 16 * math.ceil(cu_seqlens[-1] / 16))
     token = np.arange(math.ceil(cu_seqlens[-1] / size) * size)
     # The first key that each token sees; tokens that fill the last block see themselves.
     starts = token.copy()
@@ -444,102 +448,109 @@ def query_blocks(cu_seqlens: list, size: int, window: int | None) -> list[QueryB
         starts[begin:end] = begin
     if window:
         starts = np.maximum(starts, token - window + 1)
-    blocks = []
-    for first in range(0, len(token), size):
-        first_key = int(starts[first]) // size * size
-        first_seen = starts[first : first + size] - first_key
-        blocks.append(QueryBlock(first_key, torch.from_numpy(first_seen).int()))
-    return blocks
+    starts = starts.reshape(-1, size)
+    first_query = token[::size]
+    first_key = starts[:, 0] // size * size
+    columns = first_query + size - first_key
+
+    groups = []
+    for count in np.unique(columns):
+        (same,) = np.nonzero(columns == count)
+        while len(same):
+            part, same = np.split(same, [1 << (len(same).bit_length() - 1)])
+            first_seen = torch.from_numpy(starts[part] - first_key[part, None]).int()
+            firsts = (torch.from_numpy(first[part]) for first in (first_query, first_key))
+            groups.append(QueryBlocks(next(firsts), size, next(firsts), int(count), first_seen))
+    return groups
+
+
+def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """Attention within each document on a CPU: q (N, H, D), k, v (N, G, D) → (N, H, D)."""
+    return DocumentAttention.apply(q, k, v, documents.blocks)
+
+
+class DocumentAttention(torch.autograd.Function):
+    """Blocks of queries over the keys that they see. Saves the probabilities."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, groups):
+        G, scale = k.shape[1], k.shape[2] ** -0.5
+        out, saved = torch.zeros_like(q), []
+        for blocks in groups:
+            queries = gather_blocks(q, blocks.first_query, blocks.size, G, scale)
+            keys, values = (gather_blocks(x, blocks.first_key, blocks.columns, G) for x in (k, v))
+            scores = torch.bmm(queries, keys.mT)  # (blocks * G, size * H / G, columns)
+            probabilities = masked_softmax_(scores, blocks.first_seen)
+            add_blocks_(out, torch.bmm(probabilities, values), blocks.first_query, blocks.size)
+            if any(ctx.needs_input_grad):
+                saved.append(probabilities)
+        ctx.save_for_backward(q, k, v, *saved)
+        ctx.groups = groups
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, *saved = ctx.saved_tensors
+        G, scale = k.shape[1], k.shape[2] ** -0.5
+        grad_q = torch.zeros_like(q)
+        grad_k, grad_v = (torch.zeros(k.shape) for _ in range(2))  # sums over blocks, in fp32
+        for blocks, probabilities in zip(ctx.groups, saved):
+            queries = gather_blocks(q, blocks.first_query, blocks.size, G, scale)
+            grads = gather_blocks(grad, blocks.first_query, blocks.size, G)
+            keys = gather_blocks(k, blocks.first_key, blocks.columns, G, scale)
+            values = gather_blocks(v, blocks.first_key, blocks.columns, G)
+            scores = torch.bmm(grads, values.mT)
+            softmax_backward_(scores, probabilities, blocks.first_seen)
+            add_blocks_(grad_q, torch.bmm(scores, keys), blocks.first_query, blocks.size)
+            for total, left, right in (grad_k, scores, queries), (grad_v, probabilities, grads):
+                add_blocks_(total, torch.bmm(left.mT, right), blocks.first_key, blocks.columns)
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
+
+
+def gather_blocks(
+    x: Tensor, firsts: Tensor, length: int, groups: int, scale: float = 1.0
+) -> Tensor:
+    """x (N, heads, D) → (blocks * G, length * heads / G, D): the tokens from `firsts` on, scaled.
+
+    A block holds its tokens one after another, each with the heads that share a key. Behind the
+    last token are zeros.
+    """
+    if fused.serves(x):
+        return fused.gather_blocks(x, firsts, length, groups, scale)
+    tokens = firsts[:, None] + torch.arange(length)  # (blocks, length)
+    x = F.pad(x, (0, 0, 0, 0, 0, max(0, int(tokens.max()) + 1 - len(x))))
+    x = (x[tokens] * scale).unflatten(2, (groups, -1))  # (blocks, length, G, heads / G, D)
+    return x.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def add_blocks_(total: Tensor, x: Tensor, firsts: Tensor, length: int) -> None:
+    """Add what `gather_blocks` makes, (blocks * G, length * heads / G, D), to total (N, heads, D)."""
+    if fused.serves(x):
+        fused.add_blocks_(total, x, firsts, length)
+        return
+    x = x.unflatten(0, (len(firsts), -1)).unflatten(2, (length, -1)).transpose(1, 2)
+    tokens = firsts[:, None] + torch.arange(length)  # (blocks, length)
+    real = tokens < len(total)
+    total.index_add_(0, tokens[real], x.flatten(2, 3)[real].to(total.dtype))
 
 
 def masked_softmax_(scores: Tensor, first_seen: Tensor) -> Tensor:
-    """Scores (G, queries * heads, columns) → probabilities, in place; see QueryBlock."""
-    queries = len(first_seen)
+    """Scores (blocks * G, size * H / G, columns) → probabilities, in place; see QueryBlocks."""
     if fused.serves(scores):
-        return fused.softmax_(scores, first_seen, queries)
+        return fused.softmax_(scores, first_seen)
     column = torch.arange(scores.shape[-1])
-    own = column[-queries:, None]
-    hidden = (column < first_seen[:, None]) | (column > own)  # (queries, columns)
-    scores.unflatten(1, (queries, -1)).masked_fill_(hidden[:, None], -math.inf)
+    own = column[-first_seen.shape[1] :, None]
+    hidden = (column < first_seen[..., None]) | (column > own)  # (blocks, size, columns)
+    by_query = scores.unflatten(0, (len(hidden), -1)).unflatten(2, (hidden.shape[1], -1))
+    by_query.masked_fill_(hidden[:, None, :, None], -math.inf)
     return torch.softmax(scores, -1, out=scores)
 
 
 def softmax_backward_(grad: Tensor, probabilities: Tensor, first_seen: Tensor) -> Tensor:
     """The gradient of probabilities → that of scores, in place."""
     if fused.serves(grad):
-        return fused.softmax_backward_(grad, probabilities, first_seen, len(first_seen))
+        return fused.softmax_backward_(grad, probabilities, first_seen)
     return torch._softmax_backward_data(grad, probabilities, -1, grad.dtype, grad_input=grad)
-
-
-def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    """Attention within each document on a CPU: q (N, H, D), k, v (N, G, D) → (N, H, D)."""
-    return DocumentAttention.apply(q, k, v, documents.blocks, documents.block_size)
-
-
-class DocumentAttention(torch.autograd.Function):
-    """A block of queries at a time over the keys that it sees: half the time of SDPA on a CPU.
-
-    Products go straight to where they belong (`out=`) and read keys that lie transposed: with fresh
-    memory and a transposition at each, they take three times as long. Saves the probabilities.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, blocks, size):
-        (N, H, D), G = q.shape, k.shape[1]
-        queries = group_heads(q, G, size, D**-0.5)  # (blocks, G, size * H / G, D)
-        padding = (0, 0, 0, len(blocks) * size - N)
-        keys, values = (F.pad(x.transpose(0, 1), padding).contiguous() for x in (k, v))
-        keys_transposed = keys.mT.contiguous()  # (G, D, S)
-        out, saved = torch.empty_like(queries), []
-        for index, block in enumerate(blocks):
-            seen = slice(block.first_key, (index + 1) * size)
-            scores = q.new_empty(G, queries.shape[2], seen.stop - seen.start)
-            torch.bmm(queries[index], keys_transposed[:, :, seen], out=scores)
-            masked_softmax_(scores, block.first_seen)
-            torch.bmm(scores, values[:, seen], out=out[index])
-            if any(ctx.needs_input_grad):
-                saved.append(scores)
-        ctx.save_for_backward(queries, keys, values, *saved)
-        ctx.blocks, ctx.size = blocks, size
-        return ungroup_heads(out, N, size)
-
-    @staticmethod
-    def backward(ctx, grad):
-        queries, keys, values, *saved = ctx.saved_tensors
-        N, size = len(grad), ctx.size
-        grads = group_heads(grad, len(keys), size)
-        values_transposed = values.mT.contiguous()
-        grad_q = torch.empty_like(queries)
-        grad_k, grad_v = (torch.zeros(keys.shape) for _ in range(2))  # sums over blocks, in fp32
-        for index, (block, probabilities) in enumerate(zip(ctx.blocks, saved)):
-            seen = slice(block.first_key, (index + 1) * size)
-            scores = torch.empty_like(probabilities)
-            torch.bmm(grads[index], values_transposed[:, :, seen], out=scores)
-            softmax_backward_(scores, probabilities, block.first_seen)
-            torch.bmm(scores, keys[:, seen], out=grad_q[index])
-            grad_k[:, seen] += scores.mT @ queries[index]
-            grad_v[:, seen] += probabilities.mT @ grads[index]
-        grad_k, grad_v = (x[:, :N].transpose(0, 1).to(grad.dtype) for x in (grad_k, grad_v))
-        grad_q *= keys.shape[-1] ** -0.5
-        return ungroup_heads(grad_q, N, size), grad_k, grad_v, None, None
-
-
-def group_heads(x, groups, size, scale=1.0):
-    """(N, H, D) → (blocks, G, size * H / G, D), scaled, the last block padded with zeros.
-
-    A block holds its tokens one after another, each with the heads that share a key.
-    """
-    if len(x) % size:
-        x = F.pad(x, (0, 0, 0, 0, 0, -len(x) % size))
-    x = x.unflatten(1, (groups, -1)).unflatten(0, (-1, size)).transpose(1, 2)
-    out = x.new_empty(x.shape)  # (blocks, G, size, H / G, D)
-    return torch.mul(x, scale, out=out).flatten(2, 3)
-
-
-def ungroup_heads(x, length, size):
-    """The inverse of `group_heads`: (blocks, G, size * H / G, D) → (length, H, D)."""
-    x = x.unflatten(2, (size, -1)).transpose(1, 2)  # (blocks, size, G, H / G, D)
-    return x.flatten(2, 3).flatten(0, 1)[:length]
 
 
 class Attention(nn.Module):
