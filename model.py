@@ -524,7 +524,7 @@ def gather_blocks(
 
 
 def add_blocks_(total: Tensor, x: Tensor, firsts: Tensor, length: int) -> None:
-    """Add what `gather_blocks` makes, (blocks * G, length * heads / G, D), to total (N, heads, D)."""
+    """Add x as `gather_blocks` makes it to total (N, heads, D)."""
     if fused.serves(x):
         fused.add_blocks_(total, x, firsts, length)
         return
