@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = "-std=c++17 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math".split()
 BUILD_SECONDS = 120
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+Argument = Tensor | np.ndarray | int | float | None
 
 
 class BuildError(Exception):
@@ -81,7 +83,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def softmax_(scores: Tensor, first_seen: Tensor) -> Tensor:
+def softmax_(scores: Tensor, first_seen: np.ndarray) -> Tensor:
     """Scores (blocks * G, size * heads, columns) → probabilities, in place.
 
     Query q of a block sees the columns from `first_seen` (blocks, size) int32 to its own; the last
@@ -91,20 +93,20 @@ def softmax_(scores: Tensor, first_seen: Tensor) -> Tensor:
     return scores
 
 
-def softmax_backward_(grad: Tensor, probabilities: Tensor, first_seen: Tensor) -> Tensor:
+def softmax_backward_(grad: Tensor, probabilities: Tensor, first_seen: np.ndarray) -> Tensor:
     """The gradient of `softmax_`'s probabilities → that of the scores, in place."""
     shape = score_shape(grad, first_seen)
     call("softmax_backward", grad.dtype, grad, probabilities, first_seen, *shape)
     return grad
 
 
-def score_shape(scores: Tensor, first_seen: Tensor) -> tuple[int, ...]:
+def score_shape(scores: Tensor, first_seen: np.ndarray) -> tuple[int, ...]:
     """Return blocks, G, size, heads, columns."""
     (blocks, size), (products, rows, columns) = first_seen.shape, scores.shape
     return blocks, products // blocks, size, rows // size, columns
 
 
-def gather_blocks(x: Tensor, firsts: Tensor, length: int, groups: int, scale: float) -> Tensor:
+def gather_blocks(x: Tensor, firsts: np.ndarray, length: int, groups: int, scale: float) -> Tensor:
     """x (N, heads, D) → (blocks * G, length * heads / G, D); `firsts` (blocks,) int64."""
     x, (N, heads, D), blocks = x.contiguous(), x.shape, len(firsts)
     out = x.new_empty(blocks * groups, length * heads // groups, D)
@@ -113,7 +115,7 @@ def gather_blocks(x: Tensor, firsts: Tensor, length: int, groups: int, scale: fl
     return out
 
 
-def add_blocks_(total: Tensor, x: Tensor, firsts: Tensor, length: int) -> None:
+def add_blocks_(total: Tensor, x: Tensor, firsts: np.ndarray, length: int) -> None:
     """Add x (blocks * G, length * heads / G, D) to total (N, heads, D), of its dtype or float32."""
     (N, heads, D), blocks, groups = total.shape, len(firsts), len(x) // len(firsts)
     name = "add_blocks" if total.dtype == x.dtype else "add_blocks_to_float32"
@@ -121,15 +123,18 @@ def add_blocks_(total: Tensor, x: Tensor, firsts: Tensor, length: int) -> None:
     call(name, x.dtype, x.contiguous(), firsts, total, *shape)
 
 
-def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
-    """Call a kernel with tensors, as pointers, and numbers."""
+def call(name: str, dtype: torch.dtype, *arguments: Argument) -> None:
+    """Call a kernel with tensors and arrays, as pointers, and numbers."""
     kernel = getattr(library(), f"{name}_{DTYPES[dtype]}")
     kernel(*map(as_c, arguments))
 
 
-def as_c(value: Tensor | int | float | None) -> object:
+def as_c(value: Argument) -> object:
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, np.ndarray):
+        assert value.flags.c_contiguous
+        return ctypes.c_void_p(value.ctypes.data)
     if isinstance(value, int):
         return ctypes.c_long(value)
     return ctypes.c_float(value) if isinstance(value, float) else None

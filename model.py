@@ -330,11 +330,11 @@ class QueryBlocks(NamedTuple):
     columns from `first_seen` (blocks, size) on, up to its own.
     """
 
-    first_query: Tensor
+    first_query: np.ndarray
     size: int
-    first_key: Tensor
+    first_key: np.ndarray
     columns: int
-    first_seen: Tensor
+    first_seen: np.ndarray
 
 
 class Documents(NamedTuple):
@@ -458,9 +458,9 @@ def query_blocks(cu_seqlens: list, window: int | None) -> list[QueryBlocks]:
         (same,) = np.nonzero(columns == count)
         while len(same):
             part, same = np.split(same, [1 << (len(same).bit_length() - 1)])
-            first_seen = torch.from_numpy(starts[part] - first_key[part, None]).int()
-            firsts = (torch.from_numpy(first[part]) for first in (first_query, first_key))
-            groups.append(QueryBlocks(next(firsts), size, next(firsts), int(count), first_seen))
+            first_seen = (starts[part] - first_key[part, None]).astype(np.int32)
+            blocks = QueryBlocks(first_query[part], size, first_key[part], int(count), first_seen)
+            groups.append(blocks)
     return groups
 
 
@@ -477,11 +477,12 @@ class DocumentAttention(torch.autograd.Function):
         G, scale = k.shape[1], k.shape[2] ** -0.5
         out, saved = torch.zeros_like(q), []
         for blocks in groups:
-            queries = gather_blocks(q, blocks.first_query, blocks.size, G, scale)
-            keys, values = (gather_blocks(x, blocks.first_key, blocks.columns, G) for x in (k, v))
-            scores = torch.bmm(queries, keys.mT)  # (blocks * G, size * H / G, columns)
+            at_queries = blocks.first_query, blocks.size
+            at_keys = blocks.first_key, blocks.columns
+            queries = gather_blocks(q, *at_queries, G, scale)
+            scores = torch.bmm(queries, gather_blocks(k, *at_keys, G).mT)
             probabilities = masked_softmax_(scores, blocks.first_seen)
-            add_blocks_(out, torch.bmm(probabilities, values), blocks.first_query, blocks.size)
+            add_blocks_(out, torch.bmm(probabilities, gather_blocks(v, *at_keys, G)), *at_queries)
             if any(ctx.needs_input_grad):
                 saved.append(probabilities)
         ctx.save_for_backward(q, k, v, *saved)
@@ -495,20 +496,22 @@ class DocumentAttention(torch.autograd.Function):
         grad_q = torch.zeros_like(q)
         grad_k, grad_v = (torch.zeros(k.shape) for _ in range(2))  # sums over blocks, in fp32
         for blocks, probabilities in zip(ctx.groups, saved):
-            queries = gather_blocks(q, blocks.first_query, blocks.size, G, scale)
-            grads = gather_blocks(grad, blocks.first_query, blocks.size, G)
-            keys = gather_blocks(k, blocks.first_key, blocks.columns, G, scale)
-            values = gather_blocks(v, blocks.first_key, blocks.columns, G)
-            scores = torch.bmm(grads, values.mT)
+            at_queries = blocks.first_query, blocks.size
+            at_keys = blocks.first_key, blocks.columns
+            grads = gather_blocks(grad, *at_queries, G)
+            add_blocks_(grad_v, torch.bmm(probabilities.mT, grads), *at_keys)
+            scores = torch.bmm(grads, gather_blocks(v, *at_keys, G).mT)
             softmax_backward_(scores, probabilities, blocks.first_seen)
-            add_blocks_(grad_q, torch.bmm(scores, keys), blocks.first_query, blocks.size)
-            for total, left, right in (grad_k, scores, queries), (grad_v, probabilities, grads):
-                add_blocks_(total, torch.bmm(left.mT, right), blocks.first_key, blocks.columns)
+            add_blocks_(
+                grad_q, torch.bmm(scores, gather_blocks(k, *at_keys, G, scale)), *at_queries
+            )
+            queries = gather_blocks(q, *at_queries, G, scale)
+            add_blocks_(grad_k, torch.bmm(scores.mT, queries), *at_keys)
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
 
 
 def gather_blocks(
-    x: Tensor, firsts: Tensor, length: int, groups: int, scale: float = 1.0
+    x: Tensor, firsts: np.ndarray, length: int, groups: int, scale: float = 1.0
 ) -> Tensor:
     """x (N, heads, D) → (blocks * G, length * heads / G, D): the tokens from `firsts` on, scaled.
 
@@ -517,36 +520,37 @@ def gather_blocks(
     """
     if fused.serves(x):
         return fused.gather_blocks(x, firsts, length, groups, scale)
-    tokens = firsts[:, None] + torch.arange(length)  # (blocks, length)
-    x = F.pad(x, (0, 0, 0, 0, 0, max(0, int(tokens.max()) + 1 - len(x))))
-    x = (x[tokens] * scale).unflatten(2, (groups, -1))  # (blocks, length, G, heads / G, D)
-    return x.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    tokens = firsts[:, None] + np.arange(length)  # (blocks, length)
+    x = F.pad(x, (0, 0, 0, 0, 0, max(0, tokens.max() + 1 - len(x))))
+    x = x[torch.from_numpy(tokens)] * scale  # (blocks, length, heads, D)
+    return x.unflatten(2, (groups, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
-def add_blocks_(total: Tensor, x: Tensor, firsts: Tensor, length: int) -> None:
+def add_blocks_(total: Tensor, x: Tensor, firsts: np.ndarray, length: int) -> None:
     """Add x as `gather_blocks` makes it to total (N, heads, D)."""
     if fused.serves(x):
         fused.add_blocks_(total, x, firsts, length)
         return
     x = x.unflatten(0, (len(firsts), -1)).unflatten(2, (length, -1)).transpose(1, 2)
-    tokens = firsts[:, None] + torch.arange(length)  # (blocks, length)
-    real = tokens < len(total)
-    total.index_add_(0, tokens[real], x.flatten(2, 3)[real].to(total.dtype))
+    tokens = (firsts[:, None] + np.arange(length)).flatten()
+    real = np.flatnonzero(tokens < len(total))
+    x = x.flatten(2, 3).flatten(0, 1)[torch.from_numpy(real)].to(total.dtype)
+    total.index_add_(0, torch.from_numpy(tokens[real]), x)
 
 
-def masked_softmax_(scores: Tensor, first_seen: Tensor) -> Tensor:
+def masked_softmax_(scores: Tensor, first_seen: np.ndarray) -> Tensor:
     """Scores (blocks * G, size * H / G, columns) → probabilities, in place; see QueryBlocks."""
     if fused.serves(scores):
         return fused.softmax_(scores, first_seen)
-    column = torch.arange(scores.shape[-1])
+    column = np.arange(scores.shape[-1])
     own = column[-first_seen.shape[1] :, None]
     hidden = (column < first_seen[..., None]) | (column > own)  # (blocks, size, columns)
     by_query = scores.unflatten(0, (len(hidden), -1)).unflatten(2, (hidden.shape[1], -1))
-    by_query.masked_fill_(hidden[:, None, :, None], -math.inf)
+    by_query.masked_fill_(torch.from_numpy(hidden)[:, None, :, None], -math.inf)
     return torch.softmax(scores, -1, out=scores)
 
 
-def softmax_backward_(grad: Tensor, probabilities: Tensor, first_seen: Tensor) -> Tensor:
+def softmax_backward_(grad: Tensor, probabilities: Tensor, first_seen: np.ndarray) -> Tensor:
     """The gradient of probabilities → that of scores, in place."""
     if fused.serves(grad):
         return fused.softmax_backward_(grad, probabilities, first_seen)
