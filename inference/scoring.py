@@ -187,19 +187,33 @@ def answer(
     batch_size = max(1, min(BATCH, BATCH_BYTES // (longest * token_bytes)))
 
     batch = DecodeBatch(decoder, batch_size, longest)
-    nats: list[np.ndarray] = []
-    rows: list[BatchRow] = []
-    for i, example in enumerate(progress(examples)):
-        nats.append(reply_nats(decoder, example, size))
+    nats: dict[int, np.ndarray] = {}
+    rows: dict[int, BatchRow] = {}
+    for i in progress(by_length(examples, prompts)):
+        nats[i] = reply_nats(decoder, examples[i], size)
         generator = torch.Generator().manual_seed(1000 * seed + i)
-        rows.append(batch.add(prompts[i], room, generator=generator))
+        rows[i] = batch.add(prompts[i], room, generator=generator)
         while batch.full:
             batch.step()
     while batch.rows:
         batch.step()
 
-    replies = []
-    for row in rows:
-        messages = data.split_messages(decoder.tokenizer.decode(row.ids) if row.ids else "")
+    replies, tokens = [], []
+    for i in range(len(examples)):
+        ids = rows[i].ids
+        messages = data.split_messages(decoder.tokenizer.decode(ids) if ids else "")
         replies.append(data.text_messages(data.Turn("", True, "", messages)))
-    return np.array(nats), replies, np.array([len(row.prompt) + len(row.ids) for row in rows])
+        tokens.append(len(prompts[i]) + len(ids))
+    return np.array([nats[i] for i in range(len(examples))]), replies, np.array(tokens)
+
+
+def by_length(examples: list[Example], prompts: list[list[int]]) -> list[int]:
+    """Order the numbers of examples: a session's one after another, short sessions first.
+
+    Rows of a batch are as slow as the longest one, so those of one length should meet.
+    """
+    longest: dict[int, int] = {}
+    for example, prompt in zip(examples, prompts):
+        longest[example.session] = max(len(prompt), longest.get(example.session, 0))
+    sessions = [example.session for example in examples]
+    return sorted(range(len(examples)), key=lambda i: (longest[sessions[i]], sessions[i], i))
