@@ -66,26 +66,18 @@ def reply_nats(decoder: Decoder, example: Example, size: int) -> np.ndarray:
     The marks around messages don't count. Tokens that all documents begin with are read once, and
     the replies side by side behind them. At most the last `size` tokens of a document are read.
     """
-    documents = encode_choices(example, decoder.tokenizer)
-    # Split them where they begin to differ; each reply keeps at least one token of its own
-    shortest = min(document.shape[1] for document in documents) - 1
-    beginnings = np.stack([document[:, :shortest] for document in documents])
-    equal = (beginnings == beginnings[0]).all((0, 1))
-    shared = int(equal.argmin()) if not equal.all() else shortest
-    branches = [document[:, shared:][:, : size - 1] for document in documents]
-    longest = max(branch.shape[1] for branch in branches)
-    context = documents[0][:, :shared][:, longest - size :]
-
-    # What of the context is not cached yet is read with the first replies, if it is short. Labels
-    # in it, where all replies begin alike, count for each.
+    context, branches = split_documents(encode_choices(example, decoder.tokenizer), size)
     ids = context[0].tolist()
     labelled = np.flatnonzero(context[1] != data.IGNORE_INDEX)
     unlabelled = int(labelled[0]) if len(labelled) else len(ids)
     if unlabelled - decoder.num_cached(ids) > PACK_TOKENS // 2:
         decoder.prefill(ids[:unlabelled])
+
+    # The rest of the context is read with the first replies. Labels in it, where all replies begin
+    # alike, count for each.
     cached = min(decoder.num_cached(ids), unlabelled)
     decoder.cached_ids = []  # Ctrl-C may leave it half written
-    nats = np.zeros(len(documents))
+    nats = np.zeros(len(branches))
     first, rest = 0, context[:, cached:]
     while first < len(branches):
         decoder.cache.length = len(ids) - rest.shape[1]  # forget the replies before
@@ -110,6 +102,20 @@ def encode_choices(example: Example, tokenizer: Tokenizer) -> list[np.ndarray]:
         end = int(labelled[-1]) + 1 if len(labelled) else len(labels)
         documents.append(np.stack([sample.ids, labels])[:, :end])
     return documents
+
+
+def split_documents(documents: list[np.ndarray], size: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Split documents (2, T) where they begin to differ: what they share, and what follows in each.
+
+    Each keeps at least one token of its own; with what they share none is longer than `size`.
+    """
+    shortest = min(document.shape[1] for document in documents) - 1
+    beginnings = np.stack([document[:, :shortest] for document in documents])
+    equal = (beginnings == beginnings[0]).all((0, 1))
+    shared = int(equal.argmin()) if not equal.all() else shortest
+    branches = [document[:, shared:][:, : size - 1] for document in documents]
+    longest = max(branch.shape[1] for branch in branches)
+    return documents[0][:, :shared][:, longest - size :], branches
 
 
 def count_fitting(branches: Sequence[np.ndarray], room: int) -> int:
