@@ -13,6 +13,7 @@ from inference.generate import BatchRow, DecodeBatch, Decoder, truncate_prompt
 from inference.style import Reply
 from weights.tokenizer import Tokenizer
 
+CHOICES = 10  # the real reply and nine others
 PACK_TOKENS = 768  # tokens of replies that are read side by side
 PACK_MULTIPLE = 64  # and rounded up to: a CPU is slow at each new shape, and keeps code for it
 LONGEST = 64  # tokens of a reply that is written
@@ -52,6 +53,19 @@ def sample(items: Sequence, count: int, seed: int) -> list:
     """Draw at most `count` items, in their order."""
     drawn = np.random.default_rng(seed).permutation(len(items))[:count]
     return [items[i] for i in sorted(drawn)]
+
+
+def draw_choices(examples: list[Example], seed: int) -> list[Example]:
+    """Add nine replies from other sessions to each of mine; none where there are too few."""
+    draw, drawn = np.random.default_rng(seed), []
+    for example in examples:
+        elsewhere = {tuple(e.mine) for e in examples if e.session != example.session}
+        others = sorted(elsewhere - {tuple(example.mine)})
+        if len(others) < CHOICES - 1:
+            return examples
+        nine = [list(others[i]) for i in draw.permutation(len(others))[: CHOICES - 1]]
+        drawn.append(dataclasses.replace(example, choices=[example.mine, *nine]))
+    return drawn
 
 
 def cache_size(size: int) -> int:
