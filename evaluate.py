@@ -26,7 +26,7 @@ import data
 from cli import UserError, flag
 from inference import generate, memorisation, pages, scoring, style
 from inference.bootstrap import Number, classifier_auc, mean, ratio
-from inference.context import ExchangeIndex, statements
+from inference.context import ExchangeIndex, longer_prompts
 from inference.memorisation import Probe
 from inference.progress import track
 from inference.scoring import CHOICES, Example, draw_choices, find_examples, sample
@@ -234,14 +234,18 @@ def run_models(
     threads = torch.get_num_threads() // len(models)
     if not (threads and fit_together(models.values(), options)):
         for name, folder in models.items():
-            outputs |= run_model(name, *load_with_rows(folder, options), test_set, options)
+            outputs |= run_model(name, load_with_rows(folder, options), test_set, options)
         return outputs
 
-    loaded = [load_with_rows(folder, options) for folder in models.values()]
-    with ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=[threads]) as pool:
-        runs = pool.map(lambda name, m: run_model(name, *m, test_set, options), models, loaded)
+    loaded = {name: load_with_rows(folder, options) for name, folder in models.items()}
+
+    def run(name: str) -> dict[str, ModelOutputs]:
+        torch.set_num_threads(threads)  # of this thread
+        return run_model(name, loaded[name], test_set, options)
+
+    with ThreadPoolExecutor() as pool:
         try:
-            for output in runs:
+            for output in pool.map(run, models):
                 outputs |= output
         except KeyboardInterrupt:  # threads can't be stopped, and nothing is half-written
             print("\nstopped", file=sys.stderr)
@@ -266,15 +270,17 @@ def load_with_rows(folder: str | Path, options: Options) -> tuple:
 
 
 def run_model(
-    name: str, model, tokenizer, size: int, rows: list, test_set: TestSet, options: Options
+    name: str, loaded: tuple, test_set: TestSet, options: Options
 ) -> dict[str, ModelOutputs]:
     """Measure one model: {name: ModelOutputs}, and with --baselines the same for other prompts."""
+    model, tokenizer, size, rows = loaded
     held_out = held_out_likelihood(model, rows, name)
     decoder = generate.Decoder(model.eval(), tokenizer, scoring.cache_size(size))
     prompts: dict[str, Callable] = {name: lambda turns: turns}
-    if options.baselines:
+    if test_set.exchanges is not None:  # with --baselines
         facts = Path(options.data) / "facts.md"
-        for kind, extend in longer_prompts(test_set, facts, tokenizer, size).items():
+        longer = longer_prompts(test_set.past, test_set.exchanges, facts, tokenizer, size)
+        for kind, extend in longer.items():
             prompts[f"{name} + {kind}"] = extend
 
     examples = test_set.examples
@@ -305,34 +311,6 @@ def held_out_likelihood(model, rows: list[data.Row], name: str) -> step.Evaluati
     hook.remove()
     bar.close()
     return evaluation
-
-
-def longer_prompts(test_set: TestSet, facts: Path, tokenizer, size: int) -> dict[str, Callable]:
-    """Return the ways to put more of me before a session's turns: {name: turns → turns}."""
-    past, exchanges = test_set.past, test_set.exchanges
-    assert exchanges is not None  # it is there with --baselines
-    lines = cli.read_text(facts).splitlines() if facts.is_file() else statements(past)
-    lines = [line for line in lines if line.strip()]
-
-    def similar(turns):
-        return [turn for _, *pair in exchanges.similar(turns) for turn in pair] + turns
-
-    def messages(turns):
-        """Add the latest sessions with whom I answer, as many as fill half a prompt."""
-        added: list[data.Turn] = []
-        for session in reversed(past):
-            if any(turn.author == turns[-1].author for turn in session.turns):
-                longer = session.turns + added
-                text = data.render(longer, specials=tokenizer.specials).text
-                if len(tokenizer.encode(text)[0]) > size // 2:
-                    break
-                added = longer
-        return added + turns
-
-    prompts = {"similar exchanges": similar, "past messages": messages}
-    if lines:
-        prompts["facts"] = lambda turns: [data.Turn(data.HEADER, False, "", lines), *turns]
-    return prompts
 
 
 # --- the report
