@@ -25,4 +25,5 @@ def track(name: str, task: str) -> Callable[..., tqdm]:
     if not sys.stderr.isatty():
         layout = "{desc} {n_fmt}/{total_fmt}, {remaining} left"
         settings |= {"file": Lines(), "mininterval": 10, "miniters": 1, "bar_format": layout}
+        settings["position"] = 0  # two bars at once move the cursor up and down
     return functools.partial(tqdm, **settings)

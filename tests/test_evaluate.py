@@ -335,6 +335,14 @@ def test_progress_prints_lines_where_there_is_no_terminal(monkeypatch, capsys):
     assert 16 <= len(lines) <= 18  # one every 10 s, not one a reply
 
 
+def test_progress_of_two_at_once_is_lines_alone(capsys):
+    clone, base = (progress.track(name, "replies")(range(2)) for name in ("clone", "base"))
+    for _ in zip(clone, base):
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(line.startswith(("clone: ", "base: ")) for line in lines)
+
+
 def test_blind_test_never_mixes_the_chats_of_two_people():
     two = [
         session(data.Turn(who, False, "", ["hi"]), reply_of("ho"), chat="Nils", chat_id=number)
