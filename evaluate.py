@@ -6,36 +6,38 @@ Nothing leaves this machine. A number is {"value", "low", "high", "n"}: a 95% in
 over `n` sessions; or {"value": null, "why"} where there is too little data.
 """
 
+import copy
 import dataclasses
-import functools
 import importlib.util
 import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+import torch
 
 import cli
 import data
 from cli import UserError, flag
 from inference import generate, memorisation, pages, scoring, style
 from inference.bootstrap import Number, classifier_auc, mean, ratio
-from inference.context import ExchangeIndex, statements
+from inference.context import ExchangeIndex, longer_prompts
 from inference.memorisation import Probe
-from inference.scoring import Example, find_examples, sample
+from inference.progress import track
+from inference.scoring import CHOICES, Example, draw_choices, find_examples, sample
 from inference.style import Reply
 from training import distributed, step
 from weights import devices, hf, hub
-from weights.load import load_for_chat
+from weights.load import chat_memory, find_source, load_for_chat
 from weights.tokenizer import load_tokenizer
 
-CHOICES = 10  # the real reply and nine others
 MAX_CONTEXT = 2048  # tokens
+WORK_BYTES = 2 << 30  # beside a model: its replies' caches, activations, logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +108,7 @@ def main() -> None:
     models: dict[str, Any] = dict(zip(("clone", "other"), folders))
     if base := base_of(folders[0], options):
         models["base"] = base
-    outputs: dict[str, ModelOutputs] = {}
-    for name, folder in models.items():
-        outputs |= run_model(name, folder, test_set, options)
+    outputs = run_models(models, test_set, options)
 
     report = measure(outputs, test_set, options.seed)
     newest = max(run.get("trained_until", "") for run in runs)
@@ -208,40 +208,7 @@ def load_test_set(options: Options) -> TestSet:
     return TestSet(held_out, past, examples, probes, exchanges)
 
 
-def draw_choices(examples: list[Example], seed: int) -> list[Example]:
-    """Add nine replies from other sessions to each of mine; none where there are too few."""
-    draw, drawn = np.random.default_rng(seed), []
-    for example in examples:
-        elsewhere = {tuple(e.mine) for e in examples if e.session != example.session}
-        others = sorted(elsewhere - {tuple(example.mine)})
-        if len(others) < CHOICES - 1:
-            return examples
-        nine = [list(others[i]) for i in draw.permutation(len(others))[: CHOICES - 1]]
-        drawn.append(dataclasses.replace(example, choices=[example.mine, *nine]))
-    return drawn
-
-
 # --- what a model makes of it
-
-
-class Lines:
-    """A file for tqdm where there is no terminal: lines in place of a bar that is redrawn."""
-
-    def write(self, text: str) -> None:
-        if text.strip():
-            print(text.strip(), file=sys.stderr, flush=True)
-
-    def flush(self) -> None:
-        pass
-
-
-def track(name: str, task: str) -> Callable[..., tqdm]:
-    """Make a progress bar of something; where there is no terminal, a line every 10 seconds."""
-    settings: dict[str, Any] = {"desc": f"{name}: {task}", "leave": False, "smoothing": 0}
-    if not sys.stderr.isatty():
-        layout = "{desc} {n_fmt}/{total_fmt}, {remaining} left"
-        settings |= {"file": Lines(), "mininterval": 10, "miniters": 1, "bar_format": layout}
-    return functools.partial(tqdm, **settings)
 
 
 def load(folder: str | Path, options: Options) -> tuple:
@@ -256,18 +223,64 @@ def load(folder: str | Path, options: Options) -> tuple:
     return model, tokenizer, min(MAX_CONTEXT, model.config.max_position_embeddings)
 
 
-def run_model(
-    name: str, folder: str | Path, test_set: TestSet, options: Options
+def run_models(
+    models: dict[str, Any], test_set: TestSet, options: Options
 ) -> dict[str, ModelOutputs]:
-    """Measure one model: {name: ModelOutputs}, and with --baselines the same for other prompts."""
+    """Measure all models, on a CPU with memory for all of them side by side.
+
+    Passes over few tokens gain little from many cores, so each model gets a share of them.
+    """
+    outputs: dict[str, ModelOutputs] = {}
+    threads = torch.get_num_threads() // len(models)
+    if not (threads and fit_together(models.values(), options)):
+        for name, folder in models.items():
+            outputs |= run_model(name, load_with_rows(folder, options), test_set, options)
+        return outputs
+
+    loaded = {name: load_with_rows(folder, options) for name, folder in models.items()}
+
+    def run(name: str) -> dict[str, ModelOutputs]:
+        torch.set_num_threads(threads)  # of this thread
+        return run_model(name, loaded[name], test_set, options)
+
+    with ThreadPoolExecutor() as pool:
+        try:
+            for output in pool.map(run, models):
+                outputs |= output
+        except KeyboardInterrupt:  # threads can't be stopped, and nothing is half-written
+            print("\nstopped", file=sys.stderr)
+            os._exit(130)
+    return outputs
+
+
+def fit_together(folders: Iterable[str | Path], options: Options) -> bool:
+    """Return whether a CPU's memory has room to measure all models at once."""
+    need = 0
+    for folder in folders:
+        config = find_source(folder, options.model).folder.config
+        need += max(chat_memory(config, MAX_CONTEXT).values()) + WORK_BYTES
+    return devices.pick_device(options.device).type == "cpu" and need < devices.free_memory()
+
+
+def load_with_rows(folder: str | Path, options: Options) -> tuple:
+    """Load as `load` does, and the held-out rows in the model's tokens."""
     model, tokenizer, size = load(folder, options)
     rows = data.load_rows(Path(options.data) / "val.jsonl", tokenizer, min(1024, size))
+    return model, tokenizer, size, copy.deepcopy(rows)  # another tokenizer's replace their file
+
+
+def run_model(
+    name: str, loaded: tuple, test_set: TestSet, options: Options
+) -> dict[str, ModelOutputs]:
+    """Measure one model: {name: ModelOutputs}, and with --baselines the same for other prompts."""
+    model, tokenizer, size, rows = loaded
     held_out = held_out_likelihood(model, rows, name)
     decoder = generate.Decoder(model.eval(), tokenizer, scoring.cache_size(size))
     prompts: dict[str, Callable] = {name: lambda turns: turns}
-    if options.baselines:
+    if test_set.exchanges is not None:  # with --baselines
         facts = Path(options.data) / "facts.md"
-        for kind, extend in longer_prompts(test_set, facts, tokenizer, size).items():
+        longer = longer_prompts(test_set.past, test_set.exchanges, facts, tokenizer, size)
+        for kind, extend in longer.items():
             prompts[f"{name} + {kind}"] = extend
 
     examples = test_set.examples
@@ -298,34 +311,6 @@ def held_out_likelihood(model, rows: list[data.Row], name: str) -> step.Evaluati
     hook.remove()
     bar.close()
     return evaluation
-
-
-def longer_prompts(test_set: TestSet, facts: Path, tokenizer, size: int) -> dict[str, Callable]:
-    """Return the ways to put more of me before a session's turns: {name: turns → turns}."""
-    past, exchanges = test_set.past, test_set.exchanges
-    assert exchanges is not None  # it is there with --baselines
-    lines = cli.read_text(facts).splitlines() if facts.is_file() else statements(past)
-    lines = [line for line in lines if line.strip()]
-
-    def similar(turns):
-        return [turn for _, *pair in exchanges.similar(turns) for turn in pair] + turns
-
-    def messages(turns):
-        """Add the latest sessions with whom I answer, as many as fill half a prompt."""
-        added: list[data.Turn] = []
-        for session in reversed(past):
-            if any(turn.author == turns[-1].author for turn in session.turns):
-                longer = session.turns + added
-                text = data.render(longer, specials=tokenizer.specials).text
-                if len(tokenizer.encode(text)[0]) > size // 2:
-                    break
-                added = longer
-        return added + turns
-
-    prompts = {"similar exchanges": similar, "past messages": messages}
-    if lines:
-        prompts["facts"] = lambda turns: [data.Turn(data.HEADER, False, "", lines), *turns]
-    return prompts
 
 
 # --- the report

@@ -55,6 +55,9 @@ CACHE_NUMEL = 1 << 17
 # oneDNN compiles for every new shape and keeps the code, so a CPU gets multiples of 64 tokens.
 CPU_MULTIPLE = 64
 
+# A CPU's attention keeps code for every number of keys, so cached keys come in multiples of 64.
+KEY_MULTIPLE = 64
+
 # Queries at a time on a CPU: few enough to skip most of the keys that causality hides.
 QUERY_BLOCK = 64
 
@@ -301,8 +304,8 @@ class KVCache:
 
     A layer's buffer is (2, B, G, size, D), keys first. `model(ids[:, :7], cache=cache)` leaves
     length 7; `cache.length = 5` forgets the last two; the next call writes from 5 on.
-    `mask` (B or 1, 1, T, S): which keys the next tokens see, or a bias on their scores (None: all
-    keys up to their own).
+    `mask` (B or 1, 1, T, S): which keys the next T tokens see, or a bias on their scores (None: all
+    keys up to their own). S is `num_keys(T)`.
     """
 
     def __init__(
@@ -314,12 +317,17 @@ class KVCache:
         self.size, self.length = size, 0
         self.mask: Tensor | None = None
 
+    def num_keys(self, count: int) -> int:
+        """Count the keys that are read with `count` next tokens: some at the end are hidden."""
+        end = self.length + count
+        return min(self.size, end + -end % KEY_MULTIPLE)
+
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        """Write k, v (B, T, G, D) after the cached ones and return all of them, (B, S, G, D)."""
-        end = self.length + k.shape[1]
+        """Write k, v (B, T, G, D) after the cached ones; return (B, S, G, D), S = num_keys(T)."""
+        end, seen = self.length + k.shape[1], self.num_keys(k.shape[1])
         assert end <= self.size, f"the cache holds {self.size} tokens, {end} were asked for"
         self.layers[layer][:, :, :, self.length : end] = torch.stack([k, v]).transpose(2, 3)
-        return self.layers[layer][:, :, :, :end].transpose(2, 3).unbind(0)
+        return self.layers[layer][:, :, :, :seen].transpose(2, 3).unbind(0)
 
 
 class QueryBlocks(NamedTuple):
@@ -360,13 +368,15 @@ def attention_layout(
     dtype: torch.dtype,
     cu_seqlens: list | Tensor | None = None,
     head_dim: int = 128,
+    num_keys: int | None = None,
 ) -> Documents | Tensor:
     """Work out, once for all layers, who attends to whom. Only this function chooses the kernel.
 
     A document starts wherever `positions` (B, T) is 0, and with each row; `cu_seqlens` says so
     without a wait for the GPU. A window of W is the token itself and the W - 1 before it, as in HF.
-    `cached`: tokens in the cache, None without one. Returns Documents, or a mask (B or 1, 1, T, S),
-    True where query t sees key s, for a filled cache and where there is no kernel for documents.
+    `cached`: tokens in the cache, None without one. `num_keys`: S, if keys follow that are not
+    written yet. Returns Documents, or a mask (B or 1, 1, T, S), True where query t sees key s, for
+    a filled cache and where there is no kernel for documents.
     """
     B, T = positions.shape
     on_cpu = positions.device.type == "cpu"
@@ -381,21 +391,22 @@ def attention_layout(
         blocks = query_blocks(cu_seqlens, window)
         return Documents(document_attention, cu_seqlens, T, window, blocks)
     before = cached or 0
-    key = torch.arange(before + T, device=positions.device)
-    query = key[before:, None]
+    key = torch.arange(num_keys or before + T, device=positions.device)
+    query = key[before : before + T, None]
     mask = (key <= query)[None, None]
     if window is not None:
         mask = mask & (query - key < window)
     if before == 0:
         document = (positions == 0).cumsum(-1)
-        mask = mask & (document[:, None, :, None] == document[:, None, None, :])
+        document_of_key = F.pad(document, (0, len(key) - T))
+        mask = mask & (document[:, None, :, None] == document_of_key[:, None, None])
     return mask  # (B or 1, 1, T, S)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Documents | Tensor) -> Tensor:
     """Scaled dot-product attention of q (B, T, H, D) over k, v (B, S, G, D) → (B, T, H, D)."""
     if isinstance(layout, Documents):
-        flat = (x.flatten(0, 1) for x in (q, k, v))
+        flat = (x[:, : q.shape[1]].flatten(0, 1) for x in (q, k, v))
         return layout.kernel(*flat, layout).view(q.shape)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or G, T or S, D)
     gqa = q.device.type in GQA_MASK_DEVICES
@@ -696,17 +707,20 @@ class LinearCrossEntropy(torch.autograd.Function):
             grads.insert(0, torch.zeros_like(hidden))
         for begin in range(0, len(labels), chunk):
             part = slice(begin, begin + chunk)
-            with torch.set_grad_enabled(train):
-                x = hidden[part].detach().requires_grad_(train)
+            count = len(labels[part])
+            if not train:
+                losses[part] = token_nll(head(hidden[part])[:count], labels[part], softmax_rows)
+                continue
+            with torch.enable_grad():
+                x = hidden[part].detach().requires_grad_()
                 logits = head(x)  # (chunk, V)
             # The logits become their own gradient: the backward pass of a linear head needs none.
-            grad_logits, count = logits.detach(), len(labels[part])
+            grad_logits = logits.detach()
             grad_logits[count:] = 0
             losses[part] = cross_entropy(grad_logits[:count], labels[part], softmax_rows)
-            if train:
-                chunk_grads = torch.autograd.grad(logits, (x, *weights), grad_logits)
-                for total, grad in zip((grads[0][part], *grads[1:]), chunk_grads):
-                    total += grad
+            chunk_grads = torch.autograd.grad(logits, (x, *weights), grad_logits)
+            for total, grad in zip((grads[0][part], *grads[1:]), chunk_grads):
+                total += grad
         ctx.save_for_backward(*grads)
         return losses
 
@@ -715,6 +729,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         scale = grad_losses[0] if len(grad_losses) else grad_losses.new_zeros(())
         grad_hidden, *grad_weights = (grad.mul_(scale) for grad in ctx.saved_tensors)
         return None, grad_hidden, None, None, *grad_weights
+
+
+def token_nll(logits: Tensor, labels: Tensor, rows: int) -> Tensor:
+    """logits (n, V), labels (n,) → losses (n,) float32, computed for `rows` tokens at a time."""
+    parts = zip(logits.split(rows), labels[:, None].split(rows))
+    log_probs = [F.log_softmax(z, 1, dtype=torch.float32).gather(1, label) for z, label in parts]
+    return -torch.cat(log_probs)[:, 0]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, rows: int) -> Tensor:
@@ -813,9 +834,14 @@ class Transformer(nn.Module):
         x = x.to(self.dtype or x.dtype)
         layout: Documents | Tensor | None = cache.mask if cache else None
         if layout is None:
-            cached, window = cache.length if cache else None, self.config.sliding_window
             layout = attention_layout(
-                positions, window, cached, x.dtype, cu_seqlens, self.config.head_dim
+                positions,
+                self.config.sliding_window,
+                cache.length if cache else None,
+                x.dtype,
+                cu_seqlens,
+                self.config.head_dim,
+                cache.num_keys(tokens.shape[1]) if cache else None,
             )
         edges = getattr(layout, "cu_seqlens", None)
         if self.compiled and type(edges) is Tensor:  # no list, and no fake tensor

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import cli
 import data
 from cli import UserError
+from weights.tokenizer import Tokenizer
 
 # Words that open a sentence about oneself, in nine languages
 FIRST_PERSON = frozenset(
@@ -130,3 +131,34 @@ class ContextBuilder:
             if session.type == "personal_chat" and friend in authors:
                 return data.without_header(session)
         return None
+
+
+def longer_prompts(
+    past: list[data.Session], exchanges: ExchangeIndex, facts: Path, tokenizer: Tokenizer, size: int
+) -> dict[str, Callable[[list[data.Turn]], list[data.Turn]]]:
+    """Return the ways to put more of me before a session's turns: {name: turns → turns}.
+
+    `past`: sessions that I was trained on; `facts`: a file of lines, where it exists.
+    """
+    lines = cli.read_text(facts).splitlines() if facts.is_file() else statements(past)
+    lines = [line for line in lines if line.strip()]
+
+    def similar(turns):
+        return [turn for _, *pair in exchanges.similar(turns) for turn in pair] + turns
+
+    def messages(turns):
+        """Add the latest sessions with whom I answer, as many as fill half a prompt."""
+        added: list[data.Turn] = []
+        for session in reversed(past):
+            if any(turn.author == turns[-1].author for turn in session.turns):
+                longer = session.turns + added
+                text = data.render(longer, specials=tokenizer.specials).text
+                if len(tokenizer.encode(text)[0]) > size // 2:
+                    break
+                added = longer
+        return added + turns
+
+    prompts = {"similar exchanges": similar, "past messages": messages}
+    if lines:
+        prompts["facts"] = lambda turns: [data.Turn(data.HEADER, False, "", lines), *turns]
+    return prompts

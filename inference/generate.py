@@ -48,11 +48,12 @@ def sample(
     if probs[ids].sum() <= top_p + 1e-3:
         ids = torch.arange(len(probs))
     sorted_probs, order = probs[ids].sort(descending=True)
-    sorted_probs[sorted_probs.cumsum(0) - sorted_probs > top_p] = 0
-    # multinomial draws a number for each entry: with all V of them a seed draws the same id
-    # however many were sorted
-    sorted_probs = F.pad(sorted_probs, (0, len(probs) - len(ids)))
-    return int(ids[order[torch.multinomial(sorted_probs, 1, generator=generator)]])
+    sums = sorted_probs.cumsum(0)
+    nucleus = sums[sums - sorted_probs <= top_p]
+    # One random number: a seed draws the same id however many were sorted
+    drawn = torch.rand((), generator=generator) * nucleus[-1]
+    place = int(torch.searchsorted(nucleus, drawn, right=True))
+    return int(ids[order[min(place, len(nucleus) - 1)]])
 
 
 class Decoder:
@@ -343,8 +344,8 @@ class BatchCache(KVCache):
         """
         self.length = max(lengths)
         self.positions = torch.tensor(lengths, device=self.layers[0].device)
-        seen = torch.arange(self.length + 1, device=self.positions.device)
-        distance = self.positions[:, None] - seen  # (n, S)
+        key = torch.arange(self.num_keys(1), device=self.positions.device)
+        distance = self.positions[:, None] - key  # (n, S)
         self.mask = ((distance >= 0) & (distance < self.window))[:, None, None]
         return self.positions[:, None]
 
@@ -353,7 +354,8 @@ class BatchCache(KVCache):
         count = len(self.positions)
         rows = torch.arange(count, device=k.device)
         self.layers[layer][:, rows, :, self.positions] = torch.cat([k, v], 1)
-        return self.layers[layer][:, :count, :, : self.length + 1].transpose(2, 3).unbind(0)
+        seen = self.num_keys(1)
+        return self.layers[layer][:, :count, :, :seen].transpose(2, 3).unbind(0)
 
 
 @dataclasses.dataclass(eq=False)

@@ -6,12 +6,16 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data
-from inference.generate import PREFILL_MULTIPLE, BatchRow, DecodeBatch, Decoder, truncate_prompt
+from inference.generate import BatchRow, DecodeBatch, Decoder, truncate_prompt
 from inference.style import Reply
+from weights.tokenizer import Tokenizer
 
-PACK_TOKENS = 512  # tokens of replies that are read side by side
+CHOICES = 10  # the real reply and nine others
+PACK_TOKENS = 768  # tokens of replies that are read side by side
+PACK_MULTIPLE = 64  # and rounded up to: a CPU is slow at each new shape, and keeps code for it
 LONGEST = 64  # tokens of a reply that is written
 BATCH = 32  # replies that are written side by side
 BATCH_BYTES = 1 << 30  # limit of their keys and values
@@ -51,81 +55,125 @@ def sample(items: Sequence, count: int, seed: int) -> list:
     return [items[i] for i in sorted(drawn)]
 
 
+def draw_choices(examples: list[Example], seed: int) -> list[Example]:
+    """Add nine replies from other sessions to each of mine; none where there are too few."""
+    draw, drawn = np.random.default_rng(seed), []
+    for example in examples:
+        elsewhere = {tuple(e.mine) for e in examples if e.session != example.session}
+        others = sorted(elsewhere - {tuple(example.mine)})
+        if len(others) < CHOICES - 1:
+            return examples
+        nine = [list(others[i]) for i in draw.permutation(len(others))[: CHOICES - 1]]
+        drawn.append(dataclasses.replace(example, choices=[example.mine, *nine]))
+    return drawn
+
+
 def cache_size(size: int) -> int:
     """Return the tokens that a Decoder's cache needs for contexts of `size` tokens."""
-    return size + max(PACK_TOKENS, size) + PREFILL_MULTIPLE
+    return size + max(PACK_TOKENS, size) + PACK_MULTIPLE
 
 
 @torch.inference_mode()
 def reply_nats(decoder: Decoder, example: Example, size: int) -> np.ndarray:
     """Score each choice of an example as my turn: nats of its text, (choices,) float64.
 
-    The marks around messages don't count. Tokens that all documents begin with are read once; the
-    replies lie side by side behind them. At most the last `size` tokens of a document are read.
+    The marks around messages don't count. Tokens that all documents begin with are read once, and
+    the replies side by side behind them. At most the last `size` tokens of a document are read.
     """
-    documents: list[np.ndarray] = []
-    before = example.before
-    for reply in example.choices:
-        turns = [*before, data.Turn(example.author, True, "", list(reply))]
-        document = data.render(turns, first=(len(before), 0), specials=decoder.tokenizer.specials)
-        sample = data.encode(document, decoder.tokenizer)
-        labels = np.where(sample.content_mask, sample.labels, data.IGNORE_INDEX)
-        documents.append(np.stack([sample.ids, labels]))  # (2, T)
+    context, branches = split_documents(encode_choices(example, decoder.tokenizer), size)
+    ids = context[0].tolist()
+    labelled = np.flatnonzero(context[1] != data.IGNORE_INDEX)
+    unlabelled = int(labelled[0]) if len(labelled) else len(ids)
+    if unlabelled - decoder.num_cached(ids) > PACK_TOKENS // 2:
+        decoder.prefill(ids[:unlabelled])
 
-    # Split them where they begin to differ; each reply keeps at least one token of its own
+    # The rest of the context is read with the first replies. Labels in it, where all replies begin
+    # alike, count for each.
+    cached = min(decoder.num_cached(ids), unlabelled)
+    decoder.cached_ids = []  # Ctrl-C may leave it half written
+    nats = np.zeros(len(branches))
+    first, rest = 0, context[:, cached:]
+    while first < len(branches):
+        decoder.cache.length = len(ids) - rest.shape[1]  # forget the replies before
+        pack = slice(first, first + count_fitting(branches[first:], PACK_TOKENS - rest.shape[1]))
+        of_rest, nats[pack] = packed_nats(decoder, rest, branches[pack])
+        nats += of_rest
+        first, rest = pack.stop, rest[:, :0]
+    decoder.cached_ids = ids
+    return nats
+
+
+def encode_choices(example: Example, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Encode the turns before with each choice: ids and labels (2, T), up to its last label."""
+    documents = []
+    for reply in example.choices:
+        turns = [*example.before, data.Turn(example.author, True, "", list(reply))]
+        first = len(example.before), 0
+        document = data.render(turns, first=first, specials=tokenizer.specials)
+        sample = data.encode(document, tokenizer)
+        labels = np.where(sample.content_mask, sample.labels, data.IGNORE_INDEX)
+        labelled = np.flatnonzero(sample.content_mask)
+        end = int(labelled[-1]) + 1 if len(labelled) else len(labels)
+        documents.append(np.stack([sample.ids, labels])[:, :end])
+    return documents
+
+
+def split_documents(documents: list[np.ndarray], size: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Split documents (2, T) where they begin to differ: what they share, and what follows in each.
+
+    Each keeps at least one token of its own; with what they share none is longer than `size`.
+    """
     shortest = min(document.shape[1] for document in documents) - 1
     beginnings = np.stack([document[:, :shortest] for document in documents])
     equal = (beginnings == beginnings[0]).all((0, 1))
     shared = int(equal.argmin()) if not equal.all() else shortest
     branches = [document[:, shared:][:, : size - 1] for document in documents]
     longest = max(branch.shape[1] for branch in branches)
-    context = documents[0][:, :shared][:, longest - size :]
-
-    # Read the context. If all replies begin alike, its end holds labels, which count for each
-    labelled = np.flatnonzero(context[1] != data.IGNORE_INDEX)
-    unlabelled = int(labelled[0]) if len(labelled) else context.shape[1]
-    decoder.prefill(context[0, :unlabelled].tolist())
-    nats = np.zeros(len(documents))
-    if len(labelled):
-        nats += packed_nats(decoder, [context[:, unlabelled:]])
-        decoder.cached_ids = context[0].tolist()
-
-    per_pack = max(1, PACK_TOKENS // longest)
-    for first in range(0, len(branches), per_pack):
-        decoder.cache.length = context.shape[1]  # forget the pack before
-        pack = slice(first, first + per_pack)
-        nats[pack] += packed_nats(decoder, branches[pack])
-    return nats
+    return documents[0][:, :shared][:, longest - size :], branches
 
 
-def packed_nats(decoder: Decoder, branches: Sequence[np.ndarray]) -> np.ndarray:
-    """Score `branches` (each (2, n): ids, labels), side by side behind what is in the cache.
+def count_fitting(branches: Sequence[np.ndarray], room: int) -> int:
+    """Count the first branches that fit `room` tokens together, at least one."""
+    ends = np.cumsum([branch.shape[1] for branch in branches])
+    return max(1, int((ends <= room).sum()))
 
-    No branch sees another. The cache then holds all of them. Returns (branches,) float64.
+
+def packed_nats(
+    decoder: Decoder, shared: np.ndarray, branches: Sequence[np.ndarray]
+) -> tuple[float, np.ndarray]:
+    """Score `shared`, then `branches` side by side behind it, all behind what is in the cache.
+
+    Each is (2, n): ids, labels. No branch sees another. The cache then holds all of them. Returns
+    nats of `shared`, and (branches,) float64.
     """
-    cache, count = decoder.cache, len(branches)
-    device, window = cache.layers[0].device, decoder.model.config.sliding_window
-    # A last branch without labels rounds the shape up: a CPU is slow at every new shape
-    padding = -sum(branch.shape[1] for branch in branches) % PREFILL_MULTIPLE
-    branches = [*branches, np.array([[0], [data.IGNORE_INDEX]]).repeat(padding, 1)]
-    lengths = [branch.shape[1] for branch in branches]
-    packed = torch.from_numpy(np.concatenate(branches, 1)).long()  # (2, N)
+    cache, device = decoder.cache, decoder.cache.layers[0].device
+    window = decoder.model.config.sliding_window or math.inf
+    # A last part without labels rounds the shape up
+    parts = [shared, *branches]
+    padding = -sum(part.shape[1] for part in parts) % PACK_MULTIPLE
+    parts.append(np.array([[0], [data.IGNORE_INDEX]]).repeat(padding, 1))
+    lengths = [part.shape[1] for part in parts]
+    packed = torch.from_numpy(np.concatenate(parts, 1)).long()  # (2, N)
 
-    # A token sees the context, and its own branch up to itself
-    branch = torch.arange(count + 1).repeat_interleave(torch.tensor(lengths))  # (N,)
-    position = cache.length + torch.cat([torch.arange(length) for length in lengths])
-    owner = torch.cat([branch.new_full((cache.length,), -1), branch])  # (S,)
-    distance = position[:, None] - torch.cat([torch.arange(cache.length), position])  # (N, S)
-    visible = (distance >= 0) & (distance < (window or math.inf))
-    visible &= (owner == -1) | (owner == branch[:, None])
+    # A token sees what is cached, `shared` (part 0) and its own part, up to itself
+    part = torch.arange(len(parts)).repeat_interleave(torch.tensor(lengths))  # (N,)
+    starts = [cache.length, *[cache.length + lengths[0]] * (len(parts) - 1)]
+    position = torch.cat([start + torch.arange(n) for start, n in zip(starts, lengths)])
+    unwritten = cache.num_keys(len(part)) - cache.length - len(part)
+    key_position = torch.cat([torch.arange(cache.length), position])
+    key_part = F.pad(F.pad(part, (cache.length, 0)), (0, unwritten), value=-1)  # (S,)
+    distance = position[:, None] - F.pad(key_position, (0, unwritten))  # (N, S)
+    visible = (distance >= 0) & (distance < window)
+    visible &= (key_part == 0) | (key_part == part[:, None])
     bias = torch.zeros(visible.shape, dtype=cache.layers[0].dtype).masked_fill_(~visible, -math.inf)
 
     cache.mask = bias[None, None].to(device)
     ids, labels = packed[:, None].to(device)  # (1, N) each
     losses, _ = decoder.model(ids, position[None].to(device), labels, cache, "none")
     cache.mask = None
-    owners = branch[packed[1] != data.IGNORE_INDEX].numpy()
-    return np.bincount(owners, losses.cpu().double().numpy(), minlength=count)[:count]
+    owners = part[packed[1] != data.IGNORE_INDEX].numpy()
+    nats = np.bincount(owners, losses.cpu().double().numpy(), minlength=len(parts))
+    return nats[0], nats[1:-1]
 
 
 def score_alone(
@@ -159,19 +207,33 @@ def answer(
     batch_size = max(1, min(BATCH, BATCH_BYTES // (longest * token_bytes)))
 
     batch = DecodeBatch(decoder, batch_size, longest)
-    nats: list[np.ndarray] = []
-    rows: list[BatchRow] = []
-    for i, example in enumerate(progress(examples)):
-        nats.append(reply_nats(decoder, example, size))
+    nats: dict[int, np.ndarray] = {}
+    rows: dict[int, BatchRow] = {}
+    for i in progress(by_length(examples, prompts)):
+        nats[i] = reply_nats(decoder, examples[i], size)
         generator = torch.Generator().manual_seed(1000 * seed + i)
-        rows.append(batch.add(prompts[i], room, generator=generator))
+        rows[i] = batch.add(prompts[i], room, generator=generator)
         while batch.full:
             batch.step()
     while batch.rows:
         batch.step()
 
-    replies = []
-    for row in rows:
-        messages = data.split_messages(decoder.tokenizer.decode(row.ids) if row.ids else "")
+    replies, tokens = [], []
+    for i in range(len(examples)):
+        ids = rows[i].ids
+        messages = data.split_messages(decoder.tokenizer.decode(ids) if ids else "")
         replies.append(data.text_messages(data.Turn("", True, "", messages)))
-    return np.array(nats), replies, np.array([len(row.prompt) + len(row.ids) for row in rows])
+        tokens.append(len(prompts[i]) + len(ids))
+    return np.array([nats[i] for i in range(len(examples))]), replies, np.array(tokens)
+
+
+def by_length(examples: list[Example], prompts: list[list[int]]) -> list[int]:
+    """Order the numbers of examples: a session's one after another, short sessions first.
+
+    Rows of a batch are as slow as the longest one, so those of one length should meet.
+    """
+    longest: dict[int, int] = {}
+    for example, prompt in zip(examples, prompts):
+        longest[example.session] = max(len(prompt), longest.get(example.session, 0))
+    sessions = [example.session for example in examples]
+    return sorted(range(len(examples)), key=lambda i: (longest[sessions[i]], sessions[i], i))

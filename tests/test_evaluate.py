@@ -15,7 +15,7 @@ import data
 import evaluate
 from cli import UserError
 from evaluate import ModelOutputs
-from inference import bootstrap, generate, memorisation, pages, scoring, style
+from inference import bootstrap, generate, memorisation, pages, progress, scoring, style
 from inference.scoring import Example
 from training import distributed, step
 from weights.load import load_model
@@ -179,11 +179,11 @@ def test_model_that_knows_my_reply_always_finds_it():
 def test_choices_are_mine_and_nine_of_other_sessions():
     draw = np.random.default_rng(4)
     examples = scoring.find_examples(sessions_of([sentence(draw) for _ in range(12)]))
-    for example, drawn in zip(examples, evaluate.draw_choices(examples, 0)):
+    for example, drawn in zip(examples, scoring.draw_choices(examples, 0)):
         others = {tuple(e.mine) for e in examples if e.session != example.session}
         assert drawn.mine == example.mine and len({*map(tuple, drawn.choices)}) == 10
         assert {*map(tuple, drawn.choices[1:])} <= others
-    assert evaluate.draw_choices(examples[:9], 0) == examples[:9]  # too few
+    assert scoring.draw_choices(examples[:9], 0) == examples[:9]  # too few
 
 
 def test_classifier_tells_apart_another_source_but_not_the_same():
@@ -327,12 +327,20 @@ def test_secrets_without_a_base_are_no_alarm():
 def test_progress_prints_lines_where_there_is_no_terminal(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
-    for _ in evaluate.track("clone", "replies")(range(100)):
+    for _ in progress.track("clone", "replies")(range(100)):
         now[0] += 1.75
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("clone: replies 0/100")
     assert "clone: replies 60/100, 01:10 left" in lines
     assert 16 <= len(lines) <= 18  # one every 10 s, not one a reply
+
+
+def test_progress_of_two_at_once_is_lines_alone(capsys):
+    clone, base = (progress.track(name, "replies")(range(2)) for name in ("clone", "base"))
+    for _ in zip(clone, base):
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(line.startswith(("clone: ", "base: ")) for line in lines)
 
 
 def test_blind_test_never_mixes_the_chats_of_two_people():
@@ -377,6 +385,30 @@ def test_the_same_seed_writes_the_same_report_for_its_owner_alone(clone, chats):
     assert '"seconds"' not in written[0].decode()
     assert report["data"]["maybe_seen"] == 2  # 00:48, 00:49
     assert report["verdict"][0].startswith("2 of the 12 sessions here are older")
+
+
+def test_models_side_by_side_measure_the_same_as_one_by_one(clone, base, chats, monkeypatch):
+    options = evaluate.Options((str(clone),), data=str(chats), replies=6, device="cpu")
+    test_set, models = evaluate.load_test_set(options), {"clone": clone, "base": str(base)}
+    threads, results = torch.get_num_threads(), []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for together in (True, False):
+        monkeypatch.setattr(evaluate, "fit_together", lambda *args, fits=together: fits)
+        results.append(evaluate.run_models(models, test_set, options))
+        torch.set_num_threads(threads)
+    for name in models:
+        one, other = (result[name] for result in results)
+        assert one.replies == other.replies
+        np.testing.assert_allclose(one.nats, other.nats, rtol=1e-3)
+        np.testing.assert_allclose(one.held_out.bits, other.held_out.bits, rtol=1e-3)
+    assert [*results[0]] == [*results[1]] == ["clone", "base"]
+
+
+def test_models_are_measured_side_by_side_where_memory_has_room_for_all(clone, base, monkeypatch):
+    options = evaluate.Options((str(clone),), device="cpu")
+    for free, fits in ((64 << 30, True), (5 << 30, True), (4 << 30, False)):
+        monkeypatch.setattr(evaluate.devices, "free_memory", lambda free=free: free)
+        assert evaluate.fit_together([clone, str(base)], options) == fits
 
 
 def test_blind_test_holds_what_was_approved_of_one_chat(clone, chats):

@@ -255,14 +255,27 @@ def test_batched_replies_equal_single_ones(tmp_path, changes, temperature):
 
 @pytest.mark.parametrize("top_p", [0.5, 0.95, 1.0])
 @pytest.mark.parametrize("spread", [0.1, 3.0], ids=["flat", "peaked"])
-def test_sample_equals_sampling_from_the_whole_sorted_vocabulary(top_p, spread):
-    ours, reference = (torch.Generator().manual_seed(1) for _ in range(2))
+def test_sample_equals_sampling_from_the_whole_sorted_vocabulary(top_p, spread, monkeypatch):
     for seed in range(20):
         logits = torch.randn(20000, generator=torch.Generator().manual_seed(seed)) * spread
-        probs, ids = (logits / 0.7).softmax(0).sort(descending=True)
-        probs[probs.cumsum(0) - probs > top_p] = 0
-        expected = ids[torch.multinomial(probs, 1, generator=reference)]
-        assert generate.sample(logits, 0.7, top_p, ours) == expected
+        monkeypatch.setattr(generate, "MIN_PROBABILITY", 1e-5)
+        drawn = generate.sample(logits, 0.7, top_p, torch.Generator().manual_seed(seed))
+        monkeypatch.setattr(generate, "MIN_PROBABILITY", -1)  # nothing is left out
+        whole = generate.sample(logits, 0.7, top_p, torch.Generator().manual_seed(seed))
+        assert drawn == whole
+
+
+@pytest.mark.parametrize("top_p", [0.6, 1.0])
+def test_sample_draws_as_often_as_multinomial(top_p):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(50, generator=generator) * 2
+    probs, ids = (logits / 0.7).softmax(0).sort(descending=True)
+    probs[probs.cumsum(0) - probs > top_p] = 0
+    drawn = [generate.sample(logits, 0.7, top_p, generator) for _ in range(4000)]
+    expected = ids[torch.multinomial(probs, 4000, replacement=True, generator=generator)]
+    counts, other = (torch.bincount(torch.as_tensor(x), minlength=50) for x in (drawn, expected))
+    assert set(drawn) <= set(ids[probs > 0].tolist())
+    assert ((counts - other).abs() <= 5 * (counts + other + 1).sqrt()).all()
 
 
 def test_a_row_that_is_done_leaves_its_place_to_the_next(base, tokenizer):

@@ -96,12 +96,14 @@ def evaluates(rng):
     decoder = generate.Decoder(model, tokenizer, scoring.cache_size(SEQ_LEN))
     ranks = distributed.Distributed(torch.device("cpu"))
     while True:
-        before = random_turns(rng)
-        replies = [random_turns(rng)[0].messages for _ in range(3)]
-        scoring.reply_nats(decoder, scoring.Example(0, before, "Bob", replies), SEQ_LEN)
-        if rng.random() < 0.25:  # 64 tokens each: most of the time
-            for _ in generate.Answer(decoder, before, "Bob", 64, seed=rng.randrange(99)):
-                pass
+        examples = []
+        for number in range(3):
+            replies = [random_turns(rng)[0].messages for _ in range(3)]
+            examples.append(scoring.Example(number, random_turns(rng), "Bob", replies))
+        if rng.random() < 0.25:  # up to 64 tokens each: most of the time
+            scoring.answer(decoder, examples, SEQ_LEN, rng.randrange(99))
+        else:
+            scoring.reply_nats(decoder, examples[0], SEQ_LEN)
         step.evaluate(model, [random_row(rng)], ranks, 1)
         model.eval()
         yield
