@@ -1,5 +1,6 @@
 """Timing: what data.py measures of an invented person comes back when the clone draws from it."""
 
+import asyncio
 import collections
 import itertools
 import json
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 from conftest import command
 
+import chat
 import cli
 from cli import UserError
 from exports import Chat, Message, iso_time
 from exports.timing import TimingStats
-from inference.pace import DEFAULT, GROUPS, Pace
+from inference import pace as pace_module
+from inference import server
+from inference.pace import DEFAULT, GROUPS, Pace, Pacer, Schedule, hold_back
 
 HOUR = 3600
 SHARES = [0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99]
@@ -346,3 +350,131 @@ def test_bad_edit_is_named_in_one_line(tmp_path, edit, place):
     problem, hint = str(error.value).splitlines()
     assert problem.startswith(f"{tmp_path}/persona.json: timing") and place in problem
     assert len(problem) < 300 and "docs/CHAT.md" in hint
+
+
+# --- the terminal and the server
+
+
+FIXED = {  # no randomness: ten seconds, then a second a message and one each ten characters
+    "everyone": {"delay": {"50%": 10}, "unanswered": 1},
+    "typing": {"pause": 1, "characters_per_second": 10, "spread": {"50%": 1}},
+}
+
+
+class Clock:
+    """time, in which sleeping takes no time."""
+
+    def __init__(self):
+        self.now, self.naps = 100.0, []
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(pace_module, "time", clock)
+    monkeypatch.setattr(server, "time", clock)
+    return clock
+
+
+def growing(clock, seconds=0.5):
+    """An answer of three messages, as the model writes it: a piece each half second."""
+    for messages in (["y"], ["yes"], ["yes", "I"], ["yes", "I am"], ["yes", "I am", "x" * 90]):
+        clock.now += seconds
+        yield messages
+
+
+def test_messages_are_shown_whole_and_when_due_with_typing_before(clock):
+    schedule = Schedule(Pace(FIXED), "Bob", np.random.default_rng(0))
+    events = []
+    show_typing = lambda: events.append((clock.now - 100, "typing"))  # noqa: E731
+    for messages in hold_back(growing(clock), schedule, show_typing):
+        events.append((clock.now - 100, messages[-1]))
+    expected = [
+        (8.7, "typing"),
+        (10, "yes"),
+        (11, "typing"),  # the model had to go on
+        (11.4, "I am"),
+        (11.4, "typing"),
+        (21.4, "x" * 90),
+    ]
+    assert [what for _, what in events] == [what for _, what in expected]
+    assert [at for at, _ in events] == pytest.approx([at for at, _ in expected])
+
+
+def test_slow_model_delays_a_message_but_adds_no_wait(clock):
+    schedule = Schedule(Pace(FIXED), "Bob", np.random.default_rng(0))
+    shown = [clock.now - 100 for _ in hold_back(growing(clock, 20), schedule, lambda: None)]
+    assert shown == pytest.approx([60, 100, 110])
+
+
+def test_terminal_shows_typing_between_messages_and_read_where_it_ignores(
+    clock, capsys, monkeypatch
+):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    pacer = Pacer(Pace(FIXED), human=True, may_ignore=True)
+    conversation = chat.Conversation(
+        "Ann", "Bob", lambda *_: growing(clock), temperature=1, pacer=pacer
+    )
+    conversation.add(chat.make_turn("Bob", "hi"))
+    conversation.add(chat.make_turn("Bob", "there?"))
+    assert [turn.messages for turn in conversation.turns] == [["hi", "there?"]]
+    conversation.reply()
+    typing, clear = "Ann is typing…", "\r\033[K"
+    assert capsys.readouterr().out == (
+        f"\r{typing}{clear}Ann: yes\n{typing}{clear}     I am\n{typing}{clear}     {'x' * 90}\n"
+    )
+    assert conversation.turns[-1].messages == ["yes", "I am", "x" * 90]
+
+    lines = iter(["are you there?"])
+    monkeypatch.setattr(
+        "builtins.input", lambda _: next(lines, None) or (_ for _ in ()).throw(EOFError)
+    )
+    conversation.run()
+    assert "(read)" in capsys.readouterr().out and clock.now < 130
+
+
+def test_fast_pace_is_the_default_and_waits_for_nothing(clock, capsys):
+    pacer = Pacer.load("none", chat.Options())
+    assert pacer.pace is None and pacer.schedule("Bob") is None and not pacer.ignores("Bob")
+    conversation = chat.Conversation("Ann", "Bob", lambda *_: growing(clock, 0), pacer=pacer)
+    conversation.reply()
+    assert clock.now == 100 and capsys.readouterr().out.startswith("Ann: yes\n")
+
+
+def test_server_sends_lines_when_due_and_comments_while_it_waits(clock, monkeypatch):
+    async def sleep(seconds):
+        clock.now += seconds
+
+    async def pieces():
+        for piece in ("y", "es\nI", " am", "\n", "x" * 90):
+            yield piece
+
+    async def collect():
+        schedule = Schedule(Pace(FIXED, longest_wait=20), "Bob", np.random.default_rng(0))
+        return [
+            (clock.now - 100, getattr(piece, "text", piece))
+            async for piece in server.hold_back(pieces(), schedule)
+        ]
+
+    monkeypatch.setattr(server.asyncio, "sleep", sleep)
+    monkeypatch.setattr(server, "IDLE_SECONDS", 5)
+    events = asyncio.run(collect())
+    expected = [
+        (0, "read"),
+        (5, "waiting"),
+        (8.7, "typing"),
+        (10, "yes"),
+        (10, "typing"),
+        (11.4, "\nI am"),
+        (11.4, "typing"),
+        (16.4, "waiting"),
+        (21.4, "\n" + "x" * 90),
+    ]
+    assert [what for _, what in events] == [what for _, what in expected]
+    assert [at for at, _ in events] == pytest.approx([at for at, _ in expected])
