@@ -9,7 +9,7 @@ import dataclasses
 import datetime
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import cli
@@ -17,6 +17,7 @@ import data
 from cli import UserError, flag
 from inference import generate
 from inference.context import ContextBuilder, Exchange
+from inference.pace import Pacer, hold_back
 from weights import devices, hf, hub
 from weights.load import choose_slots, load_for_chat
 from weights.tokenizer import load_tokenizer, read_names, unknown_name_warning
@@ -31,6 +32,7 @@ LIMITS = {
     "per_client": (1, 1 << 31),
     "timeout": (1, 1 << 31),
     "max_prompt": (1, 1 << 20),
+    "longest_wait": (0, 86400),
 }
 MIN_COMPILE_PARAMETERS = 200e6  # a smaller model has answered before the compiler is done
 
@@ -54,6 +56,16 @@ class Options:
     temperature: float = flag(0.7, "sampling temperature; 0 takes the likeliest token")
     top_p: float = flag(0.95, "sample from the likeliest tokens of this total probability")
     seed: int | None = flag(None, "make replies repeatable")
+
+    pace: str | None = flag(
+        None,
+        "send messages at once, or after waits like mine",
+        choices=("fast", "human"),
+        shown="fast",
+        group="timing",
+    )
+    longest_wait: float = flag(30.0, "longest wait for a message with --pace human, in seconds")
+    may_ignore: bool = flag(False, "leave messages unanswered as often as I did")
 
     web: bool = flag(False, "serve a page and an OpenAI-compatible API", group="server")
     host: str = flag("127.0.0.1", "address to listen on; others need --token and --as")
@@ -91,9 +103,10 @@ def main() -> None:
         from inference import server  # needs requirements-extra.txt
 
         sock = server.listen(options)
+    pacer = Pacer.load(folder, options)
     decoder = load_decoder(folder, options, context_builder)
     if options.web:
-        server.serve(sock, decoder, me, you, options)
+        server.serve(sock, decoder, me, you, options, pacer)
         return
 
     def reply_to(turns, temperature, attempt=0):
@@ -112,7 +125,7 @@ def main() -> None:
         print("\n".join(reply.messages))
         return
     history = Path(options.history) if options.history else None
-    Conversation(me, you, reply_to, history, options.temperature).run()
+    Conversation(me, you, reply_to, history, options.temperature, pacer).run()
 
 
 def validate(options: Options) -> Path:
@@ -208,7 +221,7 @@ class Conversation:
     """A conversation in the terminal.
 
     `reply_to(turns, temperature, attempt)` makes a generate.Answer. `history`: the file that the
-    conversation is kept in, or None.
+    conversation is kept in, or None. `pacer`: when messages are printed; None: at once.
     """
 
     def __init__(
@@ -218,7 +231,9 @@ class Conversation:
         reply_to: Callable[..., generate.Answer],
         history: Path | None = None,
         temperature: float = 0.7,
+        pacer: Pacer | None = None,
     ):
+        self.pacer = pacer or Pacer(None, human=False, may_ignore=False)
         self.me = me
         self.you = you
         self.reply_to = reply_to
@@ -264,8 +279,19 @@ class Conversation:
                 name, _, argument = text[1:].partition(" ")
                 self.run_command(name, argument.strip())
             elif text:
-                self.turns.append(make_turn(self.you, text))
-                self.reply()
+                self.add(make_turn(self.you, text))
+                if self.pacer.ignores(self.you):
+                    self.save()
+                    print("(read)")
+                else:
+                    self.reply()
+
+    def add(self, turn: data.Turn) -> None:
+        """Add your turn, to the one before if that was left unanswered."""
+        if self.turns and self.turns[-1].author == turn.author:
+            self.turns[-1].messages += turn.messages
+        else:
+            self.turns.append(turn)
 
     def run_command(self, name: str, argument: str = "") -> None:
         if name == "help":
@@ -295,9 +321,14 @@ class Conversation:
             print(f"({command} is not understood)\n{HELP}")
 
     def reply(self, attempt: int = 0) -> None:
-        printer = StreamPrinter(self.me)
+        printer, schedule = StreamPrinter(self.me), self.pacer.schedule(self.you)
         with contextlib.suppress(KeyboardInterrupt):
-            for messages in self.reply_to(self.turns, self.temperature, attempt):
+            replies: Iterable[list[str]] = self.reply_to(self.turns, self.temperature, attempt)
+            if schedule:
+                replies = hold_back(replies, schedule, printer.show_typing)
+            else:
+                printer.show_typing()
+            for messages in replies:
                 printer.update(messages)
         printer.end()
         if printer.messages:
@@ -316,38 +347,46 @@ class Conversation:
 
 
 class StreamPrinter:
-    """Print messages while they grow, each on a line of its own.
-
-    A terminal shows "is typing" until the first one begins.
-    """
+    """Print messages while they grow, each on a line of its own."""
 
     def __init__(self, name: str):
         self.name = name
         self.messages: list[str] = []
+        self.typing = False  # whether the last line says so
         terminal = sys.stdout.isatty()
         self.indent = " " * len(f"{name}: ") if terminal else ""
         self.clear_line = "\r\033[K" if terminal else ""
-        if terminal:
-            print(f"\r{name} is typing…", end="", flush=True)
+
+    def show_typing(self) -> None:
+        """Say "is typing" until the next message begins, in a terminal."""
+        if self.clear_line:
+            start = "\n" if self.messages else "\r"
+            print(f"{start}{self.name} is typing…", end="", flush=True)
+            self.typing = True
 
     def update(self, messages: list[str]) -> None:
         """Print what is new in `messages`: what was printed before only grows."""
-        text = ""
+        text = self.clear_line if self.typing else ""
+        newline = "" if self.typing else "\n"
         for index, message in enumerate(messages):
             printed = 0
             if index < len(self.messages):
                 printed = len(self.messages[index])
             elif index == 0:
-                text += f"{self.clear_line}{self.name}: "
+                text += f"{self.name}: "
             else:
-                text += "\n" + (self.indent or f"{self.name}: ")
+                text += newline + (self.indent or f"{self.name}: ")
+                newline = "\n"
             text += message[printed:].replace("\n", "\n" + self.indent)
         print(text, end="", flush=True)
+        self.typing = False
         self.messages = list(messages)
 
     def end(self) -> None:
-        nothing = self.indent and not self.messages
-        print(f"{self.clear_line}({self.name} says nothing)" if nothing else "", flush=True)
+        text = self.clear_line if self.typing else ""
+        if self.indent and not self.messages:
+            text += f"({self.name} says nothing)"
+        print(text, end="" if self.typing and self.messages else "\n", flush=True)
 
 
 if __name__ == "__main__":
