@@ -35,6 +35,7 @@ import train
 from bench.step import padded_documents
 from training import distributed, optim, step
 from training.run import plan_run
+from weights import devices
 from weights.load import load_model
 from weights.tokenizer import load_tokenizer
 
@@ -66,7 +67,7 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     several = {"action": "append", "default": []}
-    parser.add_argument("export")
+    parser.add_argument("export", help="an export, or a folder of data.py")
     parser.add_argument("base")
     parser.add_argument("--run", help="a name, then flags of train.py", **several)
     parser.add_argument(
@@ -92,7 +93,9 @@ class Bench:
         self.results: dict[str, step.Evaluation] = {}
 
     def data_folder(self, **flags: str | None) -> Path:
-        """Return the folder that data.py makes with these flags."""
+        """Return the folder that data.py makes with these flags, or EXPORT if it is one."""
+        if (Path(self.options.export) / "train.jsonl").exists():
+            return Path(self.options.export)
         arguments = []
         for name, value in flags.items():
             arguments += [f"--{name}", value] if value else []
@@ -225,8 +228,10 @@ def peft(base, folder: Path, tokenizer, held_out: list[data.Row], lr: float, epo
 def backward(model, rows: list[data.Row]) -> None:
     """Accumulate the gradients of a batch: of the mean loss over all its targets."""
     count = sum(int((row.labels != data.IGNORE_INDEX).sum()) for row in rows)
+    dtype = devices.default_dtype(torch.device("cpu"))  # train.py's
     for batch, labels in padded_documents(rows, 8):
-        logits = model(**batch).logits.flatten(0, 1).float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = model(**batch).logits.flatten(0, 1).float()
         loss = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
         (loss / count).backward()
 
