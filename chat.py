@@ -6,7 +6,6 @@ and an API instead, see inference/server.py.
 
 import contextlib
 import dataclasses
-import datetime
 import re
 import sys
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from pathlib import Path
 import cli
 import data
 from cli import UserError, flag
-from inference import generate
+from inference import conversation, generate
 from inference.context import ContextBuilder, Exchange
 from weights import devices, hf, hub
 from weights.load import choose_slots, load_for_chat
@@ -97,10 +96,7 @@ def main() -> None:
         return
 
     def reply_to(turns, temperature, attempt=0):
-        """With --seed a reply depends on the number of turns before it and of retries."""
-        seed = options.seed
-        if seed is not None:
-            seed += len(turns) + 1_000_003 * attempt
+        seed = conversation.reply_seed(options.seed, turns, attempt)
         return generate.Answer(
             decoder, turns, me, options.max_tokens, temperature, options.top_p, seed
         )
@@ -189,11 +185,7 @@ def show_exchange(exchange: Exchange) -> None:
 def make_turn(author: str, text: str) -> data.Turn:
     """Make a turn of typed text: each line is a message."""
     lines = [line.strip() for line in text.split("\n")]
-    return data.Turn(author, False, now(), [line for line in lines if line])
-
-
-def now() -> str:
-    return datetime.datetime.now().isoformat(timespec="seconds")
+    return data.Turn(author, False, conversation.now(), [line for line in lines if line])
 
 
 HELP = """/as NAME   change your name
@@ -204,7 +196,7 @@ HELP = """/as NAME   change your name
 Ctrl-C     stops a reply; Ctrl-D exits"""
 
 
-class Conversation:
+class Conversation(conversation.Conversation):
     """A conversation in the terminal.
 
     `reply_to(turns, temperature, attempt)` makes a generate.Answer. `history`: the file that the
@@ -219,16 +211,8 @@ class Conversation:
         history: Path | None = None,
         temperature: float = 0.7,
     ):
-        self.me = me
-        self.you = you
+        super().__init__(me, you, history, temperature)
         self.reply_to = reply_to
-        self.history = history
-        self.temperature = temperature
-        self.attempts = 0  # retries since the start
-        self.turns: list[data.Turn] = []
-        if history and history.exists():
-            for session in data.load_sessions(history):
-                self.turns += session.turns
 
     def run(self) -> None:
         """Read lines and stream replies until the end of input.
@@ -272,24 +256,10 @@ class Conversation:
             print(HELP)
         elif name == "as" and argument:
             self.you = argument
-        elif name == "temp" and re.fullmatch(r"\d*\.?\d+", argument) and float(argument) <= 10:
-            self.temperature = float(argument)
-        elif name in ("retry", "undo") and not self.turns:
-            print("(there are no messages yet)")
-        elif name == "retry":
-            if self.turns[-1].me:
-                self.turns.pop()
-            self.attempts += 1
-            self.reply(self.attempts)
-        elif name == "undo":
-            while self.turns.pop().me and self.turns:
-                pass
-            self.save()
-            print(f"(removed; {cli.counted(len(self.turns), 'turns')} left)")
-        elif name == "reset":
-            self.turns.clear()
-            self.save()
-            print("(new conversation)")
+        elif name == "retry" and self.turns:
+            self.reply(self.drop_reply())
+        elif notice := self.change(name, argument):
+            print(f"({notice})")
         else:
             command = f"/{name} {argument}".rstrip()
             print(f"({command} is not understood)\n{HELP}")
@@ -301,18 +271,8 @@ class Conversation:
                 printer.update(messages)
         printer.end()
         if printer.messages:
-            self.turns.append(data.Turn(self.me, True, now(), printer.messages))
+            self.turns.append(data.Turn(self.me, True, conversation.now(), printer.messages))
         self.save()
-
-    def save(self) -> None:
-        if not self.history:
-            return
-        text = ""
-        if self.turns:
-            start = self.turns[0].at
-            session = data.Session(self.you, "chat.py", "personal_chat", start, self.turns)
-            text = session.to_json() + "\n"
-        cli.write_text(self.history, text)
 
 
 class StreamPrinter:
