@@ -26,7 +26,7 @@ class QueueError(Exception):
 
 @dataclasses.dataclass
 class ReplyRequest:
-    """What to reply to, and how. `stops`: texts that end the reply."""
+    """What to reply to, and how. `stops`: texts that end the reply; `chat`: as in Answer."""
 
     turns: list[data.Turn]
     max_tokens: int
@@ -34,6 +34,7 @@ class ReplyRequest:
     top_p: float
     seed: int | None = None
     stops: list[str] = dataclasses.field(default_factory=list)
+    chat: tuple[str, bool] | tuple[()] = ()
 
 
 @dataclasses.dataclass(eq=False)
@@ -147,6 +148,7 @@ class RequestQueue:
         job.answer = generate.Answer(
             self.decoder, request.turns, self.me,
             request.max_tokens, request.temperature, request.top_p, request.seed,
+            request.chat,
         )  # fmt: skip
         job.row = job.answer.join(self.batch)
         self.answered.append(job)
