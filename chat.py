@@ -16,6 +16,7 @@ import data
 from cli import UserError, flag
 from inference import conversation, generate
 from inference.context import ContextBuilder, Exchange
+from inference.pace import Pacer, hold_back
 from weights import devices, hf, hub
 from weights.load import choose_slots, load_for_chat
 from weights.tokenizer import load_tokenizer, read_names, unknown_name_warning
@@ -30,6 +31,7 @@ LIMITS = {
     "per_client": (1, 1 << 31),
     "timeout": (1, 1 << 31),
     "max_prompt": (1, 1 << 20),
+    "longest_wait": (0, 86400),
 }
 MIN_COMPILE_PARAMETERS = 200e6  # a smaller model has answered before the compiler is done
 
@@ -53,6 +55,16 @@ class Options:
     temperature: float = flag(0.7, "sampling temperature; 0 takes the likeliest token")
     top_p: float = flag(0.95, "sample from the likeliest tokens of this total probability")
     seed: int | None = flag(None, "make replies repeatable")
+
+    pace: str | None = flag(
+        None,
+        "when messages come, at once or as mine did",
+        choices=("fast", "human"),
+        shown="fast",
+        group="timing",
+    )
+    longest_wait: float = flag(30.0, "longest wait for a message with --pace human, in seconds")
+    may_ignore: bool = flag(False, "leave messages unanswered as often as I did")
 
     web: bool = flag(False, "serve a page and an OpenAI-compatible API", group="server")
     host: str = flag("127.0.0.1", "address to listen on; others need --token and --as")
@@ -90,9 +102,10 @@ def main() -> None:
         from inference import server  # needs requirements-extra.txt
 
         sock = server.listen(options)
+    pacer = Pacer.load(folder, options)
     decoder = load_decoder(folder, options, context_builder)
     if options.web:
-        server.serve(sock, decoder, me, you, options)
+        server.serve(sock, decoder, me, you, options, pacer)
         return
 
     def reply_to(turns, temperature, attempt=0):
@@ -108,7 +121,7 @@ def main() -> None:
         print("\n".join(reply.messages))
         return
     history = Path(options.history) if options.history else None
-    Conversation(me, you, reply_to, history, options.temperature).run()
+    Conversation(me, you, reply_to, history, options.temperature, pacer).run()
 
 
 def validate(options: Options) -> Path:
@@ -200,7 +213,7 @@ class Conversation(conversation.Conversation):
     """A conversation in the terminal.
 
     `reply_to(turns, temperature, attempt)` makes a generate.Answer. `history`: the file that the
-    conversation is kept in, or None.
+    conversation is kept in, or None. `pacer`: when messages are printed; None: at once.
     """
 
     def __init__(
@@ -210,8 +223,10 @@ class Conversation(conversation.Conversation):
         reply_to: Callable[..., generate.Answer],
         history: Path | None = None,
         temperature: float = 0.7,
+        pacer: Pacer | None = None,
     ):
         super().__init__(me, you, history, temperature)
+        self.pacer = pacer or Pacer(None, human=False, may_ignore=False)
         self.reply_to = reply_to
 
     def run(self) -> None:
@@ -248,8 +263,12 @@ class Conversation(conversation.Conversation):
                 name, _, argument = text[1:].partition(" ")
                 self.run_command(name, argument.strip())
             elif text:
-                self.turns.append(make_turn(self.you, text))
-                self.reply()
+                self.add(make_turn(self.you, text))
+                if self.pacer.ignores(self.you):
+                    self.save()
+                    print("(read)")
+                else:
+                    self.reply()
 
     def run_command(self, name: str, argument: str = "") -> None:
         if name == "help":
@@ -265,9 +284,14 @@ class Conversation(conversation.Conversation):
             print(f"({command} is not understood)\n{HELP}")
 
     def reply(self, attempt: int = 0) -> None:
-        printer = StreamPrinter(self.me)
+        printer, schedule = StreamPrinter(self.me), self.pacer.schedule(self.you)
         with contextlib.suppress(KeyboardInterrupt):
-            for messages in self.reply_to(self.turns, self.temperature, attempt):
+            replies = self.reply_to(self.turns, self.temperature, attempt)
+            if schedule:
+                replies = hold_back(replies, schedule, printer.show_typing)
+            else:
+                printer.show_typing()
+            for messages in replies:
                 printer.update(messages)
         printer.end()
         if printer.messages:
@@ -276,38 +300,46 @@ class Conversation(conversation.Conversation):
 
 
 class StreamPrinter:
-    """Print messages while they grow, each on a line of its own.
-
-    A terminal shows "is typing" until the first one begins.
-    """
+    """Print messages while they grow, each on a line of its own."""
 
     def __init__(self, name: str):
         self.name = name
         self.messages: list[str] = []
+        self.typing = False  # whether the last line says so
         terminal = sys.stdout.isatty()
         self.indent = " " * len(f"{name}: ") if terminal else ""
         self.clear_line = "\r\033[K" if terminal else ""
-        if terminal:
-            print(f"\r{name} is typing…", end="", flush=True)
+
+    def show_typing(self) -> None:
+        """Say "is typing" until the next message begins, in a terminal."""
+        if self.clear_line:
+            start = "\n" if self.messages else "\r"
+            print(f"{start}{self.name} is typing…", end="", flush=True)
+            self.typing = True
 
     def update(self, messages: list[str]) -> None:
         """Print what is new in `messages`: what was printed before only grows."""
-        text = ""
+        text = self.clear_line if self.typing else ""
+        newline = "" if self.typing else "\n"
         for index, message in enumerate(messages):
             printed = 0
             if index < len(self.messages):
                 printed = len(self.messages[index])
             elif index == 0:
-                text += f"{self.clear_line}{self.name}: "
+                text += f"{self.name}: "
             else:
-                text += "\n" + (self.indent or f"{self.name}: ")
+                text += newline + (self.indent or f"{self.name}: ")
+                newline = "\n"
             text += message[printed:].replace("\n", "\n" + self.indent)
         print(text, end="", flush=True)
+        self.typing = False
         self.messages = list(messages)
 
     def end(self) -> None:
-        nothing = self.indent and not self.messages
-        print(f"{self.clear_line}({self.name} says nothing)" if nothing else "", flush=True)
+        text = self.clear_line if self.typing else ""
+        if self.indent and not self.messages:
+            text += f"({self.name} says nothing)"
+        print(text, end="" if self.typing and self.messages else "\n", flush=True)
 
 
 if __name__ == "__main__":

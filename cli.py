@@ -311,7 +311,18 @@ def read_json(path: StrPath, missing: dict | None = None) -> dict:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write JSON for people to read: a list or an object that holds no other takes one line."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    # Newlines in strings are escaped: a bracket beside a real one is no character of a text.
+    text = re.sub(r"[\[{]\n[^\[\]{}]{1,400}\n *[\]}]", lambda match: one_line(match[0]), text)
+    write_text(path, text + "\n")
+
+
+def one_line(text: str) -> str:
+    """Join lines of JSON, unless that gets longer than 160 characters."""
+    joined = re.sub(r"\n *", " ", text)
+    joined = joined[0] + joined[2:-2] + joined[-1]
+    return joined if len(joined) <= 160 else text
 
 
 def check_number(

@@ -36,6 +36,7 @@ from exports import Chat, Message, Reason, report
 from exports.join import MessageStore
 from exports.redact import redact
 from exports.source import Source
+from exports.timing import TimingStats
 from weights.tokenizer import load_tokenizer
 
 AFTER_FORGETTING = (
@@ -486,6 +487,7 @@ def build_sessions(
     Returns (INDEX records in order of time, persona, what was counted).
     """
     stats, names, index = report.ChatStats(), Names(store, me), array("q")
+    timing = TimingStats(me, options.gap_minutes * 60)
     stats.left_out["chats"].update(exported.left_out.values())
     parts, facts = data.parse_header_parts(options.context), Path(options.out) / "facts.md"
     facts = cli.read_text(facts) if "facts" in parts and facts.is_file() else ""
@@ -500,6 +502,7 @@ def build_sessions(
             messages = filter_messages(
                 messages, options, forgotten, exported.bots, stats.left_out["messages"]
             )
+            messages = timing.watch(chat, messages)
             for session in data.sessions(messages, chat, me, options.gap_minutes * 60):
                 reason = data.skip_reason(session)
                 bar.update(stats.add(session, reason))
@@ -517,6 +520,7 @@ def build_sessions(
     table = np.frombuffer(index, INDEX) if index else np.zeros(0, INDEX)
     contacts = [{"name": names[id], "messages": n} for id, n in stats.contacts()]
     persona = {"me": names.me, "contacts": contacts} | ({"context": parts} if parts else {})
+    persona["timing"] = timing.report({id: names[id] for id, _ in stats.contacts()})
     return table[np.argsort(table["start"], kind="stable")], persona, stats
 
 
@@ -704,6 +708,9 @@ def forget_people(folder: Path, values: tuple[str, ...], dry_run: bool) -> None:
         for part, lines in kept.items():
             cli.write_text(folder / f"{part}.jsonl", "".join(lines))
         persona["contacts"] = [{"name": n, "messages": total[n]} for n in people if total[n]]
+        timing = persona.get("timing")
+        if isinstance(timing, dict) and isinstance(timing.get("contacts"), dict):
+            timing["contacts"] = {n: t for n, t in timing["contacts"].items() if n not in gone}
         cli.write_json(folder / "persona.json", persona)
         for path in [folder / "report.json", *(folder / "cache").glob("*")]:
             path.unlink(missing_ok=True)

@@ -31,6 +31,13 @@ class Conversation:
             for session in data.load_sessions(history):
                 self.turns += session.turns
 
+    def add(self, turn: data.Turn) -> None:
+        """Add another's turn, to the one before if that was left unanswered."""
+        if self.turns and self.turns[-1].author == turn.author:
+            self.turns[-1].messages += turn.messages
+        else:
+            self.turns.append(turn)
+
     def change(self, command: str, argument: str = "") -> str | None:
         """Run /temp, /undo or /reset; return what to say, None if the command isn't understood."""
         if command == "temp" and re.fullmatch(r"\d*\.?\d+", argument):

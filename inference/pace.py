@@ -10,8 +10,13 @@ them (docs/CHAT.md). Where "timing" or a part of it is missing or null, DEFAULT'
 
 All times are seconds. A message is due that long after the one before it, so the time that the
 model needs to write it is included. `generator` is numpy's, so draws can be seeded.
+chat.py and the server have a Pacer, which makes a Schedule for each answer.
 """
 
+import datetime
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,6 +136,84 @@ class Pace:
             if name in habits:
                 return habits[name]
         return self.default_habits[name]
+
+
+class Schedule:
+    """When the messages of one answer are due, by time.monotonic(). It begins when it is made.
+
+    `contact`: who wrote, as in Pace.delay.
+    """
+
+    def __init__(self, pace: Pace, contact: str, generator: np.random.Generator):
+        self.pace = pace
+        self.generator = generator
+        self.before = time.monotonic()  # when the message before was due
+        self.wait: float | None = pace.delay(contact, datetime.datetime.now().hour, generator)
+
+    def next(self, message: str) -> tuple[float, float]:
+        """Return when "is typing" is shown for the next message, and when that is due.
+
+        A message that the model finished too late is due now, and the next one after that.
+        """
+        wait = self.pace.gap(message, self.generator) if self.wait is None else self.wait
+        self.wait = None
+        now = time.monotonic()
+        self.before = max(now, self.before + wait)
+        return max(now, self.before - self.pace.typing_seconds(message)), self.before
+
+
+class Pacer:
+    """What --pace, --longest-wait and --may-ignore ask for. `pace`: None where they ask nothing."""
+
+    def __init__(self, pace: Pace | None, human: bool, may_ignore: bool, seed: int | None = None):
+        self.pace = pace
+        self.human = human
+        self.may_ignore = may_ignore
+        self.generator = np.random.default_rng(seed)
+
+    @classmethod
+    def load(cls, folder: str | Path, options: Any, default: str = "fast") -> "Pacer":
+        """Read the pace of chat.py's Options from a checkpoint. UserError for a bad edit."""
+        human, pace = (options.pace or default) == "human", None
+        if human or options.may_ignore:
+            pace = Pace.load(folder, options.longest_wait)
+            if not pace.measured:
+                print("(persona.json has no timing: its pace is a default)", file=sys.stderr)
+        return cls(pace, human, options.may_ignore, options.seed)
+
+    def ignores(self, contact: str) -> bool:
+        return bool(self.pace and self.may_ignore and self.pace.ignores(contact, self.generator))
+
+    def schedule(self, contact: str) -> Schedule | None:
+        """Begin the schedule of an answer to a contact; None: each message is due at once."""
+        return Schedule(self.pace, contact, self.generator) if self.pace and self.human else None
+
+
+def hold_back(
+    stream: Iterable[list[str]], schedule: Schedule, show_typing: Callable[[], object]
+) -> Iterator[list[str]]:
+    """Yield the messages of a growing answer one more at a time, each whole and when it is due.
+
+    Until then the model goes on only as far as the beginning of the next message.
+    """
+    messages: list[str] = []
+    shown = 0
+
+    def wait_for(message: str) -> None:
+        typing, due = schedule.next(message)
+        time.sleep(max(0, typing - time.monotonic()))
+        show_typing()
+        time.sleep(max(0, due - time.monotonic()))
+
+    for messages in stream:
+        while shown < len(messages) - 1:
+            wait_for(messages[shown])
+            shown += 1
+            yield messages[:shown]
+    while shown < len(messages):
+        wait_for(messages[shown])
+        shown += 1
+        yield messages[:shown]
 
 
 class Checker:

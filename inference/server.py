@@ -34,13 +34,14 @@ import time
 import webbrowser
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import cli
 import data
 from cli import UserError
 from inference import generate
+from inference.pace import Pacer, Schedule
 from inference.request_queue import Job, QueueError, ReplyRequest, RequestQueue
 
 try:
@@ -332,6 +333,9 @@ async def chat_completions(request: Request) -> Response:
     chat = ChatRequest(body, state.me, state.you, state.options, fixed_names)
     if chat.seed is None:
         chat.seed = next(state.seeds)
+    contact = chat.turns[-1].author
+    if state.pacer.ignores(contact):
+        chat.max_tokens = 0
     job = state.queue.submit(chat, client_address(request))
     head = {
         "id": f"chatcmpl-{secrets.token_hex(12)}",
@@ -340,7 +344,7 @@ async def chat_completions(request: Request) -> Response:
         "model": state.me,
     }
     if chat.stream:
-        chunks = stream_chunks(job, head, chat.include_usage)
+        chunks = stream_chunks(job, head, chat.include_usage, state.pacer.schedule(contact))
         headers = {"x-accel-buffering": "no"}  # else nginx holds back the first 4 kB
         return StreamingResponse(chunks, 200, headers, "text/event-stream")
     return await whole_reply(request, job, head)
@@ -368,8 +372,10 @@ async def whole_reply(request: Request, job: Job, head: dict) -> Response:
     return JSONResponse({**head, "choices": [choice], "usage": usage})
 
 
-async def stream_chunks(job: Job, head: dict, include_usage: bool) -> AsyncIterator[str]:
-    """Yield a reply as server-sent events."""
+async def stream_chunks(
+    job: Job, head: dict, include_usage: bool, schedule: Schedule | None = None
+) -> AsyncIterator[str]:
+    """Yield a reply as server-sent events. With a schedule each line comes whole, when it's due."""
 
     def chunk(delta: dict, reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
@@ -379,16 +385,9 @@ async def stream_chunks(job: Job, head: dict, include_usage: bool) -> AsyncItera
     job.result.add_done_callback(job.texts.put_nowait)  # comes after the last text
     try:
         yield chunk({"role": "assistant", "content": ""})
-        while True:
-            try:
-                text = await asyncio.wait_for(job.texts.get(), IDLE_SECONDS)
-            except TimeoutError:
-                yield ": waiting\n\n"
-                continue
-            if text is job.result:
-                break
-            if text:
-                yield chunk({"content": text})
+        pieces = hold_back(read_pieces(job), schedule) if schedule else read_pieces(job)
+        async for piece in pieces:
+            yield chunk({"content": piece}) if isinstance(piece, str) else f": {piece.text}\n\n"
         if error := job.result.exception():
             yield event(error_body(error))
             if not isinstance(error, (ApiError, QueueError)):
@@ -403,12 +402,74 @@ async def stream_chunks(job: Job, head: dict, include_usage: bool) -> AsyncItera
         job.result.cancel()
 
 
+class Comment(NamedTuple):
+    """A line that API clients ignore. The page reads two: `read`, `typing`."""
+
+    text: str
+
+
+async def read_pieces(job: Job) -> AsyncIterator[str | Comment]:
+    """Yield the text of a reply as it comes; while there is none, a comment now and then."""
+    while True:
+        try:
+            text = await asyncio.wait_for(job.texts.get(), IDLE_SECONDS)
+        except TimeoutError:
+            yield Comment("waiting")
+            continue
+        if text is job.result:
+            return
+        yield text
+
+
+async def hold_back(
+    pieces: AsyncIterator[str | Comment], schedule: Schedule
+) -> AsyncIterator[str | Comment]:
+    """Yield each line of a reply when it is due. The model doesn't wait for that."""
+    yield Comment("read")
+    lines, start = [""], ""
+
+    async def wait_for(line: str) -> AsyncIterator[str | Comment]:
+        typing, due = schedule.next(line)
+        async for comment in sleep_until(typing):
+            yield comment
+        yield Comment("typing")
+        async for comment in sleep_until(due):
+            yield comment
+        yield start + line
+
+    async for piece in pieces:
+        if isinstance(piece, Comment):
+            yield piece
+            continue
+        lines = (lines[-1] + piece).split("\n")
+        for line in filter(str.strip, lines[:-1]):
+            async for text in wait_for(line):
+                yield text
+            start = "\n"
+    if lines[-1].strip():
+        async for text in wait_for(lines[-1]):
+            yield text
+
+
+async def sleep_until(moment: float) -> AsyncIterator[Comment]:
+    """Sleep until `moment`, by time.monotonic(); yield a comment now and then."""
+    while (left := moment - time.monotonic()) > IDLE_SECONDS:
+        await asyncio.sleep(IDLE_SECONDS)
+        yield Comment("waiting")
+    await asyncio.sleep(max(0, left))
+
+
 def event(value: dict) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
 def application(
-    decoder: generate.Decoder, me: str, you: str, contacts: list[str] | None, options
+    decoder: generate.Decoder,
+    me: str,
+    you: str,
+    contacts: list[str] | None,
+    options,
+    pacer: Pacer,
 ) -> Starlette:
     """Return the endpoints as an ASGI app, without access control.
 
@@ -425,6 +486,7 @@ def application(
     state.me, state.you = me, you
     state.contacts = contacts
     state.options = options
+    state.pacer = pacer
     state.queue = RequestQueue(decoder, me, options)
     state.page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     about = {"object": "model", "created": int(time.time()), "owned_by": "doppelganger"}
@@ -587,13 +649,15 @@ def listen(options) -> socket.socket:
         ) from None
 
 
-def serve(sock: socket.socket, decoder: generate.Decoder, me: str, you: str, options) -> None:
+def serve(
+    sock: socket.socket, decoder: generate.Decoder, me: str, you: str, options, pacer: Pacer
+) -> None:
     """Serve on `sock`, from `listen`, until Ctrl-C."""
     host = options.host.lower()
     persona = cli.read_json(Path(options.ckpt) / "persona.json", {})
     names = [you, *(contact["name"] for contact in persona.get("contacts", []))]
     contacts = None if is_public(options) else list(dict.fromkeys(names))
-    app = application(decoder, me, you, contacts, options)
+    app = application(decoder, me, you, contacts, options, pacer)
     hosts = {"localhost", "127.0.0.1", "[::1]", host, f"[{host}]"}
     hosts.update(name.lower() for name in options.allow_host)
 
