@@ -1,7 +1,7 @@
 """Talk to a fine-tuned model in the terminal: `python chat.py ckpt/`.
 
 Each of its messages is printed on a line of its own while it is generated. `--web` serves a page
-and an API instead, see inference/server.py.
+and an API instead, see inference/server.py; `--telegram` runs a bot, see inference/telegram_bot.py.
 """
 
 import contextlib
@@ -32,6 +32,7 @@ LIMITS = {
     "timeout": (1, 1 << 31),
     "max_prompt": (1, 1 << 20),
     "longest_wait": (0, 86400),
+    "initiates": (0, 100),
 }
 MIN_COMPILE_PARAMETERS = 200e6  # a smaller model has answered before the compiler is done
 
@@ -43,12 +44,16 @@ class Options:
     ckpt: str = flag(
         "", "folder that train.py wrote, or any model folder", positional=True, group="names"
     )
-    as_: str | None = flag(None, "your name", shown="the contact I write to most")
+    as_: tuple[str, ...] = flag(
+        (), "your name; with --telegram ID=NAME (repeatable)", shown="the contact I write to most"
+    )
     me: str | None = flag(None, "name of the person it imitates", shown="whose chats these were")
     model: str | None = flag(None, "base model, if it was moved since training")
 
     prompt: str | None = flag(None, "reply to this once and exit", short="-p", group="conversation")
-    history: str | None = flag(None, "keep the conversation in this file and continue it")
+    history: str | None = flag(
+        None, "keep the conversation in this file (--telegram: folder) and continue it"
+    )
     memory: str | None = flag(None, "add similar past exchanges from this folder of data.py")
     context: int = flag(2048, "context length in tokens, at most the model's own")
     max_tokens: int = flag(256, "longest reply, in tokens")
@@ -60,7 +65,7 @@ class Options:
         None,
         "when messages come, at once or as mine did",
         choices=("fast", "human"),
-        shown="fast",
+        shown="fast; with --telegram human",
         group="timing",
     )
     longest_wait: float = flag(30.0, "longest wait for a message with --pace human, in seconds")
@@ -78,6 +83,14 @@ class Options:
     timeout: int = flag(600, "seconds that a request may take, waiting included")
     max_prompt: int = flag(200_000, "longest conversation in a request, in characters")
 
+    telegram: bool = flag(False, "run a Telegram bot; its token is in $TELEGRAM_TOKEN", group="bot")
+    token_file: str | None = flag(None, "file with the bot's token, in place of $TELEGRAM_TOKEN")
+    allow: tuple[str, ...] = flag(
+        (), "Telegram ids of who may talk to it, with commas between them (repeatable)"
+    )
+    speaks_up: bool = flag(False, "in groups, answer as often as I did without being named")
+    initiates: int = flag(0, "write first at hours when I used to, at most N times a day")
+
     no_compile: bool = flag(
         False, "don't compile the model: starts sooner, half as fast", group="speed and memory"
     )
@@ -94,18 +107,27 @@ def main() -> None:
     options = cli.parse(Options)
     folder = validate(options)
     default_me, default_you = read_names(folder)
-    me, you = options.me or default_me, options.as_ or default_you
-    if warning := unknown_name_warning(folder, options.as_):
-        print(warning, file=sys.stderr)
+    me, you = options.me or default_me, default_you
+    for name in options.as_:
+        you = name.partition("=")[2] if options.telegram else name
+        if warning := unknown_name_warning(folder, you):
+            print(warning, file=sys.stderr)
     context_builder = ContextBuilder(folder, options.memory, show_exchange)
     if options.web:
         from inference import server  # needs requirements-extra.txt
 
         sock = server.listen(options)
+    if options.telegram:
+        from inference import telegram_bot  # needs requirements-extra.txt
+
+        token = telegram_bot.validate(options)
     pacer = Pacer.load(folder, options)
     decoder = load_decoder(folder, options, context_builder)
     if options.web:
         server.serve(sock, decoder, me, you, options, pacer)
+        return
+    if options.telegram:
+        telegram_bot.serve(decoder, token, me, options)
         return
 
     def reply_to(turns, temperature, attempt=0):
@@ -151,6 +173,9 @@ def validate(options: Options) -> Path:
         if options.web or options.history:
             other = "--web" if options.web else "--history"
             raise UserError(f"-p and {other} can't be combined", "Leave one of them out.")
+    if options.telegram and (options.web or options.prompt):
+        other = "--web" if options.web else "-p"
+        raise UserError(f"--telegram and {other} can't be combined", "Leave one of them out.")
     if options.history and not Path(options.history).absolute().parent.is_dir():
         raise UserError(
             f"--history {options.history}: no such folder",
@@ -165,7 +190,7 @@ def load_decoder(
     device = devices.pick_device(options.device)
     tokenizer = load_tokenizer(folder)
     slots = 1
-    if options.web:
+    if options.web or options.telegram:
         slots = options.slots or choose_slots(
             folder, options.model, options.context, device, options.weights
         )
