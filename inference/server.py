@@ -111,7 +111,7 @@ def from_queue_error(error: QueueError) -> ApiError:
     return ApiError(status, str(error), code=error.code, headers={"retry-after": "5"})
 
 
-def error_body(error: Exception) -> dict:
+def error_body(error: BaseException) -> dict:
     """Describe an error; one that isn't meant for the client tells it nothing."""
     if isinstance(error, QueueError):
         error = from_queue_error(error)

@@ -5,6 +5,7 @@ The library logs addresses, which hold the token, and updates: it is muted.
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -81,7 +82,7 @@ class Api:
         """Send a text, in pieces if it's long. What Telegram refuses is dropped."""
         for piece in split_text(text):
             try:
-                await self.request(lambda piece=piece: self.bot.send_message(chat_id, piece))
+                await self.request(functools.partial(self.bot.send_message, chat_id, piece))
             except errors.TelegramError as error:  # for example, the bot is blocked
                 print(f"(Telegram refuses a message: {type(error).__name__})", file=sys.stderr)
 

@@ -30,6 +30,7 @@ from inference.telegram_api import Api, Message, User, message_text, read_token
 JOIN_SECONDS = 1.0  # messages that follow one another so soon are answered together, at any pace
 TYPING_SECONDS = 4.0  # between two signs of it
 SESSION_SECONDS = 600  # as data.py's --gap-minutes: after such a silence a new turn begins
+MINUTE = 60.0  # seconds
 MAX_STRANGERS = 1000  # who get a line
 STATE = re.compile(r"telegram (-?\d+), message (\d+)(, unanswered)?")  # in a file of --history
 COMMAND = re.compile(r"/([a-z]+)(?:@(\w+))?(?:\s+(.*))?", re.IGNORECASE | re.DOTALL)
@@ -343,7 +344,7 @@ class TelegramBot:
         """Open talks at the hours when I used to, at most --initiates a day."""
         day, opened = None, 0
         while True:
-            await asyncio.sleep(60)
+            await asyncio.sleep(MINUTE)
             moment = datetime.datetime.now()
             if moment.date() != day:
                 day, opened = moment.date(), 0
