@@ -106,6 +106,10 @@ class Options:
 def main() -> None:
     options = cli.parse(Options)
     folder = validate(options)
+    if options.telegram:
+        from inference import telegram_bot  # needs requirements-extra.txt
+
+        token = telegram_bot.validate(options)
     default_me, default_you = read_names(folder)
     me, you = options.me or default_me, default_you
     for name in options.as_:
@@ -117,10 +121,6 @@ def main() -> None:
         from inference import server  # needs requirements-extra.txt
 
         sock = server.listen(options)
-    if options.telegram:
-        from inference import telegram_bot  # needs requirements-extra.txt
-
-        token = telegram_bot.validate(options)
     pacer = Pacer.load(folder, options)
     decoder = load_decoder(folder, options, context_builder)
     if options.web:
