@@ -23,7 +23,7 @@ from tqdm import tqdm
 import cli
 import data
 from cli import UserError, flag
-from inference import generate, memorisation, pages, scoring, style
+from inference import generate, memorisation, pace, pages, scoring, style
 from inference.bootstrap import Number, classifier_auc, mean, ratio
 from inference.context import ExchangeIndex, statements
 from inference.memorisation import Probe
@@ -112,13 +112,17 @@ def main() -> None:
 
     report = measure(outputs, test_set, options.seed)
     newest = max(run.get("trained_until", "") for run in runs)
+    replies = {name: outputs[name].replies for name in models}
+    folders_by_name = {"mine": options.data} | {n: f for n, f in models.items() if n != "base"}
+    written = replies | {"mine": [example.mine for example in test_set.examples]}
+    prompts = [example.before[-1] for example in test_set.examples]
+    report["timing"] = pace.timing_table(folders_by_name, written, prompts, options.seed)
     report["data"]["maybe_seen"] = sum(session.start < newest for session in test_set.held_out)
     report["verdict"] = verdict(report)
     # Rounded, so that the order of sums can't show; numpy's numbers become Python's
     text = json.dumps(report, default=np.generic.item)
     report = json.loads(text, parse_float=lambda number: round(float(number), 4))
     cli.write_json(folders[0] / "report.json", report)
-    replies = {name: outputs[name].replies for name in models}
     report["names"] = {name: str(folder) for name, folder in models.items()}
     cli.write_text(
         folders[0] / "report.html", pages.report_page(report, replies, test_set.examples)

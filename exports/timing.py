@@ -25,7 +25,10 @@ SAMPLE = 4096  # values that are kept of each contact
 GAPS = 5 * SAMPLE
 MIN_VALUES = 30  # to measure something by
 MIN_DAYS = 14  # with a contact, to count openings a day
-SIGNIFICANT = 3  # standard errors by which an hour's median must differ from the day's
+SIGNIFICANT = (
+    3  # standard errors by which the share of slow answers in an hour must differ from half
+)
+MAX_FACTOR = 10  # of an hour's delays
 MAX_TURN = 100  # messages
 SAME_TIME = 20  # messages of one minute, after which its times are an import's, not a talk's
 LENGTH_BINS = 8  # bins of a message's length, to which the typing speed is fitted
@@ -102,7 +105,9 @@ class TimingStats:
         return {
             "everyone": describe_habits([*self.contacts.values()], offsets),
             "groups": describe_habits([self.groups], offsets),
-            "contacts": {name: describe_habits([item], offsets) for name, item in own},
+            "contacts": {
+                name: without_none(describe_habits([item], offsets)) for name, item in own
+            },
             "delay_by_hour": factors,
             "opening_hours": hours.tolist() if hours.sum() >= MIN_VALUES else None,
             "typing": fit_typing(*self.gaps.columns()),
@@ -218,14 +223,15 @@ def fit_hours(habits: Iterable[Habits]) -> tuple[list[float] | None, np.ndarray]
     if not ratios:
         return None, offsets
     all_ratios, all_hours = np.concatenate(ratios), np.concatenate(hours)
-    deviation = 1.48 * np.median(
-        np.abs(all_ratios)
-    )  # robust; of the normal distribution it's exact
     for number in range(24):
         here = all_ratios[all_hours == number]
-        error = 1.25 * deviation / np.sqrt(max(1, len(here)))  # of a median
-        if len(here) and abs(np.median(here)) > SIGNIFICANT * error:
-            offsets[number] = np.median(here)
+        # A sign test: it needs no normal distribution.
+        if len(here) >= MIN_VALUES:
+            errors = abs(np.mean(here > 0) - 0.5) / (0.5 / np.sqrt(len(here)))
+            if errors > SIGNIFICANT:
+                offsets[number] = np.median(here)
+    limit = np.log(MAX_FACTOR)
+    offsets = np.clip(offsets, -limit, limit)
     factors = [rounded(factor) for factor in np.exp(offsets)]
     return factors, np.log(factors)
 
@@ -246,6 +252,10 @@ def describe_habits(habits: list[Habits], offsets: np.ndarray) -> dict:
         "unanswered": rounded(unanswered / turns) if turns >= MIN_VALUES else None,
         "openings_per_day": rounded(openings / days) if days >= MIN_DAYS else None,
     }
+
+
+def without_none(habits: dict) -> dict:
+    return {name: value for name, value in habits.items() if value is not None}
 
 
 def quantiles(logs: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float] | None:

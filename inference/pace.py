@@ -14,15 +14,17 @@ chat.py and the server have a Pacer, which makes a Schedule for each answer.
 """
 
 import datetime
+import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import cli
+import data
 from cli import UserError
 
 GROUPS = ""  # in place of a contact's name: any group
@@ -214,6 +216,39 @@ def hold_back(
         wait_for(messages[shown])
         shown += 1
         yield messages[:shown]
+
+
+def timing_table(
+    folders: Mapping[str, str | Path],
+    replies: Mapping[str, list[list[str]]],
+    prompts: list[data.Turn],
+    seed: int,
+) -> dict[str, dict]:
+    """Draw when replies come to `prompts`, by the timing in each folder: {name: quantiles, …}.
+
+    No wait is cut. A folder without timing isn't in the table.
+    """
+    table = {}
+    for name, folder in folders.items():
+        pace, draw = Pace.load(folder, math.inf), np.random.default_rng(seed)
+        delays, gaps = [], []
+        for prompt in prompts:
+            hour = int(prompt.at[11:13] or 12)
+            delays.append(pace.delay(prompt.author, hour, draw))
+        for messages in replies[name]:
+            gaps += [pace.gap(message, draw) for message in messages[1:]]
+        counts = [len(messages) for messages in replies[name]]
+        if pace.measured:
+            columns = {"delay": delays, "gap": gaps, "messages": counts}
+            table[name] = {column: summary(values) for column, values in columns.items()}
+    return table
+
+
+def summary(values: list[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    median, high = np.quantile(values, [0.5, 0.9])
+    return {"50%": float(median), "90%": float(high), "mean": float(np.mean(values))}
 
 
 class Checker:

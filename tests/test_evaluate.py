@@ -355,10 +355,16 @@ def clone(base, tmp_path_factory):
     shutil.copytree(base, folder)
     run = {"base": str(base), "trained_until": "2024-01-01T00:50:00"}
     (folder / "run.json").write_text(json.dumps(run))
+    timing = {"everyone": {"delay": {"50%": 40}}, "typing": {"characters_per_second": 5}}
+    (folder / "persona.json").write_text(json.dumps({"me": "Ann", "timing": timing}))
     return folder
 
 
-def test_the_same_seed_writes_the_same_report_for_its_owner_alone(clone, chats):
+def test_the_same_seed_writes_the_same_report_for_its_owner_alone(clone, chats, tmp_path):
+    chats = shutil.copytree(chats, tmp_path / "chats")
+    persona = json.loads((chats / "persona.json").read_text())
+    timing = {"contacts": {"Bob": {"delay": {"50%": 60}}}}
+    (chats / "persona.json").write_text(json.dumps(persona | {"timing": timing}))
     written = []
     for _ in range(2):
         done = command("evaluate.py", clone, "--data", chats, "--replies", 12, "--device", "cpu")
@@ -376,6 +382,10 @@ def test_the_same_seed_writes_the_same_report_for_its_owner_alone(clone, chats):
         assert stat.S_IMODE((clone / name).stat().st_mode) == 0o600
     assert '"seconds"' not in written[0].decode()
     assert report["data"]["maybe_seen"] == 2  # 00:48, 00:49
+    assert report["timing"].keys() == {"mine", "clone"}
+    assert report["timing"]["mine"]["delay"]["50%"] == pytest.approx(60)
+    assert report["timing"]["clone"]["delay"]["90%"] == pytest.approx(40)  # over the longest wait
+    assert report["timing"]["mine"]["messages"]["mean"] == pytest.approx(1.5, abs=0.5)
     assert report["verdict"][0].startswith("2 of the 12 sessions here are older")
 
 

@@ -13,11 +13,12 @@ from conftest import command
 import chat
 import cli
 from cli import UserError
+from data import Turn
 from exports import Chat, Message, iso_time
 from exports.timing import TimingStats
 from inference import pace as pace_module
 from inference import server
-from inference.pace import DEFAULT, GROUPS, Pace, Pacer, Schedule, hold_back
+from inference.pace import DEFAULT, GROUPS, Pace, Pacer, Schedule, hold_back, timing_table
 
 HOUR = 3600
 SHARES = [0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99]
@@ -26,6 +27,11 @@ CONTACTS = {"Bob": (20.0, 1.2), "Cleo": (300.0, 0.8), "Dan": (6.0, 0.5)}
 SAME = np.ones(24)
 BY_HOUR = np.where((np.arange(24) > 0) & (np.arange(24) < 8), 4.0, 1.0)  # slow at night
 PAUSE, SPEED, SPREAD = 2.0, 4.0, 0.6
+
+FIXED = {  # no randomness: ten seconds, then a second a message and one each ten characters
+    "everyone": {"delay": {"50%": 10}, "unanswered": 1},
+    "typing": {"pause": 1, "characters_per_second": 10, "spread": {"50%": 1}},
+}
 
 
 class Person:
@@ -352,13 +358,30 @@ def test_bad_edit_is_named_in_one_line(tmp_path, edit, place):
     assert len(problem) < 300 and "docs/CHAT.md" in hint
 
 
+# --- the report card
+
+
+def test_table_has_my_timing_beside_the_clones(tmp_path):
+    folders = {}
+    for name, timing in (
+        ("mine", FIXED),
+        ("clone", {"everyone": {"delay": {"50%": 99}}}),
+        ("other", None),
+    ):
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        cli.write_json(folders[name] / "persona.json", {"me": "Ann", "timing": timing})
+    prompts = [Turn("Bob", False, f"2024-01-01T{hour:02}:00:00", ["hi"]) for hour in range(24)]
+    replies = {"mine": [["hm", "x" * 20]] * 24, "clone": [["ok"]] * 24, "other": [[]] * 24}
+    table = timing_table(folders, replies, prompts, seed=0)
+    assert table.keys() == {"mine", "clone"}  # the other has none
+    mine, clone = table["mine"], table["clone"]
+    assert mine["delay"]["50%"] == pytest.approx(10) and mine["gap"]["90%"] == pytest.approx(3)
+    assert clone["delay"]["90%"] == pytest.approx(99) and clone["gap"] is None
+    assert (mine["messages"]["mean"], clone["messages"]["mean"]) == (2, 1)
+
+
 # --- the terminal and the server
-
-
-FIXED = {  # no randomness: ten seconds, then a second a message and one each ten characters
-    "everyone": {"delay": {"50%": 10}, "unanswered": 1},
-    "typing": {"pause": 1, "characters_per_second": 10, "spread": {"50%": 1}},
-}
 
 
 class Clock:

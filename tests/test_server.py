@@ -1182,6 +1182,40 @@ def browser():
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def slow_clone(clone, tmp_path_factory):
+    """The clone, who answers Bob after five seconds and never answers Eve."""
+    folder = tmp_path_factory.mktemp("slow") / "clone"
+    shutil.copytree(clone, folder)
+    persona = json.loads((folder / "persona.json").read_text())
+    persona["timing"] = {
+        "everyone": {"delay": {"50%": 5}, "unanswered": 0},
+        "contacts": {"Eve": {"unanswered": 1}},
+        "typing": {"pause": 2, "characters_per_second": 1000, "spread": {"50%": 0.1}},
+    }
+    (folder / "persona.json").write_text(json.dumps(persona))
+    return folder
+
+
+def test_human_pace_streams_when_due_and_may_ignore_leaves_unanswered(slow_clone):
+    flags = ("--pace", "human", "--may-ignore", "--seed", 1)
+    with serving(slow_clone, *flags, "--temperature", 0) as (port, _):
+        whole = greedy(port)[0]
+        began = time.time()
+        assert greedy(port)[0] == whole and time.time() - began < 5  # only streams are paced
+        began = time.time()
+        _, _, text = ask(port, body={"messages": HI, "stream": True})
+        assert time.time() - began > 5
+        comments = re.findall("^: ([a-z]+)$", text, re.MULTILINE)
+        lines = [line for line in whole.split("\n") if line.strip()]
+        assert comments == ["read"] + ["typing"] * len(lines)
+        chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        contents = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+        assert "".join(contents) == "\n".join(lines)
+        from_eve = [{"role": "user", "name": "Eve", "content": "hi"}]
+        assert greedy(port, from_eve)[0] == ""
+
+
 @pytest.fixture
 def page(browser):
     """A page; an error in its script or against its policy fails the test."""
@@ -1241,6 +1275,35 @@ def test_page_shows_the_reply_as_bubbles_and_sends_the_conversation(page, port):
         and page.is_visible("#empty")
         and page.evaluate("document.activeElement.id") == "text"
     )
+
+
+WATCH_STATUS = """
+    window.states = [];
+    new MutationObserver(() => {
+        const shown = ["read", "typing"].filter(id => !document.getElementById(id).hidden);
+        const state = shown.join() || "message";
+        if (states.at(-1) != state) states.push(state);
+    }).observe(document.querySelector("main"), {subtree: true, attributes: true, childList: true});
+"""
+
+
+def test_page_shows_read_then_typing_then_the_message(page, slow_clone):
+    flags = ("--pace", "human", "--may-ignore", "--temperature", 0)
+    with serving(slow_clone, *flags) as (port, _):
+        greedy(port)  # the first reply is the slowest
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.wait_for_selector("text=AI imitation of Ann")
+        page.evaluate(WATCH_STATUS)
+        say(page, "hi")
+        page.wait_for_selector("#send:visible")
+        states = page.evaluate("states")  # it begins before the server has said that it waits
+        assert states[:4] == ["typing", "read", "typing", "message"], states
+        assert len(bubbles(page)) > 1
+        page.click("#clear")
+        page.select_option("#you", "Eve")
+        say(page, "hi")
+        page.wait_for_selector("#send:visible")
+        assert bubbles(page) == ["hi"] and page.is_visible("#read")
 
 
 def stream(*texts, end=True):
