@@ -29,7 +29,7 @@ from inference.telegram_api import Api, Message, User, message_text, read_token
 
 JOIN_SECONDS = 1.0  # messages that follow one another so soon are answered together, at any pace
 TYPING_SECONDS = 4.0  # between two signs of it
-SESSION_SECONDS = 600  # as data.py's --gap-minutes: after such a silence a new turn begins
+SILENCE_SECONDS = 3600  # after it a turn or a talk begins, as in persona.json's timing
 MINUTE = 60.0  # seconds
 MAX_STRANGERS = 1000  # who get a line
 STATE = re.compile(r"telegram (-?\d+), message (\d+)(, unanswered)?")  # in a file of --history
@@ -134,7 +134,7 @@ class TelegramChat(Conversation):
                 self.run_command(name.lower(), (argument or "").strip())
         elif text:
             at = message.date.timestamp()
-            is_new = at - self.last_at > SESSION_SECONDS
+            is_new = at - self.last_at > SILENCE_SECONDS
             is_new = is_new or not self.turns or self.turns[-1].author != author
             self.last_at = at
             start = message.date.astimezone().strftime("%Y-%m-%dT%H:%M:%S")
@@ -285,7 +285,10 @@ class TelegramBot:
             bot = self.api.bot
             self.username = bot.username.lower()
             self.my_names = name_pattern(self.me, bot.first_name, f"@{self.username}")
-            print(f"An AI imitation of {self.me}: https://t.me/{bot.username} (Ctrl-C exits)")
+            print(
+                f"An AI imitation of {self.me}: https://t.me/{bot.username} (Ctrl-C exits)",
+                flush=True,
+            )
             async with self.tasks:
                 self.load_chats()
                 if self.options.initiates:
@@ -349,7 +352,7 @@ class TelegramBot:
             if moment.date() != day:
                 day, opened = moment.date(), 0
             for chat in self.chats.values():
-                silent = not chat.task and time.time() - chat.last_at > SESSION_SECONDS
+                silent = not chat.task and time.time() - chat.last_at > SILENCE_SECONDS
                 if opened < self.options.initiates and silent and self.opens(chat, moment.hour):
                     chat.start_answer(opening=True)
                     opened += 1

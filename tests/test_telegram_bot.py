@@ -570,7 +570,7 @@ def test_after_a_silence_an_ignored_turn_gets_another_chance(tmp_path):
             ignored = iter([True, False])
             bot.pacer.ignores = lambda contact: next(ignored)
             early = api.say(BOB, "hi")
-            early["message"]["date"] -= 2000
+            early["message"]["date"] -= 4000
             await api.wait_for(lambda: BOB in bot.chats)
             api.say(BOB, "hello?")
             assert await api.wait_for_sent(BOB, 2) == ["re hi", "re hello?"]
@@ -580,7 +580,7 @@ def test_after_a_silence_an_ignored_turn_gets_another_chance(tmp_path):
 
 def test_it_opens_talks_at_most_so_often_a_day(tmp_path, monkeypatch):
     timing(tmp_path, openings_per_day=1000)
-    for name, seconds in (("MINUTE", 0.02), ("SESSION_SECONDS", 0.1)):
+    for name, seconds in (("MINUTE", 0.02), ("SILENCE_SECONDS", 0.1)):
         monkeypatch.setattr(telegram_bot, name, seconds)
 
     async def scenario(api):
