@@ -88,6 +88,10 @@ def parse_names(options: Any) -> dict[int, str]:
     return names
 
 
+class GenerationError(Exception):
+    """The model wrote no answer. It names the kind of error, without what people wrote."""
+
+
 class TelegramChat(Conversation):
     """The conversation of one chat, private or a group.
 
@@ -200,13 +204,10 @@ class TelegramChat(Conversation):
     async def answer(self, schedule: Schedule | None, opening: bool) -> None:
         """Write my next turn and send its messages when they are due."""
         task, asked = self.task, self.asked
-        await asyncio.sleep(JOIN_SECONDS)
-        messages = await self.generate(schedule, [] if opening else list(self.turns))
-        if messages is None:
-            return
         turn = data.Turn(self.me, True, now(), [])
         try:
-            for message in messages:
+            await asyncio.sleep(JOIN_SECONDS)
+            for message in await self.generate(schedule, [] if opening else list(self.turns)):
                 await self.wait_for(message, schedule)
                 if not self.sending:
                     self.sending = True
@@ -215,17 +216,19 @@ class TelegramChat(Conversation):
                 turn.messages.append(message)
                 self.answered, self.last_at = asked, time.time()
                 self.save()
+            self.answered = asked  # also when the model says nothing
+            self.save()
+        except GenerationError as error:  # the next message, or a restart, tries again
+            print(f"(no answer: {error})", file=sys.stderr)
         finally:
             self.turns = [other for other in self.turns if other.messages or other is not turn]
             if self.task is task:  # else it was stopped
                 self.task, self.sending = None, False
-        self.answered = asked  # also when the model says nothing
-        self.save()
-        if self.asked > self.answered:
+        if self.asked > asked:
             self.start_answer(self.bot.pacer.schedule(self.contact))
 
-    async def generate(self, schedule: Schedule | None, turns: list[data.Turn]) -> list[str] | None:
-        """Return the messages of my next turn; None after an error. Type from when they are due."""
+    async def generate(self, schedule: Schedule | None, turns: list[data.Turn]) -> list[str]:
+        """Return the messages of my next turn. Show "typing…" from when they are due."""
         options = self.bot.options
         seed = reply_seed(options.seed, self.turns, self.attempts)
         chat = (self.you, self.is_group)
@@ -241,8 +244,7 @@ class TelegramChat(Conversation):
                 await asyncio.wait({job.result}, timeout=TYPING_SECONDS)
             job.result.result()
         except Exception as error:  # no memory is left, or --timeout is over
-            print(f"(no answer: {type(error).__name__})", file=sys.stderr)
-            return None
+            raise GenerationError(type(error).__name__) from None
         finally:
             job.result.cancel()
         assert job.answer is not None, job
@@ -311,7 +313,7 @@ class TelegramBot:
                 )
             id, is_group = int(state[1]), sessions[-1].type == "private_group"
             chat = TelegramChat(self, id, self.names.get(id, sessions[-1].chat), is_group)
-            chat.read = int(state[2])
+            chat.read, chat.last_at = int(state[2]), path.stat().st_mtime
             self.chats[id] = chat
             if state[3] and (is_group or id in self.allowed):
                 chat.asked = chat.read
@@ -354,7 +356,7 @@ class TelegramBot:
             for chat in self.chats.values():
                 silent = not chat.task and time.time() - chat.last_at > SILENCE_SECONDS
                 if opened < self.options.initiates and silent and self.opens(chat, moment.hour):
-                    chat.start_answer(opening=True)
+                    chat.start_answer(self.pacer.schedule(chat.contact), opening=True)
                     opened += 1
 
     def opens(self, chat: TelegramChat, hour: int) -> bool:

@@ -61,7 +61,8 @@ class BotApi:
 
     async def serve(self, reader, writer):
         self.writers.add(writer)
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        gone = (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError)
+        with contextlib.suppress(*gone):
             while head := await reader.readuntil(b"\r\n\r\n"):
                 length = int(head.lower().partition(b"content-length: ")[2].split()[0])
                 fields = parse_qs((await reader.readexactly(length)).decode())
@@ -152,9 +153,13 @@ class StubQueue:
         job = SimpleNamespace(result=asyncio.get_running_loop().create_future(), answer=None)
 
         def finish():
-            if not job.result.done():
+            if job.result.done():
+                return
+            try:
                 job.answer = SimpleNamespace(messages=self.reply(request))
                 job.result.set_result(("stop", {}))
+            except Exception as error:
+                job.result.set_exception(error)
 
         asyncio.get_running_loop().call_later(self.seconds, finish)
         return job
@@ -291,6 +296,24 @@ def test_refused_messages_are_dropped_and_the_bot_goes_on(status, tmp_path, caps
     play(scenario)
     kind = "Forbidden" if status == 403 else "BadRequest"
     assert capsys.readouterr().err.splitlines()[-1] == f"(Telegram refuses a message: {kind})"
+
+
+def test_after_an_error_of_the_model_the_next_message_tries_again(tmp_path, capsys):
+    def reply(request):
+        messages = request.turns[-1].messages
+        if len(messages) == 1:
+            raise RuntimeError("a secret")
+        return messages
+
+    async def scenario(api):
+        async with running(api, tmp_path, reply):
+            api.say(BOB, "one")
+            await asyncio.sleep(0.5)
+            api.say(BOB, "two")
+            assert await api.wait_for_sent(BOB, 2) == ["one", "two"]
+
+    play(scenario)
+    assert capsys.readouterr().err == "(no answer: RuntimeError)\n"
 
 
 def test_network_cut_loses_and_doubles_nothing(tmp_path, capsys):
