@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import cli
@@ -311,7 +311,7 @@ class Conversation(conversation.Conversation):
     def reply(self, attempt: int = 0) -> None:
         printer, schedule = StreamPrinter(self.me), self.pacer.schedule(self.you)
         with contextlib.suppress(KeyboardInterrupt):
-            replies = self.reply_to(self.turns, self.temperature, attempt)
+            replies: Iterable[list[str]] = self.reply_to(self.turns, self.temperature, attempt)
             if schedule:
                 replies = hold_back(replies, schedule, printer.show_typing)
             else:

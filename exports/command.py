@@ -502,7 +502,8 @@ def build_sessions(
             messages = filter_messages(
                 messages, options, forgotten, exported.bots, stats.left_out["messages"]
             )
-            messages = timing.watch(chat, messages)
+            if chat.type in data.DEFAULT_CHAT_TYPES:  # in a channel nobody waits for me
+                messages = timing.watch(chat, messages)
             for session in data.sessions(messages, chat, me, options.gap_minutes * 60):
                 reason = data.skip_reason(session)
                 bar.update(stats.add(session, reason))

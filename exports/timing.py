@@ -4,8 +4,8 @@
 
 A delay is the time from a contact's last message to my answer. A gap is the time between two of my
 messages in one turn. Of each at most SAMPLE are kept, a random sample, so memory doesn't grow with
-the export. Messengers round times down, to the second or (WhatsApp) to the minute. Rounding is
-undone at random: two messages of one minute were on average 20 seconds apart.
+the export. Messengers round times to the second or (WhatsApp) to the minute. Within half of that a
+time is drawn at random, so that quantiles don't jump.
 """
 
 import collections
@@ -90,8 +90,8 @@ class TimingStats:
         stats.end()
 
     def undo_rounding(self, seconds: float, unit: int) -> float:
-        """Draw what two times, rounded down to `unit` seconds, may have been apart."""
-        return abs(seconds + self.draw.triangular(-unit, unit, 0))
+        """Draw what two times, rounded to `unit` seconds, may have been apart."""
+        return abs(seconds + unit * (self.draw.random() - 0.5))
 
     def report(self, names: Mapping[str | None, str]) -> dict:
         """Return "timing" of persona.json. `names`: of the contacts to list, by id.

@@ -17,7 +17,7 @@ import datetime
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -231,7 +231,8 @@ def timing_table(
     table = {}
     for name, folder in folders.items():
         pace, draw = Pace.load(folder, math.inf), np.random.default_rng(seed)
-        delays, gaps = [], []
+        delays: list[float] = []
+        gaps: list[float] = []
         for prompt in prompts:
             hour = int(prompt.at[11:13] or 12)
             delays.append(pace.delay(prompt.author, hour, draw))
@@ -239,12 +240,15 @@ def timing_table(
             gaps += [pace.gap(message, draw) for message in messages[1:]]
         counts = [len(messages) for messages in replies[name]]
         if pace.measured:
-            columns = {"delay": delays, "gap": gaps, "messages": counts}
-            table[name] = {column: summary(values) for column, values in columns.items()}
+            table[name] = {
+                "delay": summary(delays),
+                "gap": summary(gaps),
+                "messages": summary(counts),
+            }
     return table
 
 
-def summary(values: list[float]) -> dict[str, float] | None:
+def summary(values: Sequence[float]) -> dict[str, float] | None:
     if not values:
         return None
     median, high = np.quantile(values, [0.5, 0.9])

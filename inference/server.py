@@ -388,7 +388,8 @@ async def stream_chunks(
         pieces = hold_back(read_pieces(job), schedule) if schedule else read_pieces(job)
         async for piece in pieces:
             yield chunk({"content": piece}) if isinstance(piece, str) else f": {piece.text}\n\n"
-        if error := job.result.exception():
+        error = job.result.exception()
+        if isinstance(error, Exception):
             yield event(error_body(error))
             if not isinstance(error, (ApiError, QueueError)):
                 raise error
