@@ -29,6 +29,8 @@ except ImportError as error:
 
 POLL_SECONDS = 30  # that Telegram holds a request for updates until there are some
 READ_SECONDS = 30  # for the confirmation of a message: to send one again doubles it
+CONNECT_SECONDS = 10
+CONNECTIONS = 16  # at a time; further calls wait: 200 at once would be slow, and time out
 MAX_RETRY_SECONDS = 30  # between two tries to reach Telegram
 MAX_MESSAGE = 4096  # UTF-16 units
 # A message's field → the mark that training had, as in exports/telegram.py. A GIF is a file too.
@@ -61,7 +63,9 @@ class Api:
         for name in ("telegram", "httpx", "httpcore"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         server = os.environ.get("TELEGRAM_API_URL", "https://api.telegram.org").rstrip("/")
-        request = HTTPXRequest(read_timeout=READ_SECONDS)
+        request = HTTPXRequest(
+            CONNECTIONS, READ_SECONDS, connect_timeout=CONNECT_SECONDS, pool_timeout=None
+        )
         self.bot = Bot(token, base_url=f"{server}/bot", request=request)
         self.trouble = ""  # what keeps us from Telegram
 

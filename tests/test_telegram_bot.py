@@ -356,9 +356,9 @@ def test_200_chats_at_once_each_get_their_own_answers(tmp_path):
         users = range(1001, 1201)
         reply = lambda request: [" and ".join(request.turns[-1].messages)]
         async with running(api, tmp_path, reply, allow=",".join(map(str, users))):
-            for text in ("one", "two"):
-                for user in users:
-                    api.say(user, f"{text} {user}")
+            for user in users:
+                api.say(user, f"one {user}")
+                api.say(user, f"two {user}")
             await api.wait_for(lambda: len(api.calls) >= 400, 120)
             for user in users:
                 assert api.sent(user) == [f"one {user} and two {user}"]
@@ -747,28 +747,48 @@ def test_killed_in_the_middle_it_answers_everything_once(clone, tmp_path):
     play(scenario)
 
 
-def test_flags_that_are_missing_or_wrong_are_named(clone, tmp_path, monkeypatch):
+@pytest.fixture
+def refusal(clone, monkeypatch):
+    """Return what chat.py --telegram says to its flags, before it loads the model."""
     monkeypatch.delenv("TELEGRAM_TOKEN", raising=False)
-    run = lambda *flags: command("chat.py", clone, "--telegram", *flags)
-    refused(run(), "--allow ID")
-    refused(run("--allow", "me"), "--allow ID")
-    refused(run("--allow", "1"), "TELEGRAM_TOKEN", "BotFather")
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["chat.py", str(clone), "--telegram", *map(str, flags)])
+        with pytest.raises((telegram_bot.UserError, OSError)) as info:
+            chat.main()
+        return str(info.value)
+
+    return run
+
+
+def test_flags_that_are_missing_or_wrong_are_named(refusal, tmp_path):
+    assert "--allow ID" in refusal() and "--allow ID" in refusal("--allow", "me")
+    allowed = ("--allow", "1, 3")
+    assert "--as Bob" in refusal(*allowed, "--as", "Bob")
+    assert "--as 2=…: --allow lacks" in refusal(*allowed, "--as", "3=Eve", "--as", "2=Bob")
+    assert "--memory quotes your chats" in refusal(*allowed, "--memory", tmp_path)
+    assert "--telegram and -p" in refusal(*allowed, "-p", "hi")
+    assert "--telegram and --web" in refusal(*allowed, "--web")
+    assert "TELEGRAM_TOKEN" in refusal(*allowed)
+
+
+def test_the_token_comes_from_a_private_file_and_is_not_repeated(refusal, tmp_path):
     token = tmp_path / "token"
-    token.write_text("123:secret\n")
-    token.chmod(0o644)
-    done = run("--allow", "1", "--token-file", token)
-    refused(done, "can be read by others", "chmod 600")
-    token.chmod(0o600)
     token.write_text("a secret")
-    done = run("--allow", "1", "--token-file", token)
-    refused(done, str(token))
-    assert "secret" not in done.stderr
-    refused(run("--allow", "1", "--token-file", tmp_path / "none"), "none")
-    refused(run("--allow", "1", "--as", "Bob"), "--as Bob", "--as 123456789=Ann")
-    refused(run("--allow", "1", "--as", "2=Bob"), "--as 2=…")
-    refused(run("--allow", "1", "--memory", tmp_path), "--memory quotes your chats")
-    refused(run("--allow", "1", "-p", "hi"), "-p")
-    refused(run("--allow", "1", "--web"), "--web")
+    flags = ("--allow", "1", "--token-file", token)
+    token.chmod(0o644)
+    assert f"chmod 600 {token}" in refusal(*flags)
+    token.chmod(0o600)
+    text = refusal(*flags)
+    assert str(token) in text and "secret" not in text
+    token.write_text(TOKEN + "\n")
+    assert telegram_api.read_token(str(token)) == TOKEN
+    token.unlink()
+    assert "No such file" in refusal(*flags)
+
+
+def test_a_refusal_ends_with_code_2_and_two_lines(clone):
+    refused(command("chat.py", clone, "--telegram"), "--allow ID")
 
 
 @pytest.mark.parametrize("status", [401, 404])
