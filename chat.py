@@ -63,7 +63,7 @@ class Options:
 
     pace: str | None = flag(
         None,
-        "when messages come, at once or as mine did",
+        "send messages at once, or after waits like mine",
         choices=("fast", "human"),
         shown="fast; with --telegram human",
         group="timing",

@@ -79,7 +79,8 @@ class Pace:
         self.habits = {}  # by contact
         for name, habits in check.fields("contacts", timing["contacts"]).items():
             self.habits[name] = check.habits(f"contacts.{name}", habits)
-        self.habits[GROUPS] = check.habits("groups", timing["groups"])
+        groups = DEFAULT["groups"] | check.fields("groups", timing["groups"])
+        self.habits[GROUPS] = check.habits("groups", groups)
 
         self.delay_by_hour = check.by_hour("delay_by_hour", timing["delay_by_hour"])
         weights = check.by_hour("opening_hours", timing["opening_hours"])

@@ -303,6 +303,8 @@ def test_waits_are_capped_and_repeatable(ann):
 
 def test_stranger_gets_everyones_habits_and_missing_timing_the_default(ann, tmp_path):
     pace = Pace(ann[1])
+    assert pace.everyone["unanswered"] == 0 and ann[1]["groups"]["unanswered"] is None
+    assert pace.habit(GROUPS, "unanswered") == DEFAULT["groups"]["unanswered"]  # not everyone's
     assert pace.habit("Zed", "delay") is pace.habit("", "delay") is pace.everyone["delay"]
     assert pace.measured
     (tmp_path / "persona.json").write_text('{"me": "Ann"}')
