@@ -538,13 +538,17 @@ def test_commands_work_as_in_the_terminal(tmp_path):
 
 
 def test_reset_stops_an_answer_that_waits(tmp_path):
+    kept = (tmp_path / "1.jsonl").read_text
+
     async def scenario(api):
-        async with running(api, tmp_path, seconds=0.3) as bot:
+        async with running(api, tmp_path, seconds=0.3, history=str(tmp_path)) as bot:
             api.say(BOB, "hi")
             await api.wait_for(lambda: bot.queue.requests)
+            assert "unanswered" in kept()
             api.say(BOB, "/reset")
             await asyncio.sleep(0.5)
             assert api.sent(BOB) == ["(new conversation)"] and not bot.chats[BOB].turns
+            assert "unanswered" not in kept() and "hi" not in kept()
 
     play(scenario)
 
