@@ -45,7 +45,7 @@ class Options:
         "", "folder that train.py wrote, or any model folder", positional=True, group="names"
     )
     as_: tuple[str, ...] = flag(
-        (), "your name; with --telegram ID=NAME (repeatable)", shown="the contact I write to most"
+        (), "your name; for a bot: ID=NAME", shown="the contact I write to most"
     )
     me: str | None = flag(None, "name of the person it imitates", shown="whose chats these were")
     model: str | None = flag(None, "base model, if it was moved since training")
@@ -63,9 +63,9 @@ class Options:
 
     pace: str | None = flag(
         None,
-        "send messages at once, or after waits like mine",
+        "send at once, or with my waits",
         choices=("fast", "human"),
-        shown="fast; with --telegram human",
+        shown="fast; for a bot: human",
         group="timing",
     )
     longest_wait: float = flag(30.0, "longest wait for a message with --pace human, in seconds")
