@@ -65,7 +65,7 @@ class Options:
         None,
         "send at once, or with my waits",
         choices=("fast", "human"),
-        shown="fast; for a bot: human",
+        shown="fast; a bot: human",
         group="timing",
     )
     longest_wait: float = flag(30.0, "longest wait for a message with --pace human, in seconds")
