@@ -17,6 +17,7 @@ soak: .venv/dev  ## long tests
 	MUTANTS=10000 KILLS=30 $(VENV)/python -m pytest -q -s tests/test_damage.py tests/test_lies.py tests/test_resume.py tests/test_hosts.py
 	MUTANTS=2500 OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -n auto -k mutat tests
 	GROWTH=300 OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -s tests/test_memory_growth.py
+	CUT=30 OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -k cut tests/test_telegram_bot.py
 	HOSTILE=5000 TALKS=500 STORM=600 OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q tests/test_server.py
 
 lint: .venv/dev  ## ruff and mypy, for Linux and for Windows

@@ -1,12 +1,11 @@
 """Talk to a fine-tuned model in the terminal: `python chat.py ckpt/`.
 
 Each of its messages is printed on a line of its own while it is generated. `--web` serves a page
-and an API instead, see inference/server.py.
+and an API instead, see inference/server.py; `--telegram` runs a bot, see inference/telegram_bot.py.
 """
 
 import contextlib
 import dataclasses
-import datetime
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -15,7 +14,7 @@ from pathlib import Path
 import cli
 import data
 from cli import UserError, flag
-from inference import generate
+from inference import conversation, generate
 from inference.context import ContextBuilder, Exchange
 from inference.pace import Pacer, hold_back
 from weights import devices, hf, hub
@@ -33,6 +32,7 @@ LIMITS = {
     "timeout": (1, 1 << 31),
     "max_prompt": (1, 1 << 20),
     "longest_wait": (0, 86400),
+    "initiates": (0, 100),
 }
 MIN_COMPILE_PARAMETERS = 200e6  # a smaller model has answered before the compiler is done
 
@@ -44,12 +44,16 @@ class Options:
     ckpt: str = flag(
         "", "folder that train.py wrote, or any model folder", positional=True, group="names"
     )
-    as_: str | None = flag(None, "your name", shown="the contact I write to most")
+    as_: tuple[str, ...] = flag(
+        (), "your name; for a bot: ID=NAME", shown="the contact I write to most"
+    )
     me: str | None = flag(None, "name of the person it imitates", shown="whose chats these were")
     model: str | None = flag(None, "base model, if it was moved since training")
 
     prompt: str | None = flag(None, "reply to this once and exit", short="-p", group="conversation")
-    history: str | None = flag(None, "keep the conversation in this file and continue it")
+    history: str | None = flag(
+        None, "keep the conversation in this file (--telegram: folder) and continue it"
+    )
     memory: str | None = flag(None, "add similar past exchanges from this folder of data.py")
     context: int = flag(2048, "context length in tokens, at most the model's own")
     max_tokens: int = flag(256, "longest reply, in tokens")
@@ -59,9 +63,9 @@ class Options:
 
     pace: str | None = flag(
         None,
-        "send messages at once, or after waits like mine",
+        "send at once, or with my waits",
         choices=("fast", "human"),
-        shown="fast",
+        shown="fast; a bot: human",
         group="timing",
     )
     longest_wait: float = flag(30.0, "longest wait for a message with --pace human, in seconds")
@@ -79,6 +83,14 @@ class Options:
     timeout: int = flag(600, "seconds that a request may take, waiting included")
     max_prompt: int = flag(200_000, "longest conversation in a request, in characters")
 
+    telegram: bool = flag(False, "run a Telegram bot; its token is in $TELEGRAM_TOKEN", group="bot")
+    token_file: str | None = flag(None, "file with the bot's token, in place of $TELEGRAM_TOKEN")
+    allow: tuple[str, ...] = flag(
+        (), "Telegram ids of who may talk to it, with commas between them (repeatable)"
+    )
+    speaks_up: bool = flag(False, "in groups, answer as often as I did without being named")
+    initiates: int = flag(0, "write first at hours when I used to, at most N times a day")
+
     no_compile: bool = flag(
         False, "don't compile the model: starts sooner, half as fast", group="speed and memory"
     )
@@ -94,10 +106,16 @@ class Options:
 def main() -> None:
     options = cli.parse(Options)
     folder = validate(options)
+    if options.telegram:
+        from inference import telegram_bot  # needs requirements-extra.txt
+
+        token = telegram_bot.validate(options)
     default_me, default_you = read_names(folder)
-    me, you = options.me or default_me, options.as_ or default_you
-    if warning := unknown_name_warning(folder, options.as_):
-        print(warning, file=sys.stderr)
+    me, you = options.me or default_me, default_you
+    for name in options.as_:
+        you = name.partition("=")[2] if options.telegram else name
+        if warning := unknown_name_warning(folder, you):
+            print(warning, file=sys.stderr)
     context_builder = ContextBuilder(folder, options.memory, show_exchange)
     if options.web:
         from inference import server  # needs requirements-extra.txt
@@ -108,12 +126,12 @@ def main() -> None:
     if options.web:
         server.serve(sock, decoder, me, you, options, pacer)
         return
+    if options.telegram:
+        telegram_bot.serve(decoder, token, me, options)
+        return
 
     def reply_to(turns, temperature, attempt=0):
-        """With --seed a reply depends on the number of turns before it and of retries."""
-        seed = options.seed
-        if seed is not None:
-            seed += len(turns) + 1_000_003 * attempt
+        seed = conversation.reply_seed(options.seed, turns, attempt)
         return generate.Answer(
             decoder, turns, me, options.max_tokens, temperature, options.top_p, seed
         )
@@ -155,6 +173,9 @@ def validate(options: Options) -> Path:
         if options.web or options.history:
             other = "--web" if options.web else "--history"
             raise UserError(f"-p and {other} can't be combined", "Leave one of them out.")
+    if options.telegram and (options.web or options.prompt):
+        other = "--web" if options.web else "-p"
+        raise UserError(f"--telegram and {other} can't be combined", "Leave one of them out.")
     if options.history and not Path(options.history).absolute().parent.is_dir():
         raise UserError(
             f"--history {options.history}: no such folder",
@@ -169,7 +190,7 @@ def load_decoder(
     device = devices.pick_device(options.device)
     tokenizer = load_tokenizer(folder)
     slots = 1
-    if options.web:
+    if options.web or options.telegram:
         slots = options.slots or choose_slots(
             folder, options.model, options.context, device, options.weights
         )
@@ -202,11 +223,7 @@ def show_exchange(exchange: Exchange) -> None:
 def make_turn(author: str, text: str) -> data.Turn:
     """Make a turn of typed text: each line is a message."""
     lines = [line.strip() for line in text.split("\n")]
-    return data.Turn(author, False, now(), [line for line in lines if line])
-
-
-def now() -> str:
-    return datetime.datetime.now().isoformat(timespec="seconds")
+    return data.Turn(author, False, conversation.now(), [line for line in lines if line])
 
 
 HELP = """/as NAME   change your name
@@ -217,7 +234,7 @@ HELP = """/as NAME   change your name
 Ctrl-C     stops a reply; Ctrl-D exits"""
 
 
-class Conversation:
+class Conversation(conversation.Conversation):
     """A conversation in the terminal.
 
     `reply_to(turns, temperature, attempt)` makes a generate.Answer. `history`: the file that the
@@ -233,17 +250,9 @@ class Conversation:
         temperature: float = 0.7,
         pacer: Pacer | None = None,
     ):
+        super().__init__(me, you, history, temperature)
         self.pacer = pacer or Pacer(None, human=False, may_ignore=False)
-        self.me = me
-        self.you = you
         self.reply_to = reply_to
-        self.history = history
-        self.temperature = temperature
-        self.attempts = 0  # retries since the start
-        self.turns: list[data.Turn] = []
-        if history and history.exists():
-            for session in data.load_sessions(history):
-                self.turns += session.turns
 
     def run(self) -> None:
         """Read lines and stream replies until the end of input.
@@ -286,36 +295,15 @@ class Conversation:
                 else:
                     self.reply()
 
-    def add(self, turn: data.Turn) -> None:
-        """Add your turn, to the one before if that was left unanswered."""
-        if self.turns and self.turns[-1].author == turn.author:
-            self.turns[-1].messages += turn.messages
-        else:
-            self.turns.append(turn)
-
     def run_command(self, name: str, argument: str = "") -> None:
         if name == "help":
             print(HELP)
         elif name == "as" and argument:
             self.you = argument
-        elif name == "temp" and re.fullmatch(r"\d*\.?\d+", argument) and float(argument) <= 10:
-            self.temperature = float(argument)
-        elif name in ("retry", "undo") and not self.turns:
-            print("(there are no messages yet)")
-        elif name == "retry":
-            if self.turns[-1].me:
-                self.turns.pop()
-            self.attempts += 1
-            self.reply(self.attempts)
-        elif name == "undo":
-            while self.turns.pop().me and self.turns:
-                pass
-            self.save()
-            print(f"(removed; {cli.counted(len(self.turns), 'turns')} left)")
-        elif name == "reset":
-            self.turns.clear()
-            self.save()
-            print("(new conversation)")
+        elif name == "retry" and self.turns:
+            self.reply(self.drop_reply())
+        elif notice := self.change(name, argument):
+            print(f"({notice})")
         else:
             command = f"/{name} {argument}".rstrip()
             print(f"({command} is not understood)\n{HELP}")
@@ -332,18 +320,8 @@ class Conversation:
                 printer.update(messages)
         printer.end()
         if printer.messages:
-            self.turns.append(data.Turn(self.me, True, now(), printer.messages))
+            self.turns.append(data.Turn(self.me, True, conversation.now(), printer.messages))
         self.save()
-
-    def save(self) -> None:
-        if not self.history:
-            return
-        text = ""
-        if self.turns:
-            start = self.turns[0].at
-            session = data.Session(self.you, "chat.py", "personal_chat", start, self.turns)
-            text = session.to_json() + "\n"
-        cli.write_text(self.history, text)
 
 
 class StreamPrinter:

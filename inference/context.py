@@ -110,11 +110,19 @@ class ContextBuilder:
         self.on_retrieved = on_retrieved
         self.reported: set[int] = set()
 
-    def __call__(self, turns: list[data.Turn]) -> list[data.Turn]:
-        friend = next((turn.author for turn in turns if not turn.me), "")
-        start = turns[0].at if turns else ""
+    def __call__(
+        self, turns: list[data.Turn], chat: str = "", group: bool = False
+    ) -> list[data.Turn]:
+        """Return the turns with what goes before them.
+
+        `chat`: the name of the contact, or of the group, where it isn't the first other author's.
+        Such a talk lasts for weeks: the header has the hour of its last turn, not of its first.
+        """
+        friend = chat or next((turn.author for turn in turns if not turn.me), "")
+        start = turns[-1 if chat else 0].at if turns else ""
         start = start or datetime.datetime.now().isoformat(timespec="hours")
-        session = data.Session(friend, "", "personal_chat", start, turns)
+        chat_type = "private_group" if group else "personal_chat"
+        session = data.Session(friend, "", chat_type, start, turns)
         header = data.header(self.parts, session, self.last_session_with(friend), self.facts)
         context = [header] if header else []
         for exchange in self.index.similar(turns) if self.index and turns else []:

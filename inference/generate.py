@@ -73,7 +73,7 @@ class Decoder:
         size: int,
         broadcast: Callable[[int], int] = lambda id: id,
         compile: bool = False,
-        context_builder: Callable[[list[data.Turn]], list[data.Turn]] = lambda turns: turns,
+        context_builder: Callable[..., list[data.Turn]] = lambda turns, *chat: turns,
         slots: int = 1,
     ):
         self.model = model
@@ -558,7 +558,8 @@ class Answer:
     `prompt` and `ids`: what was read and what is generated; `messages`: so far; `ended`: by the
     model itself, not by `max_new` or the end of the context. A decoder writes one at a time; an
     answer that is left early (closed, or interrupted) leaves it ready for the next. To write
-    several side by side, `join` a batch and `update` after its steps.
+    several side by side, `join` a batch and `update` after its steps. `chat`: (its name, whether
+    it's a group), see context.py.
     """
 
     def __init__(
@@ -570,6 +571,7 @@ class Answer:
         temperature: float = 0.7,
         top_p: float = 0.95,
         seed: int | None = None,
+        chat: tuple[str, bool] | tuple[()] = (),
     ):
         self.decoder = decoder
         self.me = me
@@ -578,7 +580,7 @@ class Answer:
         self.ended = False
         self.max_new = min(max_new, decoder.cache.size // 2)
         prompt_size = decoder.cache.size - self.max_new
-        turns = decoder.context_builder(turns)
+        turns = decoder.context_builder(turns, *chat)
         self.prompt = truncate_prompt(turns, me, decoder.tokenizer, prompt_size, decoder.reply_ids)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.sampling = (self.max_new, temperature, top_p, generator)

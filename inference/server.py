@@ -18,10 +18,7 @@ To add an endpoint, write a function under "Endpoints" with the decorator `@endp
 
 import asyncio
 import base64
-import collections
-import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import hmac
@@ -45,6 +42,7 @@ import data
 from cli import UserError
 from inference import generate
 from inference.pace import Pacer, Schedule
+from inference.request_queue import Job, QueueError, ReplyRequest, RequestQueue
 
 try:
     import h11
@@ -60,7 +58,6 @@ except ImportError as error:
         f"--web needs {error.name}, which is not installed", "pip install -r requirements-extra.txt"
     ) from None
 
-MAX_QUEUE = 32  # requests, those that are answered included
 MAX_BODY_BYTES = 2**20
 MAX_MESSAGES = 2000  # in a conversation
 MAX_STOPS = 100  # strings in `stop`: many clients send more than OpenAI's four
@@ -109,8 +106,15 @@ class ApiError(HTTPException):
         self.code = code
 
 
-def error_body(error: Exception) -> dict:
+def from_queue_error(error: QueueError) -> ApiError:
+    status = 429 if error.code == "rate_limit_exceeded" else 503
+    return ApiError(status, str(error), code=error.code, headers={"retry-after": "5"})
+
+
+def error_body(error: BaseException) -> dict:
     """Describe an error; one that isn't meant for the client tells it nothing."""
+    if isinstance(error, QueueError):
+        error = from_queue_error(error)
     if not isinstance(error, HTTPException):
         error = ApiError(500, "Internal error; see the server's terminal")
     body = {
@@ -122,7 +126,9 @@ def error_body(error: Exception) -> dict:
     return {"error": body}
 
 
-async def error_response(request: Request | None, error: HTTPException) -> Response:
+async def error_response(request: Request | None, error: HTTPException | QueueError) -> Response:
+    if isinstance(error, QueueError):
+        error = from_queue_error(error)
     return JSONResponse(error_body(error), error.status_code, error.headers)
 
 
@@ -133,7 +139,7 @@ async def internal_error(request: Request, error: Exception) -> Response:
 # --- Requests
 
 
-class ChatRequest:
+class ChatRequest(ReplyRequest):
     """The body of a chat completion, validated. `fixed_names`: clients may only be `you`."""
 
     def __init__(self, body: bytes, me: str, you: str, defaults, fixed_names: bool):
@@ -268,176 +274,6 @@ async def read_body(request: Request) -> bytes:
     return body
 
 
-# --- The queue before the model
-
-
-@dataclasses.dataclass(eq=False)
-class Job:
-    """A request from its arrival to the end of its reply.
-
-    `result`: (finish_reason, usage), as OpenAI calls them; cancel it to leave. `texts`: the pieces
-    of the reply as they come. `deadline`: by time.monotonic(). `answer`, `row`: None while it
-    waits.
-    """
-
-    request: ChatRequest
-    client: str
-    deadline: float
-    result: asyncio.Future
-    texts: asyncio.Queue
-    answer: generate.Answer | None = None
-    row: generate.BatchRow | None = None
-    sent: int = 0  # characters
-
-    @property
-    def waiting(self) -> bool:
-        return self.row is None and not self.result.done()
-
-
-# A piece of a reply, and at its end its result or what went wrong
-Piece = tuple[Job, str, tuple[str, dict] | Exception | None]
-
-
-class RequestQueue:
-    """Requests that wait, and those that are answered side by side.
-
-    The model has a thread of its own. Between two of its steps requests join and leave.
-    """
-
-    def __init__(self, decoder: generate.Decoder, me: str, options):
-        self.decoder = decoder
-        self.me = me
-        self.options = options
-        self.batch = generate.DecodeBatch(decoder)
-        self.jobs: list[Job] = []  # in the order of arrival
-        self.answered: list[Job] = []
-        self.thread = concurrent.futures.ThreadPoolExecutor(1)
-        self.worker: asyncio.Task | None = None
-
-    def submit(self, request: ChatRequest, client: str) -> Job:
-        """Queue a request of the client at this address. ApiError when there are too many."""
-        self.jobs = [job for job in self.jobs if not job.result.done()]
-        retry = {"retry-after": "5"}
-        if len(self.jobs) >= MAX_QUEUE:
-            message = "Too many requests are waiting; try again"
-            raise ApiError(503, message, code="overloaded", headers=retry)
-        if sum(job.client == client for job in self.jobs) >= self.options.per_client:
-            message = f"A client may have {self.options.per_client} requests at a time; try again"
-            raise ApiError(429, message, code="rate_limit_exceeded", headers=retry)
-        loop = asyncio.get_running_loop()
-        deadline = time.monotonic() + self.options.timeout
-        job = Job(request, client, deadline, loop.create_future(), asyncio.Queue())
-        self.jobs.append(job)
-        if self.worker is None or self.worker.done():
-            self.worker = loop.create_task(self.work())
-        return job
-
-    async def work(self) -> None:
-        """Let the model make steps while there are requests."""
-        loop = asyncio.get_running_loop()
-        while self.jobs:
-            try:
-                pieces = await loop.run_in_executor(self.thread, self.step, self.choose())
-            except Exception as error:  # for example, no memory left
-                pieces = [(job, "", error) for job in self.answered]
-                self.batch.clear()
-            for job, text, result in pieces:
-                deliver(job, text, result)
-            for job in self.jobs:
-                if job.waiting and time.monotonic() > job.deadline:
-                    message = f"There was no answer within {self.options.timeout} seconds"
-                    headers = {"retry-after": "5"}
-                    deliver(job, "", ApiError(503, message, code="timeout", headers=headers))
-            self.jobs = [job for job in self.jobs if not job.result.done()]
-
-    def choose(self) -> list[Job]:
-        """Choose who joins: of the clients with the fewest answers under way, the first to come."""
-        waiting = [job for job in self.jobs if job.waiting]
-        joining: list[Job] = []
-        active = [job for job in self.answered if not job.result.done()]
-        while waiting and len(active) < self.batch.max_rows:
-            counts = collections.Counter(job.client for job in active)
-            job = min(waiting, key=lambda job: counts[job.client])
-            for jobs in (active, joining):
-                jobs.append(job)
-            waiting.remove(job)
-        return joining
-
-    def step(self, joining: list[Job]) -> list[Piece]:
-        """Let requests leave and join, and take a step, in the model's thread."""
-        left = [job for job in self.answered if job.result.done()]
-        for job in left:
-            self.answered.remove(job)
-            if job.row in self.batch.rows:
-                self.batch.remove(job.row)
-        pieces: list[Piece] = []
-        for job in joining:
-            try:
-                self.join(job)
-            except Exception as error:
-                pieces.append((job, "", error))
-        self.batch.step()
-        return [*pieces, *map(self.next_piece, self.answered)]
-
-    def join(self, job: Job) -> None:
-        request = job.request
-        job.answer = generate.Answer(
-            self.decoder, request.turns, self.me,
-            request.max_tokens, request.temperature, request.top_p, request.seed,
-        )  # fmt: skip
-        job.row = job.answer.join(self.batch)
-        self.answered.append(job)
-
-    def next_piece(self, job: Job) -> Piece:
-        """Return what can be sent of a reply by now, and its result if it ends here."""
-        answer = job.answer
-        assert answer is not None, job
-        done, late = job.row not in self.batch.rows, time.monotonic() > job.deadline
-        answer.update(done)
-        text = "\n".join(answer.messages)
-        stopped, ready = cut_at_stop(text, job.request.stops)
-        if (done or late) and not stopped:
-            ready = len(text)
-        piece = text[job.sent : ready]
-        job.sent = max(job.sent, ready)
-        if not (stopped or done or late):
-            return job, piece, None
-        usage = {
-            "prompt_tokens": len(answer.prompt),
-            "completion_tokens": len(answer.ids),
-            "total_tokens": len(answer.prompt) + len(answer.ids),
-        }
-        return job, piece, ("stop" if stopped or answer.ended else "length", usage)
-
-
-def deliver(job: Job, text: str, result: tuple[str, dict] | Exception | None) -> None:
-    """Hand a piece of a reply to whoever waits for it, unless they left."""
-    if job.result.done():
-        return
-    if text:
-        job.texts.put_nowait(text)
-    if isinstance(result, Exception):
-        job.result.set_exception(result)
-    elif result:
-        job.result.set_result(result)
-
-
-def cut_at_stop(text: str, stops: list[str]) -> tuple[bool, int]:
-    """Return whether a stop string ends the text, and how many characters can be sent.
-
-    The end of the text waits while it may still become a stop string.
-    """
-    starts = [text.index(stop) for stop in stops if stop in text]
-    if starts:
-        return True, min(starts)
-    held = 0
-    for stop in stops:
-        for length in range(1, min(len(stop), len(text) + 1)):
-            if text.endswith(stop[:length]):
-                held = max(held, length)
-    return False, len(text) - held
-
-
 # --- Endpoints
 
 
@@ -555,7 +391,7 @@ async def stream_chunks(
         error = job.result.exception()
         if isinstance(error, Exception):
             yield event(error_body(error))
-            if not isinstance(error, ApiError):
+            if not isinstance(error, (ApiError, QueueError)):
                 raise error
             return
         reason, usage = job.result.result()
@@ -640,7 +476,11 @@ def application(
 
     `contacts`: the names that a client may take, None if every client is `you`.
     """
-    handlers: dict[Any, Any] = {HTTPException: error_response, Exception: internal_error}
+    handlers: dict[Any, Any] = {
+        HTTPException: error_response,
+        QueueError: error_response,
+        Exception: internal_error,
+    }
     app = Starlette(routes=ROUTES, exception_handlers=handlers)
     app.router.redirect_slashes = False
     state = app.state

@@ -66,6 +66,15 @@ def test_the_header_at_chat_time_is_the_one_that_data_writes(folders):
     ]
 
 
+def test_a_telegram_chat_has_its_name_and_the_hour_of_its_last_turn(folders):
+    builder = ContextBuilder(folders[0])
+    turns = session("2024-03-05T21:30:00", ("Bob", "awake?")).turns
+    turns += session("2024-03-09T08:30:00", ("Ann", "now i am")).turns
+    assert builder(turns, "Tea", True)[0].messages == ["in the group Tea", "Saturday, 8 o'clock"]
+    opening = builder([], "Bob")  # I write first
+    assert opening[0].messages[0] == "talking to Bob"
+
+
 def test_without_header_facts_and_data_the_turns_stay_as_they_are(folders):
     (folders[0] / "persona.json").write_text("{}")
     assert ContextBuilder(folders[0])(PAST[0].turns) == PAST[0].turns
