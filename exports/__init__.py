@@ -19,7 +19,6 @@ Two more are optional:
 import collections
 import datetime
 import functools
-import mimetypes
 import os
 import re
 import zipfile
@@ -186,7 +185,7 @@ def files_of_folder(path: Path, progress: Callable[[int], object]) -> list[Sourc
 
     found = []
     for folder, inner, names in os.walk(path, onerror=refuse):
-        slack = "users.json" in names  # its channels may have any name
+        slack = {"users.json", "org_users.json"} & {*names}  # its channels may have any name
         inner[:] = sorted(
             name for name in inner if slack or not ATTACHMENTS.fullmatch(name.lower())
         )
@@ -262,15 +261,6 @@ def begin_of_quarter(quarter: int) -> tuple[str, int] | None:
     if end.hour != begin.hour or (end - begin).seconds != 899:
         return None
     return begin.isoformat()[:14], 60 * begin.minute + begin.second
-
-
-def mime_mark(mime_type: object, name: object = None) -> str:
-    """Return the mark of a file by its MIME type, or by its name where it has none."""
-    mime_type = str(mime_type or mimetypes.guess_type(str(name))[0])
-    if mime_type == "image/gif":
-        return "<gif>"
-    marks = {"image": "<photo>", "video": "<video>", "audio": "<audio>"}
-    return marks.get(mime_type.partition("/")[0], "<file>")
 
 
 def fix_dst(at: int, last: int | None) -> int:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 
 from exports import Chat, Message, Reason, local_time, make_message
+from exports.content import file_mark
 from exports.messenger_files import group_chats, read_chat, undo_mojibake
 from exports.repair import read_messages
 from exports.source import Source
@@ -34,14 +35,6 @@ MARKS = (
     ("sticker", "<sticker>"),
     ("files", "<file>"),
 )
-SUFFIXES = {
-    "<photo>": "jpg jpeg png heic",
-    "<video>": "mp4 mov",
-    "<voice>": "ogg opus mp3 m4a aac wav",
-    "<gif>": "gif",
-    "<sticker>": "webp",
-}
-BY_SUFFIX = {suffix: mark for mark, names in SUFFIXES.items() for suffix in names.split()}
 # Sentences that the messenger writes in somebody's name. Other languages have theirs: those that
 # begin with the author's name are found as well.
 EVENTS = re.compile(
@@ -170,7 +163,8 @@ def own_text(raw: dict, author: str, content: str) -> str:
     media = raw.get("media")
     for file in media if isinstance(media, list) else ():
         uri = str(file.get("uri")) if isinstance(file, dict) else ""
-        return BY_SUFFIX.get(uri.rpartition(".")[2].lower(), "<file>")
+        mark = "<sticker>" if uri.endswith(".webp") else file_mark(uri)
+        return "<voice>" if mark == "<audio>" else mark
     for key, mark in MARKS:
         if raw.get(key):
             return mark
