@@ -6,6 +6,7 @@ files, and adds to these what I wrote in the same channels.
 
 import collections
 import csv
+import io
 import re
 from collections.abc import Iterable, Iterator
 
@@ -27,6 +28,7 @@ SAME_IDS = True
 # Where a message begins. The array of them has no key.
 BEGINS = re.compile(r'\{\s*"ID"\s*:\s*"?\d|(?P<type>(?!))')
 HEAD = re.compile(r'\s*(?:\[\s*\{\s*"ID"\s*:|ID,Timestamp,Contents)')
+ROW = re.compile(r"\d{15,20},\d{4}-\d\d-\d\d ")  # how a row of CSV begins
 ONLY_MINE = "files of Discord's data package: your own messages alone, nothing that they answer"
 
 
@@ -75,12 +77,22 @@ def messages(
 
 
 def csv_rows(lines: Iterator[str]) -> Iterator[dict]:
-    """Yield the rows, empty where one is damaged."""
-    rows = csv.DictReader(lines)
-    while True:
-        try:
-            yield next(rows)
-        except StopIteration:
-            return
-        except csv.Error:
-            yield {}
+    """Yield the rows, empty where one is damaged. A lost quote costs the row that it was in."""
+    names = next(csv.reader([next(lines, "").removeprefix("\ufeff")]), [])
+    row = ""
+    for line in lines:
+        if row and ROW.match(line):
+            yield parse_row(names, row)
+            row = ""
+        row += line
+    if row:
+        yield parse_row(names, row)
+
+
+def parse_row(names: list[str], text: str) -> dict:
+    try:
+        [cells] = csv.reader(io.StringIO(text, newline=""), strict=True)
+    except (csv.Error, ValueError):
+        return {}
+    # What follows a hole in the file belongs to something else.
+    return dict(zip(names, cells)) if len(cells) == len(names) and "\0" not in text else {}

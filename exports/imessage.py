@@ -149,7 +149,8 @@ def read_time(date: object) -> int | None:
     """Return seconds since 1970 of a date since 2001, None of what isn't one."""
     if not isinstance(date, int) or date <= 0:
         return None
-    return APPLE_EPOCH + (date // 10**9 if date > NANOSECONDS else date)
+    at = APPLE_EPOCH + (date // 10**9 if date > NANOSECONDS else date)
+    return at if at < 1 << 37 else None  # the year 6325
 
 
 def attachment_mark(database: sqlite3.Connection, rowid: int, voice: int | None) -> str:
