@@ -90,9 +90,10 @@ def participants(head: str) -> list[str]:
 
 def read_chat(source: Source) -> Chat:
     """Make the Chat of its files from what stands before and behind the messages."""
-    people, end = participants(source.head()), tail(min(source.parts, key=lambda part: part.size))
+    head, end = source.head(), tail(min(source.parts, key=lambda part: part.size))
+    people = participants(head)
     fields: dict[str, str] = {}
-    for key, value in TITLE.findall(end) + TITLE.findall(source.head()):
+    for key, value in TITLE.findall(end) + TITLE.findall(head):
         try:
             fields.setdefault(key, undo_mojibake(json.loads(value, strict=False)))
         except ValueError:
