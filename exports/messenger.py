@@ -76,7 +76,10 @@ def messages(parts: list[Source], repairs: collections.Counter) -> Iterator[Mess
         if message.at == last and len(same_second) < MAX_SECOND:
             same_second.append(message)
             continue
-        yield from in_order(same_second) if len(same_second) > 1 else same_second
+        if len(same_second) == 1:
+            yield same_second[0]
+        else:
+            yield from in_order(same_second)
         last, same_second = message.at, [message]
     yield from in_order(same_second)
 
