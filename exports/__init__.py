@@ -11,8 +11,8 @@ Two more are optional:
 
     group(sources)          which of its files in a folder or zip belong together: a list of lists,
                             each in the order of reading. `read` gets the first file of each list,
-                            and `source.parts` is the list. Without it each file is read alone. What it
-                            learns for `read` goes into the first one's `known`.
+                            and `source.parts` is the list. Without it each file is read alone.
+                            What it learns for `read` goes into the first one's `known`.
     SAME_IDS = True         a person has the same id in all files, so `--me` is looked for in all of
                             them at once, and I may be silent in some
 """
