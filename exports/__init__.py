@@ -12,6 +12,7 @@ Two more are optional:
     group(sources)          which of its files in a folder or zip belong together: a list of lists,
                             each in the order of reading. `read` gets the first file of each list,
                             and `source.parts` is the list. Without it each file is read alone.
+                            What it learns for `read` goes into the first one's `known`.
     SAME_IDS = True         a person has the same id in all files, so `--me` is looked for in all of
                             them at once, and I may be silent in some
 """
@@ -19,7 +20,6 @@ Two more are optional:
 import collections
 import datetime
 import functools
-import mimetypes
 import os
 import re
 import zipfile
@@ -82,6 +82,8 @@ class Message(NamedTuple):
     left_out: str = ""  # a Reason why these are nobody's own words
 
 
+MINUTES = [f"{minute:02}:{second:02}" for minute in range(60) for second in range(60)]
+
 # Makes a Message of a tuple of its fields, faster than Message(…): it runs once a message.
 make_message = functools.partial(tuple.__new__, Message)
 
@@ -136,7 +138,9 @@ def sources(
     pairs = []
     for source in candidates(path, progress):
         head = source.head()
-        pairs += [(reader, source) for reader in readers() if reader.can_read(head)][:1]
+        reader = next((reader for reader in readers() if reader.can_read(head)), None)
+        if reader:
+            pairs.append((reader, source))
     if pairs:
         return group_parts(pairs)
     names = [str(inner) for inner in (path, *path.rglob("*"))]
@@ -182,7 +186,7 @@ def files_of_folder(path: Path, progress: Callable[[int], object]) -> list[Sourc
 
     found = []
     for folder, inner, names in os.walk(path, onerror=refuse):
-        slack = "users.json" in names  # its channels may have any name
+        slack = {"users.json", "org_users.json"} & {*names}  # its channels may have any name
         inner[:] = sorted(
             name for name in inner if slack or not ATTACHMENTS.fullmatch(name.lower())
         )
@@ -235,17 +239,29 @@ def iso_time(at: int) -> str:
 
 
 def local_time(at: int) -> str:
-    """Return the ISO time of a moment by this computer's clock, for exports that have UTC alone."""
-    return datetime.datetime.fromtimestamp(at).isoformat()[:19]
+    """Return the ISO time of a moment by this computer's clock, for exports that have UTC alone.
+
+    (datetime takes three times as long.)
+    """
+    quarter, seconds = divmod(at, 900)
+    begin = begin_of_quarter(quarter)
+    if begin is None:
+        return datetime.datetime.fromtimestamp(at).isoformat()
+    hour, offset = begin
+    return hour + MINUTES[offset + seconds]
 
 
-def mime_mark(mime_type: object, name: object = None) -> str:
-    """Return the mark of a file by its MIME type, or by its name where it has none."""
-    mime_type = str(mime_type or mimetypes.guess_type(str(name))[0])
-    if mime_type == "image/gif":
-        return "<gif>"
-    marks = {"image": "<photo>", "video": "<video>", "audio": "<audio>"}
-    return marks.get(mime_type.partition("/")[0], "<file>")
+@functools.lru_cache(1 << 12)
+def begin_of_quarter(quarter: int) -> tuple[str, int] | None:
+    """Return (date and hour, seconds since that) when a quarter of an hour begins.
+
+    None where the hour changes within it, as in zones whose summer time began at 0:01.
+    """
+    begin = datetime.datetime.fromtimestamp(900 * quarter)
+    end = datetime.datetime.fromtimestamp(900 * quarter + 899)
+    if end.hour != begin.hour or (end - begin).seconds != 899:
+        return None
+    return begin.isoformat()[:14], 60 * begin.minute + begin.second
 
 
 def fix_dst(at: int, last: int | None) -> int:

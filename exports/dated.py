@@ -2,12 +2,12 @@
 
 import collections
 import datetime
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from exports import Chat, Message, Reason, fix_dst, iso_time, make_message
+from exports.content import hash_name
 
 
 class Event(NamedTuple):
@@ -29,10 +29,14 @@ def read_chat(
     written = (event.name for event in events(collections.Counter()) if not event.left_out)
     people = dict.fromkeys(filter(None, written))
     known = name or ", ".join(itertools.islice(sorted(people), 50))
-    # The id is written into data/: it holds no name.
-    id = hashlib.blake2b(known.encode(), digest_size=8).hexdigest()
     chat_type = "personal_chat" if len(people) < 3 else "private_group"
-    chat = Chat(f"{messenger}:{known}", f"{messenger}:{id}", chat_type, name or messenger, None)
+    chat = Chat(
+        f"{messenger}:{known}",
+        f"{messenger}:{hash_name(known)}",
+        chat_type,
+        name or messenger,
+        None,
+    )
     return chat, messages(messenger, events(repairs))
 
 

@@ -6,33 +6,29 @@ files, and adds to these what I wrote in the same channels.
 
 import collections
 import csv
-import json
+import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from exports import Chat, Message, Reason, local_time, make_message
-from exports.discord import (
+from exports.content import parse_object, without_surrogates
+from exports.discord_fields import (
+    attachment_mark,
     author_id,
+    chat_type,
     clean_text,
-    file_mark,
     read_time,
     snowflake,
-    whole_text,
 )
-from exports.repair import MessageCursor
-from exports.source import Source
+from exports.repair import read_messages
+from exports.source import Source, full_lines
 
 NUM_PASSES = 1
 SAME_IDS = True
 # Where a message begins. The array of them has no key.
 BEGINS = re.compile(r'\{\s*"ID"\s*:\s*"?\d|(?P<type>(?!))')
 HEAD = re.compile(r'\s*(?:\[\s*\{\s*"ID"\s*:|ID,Timestamp,Contents)')
-TYPES = {  # of a channel; numbers until 2023
-    "DM": "personal_chat",
-    "GROUP_DM": "private_group",
-    "1": "personal_chat",
-    "3": "private_group",
-}
+ROW = re.compile(r"\d{15,20},\d{4}-\d\d-\d\d ")  # how a row of CSV begins
 ONLY_MINE = "files of Discord's data package: your own messages alone, nothing that they answer"
 
 
@@ -45,7 +41,7 @@ def read(source: Source, repairs: collections.Counter) -> Iterator[tuple[Chat, I
     repairs[ONLY_MINE] += 1
     user = parse_object(source.above("account/user.json") or source.above("Account/user.json"))
     me, name = author_id(user) or "discord:me", user.get("global_name") or user.get("username")
-    name = whole_text(name) if isinstance(name, str) else None
+    name = without_surrogates(name) if isinstance(name, str) else None
     yield read_channel(source, me), messages(source, me, name, repairs)
 
 
@@ -54,25 +50,17 @@ def read_channel(source: Source, owner: str) -> Chat:
     channel = parse_object(source.beside("channel.json"))
     number = str(channel.get("id") or source.path.parent.name.removeprefix("c"))
     name = parse_object(source.above("index.json")).get(number) or channel.get("name") or number
-    chat_type = TYPES.get(str(channel.get("type")), "private_supergroup")
-    return Chat(f"discord:c{number}", number, chat_type, whole_text(str(name)), owner)
-
-
-def parse_object(text: str | None) -> dict:
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    name = without_surrogates(str(name))
+    return Chat(f"discord:c{number}", number, chat_type(channel), name, owner)
 
 
 def messages(
     source: Source, me: str, name: str | None, repairs: collections.Counter
 ) -> Iterator[Message]:
     if source.head().lstrip("\ufeff \r\n").startswith("["):
-        rows = MessageCursor(source.text(repairs), BEGINS, repairs).read()
+        rows: Iterable[dict] = read_messages(source, BEGINS, repairs)
     else:
-        rows = csv_rows(source.text(repairs))
+        rows = csv_rows(full_lines(source, repairs))
     last = 0
     for row in rows:
         get = row.get
@@ -80,7 +68,7 @@ def messages(
         identity, content = snowflake(get("ID")), get("Contents")
         text = clean_text(content)
         if not text and (urls := str(get("Attachments") or "").split()):
-            text = file_mark(urls[0].partition("?")[0])
+            text = attachment_mark(urls[0].partition("?")[0])
         left_out = "" if text else Reason.NO_TEXT
         if not date or identity is None:
             text, left_out = "", Reason.DAMAGED
@@ -88,21 +76,23 @@ def messages(
         yield make_message((identity, me, name, last, local_time(last), text, left_out))
 
 
-def csv_rows(pieces: Iterator[str]) -> Iterator[dict]:
-    lines = csv.DictReader(text_lines(pieces))
-    while True:
-        try:
-            yield next(lines)
-        except StopIteration:
-            return
-        except csv.Error:
-            yield {}
+def csv_rows(lines: Iterator[str]) -> Iterator[dict]:
+    """Yield the rows, empty where one is damaged. A lost quote costs the row that it was in."""
+    names = next(csv.reader([next(lines, "").removeprefix("\ufeff")]), [])
+    row = ""
+    for line in lines:
+        if row and ROW.match(line):
+            yield parse_row(names, row)
+            row = ""
+        row += line
+    if row:
+        yield parse_row(names, row)
 
 
-def text_lines(pieces: Iterator[str]) -> Iterator[str]:
-    """Yield lines with their ends; only a line feed ends one."""
-    rest = ""
-    for piece in pieces:
-        *lines, rest = (rest + piece).split("\n")
-        yield from (line + "\n" for line in lines)
-    yield rest
+def parse_row(names: list[str], text: str) -> dict:
+    try:
+        [cells] = csv.reader(io.StringIO(text, newline=""), strict=True)
+    except (csv.Error, ValueError):
+        return {}
+    # What follows a hole in the file belongs to something else.
+    return dict(zip(names, cells)) if len(cells) == len(names) and "\0" not in text else {}

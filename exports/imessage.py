@@ -3,16 +3,15 @@
 import collections
 import contextlib
 import hashlib
-import plistlib
 import re
-import shutil
 import sqlite3
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
-from exports import Chat, Message, Reason, local_time, make_message, mime_mark
-from exports.source import BROKEN_ZIP, Source
+from exports import Chat, Message, Reason, local_time, make_message
+from exports.content import file_mark, hash_name
+from exports.database import open_database
+from exports.source import Source
+from exports.typedstream import edited_text, string_of
 
 NUM_PASSES = 1
 SAME_IDS = True
@@ -23,8 +22,6 @@ GROUP_STYLE = 43  # chat.style; 45 is a chat of two
 APPLE_EPOCH = 978_307_200  # 2001-01-01 in seconds since 1970
 NANOSECONDS = 10**12  # a larger date is in nanoseconds (since 2017), a smaller one in seconds
 OBJECTS = re.compile("[\ufffc\ufffd]")  # stand for attachments in a message's text
-# The first string of a typedstream: class, length (in one byte, two or four), UTF-8.
-STRING = re.compile(rb"NSString\x01.\x84\x01\+(?:([\0-\x7f])|\x81(..)|\x82(....))", re.DOTALL)
 # Columns that old versions lack are read as NULL.
 COLUMNS = (
     "ROWID guid date is_from_me handle_id text attributedBody item_type is_audio_message"
@@ -57,39 +54,6 @@ def read(source: Source, repairs: collections.Counter) -> Iterator[tuple[Chat, I
     source.progress(source.size)
 
 
-@contextlib.contextmanager
-def open_database(source: Source, repairs: collections.Counter) -> Iterator[sqlite3.Connection]:
-    """Open a database without writing to it; one in a zip, or with a `-wal` beside it, as a copy.
-
-    The `-wal` holds the latest messages. SQLite can only read it where it may write.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path, log = Path(source.path), Path(f"{source.path}-wal")
-        in_zip = source.zip is not None
-        if in_zip or (log.exists() and log.stat().st_size):
-            path = Path(folder, "chat.db")
-            with open(path, "wb") as copy:
-                copy.writelines(source.blocks(repairs))
-            copy_log(source, log, Path(f"{path}-wal"))
-            options = "mode=rw"
-        else:
-            options = "immutable=1"
-        database = sqlite3.connect(f"{path.resolve().as_uri()}?{options}", uri=True)
-        database.text_factory = lambda data: data.decode("utf-8", "replace")
-        with contextlib.closing(database):
-            yield database
-
-
-def copy_log(source: Source, log: Path, to: Path) -> None:
-    if not source.zip:
-        shutil.copyfile(log, to)
-        return
-    with contextlib.suppress(KeyError, *BROKEN_ZIP):
-        member = source.zip.getinfo(f"{source.path}-wal")
-        with source.zip.open(member) as packed, open(to, "wb") as copy:
-            shutil.copyfileobj(packed, copy)
-
-
 def list_chats(database: sqlite3.Connection) -> dict[tuple, tuple[Chat, list[int]]]:
     """Return the chats with their rows: SMS and iMessage with one person are one chat."""
     chats: dict[tuple, tuple[Chat, list[int]]] = {}
@@ -105,8 +69,7 @@ def list_chats(database: sqlite3.Connection) -> dict[tuple, tuple[Chat, list[int
 
 
 def make_id(handle: str) -> str:
-    """Return an id without the phone number or address: ids are written into data/."""
-    return "imessage:" + hashlib.blake2b(handle.encode(), digest_size=8).hexdigest()
+    return f"imessage:{hash_name(handle)}"
 
 
 def messages(
@@ -186,29 +149,8 @@ def read_time(date: object) -> int | None:
     """Return seconds since 1970 of a date since 2001, None of what isn't one."""
     if not isinstance(date, int) or date <= 0:
         return None
-    return APPLE_EPOCH + (date // 10**9 if date > NANOSECONDS else date)
-
-
-def string_of(stream: object) -> str:
-    """Return the text of an attributed string in a typedstream; "" where there is none."""
-    match = STRING.search(stream) if isinstance(stream, bytes) else None
-    if not match or not isinstance(stream, bytes):
-        return ""
-    length = int.from_bytes(match[1] or match[2] or match[3], "little")
-    text = stream[match.end() : match.end() + length]
-    return text.decode("utf-8", "replace") if len(text) == length else ""
-
-
-def edited_text(summary: object) -> str:
-    """Return the latest texts of an edited message's parts, from its `message_summary_info`."""
-    try:
-        info = plistlib.loads(summary, fmt=plistlib.FMT_BINARY)  # type: ignore[arg-type]
-        parts = info.get("ec", {})
-        return "\n".join(string_of(parts[part][-1]["t"]) for part in sorted(parts, key=int))
-    except (plistlib.InvalidFileException, ArithmeticError, AttributeError, LookupError):
-        return ""
-    except (TypeError, ValueError, RecursionError):
-        return ""
+    at = APPLE_EPOCH + (date // 10**9 if date > NANOSECONDS else date)
+    return at if at < 1 << 37 else None  # the year 6325
 
 
 def attachment_mark(database: sqlite3.Connection, rowid: int, voice: int | None) -> str:
@@ -223,4 +165,4 @@ def attachment_mark(database: sqlite3.Connection, rowid: int, voice: int | None)
         return ""
     if not found:
         return ""
-    return "<voice>" if voice else mime_mark(found[0], found[1])
+    return "<voice>" if voice else file_mark(found[1], found[0])

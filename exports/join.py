@@ -62,12 +62,16 @@ class MessageStore:
     def __init__(self, file: BinaryIO, clean: Callable[[str], str] = str):
         self.file, self.clean, self.clean_name = file, clean, functools.cache(clean)
         self.copies: dict[str, list[ChatCopy]] = {}  # by the chat's key, the oldest first
+        self.num_copies = 0
         self.names: dict[str, str] = {}
         self.counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
         self.same: dict[str, str] = {}
 
     def total(self) -> collections.Counter:
-        return sum(self.counts.values(), collections.Counter())
+        total: collections.Counter = collections.Counter()
+        for counts in self.counts.values():  # + would copy the sum for each of thousands of files
+            total.update(counts)
+        return total
 
     def add(
         self, export: str, chat: Chat, messages: Iterator[Message]
@@ -77,7 +81,8 @@ class MessageStore:
         Returns (who wrote, how many are left out for each Reason; "" for those that aren't).
         """
         chat = chat._replace(name=self.clean_name(chat.name))
-        copy = ChatCopy(chat, sum(map(len, self.copies.values())))
+        copy = ChatCopy(chat, self.num_copies)
+        self.num_copies += 1
         self.copies.setdefault(chat.key, []).append(copy)
         runs, names, reasons = copy.runs, {}, collections.Counter()
         while batch := list(itertools.islice(messages, BATCH)):

@@ -17,7 +17,7 @@ import datetime
 import re
 from collections.abc import Iterator
 
-from exports import Chat, Message, Reason, table
+from exports import Chat, Message, Reason, table, table_rows
 from exports.dated import Event, read_chat
 from exports.dates import find_date, find_time, make_date
 from exports.source import Source, full_lines
@@ -81,7 +81,7 @@ def read(source: Source, repairs: collections.Counter) -> Iterator[tuple[Chat, I
 
 
 def csv_events(source: Source, repairs: collections.Counter) -> Iterator[Event]:
-    for row in table.rows(source, repairs):
+    for row in table_rows.rows(source, repairs):
         time = parse(row.time)
         if time:
             yield finished(Event(time, row.author or None, row.text))

@@ -13,8 +13,9 @@ import re
 from collections.abc import Iterator
 
 from exports import Chat, Message, Reason, local_time, make_message
+from exports.content import file_mark
 from exports.messenger_files import group_chats, read_chat, undo_mojibake
-from exports.repair import MessageCursor
+from exports.repair import read_messages
 from exports.source import Source
 
 NUM_PASSES = 1
@@ -34,14 +35,6 @@ MARKS = (
     ("sticker", "<sticker>"),
     ("files", "<file>"),
 )
-SUFFIXES = {
-    "<photo>": "jpg jpeg png heic",
-    "<video>": "mp4 mov",
-    "<voice>": "ogg opus mp3 m4a aac wav",
-    "<gif>": "gif",
-    "<sticker>": "webp",
-}
-BY_SUFFIX = {suffix: mark for mark, names in SUFFIXES.items() for suffix in names.split()}
 # Sentences that the messenger writes in somebody's name. Other languages have theirs: those that
 # begin with the author's name are found as well.
 EVENTS = re.compile(
@@ -51,7 +44,7 @@ EVENTS = re.compile(
     r"|(?:named|set|changed) the (?:group|nickname|quick|emoji|theme|chat)\b.{0,200})\.) ?$"
 )
 OWN_TYPES = (None, "Generic", "Share", "text", "media", "link")  # others: calls, joins
-EVENT_STARTS = ("Reacted ", "Liked ", "You ")
+EVENT_STARTS = "LRY"  # their first letters
 # The keys of a message that is text and nothing else.
 PLAIN = {
     "sender_name",
@@ -76,39 +69,58 @@ def read(source: Source, repairs: collections.Counter) -> Iterator[tuple[Chat, I
 
 def messages(parts: list[Source], repairs: collections.Counter) -> Iterator[Message]:
     """Yield the messages, newest second first; those of one second the oldest first."""
-    cursors = (MessageCursor(part.text(repairs), BEGINS, repairs) for part in parts)
     last = 0
     same_second: list[Message] = []
-    for raw in itertools.chain.from_iterable(cursor.read() for cursor in cursors):
+    for raw in itertools.chain.from_iterable(read_messages(p, BEGINS, repairs) for p in parts):
         message = read_message(raw, last)
-        if message.at != last or len(same_second) == MAX_SECOND:
+        if message.at == last and len(same_second) < MAX_SECOND:
+            same_second.append(message)
+            continue
+        if len(same_second) == 1:
+            yield same_second[0]
+        else:
             yield from in_order(same_second)
-            last, same_second = message.at, []
-        same_second.append(message)
+        last, same_second = message.at, [message]
     yield from in_order(same_second)
 
 
 def in_order(same_second: list[Message]) -> list[Message]:
     """Turn messages around, the newest of which is the first; each gets a number of its own."""
-    if len(same_second) < 2:
-        return same_second
     by_id = sorted(reversed(same_second), key=operator.itemgetter(0))
     return [message._replace(id=(message.id or 0) + i) for i, message in enumerate(by_id)]
 
 
 def read_message(raw: dict, last: int) -> Message:
     """Make a Message of a JSON object of either shape; without a time it is as late as `last`."""
+    try:
+        return read_plain(raw) or read_special(raw, last)
+    except (LookupError, TypeError, AttributeError):  # a key is missing, or holds something else
+        return read_special(raw, last)
+
+
+def read_plain(raw: dict) -> Message | None:
+    """Make a Message of text and nothing else, as most are; None of others."""
+    if not PLAIN.issuperset(raw):
+        return None
+    author, name = read_author(raw["sender_name"])
+    at, text = raw["timestamp_ms"], raw["content"]
+    text = text.strip() if text.isascii() else undo_mojibake(text).strip()
+    second = at // 1000
+    if not author or not text or not 0 < second < 1 << 37 or is_event(text, name):
+        return None
+    return make_message((at << 12, author, name, second, local_time(second), text, ""))
+
+
+def read_special(raw: dict, last: int) -> Message:
+    """Make a Message of what isn't plain text: media, events, secure storage, damage."""
     get = raw.get
     sender = get("sender_name") or get("senderName")
     author, name = read_author(sender) if isinstance(sender, str) else (None, "")
     content, at = get("content") or get("text"), get("timestamp_ms") or get("timestamp")
     content = undo_mojibake(content).strip() if isinstance(content, str) else ""
-    if content and author and PLAIN.issuperset(raw):
-        text, left_out = content, Reason.SERVICE if is_event(content, name) else ""
-    else:
-        text, left_out = own_text(raw, name, content), reason(raw, name, content)
-        if not text and not left_out:
-            left_out = Reason.FORWARD if "share" in raw else Reason.NO_TEXT
+    text, left_out = own_text(raw, name, content), reason(raw, name, content)
+    if not text and not left_out:
+        left_out = Reason.FORWARD if "share" in raw else Reason.NO_TEXT
     if type(at) is not int or not 0 < at < 1 << 47:
         left_out, at = left_out or Reason.NO_AUTHOR, last * 1000
     elif "timestamp_ms" not in raw and at < 1 << 33:
@@ -154,7 +166,8 @@ def own_text(raw: dict, author: str, content: str) -> str:
     media = raw.get("media")
     for file in media if isinstance(media, list) else ():
         uri = str(file.get("uri")) if isinstance(file, dict) else ""
-        return BY_SUFFIX.get(uri.rpartition(".")[2].lower(), "<file>")
+        mark = "<sticker>" if uri.endswith(".webp") else file_mark(uri)
+        return "<voice>" if mark == "<audio>" else mark
     for key, mark in MARKS:
         if raw.get(key):
             return mark
@@ -165,5 +178,6 @@ def own_text(raw: dict, author: str, content: str) -> str:
 
 def is_event(content: str, author: str) -> bool:
     """Return whether the messenger wrote this in the author's name."""
-    named = content.endswith(".") and content.startswith(f"{author} ")
-    return named or content.startswith(EVENT_STARTS) and bool(EVENTS.match(content))
+    if content[-1:] == "." and content.startswith(author + " "):
+        return True
+    return content[:1] in EVENT_STARTS and bool(EVENTS.match(content))

@@ -1,12 +1,12 @@
 """The files of an export of Facebook's or Instagram's: what belongs together, and whose it is."""
 
 import collections
-import hashlib
 import json
 import re
 from pathlib import PurePath
 
 from exports import Chat
+from exports.content import hash_name, without_surrogates
 from exports.source import Source
 
 PARTICIPANTS = re.compile(r'"participants"\s*:\s*(?=\[)')
@@ -37,7 +37,7 @@ def group_chats(sources: list[Source]) -> list[list[Source]]:
     for firsts in roots.values():
         owner = find_owner(firsts)
         for source in firsts:
-            source.owner = owner
+            source.known = owner
     return list(chats.values())
 
 
@@ -90,9 +90,10 @@ def participants(head: str) -> list[str]:
 
 def read_chat(source: Source) -> Chat:
     """Make the Chat of its files from what stands before and behind the messages."""
-    people, end = participants(source.head()), tail(min(source.parts, key=lambda part: part.size))
+    head, end = source.head(), tail(min(source.parts, key=lambda part: part.size))
+    people = participants(head)
     fields: dict[str, str] = {}
-    for key, value in TITLE.findall(end) + TITLE.findall(source.head()):
+    for key, value in TITLE.findall(end) + TITLE.findall(head):
         try:
             fields.setdefault(key, undo_mojibake(json.loads(value, strict=False)))
         except ValueError:
@@ -102,8 +103,8 @@ def read_chat(source: Source) -> Chat:
     folder = source.path.parent.name if source.parts != [source] else source.path.stem
     thread = fields.get("thread_path") or fields.get("threadName") or folder
     thread = thread.rpartition("/")[2]  # without the folder, which changes: it may be archived
-    chat_id = hashlib.blake2b(thread.encode("utf-8", "replace"), digest_size=8).hexdigest()
-    owner = source.owner
+    chat_id = hash_name(thread)
+    owner = source.known
     if owner is None and len(people) == 2 and people.count(name) == 1:
         owner = people[1 - people.index(name)]  # two people's chat is called as the other one is
     kind = "private_group" if len(people) > 2 else "personal_chat"
@@ -125,4 +126,4 @@ def undo_mojibake(text: str) -> str:
     try:
         return text.encode("latin-1").decode()
     except UnicodeError:  # it was never broken, or another tool has mended it
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return without_surrogates(text)

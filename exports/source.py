@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
+from typing import Any
 
 from cli import UserError
 
@@ -45,7 +46,7 @@ class Source:
     """One file of an export. `progress(n)` is called as n bytes are read.
 
     `parts`: this file and those that its reader says belong to it, in the order of reading.
-    `owner`: whose export it is, where its reader learns that from other files.
+    `known`: what its reader learnt from other files when it grouped them.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Source:
         self.archive = Path(archive.filename) if archive else None
         self.size = member.file_size if member else Path(path).stat().st_size
         self.parts = [self]
-        self.owner: str | None = None
+        self.known: Any = None
         self.attached = 0  # other chats in its zip or folder, which were sent in this one
 
     def __str__(self) -> str:

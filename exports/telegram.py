@@ -11,6 +11,7 @@ from typing import Any
 
 from cli import UserError
 from exports import SUPPORTED, Chat, Message, Reason, fix_dst, iso_time, make_message
+from exports.content import without_surrogates
 from exports.repair import Cursor, mend
 from exports.source import Source
 
@@ -218,15 +219,6 @@ def flat_text(text: object) -> str:
     if isinstance(text, dict):
         return flat_text(text.get("text"))
     return "".join(map(flat_text, text)) if isinstance(text, list) else ""
-
-
-def without_surrogates(text: str) -> str:
-    """Replace half characters (lone surrogates), which JSON can spell and no file can hold."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def messages(objects: Iterable, source: Source) -> Iterator[Message]:

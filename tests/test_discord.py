@@ -4,13 +4,14 @@ import collections
 import csv
 import io
 import json
+import re
 import sys
 import zipfile
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_damage import assert_few_are_lost
+from test_damage import assert_few_are_lost, mutants
 
 import cli
 import exports
@@ -169,7 +170,7 @@ def test_a_channel_without_a_readable_head_is_left_out_not_guessed(tmp_path):
 def package(folder, rows, as_csv, kind="DM"):
     """Discord's data package, with one channel."""
     home = folder / "messages/c4444444444444444444"
-    home.mkdir(parents=True)
+    home.mkdir(parents=True, exist_ok=True)
     if as_csv:
         buffer = io.StringIO()
         table = csv.writer(buffer)
@@ -258,3 +259,35 @@ def healthy(rng):
 def test_mutated_files_have_no_traceback_no_hang_and_no_wrong_author(tmp_path):
     path = tmp_path / "general.json"
     assert_few_are_lost(path, healthy, AUTHORS, "discord", r"\[(\d+)\] ", r"\[\d{19}\] ", 0.7)
+
+
+@pytest.mark.parametrize("shape", ["csv", "json"])
+def test_mutated_packages_have_no_traceback_no_hang_and_no_text_under_another_number(
+    tmp_path, shape
+):
+    """All is mine there, but a message joins by its number with the one that others answered."""
+    folder = package(tmp_path, [], shape == "csv")
+    path = folder / f"messages/c4444444444444444444/messages.{shape}"
+
+    def make(rng):
+        rows = []
+        for i in range(rng.randint(1, 20)):
+            number = 7 * i + rng.choice((FIRST, 2 * FIRST))
+            end = rng.choice(("", "\n\u20ac \U0001f986", ', "so"'))
+            text = f"[{number}] says {i}{end}"
+            rows.append((number, f"2023-01-15 10:{i:02}:00", text, ""))
+        package(tmp_path, rows, shape == "csv")
+        return path.read_text(encoding="utf-8")
+
+    kept = whole = 0
+    numbers = r"\[(\d{19})\] says"
+    for mutant, text, found in mutants(path, make):
+        known = {*re.findall(numbers, text)}
+        whole += len(re.findall(numbers, text))
+        for _, message in found:
+            assert message.author in (f"discord:{ANN}", None)
+            for tag in {*re.findall(numbers, message.text)} & known:
+                number = str(message.id)
+                assert number == tag or number not in known, f"mutant {mutant}: {message}"
+                kept += number == tag
+    assert kept > 0.5 * whole  # a hole of 512 bytes costs five of these short messages

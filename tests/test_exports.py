@@ -1,4 +1,5 @@
 import collections
+import datetime
 import json
 import os
 import re
@@ -836,3 +837,25 @@ def test_thousands_of_pictures_in_a_zip_are_never_opened(tmp_path, monkeypatch):
 
     monkeypatch.setattr(zipfile.ZipFile, "open", count)
     assert texts(tmp_path / "big.zip") == ["a"] and len({str(name) for name in opened}) == 1
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="Windows can't change a process's zone")
+@pytest.mark.parametrize(
+    "zone",
+    # summer time by the hour, by half an hour, at 0:01, at 45 minutes, with seconds
+    ["Europe/Berlin", "Australia/Lord_Howe", "America/St_Johns", "Asia/Kathmandu", "Africa/Monrovia"],
+)  # fmt: skip
+def test_local_time_is_what_datetime_says(monkeypatch, zone):
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    exports.begin_of_quarter.cache_clear()
+    try:
+        # A year with St. John's change at 0:01, in steps that are no divisor of an hour; and 1970.
+        moments = [*range(0, 90_000, 601), *range(1_140_000_000, 1_172_000_000, 3_571)]
+        moments += range(1_143_944_400, 1_143_954_000, 7)  # around that change
+        local = [datetime.datetime.fromtimestamp(at).isoformat() for at in moments]
+        assert [exports.local_time(at) for at in moments] == local
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+        exports.begin_of_quarter.cache_clear()

@@ -178,6 +178,13 @@ def test_seconds_of_old_versions_and_columns_that_they_lack(tmp_path):
     assert (message.at, message.text, message.name) == (AT, "old", "+4915100")
 
 
+@pytest.mark.parametrize("date", [-1, 0, 10**12, "soon", None])
+def test_a_date_that_is_none_costs_its_message_alone(tmp_path, date):
+    path = make(tmp_path / "chat.db", [them("lost", date=date), them("whole")])
+    ((_, messages),) = read(path)
+    assert {m.left_out or m.text for m in messages} == {Reason.NO_AUTHOR, "whole"}
+
+
 @pytest.mark.parametrize("kind", [1000, 2000, 2003, 2006, 3000, 3006, 4000])
 def test_reactions_are_no_messages(tmp_path, kind):
     path = make(

@@ -11,6 +11,7 @@ from test_damage import assert_few_are_lost
 
 import cli
 import exports
+from exports import repair
 from exports.join import order
 from exports.messenger_files import undo_mojibake
 
@@ -273,6 +274,19 @@ def test_odd_values_are_no_traceback(tmp_path):
                 read(path)
             except cli.UserError:
                 assert field == "participants"
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_large_files_give_the_same_messages_as_small_ones(tmp_path, monkeypatch, damaged):
+    messages = [said(PEOPLE[i % 2], 10**12 - 400 * i, f"é {i} 🦆") for i in range(300)]
+    path = write(tmp_path, thread(messages))
+    if damaged:  # the border of two messages is lost, so one has its keys twice
+        before, messages_of, after = path.read_text().partition('"messages"')
+        path.write_text(before + messages_of + after.replace("\n    },\n    {", ",", 1))
+    small = read(path)
+    monkeypatch.setattr(repair, "WHOLE", 0)
+    assert read(path) == small and len(small[0][1]) == 300 - damaged
+    assert sum(bool(m.left_out) for m in small[0][1]) == damaged
 
 
 AUTHORS = ("ann_1111", "bob_2222", "cid_3333")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_damage import MUTANTS, damaged
 
 import exports
-from exports import Reason, slack
+from exports import Reason, slack, source
 
 AT = 1_700_000_000
 USERS = [
@@ -84,6 +84,33 @@ def test_days_of_a_channel_are_one_chat_whatever_its_name(tmp_path, packed):
         ("Bob B.", "third"),
     ]
     assert "Ann, Bob B." in chats and chat.owner is None
+
+
+def test_the_lists_of_a_workspace_are_read_once_for_all_its_conversations(tmp_path, monkeypatch):
+    read_names, real = [], source.Source.read_other
+
+    def counted(self, path):
+        text = real(self, path)
+        if text is not None:
+            read_names.append(path.name)
+        return text
+
+    monkeypatch.setattr(source.Source, "read_other", counted)
+    days = {f"D{i}/2023-11-14.json": [message("U1ANN", "hi")] for i in range(5)}
+    assert len(read(make(tmp_path, days, dms=[["U1ANN", "U2BOB"]] * 5))) == 5
+    assert read_names.count("users.json") == 1 and read_names.count("dms.json") == 1
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_an_enterprise_grid_names_people_in_org_users_json(tmp_path, both):
+    path = make(tmp_path, {"photos/2023-11-14.json": [message("U3CY", "hi")]})
+    users = USERS[:2] if both else []
+    (path / "users.json").rename(path / "org_users.json")
+    if both:
+        (path / "users.json").write_text(json.dumps(users))
+    (path / "org_users.json").write_text(json.dumps(USERS))
+    ((chat, (found,)),) = read(path)
+    assert (chat.name, found.name) == ("photos", "cy")
 
 
 def test_three_dms_that_share_one_person_tell_who_i_am(tmp_path):

@@ -15,7 +15,7 @@ from test_damage import MUTANTS, damaged
 
 import exports
 from cli import UserError
-from exports import table
+from exports import table, table_rows
 from exports.dates import Clock
 
 HEADER = ("time", "chat", "author", "text")
@@ -86,7 +86,9 @@ def test_json_lines_are_read_and_a_broken_line_costs_itself(tmp_path):
     assert [(m.at, m.text) for m in messages] == [
         (1706724300, "hi\nthere"), (1706724360, ""), (1706724420, "\ufffd yes"),
     ]  # fmt: skip
-    assert repairs == {table.DAMAGED: 2} and chat.type == "personal_chat" and chat.owner is None
+    assert (
+        repairs == {table_rows.DAMAGED: 2} and chat.type == "personal_chat" and chat.owner is None
+    )
 
 
 @pytest.mark.parametrize(("text", "iso", "shift"), [
@@ -163,7 +165,7 @@ def test_a_row_that_is_not_whole_gives_nobody_others_words(tmp_path, line):
     path.write_text(f"time,chat,author,text\n2024-01-30,Bob,Ann,first\n{line}\n{after}")
     repairs = collections.Counter()
     found = spoken(path, repairs)
-    assert found[0] == ("Bob", "Ann", "first") and repairs[table.DAMAGED]
+    assert found[0] == ("Bob", "Ann", "first") and repairs[table_rows.DAMAGED]
     assert {*found} <= {("Bob", "Ann", "first"), ("Bob", "Eve", "well, yes"), ("Bob", "Ann", "bye")}
 
 
@@ -192,6 +194,33 @@ def test_wechat_says_who_i_am_and_what_is_no_text(tmp_path):
         (False, "在吗", ""), (True, "在", ""), (True, "<photo>", ""),
         (False, "", "service messages"), (False, "", "messages of an unsupported kind"),
     ]  # fmt: skip
+
+
+# WeClone's newest ChatMessage, and the kinds that it cuts at or skips (weclone/data/models.py).
+WECLONE = "id,MsgSvrID,type_name,is_sender,talker,msg,src,CreateTime,room_name,is_forward\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        *((kind, "hi") for kind in ("文本", "text", "Text")),
+        *((kind, "<photo>") for kind in ("图片", "image", "Image")),
+        *((kind, "<sticker>") for kind in ("动画表情", "sticker", "用户上传的GIF表情")),
+        *((kind, "<location>") for kind in ("位置", "location")),
+        *((kind, "service messages") for kind in ("系统通知", "system notification", "消息撤回", "消息撤回57", "message recall", "拍一拍", "pat pat", "添加好友", "add friend", "邀请加群", "invite to group", "语音通话", "voice call")),
+        *((kind, "forwards") for kind in ("合并转发的聊天记录", "merged forward chat records")),
+        *((kind, "messages of an unsupported kind") for kind in ("(分享)卡片式链接", "(share) card link", "(分享)小程序", "(share) music", "粘贴的文本", "pasted text", "未知", "unknown", "未知-11000,0", "推荐公众号", "recommend official account", "位置共享", "location sharing", "引用回复", "reply with quote", "群公告", "group announcement", "转账", "transfer", "赠送红包封面", "视频号直播或直播回放等", "Cut")),
+    ],
+)  # fmt: skip
+def test_weclones_columns_and_kinds_are_read_as_they_stand(tmp_path, kind, expected):
+    path = tmp_path / "bob_0_5000.csv"
+    mine = "0,1,文本,1,wxid_ann,hi,,2024/10/4 11:41,wxid_bob,False\n"
+    text = f'1,7437267147299592543,"{kind}",1,wxid_ann,hi,,2024/10/4 11:42,wxid_bob,False\n'
+    path.write_text(WECLONE + mine + text + text.replace("False", "True"), encoding="utf-8")
+    ((chat, (_, message, forwarded)),) = read(path)
+    assert (chat.name, chat.owner, message.author) == ("wxid_bob", table.ME, table.ME)
+    assert (message.left_out or message.text) == expected
+    assert forwarded.left_out == (message.left_out or "forwards")
 
 
 def test_where_wechat_writes_one_talker_in_all_rows_i_am_still_another(tmp_path):
