@@ -15,7 +15,6 @@ counts, because other work can only slow one down. Refuses a busy machine. The l
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
