@@ -385,6 +385,69 @@ def test_full_queue_is_a_503_and_clients_that_leave_free_their_place(clone):
         assert time.time() - began < server.MAX_QUEUE * one_takes / 4
 
 
+# --- other programs: what they sent when they were run against the server, see docs/OTHER_TOOLS.md
+
+TOOL = {"type": "function", "function": {"name": "search_web", "parameters": {"type": "object"}}}
+PIXEL = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+SYSTEM = {"role": "system", "content": "Write Ann's next reply in a fictional chat."}
+SILLYTAVERN = {
+    "model": "Ann",
+    "max_tokens": 300,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "top_p": 1,
+}
+TITLE_TASK = (
+    "### Task:\nGenerate a concise title summarizing the chat history.\n"
+    '### Output:\nJSON format: { "title": "your concise title here" }'
+)
+
+
+@pytest.mark.parametrize(
+    "sent, like",
+    [
+        ({"model": "Ann", "messages": HI}, HI),
+        ({"model": "Ann", "messages": HI, "tools": [TOOL]}, HI),
+        ({"model": "Ann", "messages": HI, "functions": [{"name": "f"}]}, HI),
+        ({"model": "Ann", "messages": HI, "tools": [TOOL], "tool_choice": "auto"}, HI),
+        ({**SILLYTAVERN, "messages": [SYSTEM, *HI]}, HI),
+        ({**SILLYTAVERN, "messages": HI, "tools": [TOOL], "tool_choice": "auto"}, HI),
+        (
+            {
+                **SILLYTAVERN,
+                "messages": [*HI, {"role": "assistant", "content": "yes"}, SYSTEM],
+            },  # Continue
+            [*HI, {"role": "assistant", "content": "yes"}],
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}, PIXEL]}]},
+            [{"role": "user", "content": "hi\n<photo>"}],
+        ),
+        (
+            {"messages": [{"role": "user", "content": [PIXEL]}]},
+            [{"role": "user", "content": "<photo>"}],
+        ),
+        (
+            {"messages": [{"role": "user", "content": TITLE_TASK}], "max_tokens": 1000},
+            [{"role": "user", "content": TITLE_TASK}],
+        ),
+    ],
+)
+def test_requests_of_open_webui_and_sillytavern_are_answered(port, sent, like):
+    expected = greedy(port, like, top_p=1)[0]
+    sent = {**sent, "temperature": 0, "top_p": 1}
+    for authorization in ("Bearer ", "Bearer none"):  # without a key
+        status, _, answer = ask(port, body=sent, authorization=authorization)
+        assert status == 200, answer
+        assert answer["choices"][0]["message"] == {"role": "assistant", "content": expected}
+    streamed = {**sent, "stream": True, "stream_options": {"include_usage": True}}
+    status, _, text = ask(port, body=streamed)
+    events = [json.loads(line[6:]) for line in text.split("\n\n")[:-2]]
+    deltas = [choice["delta"] for event in events for choice in event["choices"]]
+    assert "".join(delta.get("content", "") for delta in deltas) == expected
+    assert events[-1]["usage"]["completion_tokens"] > 0
+
+
 # --- many requests at a time
 
 
