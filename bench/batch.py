@@ -28,6 +28,7 @@ import torch
 import cli
 from bench.generate import CONFIG, refuse_busy_machine, save_random_model
 from bench.step import ROOT
+from cli import UserError
 from inference import generate
 from weights.load import load_model
 from weights.tokenizer import load_tokenizer
@@ -60,6 +61,11 @@ def main() -> None:
         measure = {"ours": measure_ours, "transformers": measure_transformers}[engine]
         print(json.dumps(measure(weights, Path(folder), options)))
         return
+    if options.reply <= max(options.at_once):
+        raise UserError(
+            f"--reply {options.reply}: the first replies would end before the last begins",
+            f"Give more than the most at once, {max(options.at_once)}.",
+        )
     if not options.busy:
         refuse_busy_machine()
     with tempfile.TemporaryDirectory() as temporary:
