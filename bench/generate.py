@@ -60,14 +60,15 @@ def main() -> None:
         jobs = [("ours", weights) for weights in OUR_WEIGHTS] + [("transformers", "bf16")]
         if options.peers:
             llama_cpp = [options.peers, ROOT / "bench" / "llama.py", folder]
-            subprocess.run([*llama_cpp, "make"], check=True)
+            precisions = [weights.upper() for weights in LLAMA_CPP_WEIGHTS]
+            subprocess.run([*llama_cpp, "make", folder, *precisions], check=True)
             jobs += [("llama.cpp", weights) for weights in LLAMA_CPP_WEIGHTS]
         best: dict[str, dict[str, float]] = {}
         for engine, weights in jobs * 2:
             job = json.dumps([engine, weights, folder])
             command = [sys.executable, "-m", "bench.generate", "--job", job]
             if engine == "llama.cpp":
-                command = [*llama_cpp, weights]
+                command = [*llama_cpp, "one", f"{folder}/{weights}.gguf"]
             done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
             figures = json.loads(done.stdout.splitlines()[-1])
             name = f"{engine} {weights}"

@@ -1,9 +1,14 @@
-"""llama.cpp's side of bench.generate: `python bench/llama.py FOLDER make|bf16|q8_0|q4_0`.
+"""llama.cpp's side of bench.generate and bench.batch.
+
+    python bench/llama.py FOLDER make OUT PRECISION...      OUT/bf16.gguf and others, random weights
+    python bench/llama.py FOLDER one GGUF                   one reply
+    python bench/llama.py FOLDER batch GGUF PROMPT REPLY N...   N replies at once, of these lengths
 
 Run it with a Python that has llama-cpp-python and gguf.
 """
 
 import json
+import os
 import random
 import statistics
 import sys
@@ -32,15 +37,16 @@ GGUF_NAMES = {
 }
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, out: Path, precisions: list[str]) -> None:
     """Write a GGUF file of the folder's shape with random weights in each precision.
 
     It has no tokenizer: only ids go in.
     """
     shapes = tensor_shapes(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for precision in ("BF16", "Q8_0", "Q4_0"):
-        write_gguf(folder / f"{precision.lower()}.gguf", precision, config, shapes)
+    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    for precision in precisions:
+        write_gguf(out / f"{precision.lower()}.gguf", precision, config, shapes)
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -119,12 +125,103 @@ def measure(path: Path) -> dict[str, float]:
     }
 
 
+def measure_batch(path: Path, prompt: int, reply: int, numbers: list[int]) -> dict[str, dict]:
+    """Time replies that begin together, and one that joins the others: see bench.batch."""
+    batch = Batch(path, prompt + reply + 1, max(numbers))
+    generator = random.Random(0)
+
+    def prompts(number: int) -> list[list[int]]:
+        return [generator.choices(range(3, 7000), k=prompt) for _ in range(number)]
+
+    figures = {}
+    for number in [numbers[0], *numbers]:  # the first one also warms up
+        batch.clear()
+        start = time.perf_counter()
+        # Each prompt is a call, as their server reads them
+        last = [batch.decode({row: ids})[row] for row, ids in enumerate(prompts(number))]
+        begun = time.perf_counter()
+        for _ in range(reply - 1):
+            last = list(batch.decode({row: [id] for row, id in enumerate(last)}).values())
+        end = time.perf_counter()
+
+        batch.clear()
+        *others, joining = prompts(number)
+        for row, ids in enumerate(others):
+            batch.decode({row: ids})
+        joins = time.perf_counter()
+        # Their server reads a prompt in the same call as the others' next tokens
+        batch.decode({row: [5] for row in range(number - 1)} | {number - 1: joining})
+        figures[str(number)] = {
+            "tok_per_s": number * (reply - 1) / (end - begun),
+            "all_tok_per_s": number * reply / (end - start),
+            "last_begins_s": begun - start,
+            "joins_s": time.perf_counter() - joins,
+        }
+    return figures
+
+
+class Batch:
+    """Several sequences in one context, by llama.cpp's own functions."""
+
+    def __init__(self, path: Path, size: int, rows: int):
+        import llama_cpp
+
+        self.api = llama_cpp
+        llama_cpp.llama_backend_init()
+        # Kept, because llama.cpp holds only its address
+        self.ignore_log = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(self.ignore_log, None)
+        self.model = llama_cpp.llama_model_load_from_file(
+            str(path).encode(), llama_cpp.llama_model_default_params()
+        )
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx = rows * -(-size // 256) * 256
+        settings.n_batch = settings.n_ubatch = 512
+        settings.n_seq_max = rows
+        settings.n_threads = settings.n_threads_batch = len(os.sched_getaffinity(0))
+        self.context = llama_cpp.llama_init_from_model(self.model, settings)
+        self.batch = llama_cpp.llama_batch_init(512, 0, 1)
+        vocab = llama_cpp.llama_model_get_vocab(self.model)
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(vocab)
+        self.lengths = [0] * rows
+
+    def clear(self) -> None:
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+        self.lengths = [0] * len(self.lengths)
+
+    def decode(self, ids: dict[int, list[int]]) -> dict[int, int]:
+        """Append ids to rows, in one call; return the likeliest next id of each row."""
+        batch, count, ends = self.batch, 0, {}
+        for row, row_ids in ids.items():
+            for id in row_ids:
+                batch.token[count] = id
+                batch.pos[count] = self.lengths[row]
+                batch.n_seq_id[count] = 1
+                batch.seq_id[count][0] = row
+                batch.logits[count] = 0
+                self.lengths[row] += 1
+                count += 1
+            batch.logits[count - 1] = 1
+            ends[row] = count - 1
+        batch.n_tokens = count
+        status = self.api.llama_decode(self.context, batch)
+        assert status == 0, status
+        return {row: int(self.logits(end).argmax()) for row, end in ends.items()}
+
+    def logits(self, index: int) -> np.ndarray:
+        pointer = self.api.llama_get_logits_ith(self.context, index)
+        return np.ctypeslib.as_array(pointer, (self.vocab_size,))
+
+
 def main() -> None:
-    folder, task = Path(sys.argv[1]), sys.argv[2]
+    folder, task, path, *rest = sys.argv[1:]
     if task == "make":
-        make(folder)
+        make(Path(folder), Path(path), rest)
+    elif task == "one":
+        print(json.dumps(measure(Path(path))))
     else:
-        print(json.dumps(measure(folder / f"{task}.gguf")))
+        prompt, reply, *numbers = map(int, rest)
+        print(json.dumps(measure_batch(Path(path), prompt, reply, numbers)))
 
 
 if __name__ == "__main__":

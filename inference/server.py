@@ -77,13 +77,21 @@ SECURITY_HEADERS = {
 # Fields of a request that would change what a reply is → the values that don't
 UNSUPPORTED: dict[str, list] = {
     "n": [1],
-    "tools": [[]],
-    "functions": [[]],
+    # Tools may be offered (Open WebUI always does): a model is free not to call any
+    "tool_choice": ["auto", "none"],
+    "function_call": ["auto", "none"],
     "logprobs": [False],
     "response_format": [{"type": "text"}],
     "modalities": [["text"]],
     "audio": [],
     "web_search_options": [],
+}
+# Parts of a message that aren't text → what stands for them in the chats, see data.MARK
+PART_MARKS = {
+    "image_url": "<photo>",
+    "video_url": "<video>",
+    "input_audio": "<voice>",
+    "file": "<file>",
 }
 
 
@@ -244,15 +252,16 @@ def is_name(name: Any) -> bool:
 
 
 def parse_content(content: Any, param: str) -> str:
-    """Return the text of a message's content: a string, a list of text parts, or null."""
+    """Return the text of a message's content: a string, a list of parts, or null."""
     if content is None:
         return ""
     try:
         if isinstance(content, list):
-            content = "\n".join(part["text"] for part in content)
+            parts = [PART_MARKS.get(part.get("type")) or part["text"] for part in content]
+            content = "\n".join(parts)
         content.encode()  # UnicodeEncodeError for half a character
     except (AttributeError, KeyError, TypeError, UnicodeEncodeError):
-        message = f"{param}: content must be text, or a list of text parts"
+        message = f"{param}: content must be text, or a list of text and media"
         raise ApiError(400, message, param) from None
     return content
 

@@ -316,7 +316,9 @@ def test_models_and_health(client, port):
     "fields, named",
     [
         ({"n": 2}, "n"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"functions": [{"name": "f"}], "function_call": {"name": "f"}}, "function_call"),
         ({"temperature": 3}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"top_p": "1"}, "top_p"),
@@ -333,7 +335,9 @@ def test_models_and_health(client, port):
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "refusal"}]}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": []}]}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": [{"text": 1}]}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0]"),
         ({"messages": [{"role": "user", "name": "a\nb", "content": "x"}]}, "messages[0]"),
         ({"messages": HI * 2001}, "messages"),
@@ -380,6 +384,69 @@ def test_full_queue_is_a_503_and_clients_that_leave_free_their_place(clone):
         while ask(port, body={"messages": HI, "max_tokens": 1})[0] == 503:
             time.sleep(0.02)
         assert time.time() - began < request_queue.MAX_QUEUE * one_takes / 4
+
+
+# --- other programs: what they sent when they were run against the server, see docs/OTHER_TOOLS.md
+
+TOOL = {"type": "function", "function": {"name": "search_web", "parameters": {"type": "object"}}}
+PIXEL = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+SYSTEM = {"role": "system", "content": "Write Ann's next reply in a fictional chat."}
+SILLYTAVERN = {
+    "model": "Ann",
+    "max_tokens": 300,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "top_p": 1,
+}
+TITLE_TASK = (
+    "### Task:\nGenerate a concise title summarizing the chat history.\n"
+    '### Output:\nJSON format: { "title": "your concise title here" }'
+)
+
+
+@pytest.mark.parametrize(
+    "sent, like",
+    [
+        ({"model": "Ann", "messages": HI}, HI),
+        ({"model": "Ann", "messages": HI, "tools": [TOOL]}, HI),
+        ({"model": "Ann", "messages": HI, "functions": [{"name": "f"}]}, HI),
+        ({"model": "Ann", "messages": HI, "tools": [TOOL], "tool_choice": "auto"}, HI),
+        ({**SILLYTAVERN, "messages": [SYSTEM, *HI]}, HI),
+        ({**SILLYTAVERN, "messages": HI, "tools": [TOOL], "tool_choice": "auto"}, HI),
+        (
+            {
+                **SILLYTAVERN,
+                "messages": [*HI, {"role": "assistant", "content": "yes"}, SYSTEM],
+            },  # Continue
+            [*HI, {"role": "assistant", "content": "yes"}],
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}, PIXEL]}]},
+            [{"role": "user", "content": "hi\n<photo>"}],
+        ),
+        (
+            {"messages": [{"role": "user", "content": [PIXEL]}]},
+            [{"role": "user", "content": "<photo>"}],
+        ),
+        (
+            {"messages": [{"role": "user", "content": TITLE_TASK}], "max_tokens": 1000},
+            [{"role": "user", "content": TITLE_TASK}],
+        ),
+    ],
+)
+def test_requests_of_open_webui_and_sillytavern_are_answered(port, sent, like):
+    expected = greedy(port, like, top_p=1)[0]
+    sent = {**sent, "temperature": 0, "top_p": 1}
+    for authorization in ("Bearer ", "Bearer none"):  # without a key
+        status, _, answer = ask(port, body=sent, authorization=authorization)
+        assert status == 200, answer
+        assert answer["choices"][0]["message"] == {"role": "assistant", "content": expected}
+    streamed = {**sent, "stream": True, "stream_options": {"include_usage": True}}
+    status, _, text = ask(port, body=streamed)
+    events = [json.loads(line[6:]) for line in text.split("\n\n")[:-2]]
+    deltas = [choice["delta"] for event in events for choice in event["choices"]]
+    assert "".join(delta.get("content", "") for delta in deltas) == expected
+    assert events[-1]["usage"]["completion_tokens"] > 0
 
 
 # --- many requests at a time
@@ -1152,7 +1219,6 @@ def test_clients_that_stall_hang_up_and_come_back_get_the_replies_of_each_alone(
         begin = resources(process)
         storm.run(STORM)
         assert not storm.failures, storm.failures[:3]
-        print(storm.counts)
         assert min(storm.counts[kind] for kind in ("whole", "streamed", "left")) > 0, storm.counts
         deadline = time.time() + 30
         while resources(process)[2] > begin[2] and time.time() < deadline:
@@ -1160,6 +1226,7 @@ def test_clients_that_stall_hang_up_and_come_back_get_the_replies_of_each_alone(
         for body, expected in storm.talks:
             assert Storm.outcome(ask(port, body=body)[2]) == expected
         threads, memory, files = resources(process)
+        print(storm.counts, f"memory {memory / begin[1]:.3f} of that after two seconds")
         assert threads <= begin[0] and files <= begin[2] + 1, (begin, threads, files)
         assert memory < 1.05 * begin[1], (begin, memory)
         assert "Traceback" not in process.errors()
