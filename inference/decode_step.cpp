@@ -76,9 +76,11 @@ inline void store(uint16_t *p, float x) {  // the nearest bf16, ties to even
     *p = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 inline float sum(Floats x) {
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) x[i] += x[i + half];
-    return x[0];
+    typedef float Four __attribute__((vector_size(16)));
+    Four parts[LANES / 4], y = {};
+    memcpy(parts, &x, sizeof x);
+    for (Four part : parts) y += part;
+    return (y[0] + y[2]) + (y[1] + y[3]);
 }
 // exp(x) by 2^whole * e^rest, to the last bits of a float; loops over it are vectorised.
 inline float exponential(float x) {
@@ -100,13 +102,16 @@ template <class W, int T>
 void dot(const Matrix &m, const Size *rows, const float *x, const float *sums, float out[][TILE]) {
     Floats total[ROWS][T] = {};
     if constexpr (std::is_same<W, Nibbles>()) {
-        const Size half = m.in / m.groups / 2, second = half * m.groups;
+        const Size second = m.in / 2;
+        const uint8_t *row[ROWS];
+        for (int r = 0; r < ROWS; r++) row[r] = (const uint8_t *)m.weight + rows[r] * second;
         for (Size g = 0; g < m.groups; g += LANES) {
             Floats products[ROWS][T] = {};
             for (Size i = g; i < second; i += m.groups) {
                 Floats low[ROWS], high[ROWS];
                 for (int r = 0; r < ROWS; r++) {
-                    Ints codes = widen((const uint8_t *)m.weight + rows[r] * second + i);
+                    const Ints codes = widen(row[r] + i);
+                    __builtin_prefetch(row[r] + ROWS * second + i);
                     low[r] = to_floats(codes & 15), high[r] = to_floats(codes >> 4);
                 }
                 for (int t = 0; t < T; t++) {
@@ -123,9 +128,14 @@ void dot(const Matrix &m, const Size *rows, const float *x, const float *sums, f
             }
         }
     } else {
+        const W *row[ROWS];
+        for (int r = 0; r < ROWS; r++) row[r] = (const W *)m.weight + rows[r] * m.in;
         for (Size i = 0; i < m.in; i += LANES) {
             Floats w[ROWS];
-            for (int r = 0; r < ROWS; r++) w[r] = load((const W *)m.weight + rows[r] * m.in + i);
+            for (int r = 0; r < ROWS; r++) {
+                w[r] = load(row[r] + i);
+                __builtin_prefetch(row[r] + ROWS * m.in + i);
+            }
             for (int t = 0; t < T; t++) {
                 Floats activations = load(x + t * m.in + i);
                 for (int r = 0; r < ROWS; r++) total[r][t] += w[r] * activations;
