@@ -34,7 +34,7 @@ LIMITS = {
     "longest_wait": (0, 86400),
     "initiates": (0, 100),
 }
-MIN_COMPILE_PARAMETERS = 200e6  # a smaller model has answered before the compiler is done
+MIN_COMPILE_PARAMETERS = 200e6  # on a GPU a smaller model has answered before the compiler is done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,14 +198,14 @@ def load_decoder(
         folder, options.model, options.context, device, tokenizer, options.weights, slots
     )
     size = min(options.context, model.config.max_position_embeddings)
-    large = model.config.num_parameters > MIN_COMPILE_PARAMETERS
-    compile = large and not options.no_compile
+    slow_compiler = device.type == "cuda" and model.config.num_parameters < MIN_COMPILE_PARAMETERS
+    compile = not (options.no_compile or slow_compiler)
     decoder = generate.Decoder(
         model, tokenizer, size, compile=compile, context_builder=context_builder, slots=slots
     )
-    if compile and not decoder.compiled_decoder and device.type != "mps":
+    if decoder.not_compiled:
         print(
-            "(not compiled: that needs g++ or clang++ and Python's headers; "
+            f"(not compiled: {decoder.not_compiled}; "
             "replies take twice as long, in int8 and int4 longer)",
             file=sys.stderr,
         )

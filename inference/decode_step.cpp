@@ -37,9 +37,9 @@ struct Block {  // q_norm and k_norm may be null
     const float *input_norm, *post_norm, *q_norm, *k_norm;
     Matrix q, k, v, o, gate, up, down;
 };
-struct Model {  // rotations: queries' cos and sin (size, D), then the keys'
+struct Model {
     const Block *blocks;
-    const float *norm, *rotations[4];
+    const float *norm;
     Matrix head;
     Size num_blocks, E, H, G, D, inner, window;
     float eps;
@@ -69,6 +69,12 @@ inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 inline Floats load(const float *p) { Floats x; memcpy(&x, p, sizeof x); return x; }
 inline Floats load(const uint16_t *p) { return (Floats)(widen(p) << 16); }  // bf16
 inline Floats load(const int8_t *p) { return to_floats(widen(p)); }
+inline float widened(const uint16_t *p) {
+    const uint32_t bits = uint32_t(*p) << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
 inline void store(float *p, float x) { *p = x; }
 inline void store(uint16_t *p, float x) {  // the nearest bf16, ties to even
     uint32_t bits;
@@ -214,8 +220,8 @@ void attend(const C *keys, const C *values, Size seen, Size heads, Size D, float
 }
 
 template <class C>
-void run(const Model &m, const Cache &cache, Size B, const Size *positions, float *x, float *logits,
-         int num_threads) {
+void run(const Model &m, const Cache &cache, Size B, const Size *positions,
+         const float *const *rotations, float *x, float *logits, int num_threads) {
     const Size heads = m.H / m.G, D = m.D, seen = 1 + *std::max_element(positions, positions + B);
     std::vector<float> q(B * m.H * D), gate(B * m.inner), up(B * m.inner);
 #pragma omp parallel num_threads(num_threads)
@@ -241,13 +247,13 @@ void run(const Model &m, const Cache &cache, Size B, const Size *positions, floa
                 const Size h = is_q ? unit : (unit - m.H) % m.G;
                 const Matrix &matrix = is_q ? block.q : is_k ? block.k : block.v;
                 const float *weight = is_q ? block.q_norm : is_k ? block.k_norm : nullptr;
-                const float *const *angles = m.rotations + (is_q ? 0 : 2);
+                const float *const *angles = rotations + (is_q ? 0 : 2);
                 product(matrix, h * D, (h + 1) * D, normed.data(), B, head.data() - h * D, D);
                 for (Size b = 0; b < B; b++) {
                     float *y = head.data() + b * D;
                     const Size at = positions[b] * D;
                     if (weight) rms_norm(y, weight, D, m.eps, y);
-                    if (is_q || is_k) rotate(y, angles[0] + at, angles[1] + at, D);
+                    if (is_q || is_k) rotate(y, angles[0] + b * D, angles[1] + b * D, D);
                     C *cached = layer + b * cache.row + h * cache.group + at + (is_k ? 0 : cache.values);
                     for (Size d = 0; d < D; d++) {
                         if (is_q) q[(b * m.H + h) * D + d] = y[d];
@@ -283,8 +289,42 @@ void run(const Model &m, const Cache &cache, Size B, const Size *positions, floa
     }
 }
 
-extern "C" void decode_step(const Model *model, const Cache *cache, Size B, const Size *positions,
-                            float *x, float *logits, int threads) {
+template <class To> void unpack_rows(const Matrix &m, void *out, int num_threads) {
+    const Size half = m.in / 2;
+#pragma omp parallel for num_threads(num_threads)
+    for (Size row = 0; row < m.out; row++) {
+        To *to = (To *)out + row * m.in;
+        if (m.kind == INT8) {
+            const float scale = ((const float *)m.scales)[row];
+            for (Size i = 0; i < m.in; i++) store(to + i, ((const int8_t *)m.weight)[row * m.in + i] * scale);
+            continue;
+        }
+        std::vector<float> scale(m.groups), least(m.groups);
+        for (Size g = 0; g < m.groups; g++) {
+            scale[g] = widened((const uint16_t *)m.scales + row * m.groups + g);
+            least[g] = widened((const uint16_t *)m.least + row * m.groups + g);
+        }
+        const uint8_t *codes = (const uint8_t *)m.weight + row * half;
+        for (Size i = 0; i < half; i += m.groups)
+            for (Size g = 0; g < m.groups; g++) {
+                store(to + i + g, (codes[i + g] & 15) * scale[g] + least[g]);
+                store(to + half + i + g, (codes[i + g] >> 4) * scale[g] + least[g]);
+            }
+    }
+}
+
+extern "C" {
+// Appends to the first B rows of a cache, which hold `positions` tokens; x (B, E) are the embeddings,
+// which it overwrites. rotations: the queries' cos and sin (B, D), then the keys'. → logits (B, V)
+void decode_step(const Model *model, const Cache *cache, Size B, const Size *positions,
+                 const float *const *rotations, float *x, float *logits, int threads) {
     auto step = cache->kind == FP32 ? run<float> : run<uint16_t>;
-    step(*model, *cache, B, positions, x, logits, threads);
+    step(*model, *cache, B, positions, rotations, x, logits, threads);
+}
+
+// Writes an int8 or int4 matrix in fp32 or bf16, for prompts.
+void unpack(const Matrix *m, void *out, Size kind, int threads) {
+    auto unpack_as = kind == FP32 ? unpack_rows<float> : unpack_rows<uint16_t>;
+    unpack_as(*m, out, threads);
+}
 }

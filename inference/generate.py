@@ -5,12 +5,10 @@ of a conversation. Nothing here prints. Letters are model.py's: B batch, S token
 heads, G key/value heads, D head_dim, E hidden_size, V vocabulary.
 """
 
-import contextlib
 import dataclasses
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
@@ -18,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
+from inference import native
 from model import Block, KVCache, ModelConfig, Transformer, rope
 from weights import quantize
 from weights.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 512  # prompt tokens in one forward pass: bounds the memory of activations
 PIECE = 128  # of them between two steps of others' replies: as long as two or three steps
-MAX_ONE_BY_ONE = 4  # int8 rows on a CPU: unpacking weights for all takes as long as so many alone
 PREFILL_MULTIPLE = 16  # on a CPU chunks are padded to a multiple of it, see model.CPU_MULTIPLE
 MIN_PROBABILITY = 1e-5  # sampling sorts only ids above it, if they make up top_p
 MAX_REPLIES = 1000  # replies whose ids are kept
@@ -60,10 +58,11 @@ class Decoder:
     """A model and its KV cache: a prompt that begins as the last one costs only its new tokens.
 
     `size`: tokens of context, prompt and reply together. `broadcast(id)` returns rank 0's choice,
-    when several ranks decode together. `compile`: compile single-token steps, if there is a
-    compiler; takes some seconds, and a model without adapters. `context_builder(turns)` puts
-    facts and past exchanges before a conversation, see context.py. `slots`: contexts that are
-    cached, for a DecodeBatch; alone the decoder uses the first.
+    when several ranks decode together. `compile`: compile single-token steps, on a CPU in C++ (see
+    native.py), on a GPU by torch; takes some seconds, and a model without adapters whose weights
+    stay as they are. `not_compiled` says why it isn't. `context_builder(turns)` puts facts and past
+    exchanges before a conversation, see context.py. `slots`: contexts that are cached, for a
+    DecodeBatch; alone the decoder uses the first.
     """
 
     def __init__(
@@ -88,17 +87,24 @@ class Decoder:
         # Encoding a reply's text may give other ids than those that were generated
         self.reply_ids: ReplyIds = {}
         self.stop_ids, self.banned_ids = stop_and_banned_ids(model, tokenizer)
+        self.native_step: native.NativeStep | None = None
         self.compiled_decoder: CompiledDecoder | None = None
-        if compile and can_compile(norm.device):
-            # A compiler may be there without Python's headers
-            with contextlib.suppress(torch._dynamo.exc.BackendCompilerFailed):
-                self.compiled_decoder = CompiledDecoder(model, self.cache)
-        # Rows up to which a DecodeBatch decodes one after another
-        packed = {type(module) for module in model.model.modules()}
-        packed &= set(quantize.PACKED_TYPES.values())
-        int8_on_cpu = packed == {quantize.Int8Linear} and norm.device.type == "cpu"
-        self.max_one_by_one = MAX_ONE_BY_ONE if self.compiled_decoder and int8_on_cpu else 1
-        self.cache.length = 0
+        self.not_compiled = ""
+        if compile:
+            self.compile(norm.device)
+
+    def compile(self, device: torch.device) -> None:
+        """Compile single-token steps, or say in `not_compiled` why not."""
+        try:
+            if device.type == "cpu":
+                self.native_step = native.NativeStep(self.model, native.load_library())
+            elif can_compile(device):
+                self.compiled_decoder = CompiledDecoder(self.model, self.cache)
+                self.cache.length = 0
+        except native.NativeError as error:
+            self.not_compiled = str(error)
+        except torch._dynamo.exc.BackendCompilerFailed:
+            self.not_compiled = "that needs gcc and Python's headers"
 
     def generate(
         self,
@@ -149,11 +155,11 @@ class Decoder:
     def read_chunk(self, chunk: Tensor, cache: KVCache) -> Tensor:
         """Append a chunk (1, n) to a cache of one row; return the logits (1, V) after it."""
         count = chunk.shape[1]
-        # A CUDA graph holds the addresses of the first slot
-        slots = self.slots.rows if chunk.device.type == "cpu" else [self.cache]
-        # The compiler would specialize on the lengths 0 and 1
-        if self.compiled_decoder and count == 1 and cache.length > 1 and cache in slots:
-            self.compiled_decoder.cache = cache
+        if self.native_step and count == 1:
+            cache.length += 1
+            return self.native_step(chunk, [cache.length - 1], cache)
+        # The compiler would specialize on the lengths 0 and 1; a CUDA graph holds addresses
+        if self.compiled_decoder and count == 1 and cache.length > 1 and cache is self.cache:
             return self.compiled_decoder(chunk)[:, 0]
         padding = -count % PREFILL_MULTIPLE if chunk.device.type == "cpu" and count > 1 else 0
         padding = min(padding, cache.size - cache.length - count)
@@ -175,21 +181,19 @@ def stop_and_banned_ids(model: Transformer, tokenizer: Tokenizer) -> tuple[set[i
     return stop_ids, torch.tensor(sorted(special.union(unused) - stop_ids), dtype=torch.long)
 
 
-# --- one token at a time, compiled
+# --- one token at a time on a GPU, compiled
 
 
 def can_compile(device: torch.device) -> bool:
-    """Return whether torch.compile has what it needs: Triton, or a C++ compiler for a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (7, 0)
-    return device.type == "cpu" and any(map(shutil.which, ("g++", "clang++")))
+    """Return whether torch.compile has what it needs: a GPU that Triton knows."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 class CompiledDecoder:
     """The forward pass of one token, in fp32 between the weights.
 
-    Two compiled functions a block, the same ones for all blocks, and one for the head. On CUDA
-    the whole pass is a CUDA graph, one for each power of two of cached tokens.
+    Two compiled functions a block, the same ones for all blocks, and one for the head. The whole
+    pass is a CUDA graph, one for each power of two of cached tokens.
     """
 
     def __init__(self, model: Transformer, cache: KVCache):
@@ -471,11 +475,9 @@ class DecodeBatch:
         """
         ready = [index for index, row in enumerate(self.rows) if len(row.unread) == 1]
         done: list[BatchRow] = []
-        shared = self.cache is self.decoder.slots
-        if len(ready) <= (self.decoder.max_one_by_one if shared else 1):
-            for index in ready:
-                done += self.draw([self.rows[index]], self.read(index, 1))
-        else:
+        if len(ready) == 1:
+            done += self.draw([self.rows[ready[0]]], self.read(ready[0], 1))
+        elif ready:
             # Rows before the last one read a token of their prompts in passing
             rows = self.rows[: ready[-1] + 1]
             done += self.draw(rows, self.forward(rows))
@@ -492,12 +494,16 @@ class DecodeBatch:
     def forward(self, rows: list[BatchRow]) -> Tensor:
         """Read a token of each of the first rows; return the logits (n, V) after them."""
         ids = [row.unread[0] for row in rows]
+        lengths = [len(row.cached) for row in rows]
         tokens = torch.tensor(ids, device=self.cache.layers[0].device)[:, None]
-        positions = self.cache.prepare([len(row.cached) for row in rows])
-        logits = self.decoder.model(tokens, positions, cache=self.cache)
+        if self.decoder.native_step:
+            logits = self.decoder.native_step(tokens, lengths, self.cache)
+        else:
+            positions = self.cache.prepare(lengths)
+            logits = self.decoder.model(tokens, positions, cache=self.cache)[:, 0]
         for row, id in zip(rows, ids):
             row.cached.append(id)
-        return logits[:, 0]
+        return logits
 
     def read(self, index: int, count: int) -> Tensor:
         """Read at most `count` tokens of a row; return the logits (1, V) after them."""

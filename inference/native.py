@@ -10,16 +10,16 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model import Block, KVCache, Linear, Transformer, rope
-from weights.quantize import Int4Linear, Int8Linear
+from weights.quantize import Int4Linear, Int8Linear, PackedLinear
 
 SOURCE = Path(__file__).with_name("decode_step.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
@@ -29,24 +29,26 @@ LANES = 16  # numbers that are read at a time, at most
 MAX_HEAD_DIM = 256
 
 
+class NativeError(Exception):
+    """Why torch must decode."""
+
+
 # --- the library
 
 
-def load_library() -> ctypes.CDLL | None:
-    """Load the compiled step, building it first if it isn't cached. None if that fails."""
+def load_library() -> ctypes.CDLL:
+    """Load the compiled step, building it first if it isn't cached. NativeError if that fails."""
     compiler = next(filter(None, map(shutil.which, ("g++", "clang++"))), None)
     if compiler is None:
-        return None
+        raise NativeError("that needs g++ or clang++")
     try:
         path = cache_folder() / f"decode_step-{build_key(compiler)}.so"
         if not path.exists():
             build(compiler, path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
-        output = getattr(error, "stderr", None) or str(error)
-        line = output.strip().splitlines()[0][:200]
-        print(f"(decoding isn't compiled: {line})", file=sys.stderr)
-        return None
+        lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        raise NativeError(f"{compiler}: {lines[0]:.200}") from None
 
 
 def cache_folder() -> Path:
@@ -57,9 +59,9 @@ def cache_folder() -> Path:
 def build_key(compiler: str) -> str:
     """Hash all that decides the library: source, flags, compiler, and this machine's processor."""
     macros = [compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull]
-    done = subprocess.run(macros, check=True, capture_output=True, timeout=BUILD_SECONDS)
-    parts = [SOURCE.read_bytes(), " ".join([compiler, *FLAGS]).encode(), done.stdout]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    done = subprocess.run(macros, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+    parts = [SOURCE.read_bytes(), " ".join([compiler, *FLAGS]).encode()]
+    return hashlib.sha256(b"\0".join([*parts, done.stdout.encode()])).hexdigest()[:16]
 
 
 def build(compiler: str, path: Path) -> None:
@@ -91,7 +93,6 @@ class ModelWeights(ctypes.Structure):
     _fields_ = [
         ("blocks", ctypes.POINTER(BlockWeights)),
         ("norm", ctypes.c_void_p),
-        ("rotations", ctypes.c_void_p * 4),
         ("head", Matrix),
         *((name, ctypes.c_int64) for name in ("num_blocks", "E", "H", "G", "D", "inner", "window")),
         ("eps", ctypes.c_float),
@@ -138,26 +139,27 @@ def linear_kind(linear: Linear) -> int | None:
 class NativeStep:
     """The forward pass of a token of each of some rows of a cache, in C++, in fp32 between weights.
 
-    Reads the model's weights where they are; norms and biases are copied. `size`: of caches.
+    Reads the model's weights where they are; norms and biases are copied. Takes over the unpacking
+    of quantized weights for prompts too. NativeError for a model that the C++ doesn't know.
     """
 
-    def __init__(self, model: Transformer, size: int, library: ctypes.CDLL):
+    def __init__(self, model: Transformer, library: ctypes.CDLL):
+        if not is_supported(model):
+            raise NativeError("the C++ doesn't know this kind of model")
         self.model = model
         self.library = library
         self.kept: list[Tensor] = []  # what the structures point to
         config = model.config
         blocks = [block for block in model.model.layers if isinstance(block, Block)]
-        angles = rope(torch.arange(size)[None], config)
         weights = ModelWeights()
         weights.blocks = (BlockWeights * len(blocks))(*map(self.block_weights, blocks))
         weights.norm = self.floats(model.model.norm.weight)
-        weights.rotations[:] = [self.floats(angle) for angle in (angles * 2)[:4]]
         weights.head = self.matrix(model.lm_head)
         weights.num_blocks = len(blocks)
         weights.E, weights.H = config.hidden_size, config.num_attention_heads
         weights.G, weights.D = config.num_key_value_heads, config.head_dim
         weights.inner, weights.eps = config.intermediate_size, config.rms_norm_eps
-        weights.window = config.sliding_window or size
+        weights.window = config.sliding_window or 1 << 40
         self.weights = weights
 
     def floats(self, tensor: Tensor) -> int:
@@ -171,11 +173,24 @@ class NativeStep:
         for name, tensor in zip(("weight", "scales", "least"), linear.stored()):
             setattr(matrix, name, tensor.data_ptr())
             self.kept.append(tensor)
-        if isinstance(linear, Int4Linear):
-            matrix.groups = linear.scales.shape[1]
+        if isinstance(linear, PackedLinear):
+            scales: Any = linear.scales  # (out,), or of int4 (out, groups)
+            matrix.groups = scales.shape[1] if scales.dim() > 1 else 0
+            linear.unpack = self.unpacker(matrix)
         if linear.bias is not None:
             matrix.bias = self.floats(linear.bias)
         return matrix
+
+    def unpacker(self, matrix: Matrix) -> Callable[..., Tensor]:
+        """Return what a quantized layer's `unpack` does, in C++."""
+
+        def unpack(*stored: Tensor, dtype: torch.dtype) -> Tensor:
+            weight = torch.empty(matrix.out, getattr(matrix, "in"), dtype=dtype)
+            address, kind = ctypes.c_void_p(weight.data_ptr()), ctypes.c_int64(KINDS[dtype])
+            self.library.unpack(ctypes.byref(matrix), address, kind, torch.get_num_threads())
+            return weight
+
+        return unpack
 
     def block_weights(self, block: Block) -> BlockWeights:
         attention, mlp = block.self_attn, block.mlp
@@ -203,12 +218,15 @@ class NativeStep:
             (ctypes.c_void_p * len(addresses))(*addresses), KINDS[layer.dtype], *layer.stride()[:3]
         )
         x = self.model.model.embed_tokens(tokens[:, 0]).float()  # (B, E)
+        angles = rope(torch.tensor(lengths)[:, None], self.model.config)  # (B, 1, 1, D) each
+        rotations = [angle.data_ptr() for angle in (angles * 2)[:4]]
         logits = torch.empty(count, self.weights.head.out)
         self.library.decode_step(
             ctypes.byref(self.weights),
             ctypes.byref(layout),
             ctypes.c_int64(count),
             (ctypes.c_int64 * count)(*lengths),
+            (ctypes.c_void_p * 4)(*rotations),
             ctypes.c_void_p(x.data_ptr()),
             ctypes.c_void_p(logits.data_ptr()),
             torch.get_num_threads(),
