@@ -46,6 +46,8 @@ def load_library() -> ctypes.CDLL:
         if not path.exists():
             build(compiler, path)
         return ctypes.CDLL(str(path))
+    except subprocess.TimeoutExpired:
+        raise NativeError(f"{compiler} takes longer than {BUILD_SECONDS} s") from None
     except (OSError, subprocess.SubprocessError) as error:
         lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
         raise NativeError(f"{compiler}: {lines[0]:.200}") from None
