@@ -1,7 +1,7 @@
 """Decoding in C++: the logits of the model, each row as alone, and torch where it can't be built."""
 
+import concurrent.futures
 import ctypes
-import multiprocessing
 import os
 import shutil
 import stat
@@ -184,23 +184,23 @@ def test_a_cache_that_cannot_be_written_is_no_error_of_the_program(tmp_path):
     assert "file" in reason(XDG_CACHE_HOME=tmp_path / "file")
 
 
-def build_in(folder):
-    os.environ["XDG_CACHE_HOME"] = str(folder)
-    native.load_library()
-
-
-def test_two_processes_build_at_once_and_the_next_start_builds_nothing(tmp_path, monkeypatch):
-    spawn = multiprocessing.get_context("spawn")
-    both = [spawn.Process(target=build_in, args=(tmp_path,)) for _ in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join()
-        assert process.exitcode == 0
-    (built,) = (tmp_path / "doppelganger").iterdir()
+def test_two_builds_at_once_end_well_and_the_next_start_builds_nothing(
+    library, tmp_path, monkeypatch
+):
+    (library,) = native.cache_folder().glob(f"decode_step-{native.build_key(COMPILER)}.so")
+    count = f"echo . >> {tmp_path}/builds; sleep 0.3"
+    last = "for out; do true; done"
+    script = f'case "$*" in *-dM*) exit;; esac; {count}; {last}; cp {library} "$out"'
+    path = fake_compiler(tmp_path, script)
+    monkeypatch.setenv("PATH", f"{path}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "build", None)
-    assert isinstance(native.load_library(), ctypes.CDLL) and built.suffix == ".so"
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        both = [pool.submit(native.load_library) for _ in range(2)]
+        loaded = [future.result() for future in both]
+    loaded.append(native.load_library())
+    assert all(isinstance(one, ctypes.CDLL) for one in loaded)
+    assert (tmp_path / "builds").read_text() == ".\n.\n"
+    assert [file.suffix for file in (tmp_path / "doppelganger").iterdir()] == [".so"]
 
 
 def test_chat_says_once_why_it_is_not_compiled(tmp_path):
