@@ -1,9 +1,10 @@
-"""Measure tokens/s and time to first token beside transformers and llama.cpp, on random weights.
+"""Measure tokens/s and time to first token beside transformers and llama.cpp.
 
-    python -m bench.generate --peers PYTHON
+    python -m bench.generate --peers PYTHON                                 random weights, 1.1B
+    python -m bench.generate --peers PYTHON --model FOLDER --gguf FILE      a model and its GGUF
 
 PYTHON is that of a virtual environment with requirements-peers.txt; the last line printed is JSON.
-The model has TinyLlama's shape (1.1B) and takes 6 GB in a temporary folder. Each engine runs in a
+The random model has TinyLlama's shape and takes 6 GB in a temporary folder. Each engine runs in a
 process of its own, one after another, twice; the better figure counts, because other work can only
 slow one down. Refuses a busy machine.
 """
@@ -43,6 +44,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--peers", help="a Python that has llama-cpp-python and gguf")
+    parser.add_argument("--model", help="a model's folder instead of random weights")
+    parser.add_argument("--gguf", help="the same model for llama.cpp")
     parser.add_argument(
         "--layers", type=int, default=CONFIG.num_hidden_layers, help="fewer, to try this script"
     )
@@ -54,24 +57,29 @@ def main() -> None:
         print(json.dumps(measure(weights, Path(folder))))
         return
     refuse_busy_machine()
-    with tempfile.TemporaryDirectory() as folder:
-        config = dataclasses.replace(CONFIG, num_hidden_layers=options.layers)
-        save_random_model(Path(folder), config)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.model or temporary
         jobs = [("ours", weights) for weights in OUR_WEIGHTS] + [("transformers", "bf16")]
-        if options.peers:
-            llama_cpp = [options.peers, ROOT / "bench" / "llama.py", folder]
-            precisions = [weights.upper() for weights in LLAMA_CPP_WEIGHTS]
-            subprocess.run([*llama_cpp, "make", folder, *precisions], check=True)
-            jobs += [("llama.cpp", weights) for weights in LLAMA_CPP_WEIGHTS]
+        llama_cpp = [options.peers, ROOT / "bench" / "llama.py", folder]
+        if not options.model:
+            config = dataclasses.replace(CONFIG, num_hidden_layers=options.layers)
+            save_random_model(Path(folder), config)
+            if options.peers:
+                precisions = [weights.upper() for weights in LLAMA_CPP_WEIGHTS]
+                subprocess.run([*llama_cpp, "make", folder, *precisions], check=True)
+                ggufs = [f"{folder}/{weights}.gguf" for weights in LLAMA_CPP_WEIGHTS]
+                jobs += [("llama.cpp", gguf) for gguf in ggufs]
+        elif options.peers and options.gguf:
+            jobs.append(("llama.cpp", options.gguf))
         best: dict[str, dict[str, float]] = {}
         for engine, weights in jobs * 2:
             job = json.dumps([engine, weights, folder])
             command = [sys.executable, "-m", "bench.generate", "--job", job]
             if engine == "llama.cpp":
-                command = [*llama_cpp, "one", f"{folder}/{weights}.gguf"]
+                command = [*llama_cpp, "one", weights]
             done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
             figures = json.loads(done.stdout.splitlines()[-1])
-            name = f"{engine} {weights}"
+            name = f"{engine} {Path(weights).name[-12:]}"
             shown = "  ".join(f"{figure} {value:.2f}" for figure, value in figures.items())
             print(f"{name:18}{shown}", flush=True)
             previous = best.get(name, figures)

@@ -102,7 +102,8 @@ def gguf_name(name: str) -> str:
 def measure(path: Path) -> dict[str, float]:
     from llama_cpp import Llama
 
-    model = Llama(str(path), n_ctx=1024, n_batch=512, n_threads=2, verbose=False)
+    threads = len(os.sched_getaffinity(0))
+    model = Llama(str(path), n_ctx=1024, n_batch=512, n_threads=threads, verbose=False)
 
     def seconds(ids: list[int]) -> float:
         start = time.perf_counter()

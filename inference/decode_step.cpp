@@ -52,12 +52,12 @@ struct Cache {  // layers: keys of (row, group, position, D); the values lie `va
 template <class T> inline Ints widen(const T *p) {
 #if defined __AVX512F__
     if constexpr (sizeof(T) == 2) return (Ints)_mm512_cvtepu16_epi32(*(const __m256i_u *)p);
-    else if constexpr (std::is_signed<T>()) return (Ints)_mm512_cvtepi8_epi32(*(const __m128i_u *)p);
-    else return (Ints)_mm512_cvtepu8_epi32(*(const __m128i_u *)p);
+    const __m128i bytes = _mm_loadu_si128((const __m128i_u *)p);
+    return (Ints)(std::is_signed<T>() ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
 #elif defined __AVX2__
     if constexpr (sizeof(T) == 2) return (Ints)_mm256_cvtepu16_epi32(*(const __m128i_u *)p);
-    else if constexpr (std::is_signed<T>()) return (Ints)_mm256_cvtepi8_epi32(_mm_loadu_si64(p));
-    else return (Ints)_mm256_cvtepu8_epi32(_mm_loadu_si64(p));
+    const __m128i bytes = _mm_loadu_si64(p);
+    return (Ints)(std::is_signed<T>() ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
 #else
     Ints out;
     for (int i = 0; i < LANES; i++) out[i] = p[i];
@@ -85,15 +85,16 @@ inline float exponential(float x) {
     x = std::min(std::max(x, -87.0f), 87.0f);
     const float whole = std::floor(x * 1.44269504f + 0.5f);
     const float r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    const float y = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r / 720)))));
+    const float tail = 1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r / 720));
+    const float y = 1 + r * (1 + r * (0.5f + r * tail));
     const int32_t bits = (int32_t(whole) + 127) << 23;
     float power;
     memcpy(&power, &bits, sizeof bits);
     return y * power;
 }
 
-// The products of ROWS rows of a weight with T activations x (T, in) → out[row][t]. W is the type of
-// a weight. int4 codes lie in rows of groups, and their least value multiplies sums (T, groups) of x.
+// The products of ROWS rows of a weight with T activations x (T, in) → out[row][t]. W: its type.
+// int4 codes lie in rows of groups; their least values multiply the sums (T, groups) of x.
 struct Nibbles {};
 template <class W, int T>
 void dot(const Matrix &m, const Size *rows, const float *x, const float *sums, float out[][TILE]) {
@@ -112,7 +113,8 @@ void dot(const Matrix &m, const Size *rows, const float *x, const float *sums, f
                     __builtin_prefetch(row[r] + i + ROWS * half);
                 }
                 for (int t = 0; t < T; t++) {
-                    const Floats first = load(x + t * m.in + i), second = load(x + t * m.in + half + i);
+                    const float *at = x + t * m.in + i;
+                    const Floats first = load(at), second = load(at + half);
                     for (int r = 0; r < ROWS; r++) products[r][t] += low[r] * first;
                     for (int r = 0; r < ROWS; r++) products[r][t] += high[r] * second;
                 }
@@ -176,8 +178,9 @@ void rms_norm(const float *x, const float *weight, Size n, float eps, float *out
     for (Size i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
 }
 
-// Norm (if there is a weight) and rotation of a head x (D,).
-void turn(float *x, const float *weight, const float *cos, const float *sin, Size D, float eps) {
+// Norm (if there is a weight) and rotation of a head x (D,) by the cos and sin `at` some place.
+void turn(float *x, const float *weight, const float *const *angles, Size at, Size D, float eps) {
+    const float *cos = angles[0] + at, *sin = angles[1] + at;
     if (weight) rms_norm(x, weight, D, eps, x);
     for (Size i = 0, j = D / 2; j < D; i++, j++) {
         const float low = x[i], high = x[j];
@@ -206,7 +209,8 @@ void attend(const C *keys, const C *values, Size seen, Size heads, Size D, float
 template <class C>
 void run(const Model &m, const Cache &cache, Size B, const Size *positions,
          const float *const *angles, float *x, float *logits, int num_threads) {
-    const Size D = m.D, heads = m.H / m.G, longest = *std::max_element(positions, positions + B) + 1;
+    const Size D = m.D, heads = m.H / m.G;
+    const Size longest = *std::max_element(positions, positions + B) + 1;
     std::vector<float> q(B * m.H * D), k(B * m.G * D), v(k), gate(B * m.inner), up(gate);
 #pragma omp parallel num_threads(num_threads)
     {
@@ -232,12 +236,13 @@ void run(const Model &m, const Cache &cache, Size B, const Size *positions,
             multiply(block.v, input, v.data());
 #pragma omp barrier
             for (Size i = B * m.G * thread / threads; i < B * m.G * (thread + 1) / threads; i++) {
-                const Size b = i / m.G, end = positions[b] + 1, begin = std::max(end - m.window, Size(0));
+                const Size b = i / m.G, end = positions[b] + 1;
+                const Size begin = std::max(end - m.window, Size(0));
                 C *keys = (C *)cache.layers[index] + b * cache.row + i % m.G * cache.group;
                 float *const queries = &q[i * heads * D], *key = &k[i * D];
                 for (Size h = 0; h < heads; h++)
-                    turn(queries + h * D, block.q_norm, angles[0] + b * D, angles[1] + b * D, D, m.eps);
-                turn(key, block.k_norm, angles[2] + b * D, angles[3] + b * D, D, m.eps);
+                    turn(queries + h * D, block.q_norm, angles, b * D, D, m.eps);
+                turn(key, block.k_norm, angles + 2, b * D, D, m.eps);
                 for (Size d = 0; d < D; d += LANES) {
                     store(keys + positions[b] * D + d, load(key + d));
                     store(keys + positions[b] * D + d + cache.values, load(&v[i * D + d]));
@@ -270,9 +275,9 @@ template <class To> void unpack_as(const Matrix &m, To *out, int num_threads) {
 #pragma omp parallel for num_threads(num_threads)
     for (Size row = 0; row < m.out; row++) {
         To *to = out + row * m.in;
-        const uint8_t *codes = (const uint8_t *)m.weight + row * half;
+        const uint8_t *codes = (const uint8_t *)m.weight + row * (m.kind == INT8 ? m.in : half);
         for (Size i = 0; i < m.in && m.kind == INT8; i += LANES)
-            store(to + i, load((const int8_t *)m.weight + row * m.in + i) * ((const float *)m.scales)[row]);
+            store(to + i, load((const int8_t *)codes + i) * ((const float *)m.scales)[row]);
         for (Size g = 0; g < m.groups; g += LANES) {
             const Floats scale = load((const uint16_t *)m.scales + row * m.groups + g);
             const Floats least = load((const uint16_t *)m.least + row * m.groups + g);
