@@ -279,7 +279,9 @@ def run_model(
     """Measure one model: {name: ModelOutputs}, and with --baselines the same for other prompts."""
     model, tokenizer, size, rows = loaded
     held_out = held_out_likelihood(model, rows, name)
-    decoder = generate.Decoder(model.eval(), tokenizer, scoring.cache_size(size))
+    # A GPU's compiler takes longer than it saves here
+    on_cpu = devices.pick_device(options.device).type == "cpu"
+    decoder = generate.Decoder(model.eval(), tokenizer, scoring.cache_size(size), compile=on_cpu)
     prompts: dict[str, Callable] = {name: lambda turns: turns}
     if test_set.exchanges is not None:  # with --baselines
         facts = Path(options.data) / "facts.md"

@@ -278,7 +278,7 @@ def test_alone_a_row_is_decoded_by_the_compiled_decoder(base, tokenizer):
         with torch.inference_mode():
             return model(token, cache=stand_in.cache)
 
-    decoder.compiled_decoder = stand_in
+    stand_in.cache, decoder.compiled_decoder = decoder.cache, stand_in
     batch = generate.DecodeBatch(decoder)
     rows = [batch.add(prompt, 12, 0) for prompt in prompts[:2]]
     while batch.rows:
