@@ -6,11 +6,6 @@ of a kind that the C++ doesn't know, torch decodes.
 """
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fused
 from model import Block, KVCache, Linear, Transformer, rope
 from weights.quantize import Int4Linear, Int8Linear, PackedLinear
 
 SOURCE = Path(__file__).with_name("decode_step.cpp")
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-BUILD_SECONDS = 120
 KINDS = {torch.float32: 0, torch.bfloat16: 1, Int8Linear: 2, Int4Linear: 3}  # Kind
 LANES = 16  # numbers that are read at a time, at most
 MAX_HEAD_DIM = 256
@@ -33,47 +27,12 @@ class NativeError(Exception):
     """Why torch must decode."""
 
 
-# --- the library
-
-
 def load_library() -> ctypes.CDLL:
     """Load the compiled step, building it first if it isn't cached. NativeError if that fails."""
-    compiler = next(filter(None, map(shutil.which, ("g++", "clang++"))), None)
-    if compiler is None:
-        raise NativeError("that needs g++ or clang++")
     try:
-        path = cache_folder() / f"decode_step-{build_key(compiler)}.so"
-        if not path.exists():
-            build(compiler, path)
-        return ctypes.CDLL(str(path))
-    except subprocess.TimeoutExpired:
-        raise NativeError(f"{compiler} takes longer than {BUILD_SECONDS} s") from None
-    except (OSError, subprocess.SubprocessError) as error:
-        lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
-        raise NativeError(f"{compiler}: {lines[0]:.200}") from None
-
-
-def cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "doppelganger"
-
-
-def build_key(compiler: str) -> str:
-    """Hash all that decides the library: source, flags, compiler, and this machine's processor."""
-    macros = [compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull]
-    done = subprocess.run(macros, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
-    parts = [SOURCE.read_bytes(), " ".join([compiler, *FLAGS]).encode()]
-    return hashlib.sha256(b"\0".join([*parts, done.stdout.encode()])).hexdigest()[:16]
-
-
-def build(compiler: str, path: Path) -> None:
-    """Compile beside `path`, then rename: another process may be doing the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        new = Path(folder) / path.name
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(new)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
-        new.replace(path)
+        return fused.load_library(SOURCE)
+    except fused.BuildError as error:
+        raise NativeError(str(error)) from None
 
 
 # --- the structures of decode_step.cpp

@@ -11,6 +11,7 @@ import torch
 from conftest import command, save_mistral
 from test_families import FAMILIES, close, random_model, tokens
 
+import fused
 import lora
 from inference import generate, native
 from model import ModelConfig, Transformer
@@ -175,7 +176,7 @@ def test_without_a_compiler_or_with_a_broken_one_torch_decodes(tmp_path, monkeyp
     path = fake_compiler(tmp_path, "echo 'ld: cannot find -lgomp' >&2; exit 1")
     assert "-lgomp" in reason(PATH=path, XDG_CACHE_HOME=tmp_path)
     (path / "g++").write_text("#!/bin/sh\nexec sleep 60\n")
-    monkeypatch.setattr(native, "BUILD_SECONDS", 0.2)
+    monkeypatch.setattr(fused, "BUILD_SECONDS", 0.2)
     assert "takes longer" in reason(PATH=f"{path}:{os.environ['PATH']}", XDG_CACHE_HOME=tmp_path)
 
 
@@ -187,7 +188,9 @@ def test_a_cache_that_cannot_be_written_is_no_error_of_the_program(tmp_path):
 def test_two_builds_at_once_end_well_and_the_next_start_builds_nothing(
     library, tmp_path, monkeypatch
 ):
-    (library,) = native.cache_folder().glob(f"decode_step-{native.build_key(COMPILER)}.so")
+    (library,) = fused.cache_folder().glob(
+        f"decode_step-{fused.build_key(COMPILER, native.SOURCE)}.so"
+    )
     count = f"echo . >> {tmp_path}/builds; sleep 0.3"
     last = "for out; do true; done"
     script = f'case "$*" in *-dM*) exit;; esac; {count}; {last}; cp {library} "$out"'
