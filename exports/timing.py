@@ -25,12 +25,12 @@ SAMPLE = 4096  # values that are kept of each contact
 GAPS = 5 * SAMPLE
 MIN_VALUES = 30  # to measure something by
 MIN_DAYS = 14  # with a contact, to count openings a day
-SIGNIFICANT = (
-    3  # standard errors by which the share of slow answers in an hour must differ from half
-)
+# Standard errors by which the share of slow answers in an hour must differ from half
+SIGNIFICANT = 3
 MAX_FACTOR = 10  # of an hour's delays
 MAX_TURN = 100  # messages
 SAME_TIME = 20  # messages of one minute, after which its times are an import's, not a talk's
+MAX_SECONDS_A_CHARACTER = 10  # what takes longer isn't typed
 LENGTH_BINS = 8  # bins of a message's length, to which the typing speed is fitted
 DAY = 86400
 
@@ -167,12 +167,16 @@ class ChatTiming:
             self.end_turn()
             if silence > TALK_SECONDS:
                 self.open_talk(message)
-        elif silence and (message.at % 60 or last.at % 60) and not MARK.fullmatch(message.text):
+        elif silence and (message.at % 60 or last.at % 60):
             # Times to the minute tell nothing about typing.
-            seconds = self.stats.undo_rounding(silence, 1)
-            self.stats.gaps.add(seconds, len(message.text), self.stats.draw)
+            self.add_gap(message.text, silence)
         self.waiting = False
         self.turn += 1
+
+    def add_gap(self, text: str, silence: int) -> None:
+        if text and not MARK.fullmatch(text):
+            seconds = self.stats.undo_rounding(silence, 1)
+            self.stats.gaps.add(seconds, len(text), self.stats.draw)
 
     def answer(self, message: Message, last: Message, silence: int) -> None:
         """Add the delay of an answer, unless both have the time of an import."""
@@ -304,6 +308,7 @@ def fit_typing(seconds: np.ndarray, lengths: np.ndarray) -> dict | None:
         slope, pause = np.average(y / x, weights=(weights * x) ** 2), 0.0
     if slope < 1e-3:  # longer messages take no longer: pasted, or dictated
         slope, pause = 1e-3, np.median(seconds)
+    slope = min(slope, MAX_SECONDS_A_CHARACTER)
     speed = rounded(1 / slope)
     pause = rounded(pause)
     spread = quantiles(np.log(seconds) - np.log(pause + lengths / speed))

@@ -183,6 +183,17 @@ def test_messages_imported_at_one_second_are_no_answers(at):
     assert timing["typing"] is None
 
 
+def test_who_types_very_slowly_has_a_timing_that_is_accepted():
+    stats, person = TimingStats(["ann"], gap=600), Person()
+    at, messages = 0, []
+    for length in [1, 2, 3, 4, 5, 6, 7, 8, 0] * 10:  # a minute each character
+        at += 60 * length + 7
+        messages.append(person.message("ann", at, length))
+    watch(stats, "Bob", messages)
+    timing = read_back(stats, ["Bob"])
+    assert Pace(timing).characters_per_second == timing["typing"]["characters_per_second"] == 0.1
+
+
 def test_where_nobody_answers_all_is_null_and_defaults_count():
     stats, person = TimingStats(["ann"], gap=600), Person()
     watch(stats, "Bob", [person.message("Bob", 9000 * i) for i in range(100)])
@@ -443,7 +454,7 @@ def test_terminal_shows_typing_between_messages_and_read_where_it_ignores(
 ):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     pacer = Pacer(Pace(FIXED), human=True, may_ignore=True)
-    conversation = chat.Conversation(
+    conversation = chat.TerminalChat(
         "Ann", "Bob", lambda *_: growing(clock), temperature=1, pacer=pacer
     )
     conversation.add(chat.make_turn("Bob", "hi"))
@@ -467,7 +478,7 @@ def test_terminal_shows_typing_between_messages_and_read_where_it_ignores(
 def test_fast_pace_is_the_default_and_waits_for_nothing(clock, capsys):
     pacer = Pacer.load("none", chat.Options())
     assert pacer.pace is None and pacer.schedule("Bob") is None and not pacer.ignores("Bob")
-    conversation = chat.Conversation("Ann", "Bob", lambda *_: growing(clock, 0), pacer=pacer)
+    conversation = chat.TerminalChat("Ann", "Bob", lambda *_: growing(clock, 0), pacer=pacer)
     conversation.reply()
     assert clock.now == 100 and capsys.readouterr().out.startswith("Ann: yes\n")
 
