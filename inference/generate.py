@@ -24,6 +24,7 @@ from weights.tokenizer import Tokenizer
 PREFILL_CHUNK = 512  # prompt tokens in one forward pass: bounds the memory of activations
 PIECE = 128  # of them between two steps of others' replies: as long as two or three steps
 PREFILL_MULTIPLE = 16  # on a CPU chunks are padded to a multiple of it, see model.CPU_MULTIPLE
+MIN_TEMPERATURE = 0.01  # below it the likeliest id is taken: logits divided by it would overflow
 MIN_PROBABILITY = 1e-5  # sampling sorts only ids above it, if they make up top_p
 MAX_REPLIES = 1000  # replies whose ids are kept
 
@@ -38,7 +39,7 @@ def sample(
     generator: torch.Generator | None = None,
 ) -> int:
     """Draw an id from logits (V,): nucleus sampling (arXiv 1904.09751), argmax at temperature 0."""
-    if temperature == 0:
+    if temperature < MIN_TEMPERATURE:
         return int(logits.argmax())
     probs = (logits / temperature).softmax(-1)
     # Sorting the whole vocabulary takes far longer than the rest of this function

@@ -174,8 +174,6 @@ class ChatRequest(ReplyRequest):
             if limit >= 0:  # as in llama.cpp's server: -1 is no limit, 0 an empty reply
                 self.max_tokens = min(self.max_tokens, limit)
         self.temperature = get_field(fields, "temperature", float, defaults.temperature, 0, 2)
-        if self.temperature < 0.01:
-            self.temperature = 0  # logits divided by it would overflow
         self.top_p = get_field(fields, "top_p", float, defaults.top_p, 0, 1)
         self.seed = get_field(fields, "seed", int, None, -(2**63), 2**63 - 1)
         self.stops = parse_stops(fields.get("stop"))

@@ -238,6 +238,12 @@ def test_sample_equals_sampling_from_the_whole_sorted_vocabulary(top_p, spread, 
         assert drawn == whole
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 0.009])
+def test_at_a_tiny_temperature_the_likeliest_id_is_drawn(temperature):
+    logits = torch.tensor([-50.0, 20, 19.9, 0])
+    assert generate.sample(logits, temperature, 0.95) == 1
+
+
 @pytest.mark.parametrize("top_p", [0.6, 1.0])
 def test_sample_draws_as_often_as_multinomial(top_p):
     generator = torch.Generator().manual_seed(0)
@@ -520,7 +526,7 @@ def test_ctrl_c_while_prefilling_leaves_a_valid_cache(adapted, tokenizer, monkey
 
 
 def test_undo_removes_turns_from_the_history_file(tmp_path):
-    conversation = chat.Conversation("Ann", "Bob", None, tmp_path / "talk.jsonl")
+    conversation = chat.TerminalChat("Ann", "Bob", None, tmp_path / "talk.jsonl")
     for text in ("hello", "what nobody should read"):
         conversation.turns += [
             Turn("Bob", False, "2024-05-01T10:00:00", [text]),
