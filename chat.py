@@ -14,8 +14,9 @@ from pathlib import Path
 import cli
 import data
 from cli import UserError, flag
-from inference import conversation, generate
+from inference import generate
 from inference.context import ContextBuilder, Exchange
+from inference.conversation import Conversation, now, reply_seed
 from inference.pace import Pacer, hold_back
 from weights import devices, hf, hub
 from weights.load import choose_slots, load_for_chat
@@ -109,7 +110,7 @@ def main() -> None:
     if options.telegram:
         from inference import telegram_bot  # needs requirements-extra.txt
 
-        token = telegram_bot.validate(options)
+        api = telegram_bot.validate(options)
     default_me, default_you = read_names(folder)
     me, you = options.me or default_me, default_you
     for name in options.as_:
@@ -127,11 +128,11 @@ def main() -> None:
         server.serve(sock, decoder, me, you, options, pacer)
         return
     if options.telegram:
-        telegram_bot.serve(decoder, token, me, options)
+        telegram_bot.serve(api, decoder, me, options, pacer)
         return
 
     def reply_to(turns, temperature, attempt=0):
-        seed = conversation.reply_seed(options.seed, turns, attempt)
+        seed = reply_seed(options.seed, turns, attempt)
         return generate.Answer(
             decoder, turns, me, options.max_tokens, temperature, options.top_p, seed
         )
@@ -143,7 +144,7 @@ def main() -> None:
         print("\n".join(reply.messages))
         return
     history = Path(options.history) if options.history else None
-    Conversation(me, you, reply_to, history, options.temperature, pacer).run()
+    TerminalChat(me, you, reply_to, history, options.temperature, pacer).run()
 
 
 def validate(options: Options) -> Path:
@@ -223,7 +224,7 @@ def show_exchange(exchange: Exchange) -> None:
 def make_turn(author: str, text: str) -> data.Turn:
     """Make a turn of typed text: each line is a message."""
     lines = [line.strip() for line in text.split("\n")]
-    return data.Turn(author, False, conversation.now(), [line for line in lines if line])
+    return data.Turn(author, False, now(), [line for line in lines if line])
 
 
 HELP = """/as NAME   change your name
@@ -234,7 +235,7 @@ HELP = """/as NAME   change your name
 Ctrl-C     stops a reply; Ctrl-D exits"""
 
 
-class Conversation(conversation.Conversation):
+class TerminalChat(Conversation):
     """A conversation in the terminal.
 
     `reply_to(turns, temperature, attempt)` makes a generate.Answer. `history`: the file that the
@@ -320,7 +321,7 @@ class Conversation(conversation.Conversation):
                 printer.update(messages)
         printer.end()
         if printer.messages:
-            self.turns.append(data.Turn(self.me, True, conversation.now(), printer.messages))
+            self.turns.append(data.Turn(self.me, True, now(), printer.messages))
         self.save()
 
 

@@ -1,8 +1,10 @@
 """The terminal: flags, streaming, what is shown; and decoding and prompts behind it."""
 
+import dataclasses
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -104,7 +106,7 @@ def test_terminal_shows_names_and_exits_on_ctrl_d(clone):
 
 
 def test_unknown_commands_and_names_are_reported(chats, capsys):
-    conversation = chat.Conversation("Ann", "Bob", None)
+    conversation = chat.TerminalChat("Ann", "Bob", None)
     for name, argument, expected in (
         ("bogus", "", "(/bogus is not understood)"),
         ("temp", "99", "(/temp 99 is not"),
@@ -240,3 +242,11 @@ def test_wrong_folders_and_flags_are_refused(tmp_path, clone, chats):
 def test_a_plain_base_without_chat_tokens_replies(base):
     done = command("chat.py", base, "-p", "hi", "--max-tokens", 3, "--seed", 1)
     assert done.returncode == 0, done.stderr
+
+
+def test_each_flag_is_in_the_docs_of_chat():
+    pages = [(ROOT / "docs" / f"{name}.md").read_text() for name in ("CHAT", "SERVE", "TELEGRAM")]
+    named = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", " ".join(pages)))
+    fields = dataclasses.fields(chat.Options)
+    flags = {"--" + field.name.strip("_").replace("_", "-") for field in fields}
+    assert not flags - named - {"--ckpt", "--prompt"} and "-p" in named
