@@ -10,7 +10,7 @@ them (docs/CHAT.md). Where "timing" or a part of it is missing or null, DEFAULT'
 
 All times are seconds. A message is due that long after the one before it, so the time that the
 model needs to write it is included. `generator` is numpy's, so draws can be seeded.
-chat.py and the server have a Pacer, which makes a Schedule for each answer.
+The terminal, the server and the bot have a Pacer, which makes a Schedule for each answer.
 """
 
 import datetime
@@ -166,7 +166,7 @@ class Schedule:
 
 
 class Pacer:
-    """What --pace, --longest-wait and --may-ignore ask for. `pace`: None where they ask nothing."""
+    """What --pace, --may-ignore and a bot's flags ask for. `pace`: None where they ask nothing."""
 
     def __init__(self, pace: Pace | None, human: bool, may_ignore: bool, seed: int | None = None):
         self.pace = pace
@@ -175,10 +175,14 @@ class Pacer:
         self.generator = np.random.default_rng(seed)
 
     @classmethod
-    def load(cls, folder: str | Path, options: Any, default: str = "fast") -> "Pacer":
-        """Read the pace of chat.py's Options from a checkpoint. UserError for a bad edit."""
-        human, pace = (options.pace or default) == "human", None
-        if human or options.may_ignore:
+    def load(cls, folder: str | Path, options: Any) -> "Pacer":
+        """Read the pace that chat.py's Options ask for from a checkpoint. UserError for a bad edit.
+
+        A Telegram bot has a human pace unless told otherwise.
+        """
+        human = (options.pace or ("human" if options.telegram else "fast")) == "human"
+        pace = None
+        if human or options.may_ignore or options.speaks_up or options.initiates:
             pace = Pace.load(folder, options.longest_wait)
             if not pace.measured:
                 print("(persona.json has no timing: its pace is a default)", file=sys.stderr)

@@ -122,8 +122,8 @@ class RequestQueue:
         while waiting and len(active) < self.batch.max_rows:
             counts = collections.Counter(job.client for job in active)
             job = min(waiting, key=lambda job: counts[job.client])
-            for jobs in (active, joining):
-                jobs.append(job)
+            active.append(job)
+            joining.append(job)
             waiting.remove(job)
         return joining
 
@@ -156,7 +156,7 @@ class RequestQueue:
     def next_piece(self, job: Job) -> Piece:
         """Return what can be sent of a reply by now, and its result if it ends here."""
         answer = job.answer
-        assert answer is not None, job
+        assert answer is not None, job.client  # not the job: an error must not show a chat
         done, late = job.row not in self.batch.rows, time.monotonic() > job.deadline
         answer.update(done)
         text = "\n".join(answer.messages)

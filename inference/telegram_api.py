@@ -5,19 +5,20 @@ The library logs addresses, which hold the token, and updates: it is muted.
 
 import asyncio
 import contextlib
-import functools
+import json
 import logging
 import os
 import re
 import sys
-import typing
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import cli
 from cli import UserError
 
 try:
+    from httpx import InvalidURL
     from telegram import Bot, Message, Update, User
     from telegram import error as errors
     from telegram.request import HTTPXRequest
@@ -49,8 +50,10 @@ MARKS = {
     "venue": "<location>",
     "game": "<game>",
 }
-T = typing.TypeVar("T")
-__all__ = ["Api", "Message", "User", "message_text", "read_token"]
+REFUSALS = (errors.BadRequest, errors.Forbidden, errors.ChatMigrated)
+TelegramError = errors.TelegramError
+FAILURES = (TelegramError, KeyError, TypeError)  # the latter: the answer is not the Bot API's
+__all__ = ["Api", "Message", "TelegramError", "User", "message_text", "read_token"]
 
 
 class Api:
@@ -62,11 +65,17 @@ class Api:
     def __init__(self, token: str):
         for name in ("telegram", "httpx", "httpcore"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-        server = os.environ.get("TELEGRAM_API_URL", "https://api.telegram.org").rstrip("/")
-        request = HTTPXRequest(
-            CONNECTIONS, READ_SECONDS, connect_timeout=CONNECT_SECONDS, pool_timeout=None
-        )
-        self.bot = Bot(token, base_url=f"{server}/bot", request=request)
+        server = os.environ.get("TELEGRAM_API_URL") or "https://api.telegram.org"
+        try:
+            request = HTTPXRequest(
+                CONNECTIONS, READ_SECONDS, connect_timeout=CONNECT_SECONDS, pool_timeout=None
+            )
+            self.bot = Bot(token, base_url=f"{server.rstrip('/')}/bot", request=request)
+        except (RuntimeError, ValueError, InvalidURL):  # their texts may hold a password
+            raise UserError(
+                "The proxy in HTTPS_PROXY or ALL_PROXY can't be used",
+                'Give it as http://HOST:PORT; socks5://HOST:PORT needs pip install "httpx[socks]".',
+            ) from None
         self.trouble = ""  # what keeps us from Telegram
 
     async def start(self, commands: dict[str, str]) -> None:
@@ -74,28 +83,50 @@ class Api:
         await self.request(self.bot.initialize)
         await self.request(lambda: self.bot.set_my_commands(list(commands.items())))
 
-    async def updates(self, offset: int | None) -> tuple[Update, ...]:
-        """Return new updates from this number on; those before it are confirmed."""
-        kinds = ["message"]
-        get_updates = self.bot.get_updates
-        return await self.request(
-            lambda: get_updates(offset, timeout=POLL_SECONDS, allowed_updates=kinds)
+    async def updates(self, offset: int | None) -> list[tuple[int, Message | None]]:
+        """Return new updates from this number on, as (number, message); those before are confirmed.
+
+        One that the library can't read has no message: it must not come again at each start.
+        """
+        updates = await self.post(
+            "getUpdates",
+            read_seconds=POLL_SECONDS + READ_SECONDS,
+            offset=offset,
+            timeout=POLL_SECONDS,
+            allowed_updates=["message"],
         )
+        return [(update["update_id"], self.parse(update)) for update in updates]
+
+    def parse(self, update: dict) -> Message | None:
+        """Return the message of an update, None if there is none or it can't be read."""
+        try:
+            json.dumps(update, ensure_ascii=False).encode()  # half a character can't be written
+            return Update.de_json(update, self.bot).message
+        except Exception as error:  # a field that is missing, or of a kind yet unknown
+            print(f"(a message can't be read: {type(error).__name__})", file=sys.stderr)
+            return None
 
     async def send(self, chat_id: int, text: str) -> None:
         """Send a text, in pieces if it's long. What Telegram refuses is dropped."""
         for piece in split_text(text):
             try:
-                await self.request(functools.partial(self.bot.send_message, chat_id, piece))
-            except errors.TelegramError as error:  # for example, the bot is blocked
+                await self.post("sendMessage", chat_id=chat_id, text=piece)
+            except TelegramError as error:  # for example, the bot is blocked
                 print(f"(Telegram refuses a message: {type(error).__name__})", file=sys.stderr)
 
     async def show_typing(self, chat_id: int) -> None:
         """Show "typing…" for five seconds, or until the next message."""
-        with contextlib.suppress(errors.TelegramError):
+        with contextlib.suppress(*FAILURES):
             await self.bot.send_chat_action(chat_id, "typing")
 
-    async def request(self, call: Callable[[], Coroutine[typing.Any, typing.Any, T]]) -> T:
+    async def post(self, method: str, read_seconds: float = READ_SECONDS, **fields: Any) -> Any:
+        """Call a method of the Bot API; return its result, not parsed.
+
+        The library's send_message raises when it can't parse the result, though it has sent.
+        """
+        return await self.request(lambda: self.bot._post(method, fields, read_timeout=read_seconds))
+
+    async def request(self, call: Callable[[], Awaitable[Any]]) -> Any:
         """Call until Telegram answers. TelegramError when it refuses, UserError for a bad token."""
         wait = 1.0
         while True:
@@ -111,11 +142,11 @@ class Api:
                 raise UserError(
                     "Telegram doesn't know this bot's token", "@BotFather shows it: /mybots."
                 ) from None
-            except errors.BadRequest:  # for the library a NetworkError
+            except REFUSALS:
                 raise
             except errors.Conflict:
                 self.report("another program reads this bot's messages")
-            except errors.NetworkError:
+            except FAILURES:
                 self.report("no connection to Telegram")
             await asyncio.sleep(wait)
             wait = min(2 * wait, MAX_RETRY_SECONDS)

@@ -25,14 +25,15 @@ from inference import generate
 from inference.conversation import Conversation, now, reply_seed
 from inference.pace import GROUPS, Pace, Pacer, Schedule
 from inference.request_queue import ReplyRequest, RequestQueue
-from inference.telegram_api import Api, Message, User, message_text, read_token
+from inference.telegram_api import Api, Message, TelegramError, User, message_text, read_token
 
 JOIN_SECONDS = 1.0  # messages that follow one another so soon are answered together, at any pace
 TYPING_SECONDS = 4.0  # between two signs of it
 SILENCE_SECONDS = 3600  # after it a turn or a talk begins, as in persona.json's timing
 MINUTE = 60.0  # seconds
 MAX_STRANGERS = 1000  # who get a line
-STATE = re.compile(r"telegram (-?\d+), message (\d+)(, unanswered)?")  # in a file of --history
+# In a file of --history: the ids of the chat, the bot and the last message that it read
+STATE = re.compile(r"telegram (-?\d+), bot (\d+), message (\d+)(, unanswered)?")
 COMMAND = re.compile(r"/([a-z]+)(?:@(\w+))?(?:\s+(.*))?", re.IGNORECASE | re.DOTALL)
 COMMANDS = {
     "retry": "another reply to the last message",
@@ -43,8 +44,8 @@ COMMANDS = {
 STRANGER = "Sorry, this bot talks only to people on its list. Your id is {}."
 
 
-def validate(options: Any) -> str:
-    """Check the flags, before the model loads; return the bot's token."""
+def validate(options: Any) -> Api:
+    """Check the flags, before the model loads; return the bot's account."""
     parse_names(options)
     if options.memory:
         raise UserError(
@@ -52,13 +53,18 @@ def validate(options: Any) -> str:
         )
     if options.history:
         cli.make_private_dir(options.history)
-    return read_token(options.token_file)
+    return Api(read_token(options.token_file))
 
 
-def serve(decoder: generate.Decoder, token: str, me: str, options: Any) -> None:
-    """Run the bot until Ctrl-C. `token`: from `validate`; `options`: chat.py's."""
+def serve(api: Api, decoder: generate.Decoder, me: str, options: Any, pacer: Pacer) -> None:
+    """Run the bot until Ctrl-C. `api`: from `validate`; `options`: chat.py's."""
     queue = RequestQueue(decoder, me, options, max_queue=float("inf"))
-    asyncio.run(TelegramBot(Api(token), queue, me, options).run())
+    try:
+        asyncio.run(TelegramBot(api, queue, me, options, pacer).run())
+    except TelegramError as error:
+        raise UserError(
+            f"Telegram refuses this bot: {error.message}", "Does @BotFather still list it? /mybots"
+        ) from None
 
 
 def parse_allowed(options: Any) -> set[int]:
@@ -117,7 +123,7 @@ class TelegramChat(Conversation):
         return GROUPS if self.is_group else self.you
 
     def session(self) -> data.Session:
-        state = f"telegram {self.id}, message {self.read}"
+        state = f"telegram {self.id}, bot {self.bot.api.bot.id}, message {self.read}"
         if self.asked > self.answered:
             state += ", unanswered"
         start = self.turns[0].at if self.turns else now()
@@ -247,7 +253,7 @@ class TelegramChat(Conversation):
             raise GenerationError(type(error).__name__) from None
         finally:
             job.result.cancel()
-        assert job.answer is not None, job
+        assert job.answer is not None, job.client  # not the job: an error must not show a chat
         return job.answer.messages
 
     async def wait_for(self, message: str, schedule: Schedule | None) -> None:
@@ -264,13 +270,13 @@ class TelegramChat(Conversation):
 class TelegramBot:
     """All chats of a bot. `queue`: has the model."""
 
-    def __init__(self, api: Api, queue: RequestQueue, me: str, options: Any):
+    def __init__(self, api: Api, queue: RequestQueue, me: str, options: Any, pacer: Pacer):
         self.api = api
         self.queue = queue
         self.me = me
         self.options = options
-        self.pacer = Pacer.load(options.ckpt, options, default="human")
-        self.pace = self.pacer.pace or Pace.load(options.ckpt)
+        self.pacer = pacer
+        self.pace = pacer.pace or Pace({})
         self.allowed = parse_allowed(options)
         self.names = parse_names(options)  # of users, by id
         self.taken = {name.casefold() for name in (me, data.HEADER, *self.names.values())}
@@ -306,27 +312,37 @@ class TelegramBot:
         folder = self.options.history
         for path in sorted(Path(folder).glob("*.jsonl")) if folder else []:
             sessions = data.load_sessions(path)
-            state = STATE.fullmatch(sessions[-1].chat_id) if sessions else None
-            if not state:
+            state = STATE.fullmatch(str(sessions[-1].chat_id)) if sessions else None
+            if not state or state[1] != path.stem:
                 raise UserError(
                     f"{path} is not a chat of --telegram", "Name another folder for --history."
                 )
-            id, is_group = int(state[1]), sessions[-1].type == "private_group"
-            chat = TelegramChat(self, id, self.names.get(id, sessions[-1].chat), is_group)
-            chat.read, chat.last_at = int(state[2]), path.stat().st_mtime
-            self.chats[id] = chat
-            if state[3] and (is_group or id in self.allowed):
-                chat.asked = chat.read
-                chat.start_answer()
+            self.load_chat(state, sessions[-1], path.stat().st_mtime)
+
+    def load_chat(self, state: re.Match, session: data.Session, at: float) -> None:
+        """Load a chat. `state`: a match of STATE; `at`: when it was saved."""
+        id, is_group = int(state[1]), session.type == "private_group"
+        name = session.chat
+        if not is_group:
+            name = self.names.setdefault(id, name)
+            self.taken.add(name.casefold())
+        chat = self.chats[id] = TelegramChat(self, id, name, is_group)
+        chat.last_at = at
+        if int(state[2]) != self.api.bot.id:
+            return  # another bot kept it, and numbered its messages otherwise
+        chat.read = int(state[3])
+        if state[4] and (is_group or id in self.allowed):
+            chat.asked = chat.read
+            chat.start_answer()
 
     async def poll(self) -> None:
         """Read updates for ever. To ask for the next ones confirms those before."""
         offset = None
         while True:
-            for update in await self.api.updates(offset):
-                offset = update.update_id + 1
-                if update.message and update.message.from_user:
-                    self.receive(update.message, update.message.from_user)
+            for number, message in await self.api.updates(offset):
+                offset = number + 1
+                if message and message.from_user:
+                    self.receive(message, message.from_user)
 
     def receive(self, message: Message, user: User) -> None:
         """Hand a message to its chat; a stranger gets one line."""

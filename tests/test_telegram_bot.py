@@ -25,6 +25,7 @@ import chat
 import data
 from exports import telegram as exported
 from inference import telegram_api, telegram_bot
+from inference.pace import Pacer
 from model import Transformer
 from weights import hf
 from weights.load import load_weights
@@ -177,7 +178,8 @@ async def running(api, tmp_path, reply=echo, seconds=0.0, allow="1,2", **flags):
     )
     os.environ["TELEGRAM_API_URL"] = f"http://127.0.0.1:{api.port}"
     queue = StubQueue(reply, seconds)
-    bot = telegram_bot.TelegramBot(telegram_api.Api(TOKEN), queue, "Ann Smith", options)
+    pacer = Pacer.load(tmp_path, options)
+    bot = telegram_bot.TelegramBot(telegram_api.Api(TOKEN), queue, "Ann Smith", options, pacer)
     task = bot.run_task = asyncio.create_task(bot.run())
     try:
         yield bot
@@ -296,6 +298,45 @@ def test_refused_messages_are_dropped_and_the_bot_goes_on(status, tmp_path, caps
     play(scenario)
     kind = "Forbidden" if status == 403 else "BadRequest"
     assert capsys.readouterr().err.splitlines()[-1] == f"(Telegram refuses a message: {kind})"
+
+
+def test_what_the_bot_api_would_not_answer_is_sent_again(tmp_path):
+    async def scenario(api):
+        api.answers += [(200, {"welcome": "to our hotel"})]
+        async with running(api, tmp_path):
+            api.say(BOB, "one")
+            assert await api.wait_for_sent(BOB, 1) == ["re one"]
+
+    play(scenario)
+
+
+def test_a_message_is_not_sent_again_because_its_confirmation_is_of_a_new_kind(tmp_path):
+    async def scenario(api):
+        api.answers += [(200, {"ok": True, "result": {"kind": "new"}})]
+        async with running(api, tmp_path) as bot:
+            api.say(BOB, "one")
+            await api.wait_for(lambda: not api.answers)
+            api.say(BOB, "two")
+            assert await api.wait_for_sent(BOB, 1) == ["re two"]
+            turns = [turn.messages for turn in bot.chats[BOB].turns]
+            assert turns == [["one"], ["re one"], ["two"], ["re two"]]
+
+    play(scenario)
+
+
+def test_an_update_that_cannot_be_read_is_skipped_with_one_line(tmp_path, capsys):
+    async def scenario(api):
+        async with running(api, tmp_path, history=str(tmp_path)):
+            api.push({"update_id": 1001, "message": {"message_id": 1, "text": "a secret"}})
+            api.say(BOB, "half of an emoji, a secret: \ud83e")
+            api.say(BOB, "hi")
+            assert await api.wait_for_sent(BOB, 1) == ["re hi"]
+            await api.wait_for(lambda: not api.updates)
+
+    play(scenario)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["(a message can't be read"] * 2
+    assert "secret" not in "".join(lines)
 
 
 def test_after_an_error_of_the_model_the_next_message_tries_again(tmp_path, capsys):
@@ -671,8 +712,27 @@ def test_history_is_a_file_a_chat_as_the_terminals(tmp_path):
     assert [turn.messages for turn in session.turns] == [["hi"], ["re hi"]]
     assert (session.chat, session.type) == ("Bob", "personal_chat")
     assert data.load_sessions(folder / "-100.jsonl")[0].chat == "Tea"
-    terminal = chat.Conversation("Ann Smith", "Bob", None, folder / "1.jsonl")
+    terminal = chat.TerminalChat("Ann Smith", "Bob", None, folder / "1.jsonl")
     assert len(terminal.turns) == 2
+
+
+def test_another_bot_goes_on_with_a_kept_chat_and_its_name(tmp_path):
+    turns = [data.Turn("Bob (2)", False, "2024-01-01T00:00:00", ["hi"])]
+    state = "telegram 1, bot 41, message 5000, unanswered"
+    session = data.Session("Bob (2)", state, "personal_chat", turns[0].at, turns)
+    (tmp_path / "1.jsonl").write_text(session.to_json())
+
+    async def scenario(api):
+        async with running(api, tmp_path, history=str(tmp_path)) as bot:
+            await asyncio.sleep(0.2)
+            assert not api.calls  # Bob has not pressed its Start
+            api.say(BOB, "there?")
+            assert await api.wait_for_sent(BOB, 2) == ["re hi", "re there?"]
+            (turn,) = bot.queue.requests[-1].turns
+            assert turn.author == "Bob (2)"
+
+    play(scenario)
+    assert "bot 42" in (tmp_path / "1.jsonl").read_text()
 
 
 def test_a_full_disk_ends_the_bot_before_the_update_is_confirmed(tmp_path, monkeypatch):
@@ -722,21 +782,20 @@ def program(api, *args):
             streams[0].close()
 
 
-def test_killed_in_the_middle_it_answers_everything_once(clone, tmp_path):
-    """The first run is killed while it waits, the second after the first message of an answer."""
+def test_stopped_while_it_waits_and_killed_later_it_answers_everything_once(clone, tmp_path):
     history = tmp_path / "history"
-    flags = (clone, "--history", history, "--max-tokens", 16, "--temperature", 1.5)
+    history.mkdir()
+    kept = history / "1.jsonl"
+    flags = (clone, "--history", history, "--pace", "fast", "--max-tokens", 16)
 
     async def scenario(api):
         update = api.say(BOB, "hi")
-        with program(api, *flags, "--longest-wait", 60):
-            await api.wait_for(lambda: (history / "1.jsonl").exists() and not api.updates, 200)
-        assert not api.sent(BOB)
-        assert "unanswered" in (history / "1.jsonl").read_text()
-        with program(api, *flags, "--pace", "fast") as (_, output):
+        async with running(api, clone, history=str(history), pace="human", longest_wait=60):
+            await api.wait_for(lambda: kept.exists() and not api.updates)
+        assert not api.sent(BOB) and "unanswered" in kept.read_text()
+        with program(api, *flags, "--temperature", 1.5) as (_, output):
             await api.wait_for(lambda: api.sent(BOB), 200)
-            text = (history / "1.jsonl").read_text
-            await api.wait_for(lambda: "unanswered" not in text())
+            await api.wait_for(lambda: "unanswered" not in kept.read_text())
             output.seek(0)
             assert output.read().splitlines() == [
                 "An AI imitation of Ann: https://t.me/Ann_bot (Ctrl-C exits)"
@@ -744,10 +803,10 @@ def test_killed_in_the_middle_it_answers_everything_once(clone, tmp_path):
         sent = len(api.sent(BOB))
         api.push(update)
         api.say(EVE, "hi")
-        with program(api, *flags, "--pace", "fast"):
-            await api.wait_for(lambda: api.sent(EVE), 200)
+        async with running(api, clone, history=str(history)):
+            await api.wait_for_sent(EVE, 1)
         assert len(api.sent(BOB)) == sent
-        (session,) = data.load_sessions(history / "1.jsonl")
+        (session,) = data.load_sessions(kept)
         assert [turn.author for turn in session.turns] == ["Bob", "Ann"]
         assert session.turns[0].messages == ["hi"]
 
@@ -792,6 +851,25 @@ def test_the_token_comes_from_a_private_file_and_is_not_repeated(refusal, tmp_pa
     assert telegram_api.read_token(str(token)) == TOKEN
     token.unlink()
     assert "No such file" in refusal(*flags)
+
+
+def test_a_proxy_that_cannot_be_used_is_named_before_the_model_loads(refusal, monkeypatch):
+    monkeypatch.setenv("TELEGRAM_TOKEN", TOKEN)
+    monkeypatch.setenv("ALL_PROXY", "ftp://ann:secret@proxy")
+    text = refusal("--allow", "1")
+    assert "The proxy in" in text and "secret" not in text and TOKEN not in text
+
+
+def test_what_telegram_refuses_at_the_start_is_told_in_two_lines(monkeypatch):
+    async def run(bot):
+        raise telegram_bot.TelegramError("Logged out")
+
+    monkeypatch.setattr(telegram_bot.TelegramBot, "run", run)
+    monkeypatch.setattr(telegram_bot, "RequestQueue", lambda *_, **__: None)
+    options = chat.Options(allow=("1",))
+    pacer = Pacer(None, human=False, may_ignore=False)
+    with pytest.raises(telegram_bot.UserError, match="refuses this bot: Logged out\n"):
+        telegram_bot.serve(telegram_api.Api(TOKEN), None, "Ann", options, pacer)
 
 
 def test_a_refusal_ends_with_code_2_and_two_lines(clone):
