@@ -22,9 +22,12 @@ import openai
 import pytest
 import torch
 from conftest import ROOT, VOCAB, command, refused, save_mistral
+from starlette.testclient import TestClient
 
+import chat
 from data import Turn
 from inference import generate, request_queue, server
+from inference.pace import Pace, Pacer
 from model import Transformer
 from weights import hf
 from weights.load import load_model, load_weights
@@ -1249,38 +1252,36 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def slow_clone(clone, tmp_path_factory):
-    """The clone, who answers Bob after five seconds and never answers Eve."""
-    folder = tmp_path_factory.mktemp("slow") / "clone"
-    shutil.copytree(clone, folder)
-    persona = json.loads((folder / "persona.json").read_text())
-    persona["timing"] = {
-        "everyone": {"delay": {"50%": 5}, "unanswered": 0},
-        "contacts": {"Eve": {"unanswered": 1}},
-        "typing": {"pause": 2, "characters_per_second": 1000, "spread": {"50%": 0.1}},
-    }
-    (folder / "persona.json").write_text(json.dumps(persona))
-    return folder
+def test_human_pace_streams_when_due_and_may_ignore_leaves_unanswered(decoder, monkeypatch):
+    """Waits are noted, not waited for."""
+    waits = []
 
+    async def sleep_until(moment):
+        waits.append(moment - time.monotonic())
+        return
+        yield  # it's a generator
 
-def test_human_pace_streams_when_due_and_may_ignore_leaves_unanswered(slow_clone):
-    flags = ("--pace", "human", "--may-ignore", "--seed", 1)
-    with serving(slow_clone, *flags, "--temperature", 0) as (port, _):
-        whole = greedy(port)[0]
-        began = time.time()
-        assert greedy(port)[0] == whole and time.time() - began < 5  # only streams are paced
-        began = time.time()
-        _, _, text = ask(port, body={"messages": HI, "stream": True})
-        assert time.time() - began > 5
-        comments = re.findall("^: ([a-z]+)$", text, re.MULTILINE)
-        lines = [line for line in whole.split("\n") if line.strip()]
-        assert comments == ["read"] + ["typing"] * len(lines)
-        chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
-        contents = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
-        assert "".join(contents) == "\n".join(lines)
-        from_eve = [{"role": "user", "name": "Eve", "content": "hi"}]
-        assert greedy(port, from_eve)[0] == ""
+    monkeypatch.setattr(server, "sleep_until", sleep_until)
+    everyone = {"delay": {"50%": 60}, "unanswered": 0}
+    timing = {"everyone": everyone, "contacts": {"Eve": {"unanswered": 1}}}
+    pacer = Pacer(Pace(timing, longest_wait=99), human=True, may_ignore=True, seed=1)
+    options = chat.Options(max_tokens=24, temperature=0)
+    app = server.application(decoder, "Ann", "Bob", ["Bob", "Eve"], options, pacer)
+    with TestClient(app) as client:
+        post = lambda **body: client.post("/v1/chat/completions", json={"messages": HI, **body})
+        content = lambda answer: answer.json()["choices"][0]["message"]["content"]
+        whole = content(post())
+        assert whole and not waits  # only streams are paced
+        text = post(stream=True).text
+        from_eve = post(messages=[{"role": "user", "name": "Eve", "content": "hi"}])
+        assert content(from_eve) == ""
+    comments = re.findall("^: ([a-z]+)$", text, re.MULTILINE)
+    lines = [line for line in whole.split("\n") if line.strip()]
+    assert comments == ["read"] + ["typing"] * len(lines)
+    chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    contents = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(contents) == "\n".join(lines)
+    assert len(waits) == 2 * len(lines) and 30 < waits[1] <= 60
 
 
 @pytest.fixture
@@ -1352,6 +1353,21 @@ WATCH_STATUS = """
         if (states.at(-1) != state) states.push(state);
     }).observe(document.querySelector("main"), {subtree: true, attributes: true, childList: true});
 """
+
+
+@pytest.fixture
+def slow_clone(clone, tmp_path):
+    """The clone, who answers Bob after 1.5 seconds and never answers Eve."""
+    folder = tmp_path / "clone"
+    shutil.copytree(clone, folder)
+    persona = json.loads((folder / "persona.json").read_text())
+    persona["timing"] = {
+        "everyone": {"delay": {"50%": 1.5}, "unanswered": 0},
+        "contacts": {"Eve": {"unanswered": 1}},
+        "typing": {"pause": 0.7, "characters_per_second": 1000, "spread": {"50%": 0.1}},
+    }
+    (folder / "persona.json").write_text(json.dumps(persona))
+    return folder
 
 
 def test_page_shows_read_then_typing_then_the_message(page, slow_clone):
