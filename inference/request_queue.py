@@ -176,7 +176,7 @@ class RequestQueue:
 
 
 def deliver(job: Job, text: str, result: tuple[str, dict] | Exception | None) -> None:
-    """Hand a piece of a reply to whoever waits for it, unless they left."""
+    """Hand a piece of a reply to the one who waits for it, unless they left."""
     if job.result.done():
         return
     if text:

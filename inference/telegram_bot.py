@@ -6,8 +6,8 @@ printed or logged, nor written without --history.
 
 A message joins its chat's turns, and with --history the chat's file, before it is confirmed to
 Telegram; one that comes twice is known by its id. The file says whether an answer is due, so after
-a crash nothing is lost or answered twice. Without --history a restart forgets all talks, and what
-was not answered yet isn't.
+a crash nothing is lost or answered twice. Without --history a restart forgets all chats, and what
+was not answered by then stays unanswered.
 """
 
 import asyncio
@@ -183,7 +183,7 @@ class TelegramChat(Conversation):
         self.bot.tasks.create_task(self.bot.api.send(self.id, text))
 
     def introduction(self) -> str:
-        kept = "Whoever runs this bot keeps it." if self.history else "It is not kept on disk."
+        kept = "The person who runs this bot keeps it." if self.history else "It is not kept on disk."
         leave = "remove this bot from the group" if self.is_group else "block this bot"
         commands = [f"/{name}: {what}" for name, what in COMMANDS.items()]
         return (
@@ -196,7 +196,7 @@ class TelegramChat(Conversation):
     def start_answer(self, schedule: Schedule | None = None, opening: bool = False) -> None:
         """Begin my next turn. `opening`: without what was said before.
 
-        An answer of which nothing was sent yet begins anew; one that is being sent ends first.
+        An answer that isn't being sent yet is started again; one that is being sent ends first.
         """
         if not self.sending:
             self.stop_answer()

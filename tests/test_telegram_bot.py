@@ -239,7 +239,7 @@ def test_messages_in_a_row_join_into_a_turn_and_each_answer_follows_typing(tmp_p
     play(scenario)
 
 
-def test_a_message_while_the_model_writes_begins_the_answer_anew(tmp_path):
+def test_a_message_while_the_model_writes_starts_the_answer_again(tmp_path):
     async def scenario(api):
         async with running(api, tmp_path, seconds=0.5) as bot:
             api.say(BOB, "one")
