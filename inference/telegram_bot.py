@@ -183,7 +183,7 @@ class TelegramChat(Conversation):
         self.bot.tasks.create_task(self.bot.api.send(self.id, text))
 
     def introduction(self) -> str:
-        kept = "The person who runs this bot keeps it." if self.history else "It is not kept on disk."
+        kept = "The bot's owner keeps it." if self.history else "It is not kept on disk."
         leave = "remove this bot from the group" if self.is_group else "block this bot"
         commands = [f"/{name}: {what}" for name, what in COMMANDS.items()]
         return (
