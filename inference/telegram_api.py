@@ -32,7 +32,8 @@ POLL_SECONDS = 30  # that Telegram holds a request for updates until there are s
 READ_SECONDS = 30  # for the confirmation of a message: to send one again doubles it
 CONNECT_SECONDS = 10
 CONNECTIONS = 16  # at a time; further calls wait: 200 at once would be slow, and time out
-MAX_RETRY_SECONDS = 30  # between two tries to reach Telegram
+RETRY_SECONDS = 1.0  # between two tries to reach Telegram, then twice as long, and so on
+MAX_RETRY_SECONDS = 30
 MAX_MESSAGE = 4096  # UTF-16 units
 # A message's field → the mark that training had, as in exports/telegram.py. A GIF is a file too.
 MARKS = {
@@ -128,7 +129,7 @@ class Api:
 
     async def request(self, call: Callable[[], Awaitable[Any]]) -> Any:
         """Call until Telegram answers. TelegramError when it refuses, UserError for a bad token."""
-        wait = 1.0
+        wait = RETRY_SECONDS
         while True:
             try:
                 result = await call()

@@ -207,6 +207,7 @@ def play(scenario, *args):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(telegram_bot, "JOIN_SECONDS", 0.05)
+    monkeypatch.setattr(telegram_api, "RETRY_SECONDS", 0.3)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("TELEGRAM_API_URL", "")
 
@@ -253,7 +254,7 @@ def test_a_message_while_the_model_writes_starts_the_answer_again(tmp_path):
 
 def test_a_message_while_the_answer_is_sent_is_answered_after_it(tmp_path):
     async def scenario(api):
-        api.answers += [(502, {"ok": False})]  # "a" takes a second
+        api.answers += [(502, {"ok": False})]  # "a" takes a moment longer
         reply = lambda request: ["a", "b"] if len(request.turns) == 1 else ["c"]
         async with running(api, tmp_path, reply=reply) as bot:
             api.say(BOB, "one")
