@@ -1355,24 +1355,41 @@ WATCH_STATUS = """
 """
 
 
-@pytest.fixture
-def slow_clone(clone, tmp_path):
-    """The clone, who answers Bob after 1.5 seconds and never answers Eve."""
-    folder = tmp_path / "clone"
-    shutil.copytree(clone, folder)
-    persona = json.loads((folder / "persona.json").read_text())
-    persona["timing"] = {
+@contextlib.contextmanager
+def serving_here(monkeypatch, *args):
+    """Call server.serve(socket, *args) in a thread, until the block ends; yield the port."""
+    servers = []
+
+    class Server(server.uvicorn.Server):
+        def run(self, sockets):
+            servers.append(self)
+            super().run(sockets)
+
+    monkeypatch.setattr(server.uvicorn, "Server", Server)
+    sock = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.serve, args=(sock, *args))
+    thread.start()
+    try:
+        yield sock.getsockname()[1]
+    finally:
+        servers[0].should_exit = True
+        thread.join(30)
+
+
+def test_page_shows_read_then_typing_then_the_message(page, decoder, tmp_path, monkeypatch):
+    """Bob is answered after 1.5 seconds, Eve never."""
+    timing = {
         "everyone": {"delay": {"50%": 1.5}, "unanswered": 0},
         "contacts": {"Eve": {"unanswered": 1}},
         "typing": {"pause": 0.7, "characters_per_second": 1000, "spread": {"50%": 0.1}},
     }
-    (folder / "persona.json").write_text(json.dumps(persona))
-    return folder
-
-
-def test_page_shows_read_then_typing_then_the_message(page, slow_clone):
-    flags = ("--pace", "human", "--may-ignore", "--temperature", 0)
-    with serving(slow_clone, *flags) as (port, _):
+    contacts = [{"name": "Bob"}, {"name": "Eve"}]
+    persona = {"me": "Ann", "contacts": contacts, "timing": timing}
+    (tmp_path / "persona.json").write_text(json.dumps(persona))
+    flags = {"temperature": 0, "max_tokens": 24, "pace": "human", "may_ignore": True}
+    options = chat.Options(str(tmp_path), **flags)
+    pacer = Pacer.load(tmp_path, options)
+    with serving_here(monkeypatch, decoder, "Ann", "Bob", options, pacer) as port:
         greedy(port)  # the first reply is the slowest
         page.goto(f"http://127.0.0.1:{port}/")
         page.wait_for_selector("text=AI imitation of Ann")
