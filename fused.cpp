@@ -1,7 +1,7 @@
 // What model.py does in chunks of rows, fused for a CPU: bf16 or fp32 in and out, fp32 within.
-// fused.py builds this file and calls it; plain C, so that it compiles in a second.
+// fused.py builds this file and calls it. It includes nothing of torch's, so it compiles in seconds.
 //
-// N rows, E columns, H heads of D. `x`, `out` and gradients are contiguous, all of one type.
+// N rows, E columns, H heads of D. All arrays are contiguous; `x`, `out` and gradients of one type.
 
 #include <cmath>
 #include <cstdint>
@@ -32,7 +32,7 @@ static inline float exponential(float x) {
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float power = 1 + r * (1 + r * (0.5f + r * (0.166666652f + r * (0.0416667563f
                   + r * (0.00833345205f + r * 0.00139335990f)))));
-    int32_t bits = (int32_t(n) + 127) << 23;
+    uint32_t bits = uint32_t(int32_t(n) + 127) << 23;  // of NaN any: the power is NaN
     float two_n;
     memcpy(&two_n, &bits, 4);
     return power * two_n;
@@ -118,8 +118,8 @@ void rotate(const T* x, const float* cos, const float* sin, T* out, long N, long
 // Scores are (blocks, G, size, heads, columns), with `heads` heads a group: blocks * G products.
 
 // Probabilities in place of scores. A query sees the columns from first_seen (blocks, size) to its
-// own, which is as far from the last column as the query from the last one. Columns are a multiple
-// of 16 and taken so many at a time: no loop has a rest.
+// own; the last query's is the last column. Columns are a multiple of 16 and loops take 16 at a
+// time: none has a remainder. `powers` takes 4 bytes a column of a thread's stack.
 template <typename T>
 void softmax(T* scores, const int32_t* first_seen, long blocks, long G, long size, long heads,
              long columns) {

@@ -41,7 +41,7 @@ def serves(x: Tensor) -> bool:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x (N, E), weight (E,) → x / rms(x) * weight in the dtype of x, 1 / rms (N,) float32."""
     x, weight = x.contiguous(), weight.float().contiguous()
-    out, inv_rms = torch.empty_like(x), torch.empty(len(x))
+    out, inv_rms = torch.empty_like(x), torch.empty(len(x), dtype=torch.float32)
     call("rms_norm", x.dtype, x, weight, out, inv_rms, *x.shape, eps)
     return out, inv_rms
 
@@ -53,7 +53,7 @@ def rms_norm_backward(
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.float().contiguous()
     out, sums = torch.empty_like(x), None
     if train_weight:
-        sums = torch.zeros(torch.get_num_threads(), x.shape[1])
+        sums = torch.zeros(torch.get_num_threads(), x.shape[1], dtype=torch.float32)
     call("rms_norm_backward", x.dtype, grad, x, weight, inv_rms, out, sums, *x.shape)
     return out, None if sums is None else sums.sum(0)
 
@@ -124,13 +124,18 @@ def add_blocks_(total: Tensor, x: Tensor, firsts: np.ndarray, length: int) -> No
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Argument) -> None:
-    """Call a kernel with tensors and arrays, as pointers, and numbers."""
-    kernel = getattr(library(), f"{name}_{DTYPES[dtype]}")
+    """Call a kernel with tensors and arrays, as pointers, and numbers, on torch's threads."""
+    kernels = library()
+    assert kernels is not None
+    # clang's OpenMP isn't the one that torch sets
+    kernels.omp_set_num_threads(torch.get_num_threads())
+    kernel = getattr(kernels, f"{name}_{DTYPES[dtype]}")
     kernel(*map(as_c, arguments))
 
 
 def as_c(value: Argument) -> object:
     if isinstance(value, Tensor):
+        assert value.is_contiguous()
         return ctypes.c_void_p(value.data_ptr())
     if isinstance(value, np.ndarray):
         assert value.flags.c_contiguous
@@ -164,8 +169,8 @@ def load_library(source: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except subprocess.TimeoutExpired:
         raise BuildError(f"{compiler} takes longer than {BUILD_SECONDS} s") from None
-    except (OSError, subprocess.SubprocessError) as error:
-        lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home
+        lines = str(getattr(error, "stderr", None) or error).strip().splitlines() or [repr(error)]
         raise BuildError(f"{compiler}: {lines[0]:.200}") from None
 
 

@@ -486,7 +486,7 @@ class DocumentAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, groups):
         G, scale = k.shape[1], k.shape[2] ** -0.5
-        out, saved = torch.zeros_like(q), []
+        out, saved = q.new_zeros(q.shape), []
         for blocks in groups:
             at_queries = blocks.first_query, blocks.size
             at_keys = blocks.first_key, blocks.columns
@@ -504,8 +504,9 @@ class DocumentAttention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, *saved = ctx.saved_tensors
         G, scale = k.shape[1], k.shape[2] ** -0.5
-        grad_q = torch.zeros_like(q)
-        grad_k, grad_v = (torch.zeros(k.shape) for _ in range(2))  # sums over blocks, in fp32
+        grad_q = q.new_zeros(q.shape)
+        # Sums over blocks, in fp32
+        grad_k, grad_v = (k.new_zeros(k.shape, dtype=torch.float32) for _ in range(2))
         for blocks, probabilities in zip(ctx.groups, saved):
             at_queries = blocks.first_query, blocks.size
             at_keys = blocks.first_key, blocks.columns

@@ -112,7 +112,33 @@ def test_no_compiler_and_a_broken_one_are_told(tmp_path, monkeypatch):
     (tmp_path / "g++").chmod(0o755)
     with pytest.raises(fused.BuildError, match="out of order"):
         fused.load_library(fused.SOURCE)
+    (tmp_path / "g++").write_text("#!/bin/sh\necho >&2\nexit 1\n")
+    with pytest.raises(fused.BuildError, match="exit status 1"):
+        fused.load_library(fused.SOURCE)
     assert not [*tmp_path.glob("cache/**/*.so")]
+
+
+@needs_compiler
+def test_without_a_home_folder_nothing_is_built(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(fused.Path, "home", home)
+    with pytest.raises(fused.BuildError, match="home directory"):
+        fused.load_library(fused.SOURCE)
+
+
+@needs_compiler
+def test_kernels_run_on_as_many_threads_as_torch(monkeypatch):
+    """Also where OpenMP isn't the library that torch sets: rms_norm_backward sums by thread."""
+    kernels = fused.library()
+    before = kernels.omp_get_max_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: before + 1)
+    fused.swiglu(torch.ones(4), torch.ones(4))
+    after = kernels.omp_get_max_threads()
+    kernels.omp_set_num_threads(before)
+    assert after == before + 1
 
 
 @needs_compiler
