@@ -12,9 +12,9 @@ import importlib.util
 import json
 import math
 import os
-import sys
+import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -242,18 +242,26 @@ def run_models(
         return outputs
 
     loaded = {name: load_with_rows(folder, options) for name, folder in models.items()}
+    stopping = threading.Event()
+
+    def end_if_stopping(*_) -> None:
+        if stopping.is_set():
+            raise CancelledError
 
     def run(name: str) -> dict[str, ModelOutputs]:
         torch.set_num_threads(threads)  # of this thread
+        loaded[name][0].register_forward_pre_hook(end_if_stopping)
         return run_model(name, loaded[name], test_set, options)
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(len(models)) as pool:
+        futures = [pool.submit(run, name) for name in models]
         try:
-            for output in pool.map(run, models):
-                outputs |= output
-        except KeyboardInterrupt:  # threads can't be stopped, and nothing is half-written
-            print("\nstopped", file=sys.stderr)
-            os._exit(130)
+            for future in as_completed(futures):
+                future.result()
+        finally:  # after an error or Ctrl-C the others end at their next forward pass
+            stopping.set()
+    for future in futures:
+        outputs |= future.result()
     return outputs
 
 
@@ -306,16 +314,15 @@ def run_model(
 
 def held_out_likelihood(model, rows: list[data.Row], name: str) -> step.Evaluation:
     """Evaluate my turns in `rows`, with a progress bar."""
-    bar = track(name, "held-out likelihood")(total=len(rows))
+    with track(name, "held-out likelihood")(total=len(rows)) as bar:
 
-    def advance(*_) -> None:  # a hook that returns something would replace the model's output
-        bar.update(min(2, len(rows) - bar.n))
+        def advance(*_) -> None:  # a hook that returns something would replace the model's output
+            bar.update(min(2, len(rows) - bar.n))
 
-    hook = model.register_forward_hook(advance)
-    ranks = distributed.Distributed(next(model.parameters()).device)
-    evaluation = step.evaluate(model, rows, ranks, 2, max(len(row.ids) for row in rows))
-    hook.remove()
-    bar.close()
+        hook = model.register_forward_hook(advance)
+        ranks = distributed.Distributed(next(model.parameters()).device)
+        evaluation = step.evaluate(model, rows, ranks, 2, max(len(row.ids) for row in rows))
+        hook.remove()
     return evaluation
 
 

@@ -20,7 +20,7 @@ class Lines:
 
 
 def track(name: str, task: str) -> Callable[..., tqdm]:
-    """Make a progress bar of something; where there is no terminal, a line every 10 seconds."""
+    """Return tqdm with a label; where there is no terminal it prints a line every 10 seconds."""
     settings: dict[str, Any] = {"desc": f"{name}: {task}", "leave": False, "smoothing": 0}
     if not sys.stderr.isatty():
         layout = "{desc} {n_fmt}/{total_fmt}, {remaining} left"

@@ -3,7 +3,10 @@
 import collections
 import json
 import shutil
+import signal
 import stat
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -412,6 +415,30 @@ def test_models_side_by_side_measure_the_same_as_one_by_one(clone, base, chats, 
         np.testing.assert_allclose(one.nats, other.nats, rtol=1e-3)
         np.testing.assert_allclose(one.held_out.bits, other.held_out.bits, rtol=1e-3)
     assert [*results[0]] == [*results[1]] == ["clone", "base"]
+
+
+@pytest.mark.parametrize("error", [UserError, KeyboardInterrupt])
+def test_what_ends_one_model_ends_the_others_soon_and_is_shown(error, monkeypatch):
+    finished = []
+
+    def run_model(name, loaded, *_):
+        if name == "base" and error is UserError:
+            raise UserError("the base is damaged", "")
+        if name == "base":  # Ctrl-C comes to the main thread
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        for _ in range(1000):
+            loaded[0](torch.zeros(1))
+            time.sleep(0.01)
+        finished.append(name)
+
+    monkeypatch.setattr(evaluate, "run_model", run_model)
+    monkeypatch.setattr(evaluate, "load_with_rows", lambda *args: (torch.nn.Identity(),))
+    monkeypatch.setattr(evaluate, "fit_together", lambda *args: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    with pytest.raises(error):
+        evaluate.run_models({"clone": "a", "base": "b"}, None, evaluate.Options())
+    assert not finished
 
 
 def test_models_are_measured_side_by_side_where_memory_has_room_for_all(clone, base, monkeypatch):
