@@ -177,11 +177,13 @@ class Batch:
         )
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx = rows * -(-size // 256) * 256
-        settings.n_batch = settings.n_ubatch = 512
+        # A prompt, and a token of each other row
+        capacity = max(512, size + rows)
+        settings.n_batch, settings.n_ubatch = capacity, 512
         settings.n_seq_max = rows
         settings.n_threads = settings.n_threads_batch = len(os.sched_getaffinity(0))
         self.context = llama_cpp.llama_init_from_model(self.model, settings)
-        self.batch = llama_cpp.llama_batch_init(512, 0, 1)
+        self.batch = llama_cpp.llama_batch_init(capacity, 0, 1)
         vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(vocab)
         self.lengths = [0] * rows

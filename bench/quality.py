@@ -6,11 +6,12 @@
     python -m bench.quality EXPORT BASE --run "old --lora --until 2008-12-31" \\
         --run "later --lora --init {old}"
 
-Splits EXPORT (the latest sessions are held out), evaluates BASE, trains each --run with train.py
-and each --peft learning rate with transformers + PEFT on the same rows, steps and schedule. Prints
-for each: bits per character, and its difference from the base and from the first run, with 95%
-intervals by a bootstrap over sessions. A run's --context, --since and --until go to data.py: it is
-trained on such data, and measured on the same held-out turns with its --context before them.
+Splits EXPORT, unless data.py did (the latest sessions are held out), evaluates BASE, trains each
+--run with train.py and each --peft learning rate with transformers + PEFT on the same rows, steps
+and schedule. Prints for each: bits per character, and its difference from the base and from the
+first run, with 95% intervals by a bootstrap over sessions. A run's --context, --since and --until
+go to data.py: it is trained on such data, and measured on the same held-out turns with its
+--context before them.
 {name} is the folder of an earlier run. The last line is JSON. Every run keeps its best evaluation,
 chosen on the same held-out sessions, which flatters all gains alike.
 """
@@ -95,6 +96,8 @@ class Bench:
     def data_folder(self, **flags: str | None) -> Path:
         """Return the folder that data.py makes with these flags, or EXPORT if it is one."""
         if (Path(self.options.export) / "train.jsonl").exists():
+            if self.options.messages or any(flags.values()):
+                sys.exit("--messages, --context, --since and --until need the export itself")
             return Path(self.options.export)
         arguments = []
         for name, value in flags.items():
