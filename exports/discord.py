@@ -88,7 +88,7 @@ def find_owner(head: str, name: str) -> str | None:
     for raw in MessageCursor(iter([head]), BEGINS, collections.Counter()).read():
         author = raw.get("author") if isinstance(raw, dict) else None
         if isinstance(author, dict):
-            shown = {author.get("nickname"), author.get("name")}
+            shown = author.get("nickname"), author.get("name")
             people[author_id(author)] = name in shown
     mine = [author for author, is_other in people.items() if not is_other]
     return mine[0] if len(people) == 2 and len(mine) == 1 else None

@@ -117,9 +117,8 @@ def events(source: Source, order: str, repairs: collections.Counter) -> Iterator
             moment = datetime.datetime.combine(day, time[0])
             event = Event(moment, None if service else name, body if tab else name, service)
         elif "\t" in text and not following:
-            repairs[DAMAGED] += (
-                1  # no part of the message before: somebody else may have written it
-            )
+            # No part of the message before: somebody else may have written it.
+            repairs[DAMAGED] += 1
         elif event and not following:
             event = event._replace(text=f"{event.text}\n{text}")
     if event:

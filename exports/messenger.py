@@ -43,8 +43,8 @@ EVENTS = re.compile(
     r"|missed (?:an?|your) [\w ]{0,20}call|waved at .{1,80}|added .{1,200} to the group"
     r"|(?:named|set|changed) the (?:group|nickname|quick|emoji|theme|chat)\b.{0,200})\.) ?$"
 )
+EVENT_LETTERS = "LRY"  # with which these sentences begin
 OWN_TYPES = (None, "Generic", "Share", "text", "media", "link")  # others: calls, joins
-EVENT_STARTS = "LRY"  # their first letters
 # The keys of a message that is text and nothing else.
 PLAIN = {
     "sender_name",
@@ -180,4 +180,4 @@ def is_event(content: str, author: str) -> bool:
     """Return whether the messenger wrote this in the author's name."""
     if content[-1:] == "." and content.startswith(author + " "):
         return True
-    return content[:1] in EVENT_STARTS and bool(EVENTS.match(content))
+    return content[:1] in EVENT_LETTERS and bool(EVENTS.match(content))
