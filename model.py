@@ -833,17 +833,7 @@ class Transformer(nn.Module):
         rotation = rope(positions, self.config)
         x = self.model.embed_tokens(tokens)  # (B, T, E)
         x = x.to(self.dtype or x.dtype)
-        layout: Documents | Tensor | None = cache.mask if cache else None
-        if layout is None:
-            layout = attention_layout(
-                positions,
-                self.config.sliding_window,
-                cache.length if cache else None,
-                x.dtype,
-                cu_seqlens,
-                self.config.head_dim,
-                cache.num_keys(tokens.shape[1]) if cache else None,
-            )
+        layout = self.layout(positions, x.dtype, cache, cu_seqlens)
         edges = getattr(layout, "cu_seqlens", None)
         if self.compiled and type(edges) is Tensor:  # no list, and no fake tensor
             torch._dynamo.mark_dynamic(edges, 0)  # one graph for any number of documents
@@ -863,6 +853,22 @@ class Transformer(nn.Module):
         targets = labels.flatten()[target_positions]
         losses = self.head_loss(x, targets, layout)
         return losses.sum() if reduction == "sum" else losses, len(targets)
+
+    def layout(
+        self,
+        positions: Tensor,
+        dtype: torch.dtype,
+        cache: KVCache | None,
+        cu_seqlens: list | Tensor | None,
+    ) -> Documents | Tensor:
+        """Return who attends to whom: the cache's own mask where it has one."""
+        cached = num_keys = None
+        if cache:
+            if cache.mask is not None:
+                return cache.mask
+            cached, num_keys = cache.length, cache.num_keys(positions.shape[1])
+        window, head_dim = self.config.sliding_window, self.config.head_dim
+        return attention_layout(positions, window, cached, dtype, cu_seqlens, head_dim, num_keys)
 
     def head_loss(self, x, targets, layout):
         train = torch.is_grad_enabled()
