@@ -43,7 +43,8 @@ def read(source: Source, repairs: collections.Counter) -> Iterator[tuple[Chat, I
         try:
             tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
             chats = list_chats(database) if tables >= TABLES else {}
-            handles = dict(database.execute("SELECT ROWID, id FROM handle")) if chats else {}
+            people = "SELECT ROWID, CAST(id AS TEXT) FROM handle"
+            handles = dict(database.execute(people)) if chats else {}
         except sqlite3.Error:
             repairs[DAMAGED_DATABASE] += 1
             return
@@ -61,7 +62,7 @@ def list_chats(database: sqlite3.Connection) -> dict[tuple, tuple[Chat, list[int
     for rowid, style, identifier, display_name in database.execute(query):
         identifier = str(identifier or rowid)
         chat_type = "private_group" if style == GROUP_STYLE else "personal_chat"
-        name = display_name or identifier
+        name = str(display_name or identifier)
         chat = Chat(f"imessage:{identifier}", make_id(identifier), chat_type, name, ME)
         chat, rowids = chats.setdefault((chat_type, identifier), (chat, []))
         rowids.append(rowid)
@@ -134,6 +135,7 @@ def read_message(
     elif at is None or name is None:
         text, left_out = "", Reason.NO_AUTHOR
     else:
+        text = text if isinstance(text, str) else ""  # damage makes it a number or bytes
         text = text or string_of(body) or edited_text(summary)
         text = OBJECTS.sub("", text).strip() or attachment_mark(database, rowid, voice)
         if not text:

@@ -167,6 +167,14 @@ def test_a_channel_without_a_readable_head_is_left_out_not_guessed(tmp_path):
     assert read(path, repairs) == [] and repairs.total() == 1
 
 
+def test_a_nickname_that_is_no_text_is_no_traceback(tmp_path):
+    messages = [said(0, ANN, "hi"), said(1, BOB, "ho")]
+    messages[0]["author"]["nickname"] = {"a": 1}
+    path = write(tmp_path / "dm.json", channel(messages, "DirectTextChat", PEOPLE[BOB]))
+    ((chat, found),) = read(path)
+    assert chat.owner == f"discord:{ANN}" and [m.text for m in found] == ["hi", "ho"]
+
+
 def package(folder, rows, as_csv, kind="DM"):
     """Discord's data package, with one channel."""
     home = folder / "messages/c4444444444444444444"

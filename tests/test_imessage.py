@@ -185,6 +185,13 @@ def test_a_date_that_is_none_costs_its_message_alone(tmp_path, date):
     assert {m.left_out or m.text for m in messages} == {Reason.NO_AUTHOR, "whole"}
 
 
+def test_text_and_names_of_another_type_are_no_traceback(tmp_path):
+    messages = [them(b"\x80"), them("whole"), them(None, attributedBody=b"\x80")]
+    chats = [(b"\x80", 45, b"\x80")]
+    path = make(tmp_path / "chat.db", messages, chats=chats, handles=[b"+4915100"])
+    assert spoken(path) == [("+4915100", "whole")]
+
+
 @pytest.mark.parametrize("kind", [1000, 2000, 2003, 2006, 3000, 3006, 4000])
 def test_reactions_are_no_messages(tmp_path, kind):
     path = make(
