@@ -254,8 +254,8 @@ def run_models(
         return run_model(name, loaded[name], test_set, options)
 
     with ThreadPoolExecutor(len(models)) as pool:
-        futures = [pool.submit(run, name) for name in models]
         try:
+            futures = [pool.submit(run, name) for name in models]
             for future in as_completed(futures):
                 future.result()
         finally:  # after an error or Ctrl-C the others end at their next forward pass

@@ -417,6 +417,7 @@ def test_models_side_by_side_measure_the_same_as_one_by_one(clone, base, chats, 
     assert [*results[0]] == [*results[1]] == ["clone", "base"]
 
 
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="Windows has no such signals")
 @pytest.mark.parametrize("error", [UserError, KeyboardInterrupt])
 def test_what_ends_one_model_ends_the_others_soon_and_is_shown(error, monkeypatch):
     finished = []
