@@ -170,8 +170,8 @@ def load_library(source: Path) -> ctypes.CDLL:
     except subprocess.TimeoutExpired:
         raise BuildError(f"{compiler} takes longer than {BUILD_SECONDS} s") from None
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home
-        lines = str(getattr(error, "stderr", None) or error).strip().splitlines() or [repr(error)]
-        raise BuildError(f"{compiler}: {lines[0]:.200}") from None
+        text = (getattr(error, "stderr", None) or "").strip() or str(error)
+        raise BuildError(f"{compiler}: {text.splitlines()[0]:.200}") from None
 
 
 def cache_folder() -> Path:
