@@ -1,6 +1,6 @@
 """Fused kernels for a CPU: fused.cpp, built at first use where a C++ compiler is found.
 
-Elsewhere model.py's own formulas serve, a quarter slower in training. Built libraries are kept in
+Elsewhere model.py's own formulas serve, a fifth slower in training. Built libraries are kept in
 ~/.cache/doppelganger.
 """
 

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import cli
 import data
+import fused
 import lora
 from cli import UserError, flag
 from inference import generate
@@ -355,7 +356,9 @@ def create_manager(
 
 
 def check_compiler(run: Run, ranks: Distributed) -> Run:
-    """Train uncompiled, and say so, where torch.compile doesn't work."""
+    """Train uncompiled, and say so, where torch.compile or a CPU's kernels can't be built."""
+    if ranks.device.type == "cpu" and fused.library() is None:
+        ranks.print("No C++ compiler works here, so steps take a fifth longer: apt install g++")
     if ranks.device.type != "cuda" or run.options.no_compile:
         return run
     problem = step.compiler_problem(ranks.device)

@@ -8,6 +8,8 @@ import torch
 
 import fused
 import model
+import train
+from training import distributed
 
 needs_compiler = pytest.mark.skipif(fused.library() is None, reason="needs g++ or clang++")
 DTYPES = pytest.mark.parametrize("dtype", fused.DTYPES, ids=fused.DTYPES.values())
@@ -152,3 +154,10 @@ def test_a_library_is_built_once(tmp_path, monkeypatch):
     assert fused.load_library(source).one() == 1 and library.stat().st_mtime_ns == built
     source.write_text('extern "C" int one() { return 2; }')
     assert fused.load_library(source).one() == 2
+
+
+def test_training_says_that_there_is_no_compiler(monkeypatch, capsys):
+    monkeypatch.setattr(fused, "library", lambda: None)
+    ranks = distributed.Distributed(torch.device("cpu"))
+    train.check_compiler(None, ranks)
+    assert "apt install g++" in capsys.readouterr().out

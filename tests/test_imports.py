@@ -25,7 +25,7 @@ MAY = {
     "training": {"cli", "data", "model", "lora", "weights"},
     "inference": {"cli", "data", "fused", "model", "weights"},
     "plan": {"cli", "data", "model", "weights", "training"},
-    "train": {"cli", "data", "model", "lora", "weights", "training", "inference"},
+    "train": {"cli", "data", "fused", "model", "lora", "weights", "training", "inference"},
     "evaluate": {"cli", "data", "weights", "training", "inference"},
     "chat": {"cli", "data", "weights", "inference"},
 }
