@@ -10,9 +10,9 @@ demo: .venv/run  ## the whole pipeline on an invented export: four minutes on tw
 test: .venv/dev  ## all tests, on all cores
 	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -n auto --dist worksteal tests
 
-# 10,000 damaged exports and model files, 2,500 of each further messenger, 45 killed runs, hosts that
-# lose their connection, 5,000 hostile requests, ten minutes of clients that come and go, memory over
-# 300 steps
+# 10,000 damaged exports and model files, 2,500 of each further messenger, 45 killed runs,
+# hosts that lose their connection, 5,000 hostile requests, ten minutes of clients that come
+# and go, memory over 300 steps
 soak: .venv/dev  ## long tests
 	MUTANTS=10000 KILLS=30 $(VENV)/python -m pytest -q -s tests/test_damage.py tests/test_lies.py tests/test_resume.py tests/test_hosts.py
 	MUTANTS=2500 OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -n auto -k mutat tests

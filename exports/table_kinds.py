@@ -1,4 +1,4 @@
-"""What a table's column `kind` may say of a message: a mark, or why it is nobody's own words.
+"""The values of a table's column `kind`: which mark a message gets, or why it is left out.
 
 The kinds are those that WeClone lists for WeChat in Chinese and English (weclone/data/models.py,
 2026-11-28), and those that people may write in a table of their own.
@@ -40,7 +40,7 @@ def mark_of(kind: str) -> str | None:
 
 @functools.lru_cache(1 << 8)
 def reason_of(kind: str) -> str:
-    """Return why a row of this kind is nobody's own words, "" where it may be."""
+    """Return why a row of this kind is left out, "" if it is read."""
     kind = kind.casefold()
     if SERVICE.fullmatch(kind):
         return Reason.SERVICE

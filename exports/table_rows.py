@@ -1,6 +1,6 @@
 """The rows of a table: CSV with a header, or JSON lines, whatever its columns are called.
 
-A row that isn't whole is left out and counted: a lost quote would give one person another's words.
+An incomplete row is left out and counted: after a lost quote, text would get a wrong author.
 """
 
 import collections

@@ -144,7 +144,7 @@ class ContextBuilder:
 def longer_prompts(
     past: list[data.Session], exchanges: ExchangeIndex, facts: Path, tokenizer: Tokenizer, size: int
 ) -> dict[str, Callable[[list[data.Turn]], list[data.Turn]]]:
-    """Return the ways to put more of me before a session's turns: {name: turns → turns}.
+    """Return the baselines that add context before a session's turns: {name: turns → turns}.
 
     `past`: sessions that I was trained on; `facts`: a file of lines, where it exists.
     """

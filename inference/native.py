@@ -109,7 +109,7 @@ class NativeStep:
             raise NativeError("the C++ doesn't know this kind of model")
         self.model = model
         self.library = library
-        self.kept: list[Tensor] = []  # what the structures point to
+        self.referenced: list[Tensor] = []  # what the structures point to
         config = model.config
         blocks = [block for block in model.model.layers if isinstance(block, Block)]
         weights = ModelWeights()
@@ -125,15 +125,15 @@ class NativeStep:
 
     def floats(self, tensor: Tensor) -> int:
         """Return the address of a copy in fp32."""
-        self.kept.append(tensor.detach().float().contiguous().clone())
-        return self.kept[-1].data_ptr()
+        self.referenced.append(tensor.detach().float().contiguous().clone())
+        return self.referenced[-1].data_ptr()
 
     def matrix(self, linear: Linear) -> Matrix:
         matrix = Matrix(kind=linear_kind(linear), out=linear.out_features)
         setattr(matrix, "in", linear.in_features)
         for name, tensor in zip(("weight", "scales", "least"), linear.stored()):
             setattr(matrix, name, tensor.data_ptr())
-            self.kept.append(tensor)
+            self.referenced.append(tensor)
         if isinstance(linear, PackedLinear):
             scales: Any = linear.scales  # (out,), or of int4 (out, groups)
             matrix.groups = scales.shape[1] if scales.dim() > 1 else 0

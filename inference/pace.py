@@ -29,8 +29,8 @@ from cli import UserError
 
 GROUPS = ""  # in place of a contact's name: any group
 EDIT_HINT = 'docs/CHAT.md explains the numbers. Without "timing" defaults are used.'
-# A person in no hurry, for clones without "timing". Typing: 36 words a minute on a phone (Palin et
-# al. 2019, 10.1145/3338286.3340120); the rest is a guess.
+# Defaults for clones without "timing". Typing speed: 36 words per minute on a phone (Palin et al.
+# 2019, 10.1145/3338286.3340120). The rest is a guess.
 DEFAULT: dict[str, Any] = {
     "everyone": {
         "delay": {"5%": 4, "25%": 12, "50%": 30, "75%": 120, "95%": 1800},
@@ -178,7 +178,7 @@ class Pacer:
     def load(cls, folder: str | Path, options: Any) -> "Pacer":
         """Read the pace that chat.py's Options ask for from a checkpoint. UserError for a bad edit.
 
-        A Telegram bot has a human pace unless told otherwise.
+        The default is human for a Telegram bot, fast elsewhere.
         """
         human = (options.pace or ("human" if options.telegram else "fast")) == "human"
         pace = None

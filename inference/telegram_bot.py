@@ -194,7 +194,7 @@ class TelegramChat(Conversation):
     # --- what goes out
 
     def start_answer(self, schedule: Schedule | None = None, opening: bool = False) -> None:
-        """Begin my next turn. `opening`: without what was said before.
+        """Start generating my next turn. `opening`: a new session, without the earlier turns.
 
         An answer that isn't being sent yet is started again; one that is being sent ends first.
         """
@@ -384,6 +384,6 @@ class TelegramBot:
 
 
 def name_pattern(*names: str) -> re.Pattern:
-    """Return a pattern of names, or their first words, in a text."""
+    """Return a regular expression that finds the names, or their first words, in a text."""
     words = {word for name in names for word in (name, name.split()[0]) if len(word) > 2}
     return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)

@@ -21,6 +21,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model  # noqa: E402
+from weights import hf  # noqa: E402
+from weights.load import load_weights  # noqa: E402
+from weights.save import save_model  # noqa: E402
 from weights.tokenizer import load_tokenizer  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -90,6 +93,19 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer(base):
     return load_tokenizer(base)
+
+
+@pytest.fixture(scope="module")
+def clone(base, tokenizer, tmp_path_factory):
+    """A random model folder with ChatML tokens and a persona."""
+    folder = tmp_path_factory.mktemp("clone")
+    random_model = model.Transformer(hf.with_vocab_size(hf.read_config(base), VOCAB + 2))
+    load_weights(random_model, base)
+    save_model(random_model, folder, tokenizer, torch.float32)
+    tokenizer.save(folder)
+    contacts = [{"name": "Bob"}, {"name": "Eve"}]
+    (folder / "persona.json").write_text(json.dumps({"me": "Ann", "contacts": contacts}))
+    return folder
 
 
 @pytest.fixture(scope="session")

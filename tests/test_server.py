@@ -20,18 +20,14 @@ from types import SimpleNamespace
 
 import openai
 import pytest
-import torch
-from conftest import ROOT, VOCAB, command, refused, save_mistral
+from conftest import ROOT, command, refused, save_mistral
 from starlette.testclient import TestClient
 
 import chat
 from data import Turn
 from inference import generate, request_queue, server
 from inference.pace import Pace, Pacer
-from model import Transformer
-from weights import hf
-from weights.load import load_model, load_weights
-from weights.save import save_model
+from weights.load import load_model
 from weights.tokenizer import load_tokenizer
 
 HOSTILE = int(os.environ.get("HOSTILE", 200))  # requests
@@ -42,20 +38,6 @@ HI = [{"role": "user", "content": "hi"}]
 POST_HEAD = (
     b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 )
-
-
-@pytest.fixture(scope="module")
-def clone(base, tokenizer, tmp_path_factory):
-    """A random model folder with ChatML tokens and a persona."""
-    folder = tmp_path_factory.mktemp("clone")
-    model = Transformer(hf.with_vocab_size(hf.read_config(base), VOCAB + 2))
-    load_weights(model, base)
-    save_model(model, folder, tokenizer, torch.float32)
-    tokenizer.save(folder)
-    (folder / "persona.json").write_text(
-        json.dumps({"me": "Ann", "contacts": [{"name": "Bob"}, {"name": "Eve"}]})
-    )
-    return folder
 
 
 @contextlib.contextmanager

@@ -16,8 +16,7 @@ from types import SimpleNamespace
 from urllib.parse import parse_qs
 
 import pytest
-import torch
-from conftest import ROOT, VOCAB, Program, command, refused
+from conftest import ROOT, Program, command, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,10 +25,6 @@ import data
 from exports import telegram as exported
 from inference import telegram_api, telegram_bot
 from inference.pace import Pacer
-from model import Transformer
-from weights import hf
-from weights.load import load_weights
-from weights.save import save_model
 
 CUT = float(os.environ.get("CUT", 1.5))  # seconds without a network
 TOKEN = "123456:ABC-def_1234567890"
@@ -752,18 +747,6 @@ def test_a_full_disk_ends_the_bot_before_the_update_is_confirmed(tmp_path, monke
 
 
 # --- the program
-
-
-@pytest.fixture(scope="module")
-def clone(base, tokenizer, tmp_path_factory):
-    """A random model folder with ChatML tokens and a persona."""
-    folder = tmp_path_factory.mktemp("clone")
-    model = Transformer(hf.with_vocab_size(hf.read_config(base), VOCAB + 2))
-    load_weights(model, base)
-    save_model(model, folder, tokenizer, torch.float32)
-    tokenizer.save(folder)
-    (folder / "persona.json").write_text('{"me": "Ann", "contacts": [{"name": "Bob"}]}')
-    return folder
 
 
 @contextlib.contextmanager
