@@ -45,7 +45,7 @@ from training.distributed import Distributed
 from training.run import Plan, Run, choose_micro_batch, is_elastic_restart, prepare
 from training.run_dir import BestTracker, EvalPoint, RunDir
 from training.watchdog import Watchdog
-from weights import hf, hub, shards
+from weights import devices, hf, hub, shards
 
 ALL_LINEAR = ",".join(lora.TARGETS)
 MIN_TARGET_TOKENS = 20_000  # with less data, say what to expect
@@ -251,6 +251,8 @@ def describe(run: Run, ranks: Distributed) -> str:
             f"\nThis is little data ({targets:,} tokens of mine): expect my tone and favourite "
             "words, not what I know."
         )
+    if run.spec.dtype == torch.bfloat16 and devices.lacks_bf16(ranks.device):
+        text += "\nThis GPU has no bf16: training is slow and needs more memory."
     return text
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -227,6 +228,17 @@ def test_unusable_gpu_is_an_error_never_the_cpu(tmp_path, monkeypatch):
             devices.pick_device()
         assert "--device cpu" in str(caught.value) and len(str(caught.value).splitlines()) == 2
     assert devices.pick_device("cpu").type == "cpu"
+
+
+def test_a_gpu_without_bf16_is_told_from_one_with_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    properties = SimpleNamespace(major=7)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert devices.lacks_bf16(torch.device("cuda", 0))
+    assert not devices.lacks_bf16(torch.device("cpu"))
+    properties.major = 8
+    assert not devices.lacks_bf16(torch.device("cuda", 0))
 
 
 # --- the hub, as a small server that speaks its protocol

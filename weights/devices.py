@@ -71,6 +71,11 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
+def lacks_bf16(device: torch.device) -> bool:
+    """Return whether a GPU computes bf16 without its tensor cores: NVIDIA's before Ampere."""
+    return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def free_memory() -> int:
     """Return the bytes of memory that this machine can still give."""
     if sys.platform == "win32":
