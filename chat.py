@@ -93,7 +93,7 @@ class Options:
     initiates: int = flag(0, "write first at hours when I used to, at most N times a day")
 
     no_compile: bool = flag(
-        False, "don't compile decoding: starts sooner, 2 to 4 times slower", group="speed and memory"
+        False, "don't compile decoding: starts sooner, 2-4 times slower", group="speed and memory"
     )
     weights: str | None = flag(
         None,

@@ -65,8 +65,8 @@ inline float sum(Floats x) {
     return (y[0] + y[2]) + (y[1] + y[3]);
 }
 
-// ROWS rows of a weight with B activations x (B, in) → out (B, m.out), or added to it. W: its type;
-// T at a time. Int4's groups side by side in the lanes; `sums` (B, groups) are those of x.
+// ROWS rows of a weight of type W with B activations x (B, in), T at a time → out (B, m.out), or
+// added to it. int4: groups lie side by side in the lanes, and `sums` (B, groups) are those of x.
 template <class W, int T = TILE>
 void dot(const Matrix &m, Size row, const float *x, const float *sums, Size B, float *out,
          bool add) {
@@ -129,7 +129,8 @@ void multiply(const Matrix &m, const float *x, Size B, float *out, bool add = fa
 template <class C>
 void attend(const C *keys, const C *values, Size seen, Size heads, Size D, float *q, float *probs) {
     const Matrix matrix{keys, seen, D};
-    for (Size row = 0; row < seen; row += ROWS) dot<C>(matrix, row, q, nullptr, heads, probs, false);
+    for (Size row = 0; row < seen; row += ROWS)
+        dot<C>(matrix, row, q, nullptr, heads, probs, false);
     const float root = std::sqrt(float(D));
     for (Size h = 0; h < heads; h++) {
         float *p = probs + h * seen, largest = *std::max_element(p, p + seen), total = 0;
