@@ -57,6 +57,11 @@ inline Floats load(const int8_t *p, int = 0) { return to_floats(widen(p)); }
 inline Floats load(const uint8_t *p, int part) {  // int4: two inputs, half a row apart
     return to_floats(part ? widen(p) >> 4 : widen(p) & 15);
 }
+inline void store(float *p, Floats x) { memcpy(p, &x, sizeof x); }
+inline void store(BFloat16 *p, Floats x) {  // as its operator, which isn't vectorised here
+    const Ints bits = (Ints)x, rounded = bits + 0x7fff + (bits >> 16 & 1);
+    for (int i = 0; i < LANES; i++) p[i].bits = uint32_t(rounded[i]) >> 16;
+}
 inline float sum(Floats x) {
     typedef float Four __attribute__((vector_size(16)));
     Four parts[LANES / 4], y = {};
@@ -201,17 +206,15 @@ template <class To> void unpack_as(const Matrix &m, To *out, int threads) {
     for (Size row = 0; row < m.out; row++) {
         To *to = out + row * m.in;
         const int8_t *bytes = (const int8_t *)m.weight + row * m.in;
-        for (Size i = 0; i < m.in && m.kind == INT8; i++)
-            to[i] = bytes[i] * ((const float *)m.scales)[row];
+        for (Size i = 0; i < m.in && m.kind == INT8; i += LANES)
+            store(to + i, load(bytes + i) * ((const float *)m.scales)[row]);
         const uint8_t *codes = (const uint8_t *)m.weight + row * half;
         for (Size g = 0; g < m.groups; g += LANES) {
             const Floats scale = load(m.scales + row * m.groups + g);
             const Floats least = load(m.least + row * m.groups + g);
             for (Size i = g; i < half; i += m.groups)
-                for (int part = 0; part < 2; part++) {
-                    const Floats y = load(codes + i, part) * scale + least;
-                    for (int l = 0; l < LANES; l++) to[i + part * half + l] = y[l];
-                }
+                for (int part = 0; part < 2; part++)
+                    store(to + i + part * half, load(codes + i, part) * scale + least);
         }
     }
 }
