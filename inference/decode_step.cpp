@@ -10,13 +10,17 @@
 #include <algorithm>
 #include <utility>
 #include <vector>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
-#ifdef __AVX512F__
+#ifdef __AVX512BW__
 constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
 #endif
 constexpr int ROWS = LANES / 4, TILE = 4;  // rows of a weight and activations: they fill registers
+constexpr int AHEAD = 2048;  // bytes that are fetched before they are needed
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef int64_t Size;
@@ -51,11 +55,23 @@ template <class T> inline Ints widen(const T *p) {
     return widen(p, std::make_index_sequence<LANES>());
 }
 inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
-inline Floats load(const float *p, int = 0) { Floats x; memcpy(&x, p, sizeof x); return x; }
-inline Floats load(const BFloat16 *p, int = 0) { return (Floats)(widen(&p->bits) << 16); }
-inline Floats load(const int8_t *p, int = 0) { return to_floats(widen(p)); }
-inline Floats load(const uint8_t *p, int part) {  // int4: two inputs, half a row apart
-    return to_floats(part ? widen(p) >> 4 : widen(p) & 15);
+inline Floats load(const float *p) { Floats x; memcpy(&x, p, sizeof x); return x; }
+inline Floats load(const BFloat16 *p) { return (Floats)(widen(&p->bits) << 16); }
+inline Floats load(const int8_t *p) { return to_floats(widen(p)); }
+inline Ints load(const int32_t *p) { Ints x; memcpy(&x, p, sizeof x); return x; }
+inline Ints load(const uint8_t *p) {  // int4: two codes, half a row apart, as 16-bit numbers
+    const Ints codes = widen(p);
+    return (codes | codes << 12) & 0x000f000f;
+}
+inline Floats multiply_add(Floats total, Floats a, Floats b) { return total + a * b; }
+inline Ints multiply_add(Ints total, Ints a, Ints b) {  // two 16-bit numbers in a lane of each
+#if defined __AVX512BW__
+    return total + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined __AVX2__
+    return total + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    return total + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
 }
 inline void store(float *p, Floats x) { memcpy(p, &x, sizeof x); }
 inline void store(BFloat16 *p, Floats x) {  // as its operator, which isn't vectorised here
@@ -70,44 +86,48 @@ inline float sum(Floats x) {
     return (y[0] + y[2]) + (y[1] + y[3]);
 }
 
-// ROWS rows of a weight of type W with B activations x (B, in), T at a time → out (B, m.out), or
-// added to it. int4: groups lie side by side in the lanes, and `sums` (B, groups) are those of x.
-template <class W, int T = TILE>
-void dot(const Matrix &m, Size row, const float *x, const float *sums, Size B, float *out,
+// R rows of a weight of type W with B activations x, T at a time → out (B, m.out), or added to it.
+// x (B, in), but of int4 (B, in / 2), in pairs like its codes: 16-bit numbers times scales. `scales`
+// (B, 2, groups): those of x, and its sums. Groups lie side by side in the lanes.
+template <class W> constexpr bool IS_INT4 = std::is_same<W, uint8_t>();
+template <class W> using Activation = std::conditional_t<IS_INT4<W>, int32_t, float>;
+template <class W, int T = TILE, int R = ROWS>
+void dot(const Matrix &m, Size row, const Activation<W> *x, const float *scales, Size B, float *out,
          bool add) {
-    constexpr int PARTS = std::is_same<W, uint8_t>() ? 2 : 1;
-    const Size part = m.in / PARTS, groups = PARTS == 2 ? m.groups : LANES;
-    Size rows[ROWS];
-    const W *weight[ROWS];
-    for (int r = 0; r < ROWS; r++) {
+    const Size in = IS_INT4<W> ? m.in / 2 : m.in, groups = IS_INT4<W> ? m.groups : LANES;
+    // Memory comes faster in one stream: one row at a time, unless rows share what is read of x
+    const Size ahead = R > 1 ? R * in : AHEAD / sizeof(W);
+    Size rows[R];
+    const W *weight[R];
+    for (int r = 0; r < R; r++) {
         rows[r] = std::min(row + r, m.out - 1);
-        weight[r] = (const W *)m.weight + rows[r] * part;
+        weight[r] = (const W *)m.weight + rows[r] * in;
     }
-    for (; B >= T; B -= T, x += T * m.in, sums += T * m.groups, out += T * m.out) {
-        Floats total[ROWS][T] = {};
+    for (; B >= T; B -= T, x += T * in, scales += 2 * T * m.groups, out += T * m.out) {
+        Floats total[R][T] = {};
         for (Size g = 0; g < groups; g += LANES) {
-            Floats products[ROWS][T] = {};
-            for (Size i = g; i < part; i += groups) {
-                Floats w[PARTS][ROWS];
-                for (int r = 0; r < ROWS; r++) {
-                    for (int p = 0; p < PARTS; p++) w[p][r] = load(weight[r] + i, p);
-                    __builtin_prefetch(weight[r] + i + ROWS * part);
+            decltype(load(x)) products[R][T] = {}, w[R];
+            for (Size i = g; i < in; i += groups) {
+                for (int r = 0; r < R; r++) {
+                    w[r] = load(weight[r] + i);
+                    __builtin_prefetch(weight[r] + i + ahead);
                 }
-                for (int t = 0; t < T; t++)
-                    for (int p = 0; p < PARTS; p++) {
-                        const Floats y = load(x + t * m.in + p * part + i);
-                        for (int r = 0; r < ROWS; r++) products[r][t] += w[p][r] * y;
-                    }
+                for (int t = 0; t < T; t++) {
+                    const auto y = load(x + t * in + i);
+                    for (int r = 0; r < R; r++)
+                        products[r][t] = multiply_add(products[r][t], w[r], y);
+                }
             }
-            for (int r = 0; r < ROWS; r++) {
-                const Size at = rows[r] * groups + g;
+            for (int r = 0; r < R; r++)
                 for (int t = 0; t < T; t++)
-                    if (PARTS == 1) total[r][t] = products[r][t];
-                    else total[r][t] += products[r][t] * load(m.scales + at)
-                                      + load(sums + t * groups + g) * load(m.least + at);
-            }
+                    if constexpr (IS_INT4<W>) {
+                        const float *of_x = scales + 2 * t * groups + g;
+                        const Floats scale = load(m.scales + rows[r] * groups + g) * load(of_x);
+                        total[r][t] += to_floats(products[r][t]) * scale
+                            + load(of_x + groups) * load(m.least + rows[r] * groups + g);
+                    } else total[r][t] = products[r][t];
         }
-        for (int r = 0; r < ROWS && row + r < m.out; r++)
+        for (int r = 0; r < R && row + r < m.out; r++)
             for (int t = 0; t < T; t++) {
                 float y = sum(total[r][t]), &to = out[t * m.out + row + r];
                 if (std::is_same<W, int8_t>()) y *= ((const float *)m.scales)[row + r];
@@ -115,19 +135,39 @@ void dot(const Matrix &m, Size row, const float *x, const float *sums, Size B, f
                 to = add ? to + y : y;
             }
     }
-    if constexpr (T > 1) if (B) dot<W, T / 2>(m, row, x, sums, B, out, add);
+    if constexpr (T == 2)
+        for (Size r = row; B && r < std::min(row + ROWS, m.out); r++)
+            dot<W, 1, 1>(m, r, x, scales, B, out, add);
+    else if constexpr (T > 2) dot<W, T / 2>(m, row, x, scales, B, out, add);
+}
+
+// An activation x (in,) for int4: see dot
+void quantize(const Matrix &m, const float *x, int32_t *pairs, float *scales) {
+    const Size half = m.in / 2, groups = m.groups;
+    for (Size i = 0; i < m.in; i += groups)
+        for (Size g = 0; g < groups; g++) {
+            scales[g] = std::max(scales[g], std::abs(x[i + g]) / 32767);
+            scales[groups + g] += x[i + g];
+        }
+    for (Size i = 0; i < half; i += groups)
+        for (Size g = 0; g < groups; g++) {
+            const float per = scales[g] > 0 ? 1 / scales[g] : 0;
+            const int low = std::rint(x[i + g] * per), high = std::rint(x[i + half + g] * per);
+            pairs[i + g] = (low & 0xffff) | high << 16;
+        }
 }
 
 // A weight with B activations x (B, in) → out (B, m.out), or added to it
 void multiply(const Matrix &m, const float *x, Size B, float *out, bool add = false) {
-    std::vector<float> sums(B * m.groups);
+    std::vector<float> scales(2 * B * m.groups);
+    std::vector<int32_t> pairs(m.groups ? B * m.in / 2 : 0);
     for (Size b = 0; b < B && m.groups; b++)
-        for (Size i = 0; i < m.in; i += m.groups)
-            for (Size g = 0; g < m.groups; g++) sums[b * m.groups + g] += x[b * m.in + i + g];
-    auto kernel = m.kind == FP32 ? dot<float> : m.kind == BF16 ? dot<BFloat16>
-                : m.kind == INT8 ? dot<int8_t> : dot<uint8_t>;
+        quantize(m, x + b * m.in, &pairs[b * m.in / 2], &scales[2 * b * m.groups]);
+    auto kernel = m.kind == FP32 ? dot<float> : m.kind == BF16 ? dot<BFloat16> : dot<int8_t>;
 #pragma omp for
-    for (Size row = 0; row < m.out; row += ROWS) kernel(m, row, x, sums.data(), B, out, add);
+    for (Size row = 0; row < m.out; row += ROWS)
+        if (m.kind == INT4) dot<uint8_t>(m, row, pairs.data(), scales.data(), B, out, add);
+        else kernel(m, row, x, nullptr, B, out, add);
 }
 
 // Attention of the `heads` queries q (heads, D) of a group, which the outcome replaces
@@ -212,9 +252,11 @@ template <class To> void unpack_as(const Matrix &m, To *out, int threads) {
         for (Size g = 0; g < m.groups; g += LANES) {
             const Floats scale = load(m.scales + row * m.groups + g);
             const Floats least = load(m.least + row * m.groups + g);
-            for (Size i = g; i < half; i += m.groups)
-                for (int part = 0; part < 2; part++)
-                    store(to + i + part * half, load(codes + i, part) * scale + least);
+            for (Size i = g; i < half; i += m.groups) {
+                const Ints pairs = load(codes + i);
+                store(to + i, to_floats(pairs & 15) * scale + least);
+                store(to + i + half, to_floats(pairs >> 16) * scale + least);
+            }
         }
     }
 }

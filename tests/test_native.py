@@ -67,7 +67,11 @@ def test_step_equals_the_model_in_every_family(family, weights, library, tmp_pat
     model = load_model(str(tmp_path), torch.float32, weights=weights)
     batch = drawn([5, 30, 1, 12, 20, 40])
     expected = plain_logits(model, *batch)  # before the step takes over unpacking
-    close(step_logits(model, library, *batch), expected)
+    logits = step_logits(model, library, *batch)
+    if weights == "int4":  # its activations have 16 bits; bf16's have 8
+        assert (logits - expected).norm() < 2e-4 * expected.norm()
+    else:
+        close(logits, expected)
 
 
 @pytest.mark.parametrize("weights", ["plain", "int8", "int4"])
