@@ -93,7 +93,7 @@ class Options:
     initiates: int = flag(0, "write first at hours when I used to, at most N times a day")
 
     no_compile: bool = flag(
-        False, "don't compile decoding: starts sooner, half as fast", group="speed and memory"
+        False, "don't compile decoding: starts sooner, 2-4 times slower", group="speed and memory"
     )
     weights: str | None = flag(
         None,
@@ -206,8 +206,7 @@ def load_decoder(
     )
     if decoder.not_compiled:
         print(
-            f"(not compiled: {decoder.not_compiled}; "
-            "replies take twice as long, in int8 and int4 longer)",
+            f"(not compiled: {decoder.not_compiled}; replies take 2 to 4 times as long)",
             file=sys.stderr,
         )
     return decoder

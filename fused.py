@@ -25,7 +25,7 @@ Argument = Tensor | np.ndarray | int | float | None
 
 
 class BuildError(Exception):
-    """Why there is no library."""
+    """Why there is no library, or it can't serve."""
 
 
 # --- the kernels; see model.py for what they compute
@@ -183,7 +183,8 @@ def build_key(compiler: str, source: Path) -> str:
     """Hash all that decides the library: source, flags, compiler, and this machine's processor."""
     macros = [compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull]
     done = subprocess.run(macros, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
-    parts = [source.read_bytes(), " ".join([compiler, *FLAGS]).encode(), done.stdout.encode()]
+    sources = SOURCE.read_bytes() + source.read_bytes()  # decode_step.cpp includes fused.cpp
+    parts = [sources, " ".join([compiler, *FLAGS]).encode(), done.stdout.encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

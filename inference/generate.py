@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
+import fused
 from inference import native
 from model import Block, KVCache, ModelConfig, Transformer, rope
 from weights import quantize
@@ -98,11 +99,11 @@ class Decoder:
         """Compile single-token steps, or say in `not_compiled` why not."""
         try:
             if device.type == "cpu":
-                self.native_step = native.NativeStep(self.model, native.load_library())
+                self.native_step = native.NativeStep(self.model, fused.load_library(native.SOURCE))
             elif can_compile(device):
                 self.compiled_decoder = CompiledDecoder(self.model, self.cache)
                 self.cache.length = 0
-        except native.NativeError as error:
+        except fused.BuildError as error:
             self.not_compiled = str(error)
         except torch._dynamo.exc.BackendCompilerFailed:
             self.not_compiled = "that needs gcc and Python's headers"

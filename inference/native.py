@@ -6,9 +6,9 @@ of a kind that the C++ doesn't know, torch decodes.
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,53 +21,6 @@ SOURCE = Path(__file__).with_name("decode_step.cpp")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, Int8Linear: 2, Int4Linear: 3}  # Kind
 LANES = 16  # numbers that are read at a time, at most
 MAX_HEAD_DIM = 256
-
-
-class NativeError(Exception):
-    """Why torch must decode."""
-
-
-def load_library() -> ctypes.CDLL:
-    """Load the compiled step, building it first if it isn't cached. NativeError if that fails."""
-    try:
-        return fused.load_library(SOURCE)
-    except fused.BuildError as error:
-        raise NativeError(str(error)) from None
-
-
-# --- the structures of decode_step.cpp
-
-
-class Matrix(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "scales", "least", "bias")] + [
-        (name, ctypes.c_int64) for name in ("kind", "out", "in", "groups")
-    ]
-
-
-class BlockWeights(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm")
-    ] + [(name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")]
-
-
-class ModelWeights(ctypes.Structure):
-    _fields_ = [
-        ("blocks", ctypes.POINTER(BlockWeights)),
-        ("norm", ctypes.c_void_p),
-        ("head", Matrix),
-        *((name, ctypes.c_int64) for name in ("num_blocks", "E", "H", "G", "D", "inner", "window")),
-        ("eps", ctypes.c_float),
-    ]
-
-
-class CacheLayout(ctypes.Structure):
-    _fields_ = [
-        ("layers", ctypes.POINTER(ctypes.c_void_p)),
-        *((name, ctypes.c_int64) for name in ("kind", "values", "row", "group")),
-    ]
-
-
-# --- the step
 
 
 def is_supported(model: Transformer) -> bool:
@@ -88,108 +41,95 @@ def is_supported_linear(linear: Linear) -> bool:
         type(weight) is nn.Parameter  # not sharded
         and weight.device.type == "cpu"
         and all(tensor.is_contiguous() for tensor in linear.stored())
-        and linear_kind(linear) is not None
+        and storage(linear) in KINDS
         and linear.in_features % LANES == 0
     )
 
 
-def linear_kind(linear: Linear) -> int | None:
-    return KINDS.get(linear.weight.dtype if type(linear) is Linear else type(linear))
+def storage(linear: Linear) -> object:
+    return linear.weight.dtype if type(linear) is Linear else type(linear)
 
 
 class NativeStep:
     """The forward pass of a token of each of some rows of a cache, in C++, in fp32 between weights.
 
     Reads the model's weights where they are; norms and biases are copied. Takes over the unpacking
-    of quantized weights for prompts too. NativeError for a model that the C++ doesn't know.
+    of quantized weights for prompts too. BuildError for a model that the C++ doesn't know.
+
+    The structures of decode_step.cpp are tensors here: 8 bytes a number or an address.
     """
 
     def __init__(self, model: Transformer, library: ctypes.CDLL):
         if not is_supported(model):
-            raise NativeError("the C++ doesn't know this kind of model")
+            raise fused.BuildError("the C++ doesn't know this kind of model")
         self.model = model
         self.library = library
-        self.referenced: list[Tensor] = []  # what the structures point to
+        self.copies: list[Tensor] = []
         config = model.config
-        blocks = [block for block in model.model.layers if isinstance(block, Block)]
-        weights = ModelWeights()
-        weights.blocks = (BlockWeights * len(blocks))(*map(self.block_weights, blocks))
-        weights.norm = self.floats(model.model.norm.weight)
-        weights.head = self.matrix(model.lm_head)
-        weights.num_blocks = len(blocks)
-        weights.E, weights.H = config.hidden_size, config.num_attention_heads
-        weights.G, weights.D = config.num_key_value_heads, config.head_dim
-        weights.inner, weights.eps = config.intermediate_size, config.rms_norm_eps
-        weights.window = config.sliding_window or 1 << 40
-        self.weights = weights
+        numbers = [config.num_hidden_layers, config.hidden_size, config.num_attention_heads]
+        numbers += [config.num_key_value_heads, config.head_dim, config.intermediate_size]
+        numbers += [config.sliding_window or 1 << 40]
+        numbers += [self.floats(model.model.norm.weight), *self.matrix(model.lm_head)]
+        for block in model.model.layers:
+            assert isinstance(block, Block)
+            numbers += self.block(block)
+        self.weights = torch.tensor(numbers)
 
-    def floats(self, tensor: Tensor) -> int:
-        """Return the address of a copy in fp32."""
-        self.referenced.append(tensor.detach().float().contiguous().clone())
-        return self.referenced[-1].data_ptr()
+    def floats(self, tensor: Tensor | None) -> int:
+        """Return the address of a copy in fp32, 0 of None."""
+        if tensor is None:
+            return 0
+        self.copies.append(tensor.detach().float().contiguous().clone())
+        return self.copies[-1].data_ptr()
 
-    def matrix(self, linear: Linear) -> Matrix:
-        matrix = Matrix(kind=linear_kind(linear), out=linear.out_features)
-        setattr(matrix, "in", linear.in_features)
-        for name, tensor in zip(("weight", "scales", "least"), linear.stored()):
-            setattr(matrix, name, tensor.data_ptr())
-            self.referenced.append(tensor)
+    def matrix(self, linear: Linear) -> list[int]:
+        weight, *scales = linear.stored()
+        groups = scales[0].shape[1] if isinstance(linear, Int4Linear) else 0
+        numbers = [weight.data_ptr(), linear.out_features, linear.in_features]
+        numbers += [KINDS[storage(linear)], groups, self.floats(linear.bias)]
+        numbers += [tensor.data_ptr() for tensor in scales]
+        numbers += [0] * (8 - len(numbers))
         if isinstance(linear, PackedLinear):
-            scales: Any = linear.scales  # (out,), or of int4 (out, groups)
-            matrix.groups = scales.shape[1] if scales.dim() > 1 else 0
-            linear.unpack = self.unpacker(matrix)
-        if linear.bias is not None:
-            matrix.bias = self.floats(linear.bias)
-        return matrix
+            linear.unpack = functools.partial(self.unpack, torch.tensor(numbers))
+        return numbers
 
-    def unpacker(self, matrix: Matrix) -> Callable[..., Tensor]:
-        """Return what a quantized layer's `unpack` does, in C++."""
+    def unpack(self, matrix: Tensor, *stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """What a quantized layer's `unpack` does."""
+        weight = torch.empty(*matrix[1:3].tolist(), dtype=dtype)
+        self.call("unpack", matrix, weight, KINDS[dtype])
+        return weight
 
-        def unpack(*stored: Tensor, dtype: torch.dtype) -> Tensor:
-            weight = torch.empty(matrix.out, getattr(matrix, "in"), dtype=dtype)
-            address, kind = ctypes.c_void_p(weight.data_ptr()), ctypes.c_int64(KINDS[dtype])
-            self.library.unpack(ctypes.byref(matrix), address, kind, torch.get_num_threads())
-            return weight
-
-        return unpack
-
-    def block_weights(self, block: Block) -> BlockWeights:
+    def block(self, block: Block) -> list[int]:
         attention, mlp = block.self_attn, block.mlp
-        weights = BlockWeights()
-        weights.input_norm = self.floats(block.input_layernorm.weight)
-        weights.post_norm = self.floats(block.post_attention_layernorm.weight)
-        if attention.qk_norm:
-            weights.q_norm = self.floats(attention.q_norm.weight)
-            weights.k_norm = self.floats(attention.k_norm.weight)
-        for name in ("q", "k", "v", "o"):
-            setattr(weights, name, self.matrix(getattr(attention, f"{name}_proj")))
-        for name in ("gate", "up", "down"):
-            setattr(weights, name, self.matrix(getattr(mlp, f"{name}_proj")))
-        return weights
+        numbers = [self.floats(block.input_layernorm.weight)]
+        numbers += [self.floats(block.post_attention_layernorm.weight)]
+        numbers += [self.floats(attention.q_norm.weight)] if attention.qk_norm else [0]
+        numbers += [self.floats(attention.k_norm.weight)] if attention.qk_norm else [0]
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
+            numbers += self.matrix(linear)
+        for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+            numbers += self.matrix(linear)
+        return numbers
 
     def __call__(self, tokens: Tensor, lengths: Sequence[int], cache: KVCache) -> Tensor:
         """Append a token to each of the first B rows of `cache`, which hold `lengths` tokens.
 
         tokens (B, 1) → logits (B, V) float32.
         """
-        count, layer = len(lengths), cache.layers[0]
         assert max(lengths) < cache.size, f"the cache holds {cache.size} tokens: {lengths}"
+        layer, positions = cache.layers[0], torch.tensor(lengths)
         addresses = [layer.data_ptr() for layer in cache.layers]
-        layout = CacheLayout(
-            (ctypes.c_void_p * len(addresses))(*addresses), KINDS[layer.dtype], *layer.stride()[:3]
-        )
+        layout = torch.tensor([KINDS[layer.dtype], *layer.stride()[:3], *addresses])
+        rotation = rope(positions[:, None], self.model.config)
+        angles = torch.cat((rotation * 2)[:4], -1)  # (B, 1, 1, 4 D)
         x = self.model.model.embed_tokens(tokens[:, 0]).float()  # (B, E)
-        angles = rope(torch.tensor(lengths)[:, None], self.model.config)  # (B, 1, 1, D) each
-        rotations = [angle.data_ptr() for angle in (angles * 2)[:4]]
-        logits = torch.empty(count, self.weights.head.out)
-        self.library.decode_step(
-            ctypes.byref(self.weights),
-            ctypes.byref(layout),
-            ctypes.c_int64(count),
-            (ctypes.c_int64 * count)(*lengths),
-            (ctypes.c_void_p * 4)(*rotations),
-            ctypes.c_void_p(x.data_ptr()),
-            ctypes.c_void_p(logits.data_ptr()),
-            torch.get_num_threads(),
+        logits = torch.empty(len(lengths), self.model.lm_head.out_features)
+        eps = self.model.config.rms_norm_eps
+        self.call(
+            "decode_step", self.weights, layout, positions, angles, x, logits, len(lengths), eps
         )
         return logits
+
+    def call(self, name: str, *arguments: fused.Argument) -> None:
+        threads = torch.get_num_threads()
+        getattr(self.library, name)(*map(fused.as_c, (*arguments, threads)))

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
 
 @pytest.fixture(scope="module")
 def library():
-    return native.load_library()
+    return fused.load_library(native.SOURCE)
 
 
 def cache_with(model, prompts):
@@ -67,7 +67,11 @@ def test_step_equals_the_model_in_every_family(family, weights, library, tmp_pat
     model = load_model(str(tmp_path), torch.float32, weights=weights)
     batch = drawn([5, 30, 1, 12, 20, 40])
     expected = plain_logits(model, *batch)  # before the step takes over unpacking
-    close(step_logits(model, library, *batch), expected)
+    logits = step_logits(model, library, *batch)
+    if weights == "int4":  # its activations have 16 bits; bf16's have 8
+        assert (logits - expected).norm() < 2e-4 * expected.norm()
+    else:
+        close(logits, expected)
 
 
 @pytest.mark.parametrize("weights", ["plain", "int8", "int4"])
@@ -157,8 +161,8 @@ def reason(**environment):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, str(value))
-        with pytest.raises(native.NativeError) as caught:
-            native.load_library()
+        with pytest.raises(fused.BuildError) as caught:
+            fused.load_library(native.SOURCE)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
@@ -198,9 +202,9 @@ def test_two_builds_at_once_end_well_and_the_next_start_builds_nothing(
     monkeypatch.setenv("PATH", f"{path}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        both = [pool.submit(native.load_library) for _ in range(2)]
+        both = [pool.submit(fused.load_library, native.SOURCE) for _ in range(2)]
         loaded = [future.result() for future in both]
-    loaded.append(native.load_library())
+    loaded.append(fused.load_library(native.SOURCE))
     assert all(isinstance(one, ctypes.CDLL) for one in loaded)
     assert (tmp_path / "builds").read_text() == ".\n.\n"
     assert [file.suffix for file in (tmp_path / "doppelganger").iterdir()] == [".so"]
@@ -219,7 +223,7 @@ def test_models_that_change_or_that_it_does_not_know_are_left_to_torch(library, 
     model = load_model(str(save_mistral(tmp_path)), torch.float32)
     assert native.is_supported(model)
     lora.inject(model, rank=2)
-    with pytest.raises(native.NativeError):
+    with pytest.raises(fused.BuildError):
         native.NativeStep(model, library)
     for changes in ({"head_dim": 24}, {"hidden_size": 72}):
         sizes = dict(head_dim=16, hidden_size=64) | changes
