@@ -165,12 +165,16 @@ def lines_of(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 def full_lines(source: Source, repairs: collections.Counter) -> Iterator[str]:
     """Yield a file's lines, each with the newline that ends it."""
-    rest = ""
+    unread: list[str] = []  # joined once: a file may be one line
     for text in source.text(repairs):
-        *lines, rest = (rest + text).split("\n")
-        yield from (line + "\n" for line in lines)
-    if rest:
-        yield rest
+        whole, newline, rest = text.rpartition("\n")
+        if newline:
+            lines = "".join([*unread, whole]).split("\n")
+            yield from (line + "\n" for line in lines)
+            unread = []
+        unread.append(rest)
+    if last := "".join(unread):
+        yield last
 
 
 def guess_encoding(lines: Iterable[bytes]) -> str | None:
