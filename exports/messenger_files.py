@@ -6,10 +6,9 @@ import re
 from pathlib import PurePath
 
 from exports import Chat
-from exports.content import hash_name, without_surrogates
+from exports.content import as_list, hash_name, value_behind, without_surrogates
 from exports.source import Source
 
-PARTICIPANTS = re.compile(r'"participants"\s*:\s*(?=\[)')
 TITLE = re.compile(r'"(title|thread_path|threadName)"\s*:\s*("(?:[^"\\]|\\.)*+")')
 PROFILES = (  # where the owner's name is, of Facebook and of Instagram, in old exports and new
     "personal_information/profile_information/profile_information.json",
@@ -79,11 +78,7 @@ def profile_names(source: Source) -> set[str]:
 
 def participants(head: str) -> list[str]:
     """Return the names of a chat's people, from the beginning of its file."""
-    try:
-        place = PARTICIPANTS.search(head)
-        people, _ = json.JSONDecoder().raw_decode(head, place.end() if place else len(head))
-    except (ValueError, RecursionError):
-        return []
+    people = as_list(value_behind(head, "participants"))
     names = [person.get("name") if isinstance(person, dict) else person for person in people]
     return [undo_mojibake(name) for name in names if isinstance(name, str)]
 
