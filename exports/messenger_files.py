@@ -1,6 +1,7 @@
 """The files of an export of Facebook's or Instagram's: what belongs together, and whose it is."""
 
 import collections
+import contextlib
 import json
 import re
 from pathlib import PurePath
@@ -89,10 +90,8 @@ def read_chat(source: Source) -> Chat:
     people = participants(head)
     fields: dict[str, str] = {}
     for key, value in TITLE.findall(end) + TITLE.findall(head):
-        try:
+        with contextlib.suppress(ValueError):
             fields.setdefault(key, undo_mojibake(json.loads(value, strict=False)))
-        except ValueError:
-            continue
     secure = re.sub(r"_\d+$", "", fields.get("threadName", ""))
     name = fields.get("title") or secure or next(iter(people), "Deleted Account")
     folder = source.path.parent.name if source.parts != [source] else source.path.stem
