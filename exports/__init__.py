@@ -26,7 +26,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cli import UserError
 from exports.source import BROKEN_ZIP, Source
@@ -86,6 +86,15 @@ MINUTES = [f"{minute:02}:{second:02}" for minute in range(60) for second in rang
 
 # Makes a Message of a tuple of its fields, faster than Message(…): it runs once a message.
 make_message = functools.partial(tuple.__new__, Message)
+
+
+def read_each(raws: Iterable, read_message: Callable[[Any, int], Message]) -> Iterator[Message]:
+    """Make a Message of each; one without a time is as late as the one before, which is given."""
+    last = 0
+    for raw in raws:
+        message = read_message(raw, last)
+        last = message.at
+        yield message
 
 
 def readers() -> tuple[ModuleType, ...]:

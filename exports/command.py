@@ -23,7 +23,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -104,7 +104,7 @@ def main():
     validate(options)
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
-    secrets, repairs = collections.Counter(), collections.Counter()
+    secrets, repairs = collections.Counter[str](), collections.Counter[str]()
     clean = str if options.keep_secrets else functools.partial(redact, counts=secrets)
     parent = None if options.dry_run else temp_parent(Path(options.out))
     with (
@@ -214,7 +214,9 @@ class Exported(NamedTuple):
 
 def read_exports(options: Options, store: MessageStore, repairs) -> Exported:
     """Read the chats into `store`. UserError where --include or --exclude match no chat."""
-    exported, matched, names = Exported({}, {}, {}, set(), []), set(), {}
+    exported = Exported({}, {}, {}, set(), [])
+    matched: set[str] = set()
+    names: dict[str, str] = {}
     with tqdm(unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:
         found = {path: exports.sources(path, bar.update) for path in options.exports}
         pairs = list(itertools.chain(*found.values()))
@@ -480,7 +482,7 @@ def filter_messages(
 
 
 def build_sessions(
-    store: MessageStore, exported: Exported, me, forgotten, options: Options, spool: BinaryIO
+    store: MessageStore, exported: Exported, me, forgotten, options: Options, spool: IO[bytes]
 ) -> tuple[np.ndarray, dict, report.ChatStats]:
     """Cut the chats into sessions and write those that show how I answer to `spool`.
 
@@ -489,10 +491,10 @@ def build_sessions(
     stats, names, index = report.ChatStats(), Names(store, me), array("q")
     timing = TimingStats(me, options.gap_minutes * 60)
     stats.left_out["chats"].update(exported.left_out.values())
-    parts, facts = data.parse_header_parts(options.context), Path(options.out) / "facts.md"
-    facts = cli.read_text(facts) if "facts" in parts and facts.is_file() else ""
-    messages, layout = store.total().total(), {"unit_scale": True, "leave": False, "disable": None}
-    with tqdm(total=messages, unit=" messages", desc="sessions", **layout) as bar:
+    parts, facts_file = data.parse_header_parts(options.context), Path(options.out) / "facts.md"
+    facts = cli.read_text(facts_file) if "facts" in parts and facts_file.is_file() else ""
+    total, layout = store.total().total(), {"unit_scale": True, "leave": False, "disable": None}
+    with tqdm(total=total, unit=" messages", desc="sessions", **layout) as bar:
         for chat, messages in store.chats():
             if chat.type == "personal_chat" and chat.key in forgotten:
                 stats.left_out["chats"][Reason.FORGOTTEN] += 1
@@ -520,12 +522,14 @@ def build_sessions(
                 index.extend(write_session(session, spool))
     table = np.frombuffer(index, INDEX) if index else np.zeros(0, INDEX)
     contacts = [{"name": names[id], "messages": n} for id, n in stats.contacts()]
-    persona = {"me": names.me, "contacts": contacts} | ({"context": parts} if parts else {})
+    persona: dict = {"me": names.me, "contacts": contacts}
+    if parts:
+        persona["context"] = parts
     persona["timing"] = timing.report({id: names[id] for id, _ in stats.contacts()})
     return table[np.argsort(table["start"], kind="stable")], persona, stats
 
 
-def write_session(session: data.Session, spool: BinaryIO) -> tuple[int, ...]:
+def write_session(session: data.Session, spool: IO[bytes]) -> tuple[int, ...]:
     """Write a session to the end of `spool`; return its fields of INDEX."""
     line = session.to_json().encode() + b"\n"
     start = int("0" + re.sub(r"\D", "", session.start)[:14])
@@ -539,7 +543,7 @@ def write_session(session: data.Session, spool: BinaryIO) -> tuple[int, ...]:
     return start, offset, len(line), len(mine), content
 
 
-def read_line(spool: BinaryIO, entry: np.void) -> bytes:
+def read_line(spool: IO[bytes], entry: np.void) -> bytes:
     spool.seek(int(entry["offset"]))
     return spool.read(int(entry["length"]))
 
@@ -572,8 +576,8 @@ def check_enough(paths: str, index: np.ndarray, counts: dict) -> None:
             "Give --me NAME, or export your own messages too.",
         )
     if len(index) < 2:
-        reasons = report.format_reasons(counts["sessions_left_out"] | counts["repairs"])
-        why = f" ({reasons})" if reasons else ""
+        skipped = report.format_reasons(counts["sessions_left_out"] | counts["repairs"])
+        why = f" ({skipped})" if skipped else ""
         hint = "Export more chats, or try a larger --gap-minutes."
         raise UserError(
             f"{paths}: sessions in which I answer somebody: {len(index)}; two are needed{why}",
@@ -629,7 +633,7 @@ def with_canaries(line: bytes, number: int, canaries: list[dict]) -> bytes:
     return session.to_json().encode() + b"\n"
 
 
-def write_sessions(folder: Path, parts: dict, spool: BinaryIO, canaries: list[dict]) -> None:
+def write_sessions(folder: Path, parts: dict, spool: IO[bytes], canaries: list[dict]) -> None:
     for part, index in parts.items():
         with open(folder / f"{part}.jsonl", "wb") as file:
             for number, entry in enumerate(index):
@@ -694,7 +698,8 @@ def forget_people(folder: Path, values: tuple[str, ...], dry_run: bool) -> None:
                 "Write it as it stands there.",
             )
         gone |= matches
-    before, total, kept = 0, collections.Counter(), {"train": [], "val": []}
+    before, total = 0, collections.Counter[str]()
+    kept: dict[str, list[str]] = {"train": [], "val": []}
     for part in kept:
         for session in data.load_sessions(folder / f"{part}.jsonl"):
             before += sum(len(turn.messages) for turn in session.turns)
@@ -722,7 +727,7 @@ def forget_people(folder: Path, values: tuple[str, ...], dry_run: bool) -> None:
 
 def without_people(turns: list[data.Turn], gone: set[str]) -> list[data.Turn]:
     """Drop people's turns and what a header quotes of them; merge the turns of one author."""
-    kept = []
+    kept: list[data.Turn] = []
     for turn in turns:
         if turn.author == data.HEADER:
             quotes = tuple(f"{name}: " for name in gone)

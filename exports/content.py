@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 SUFFIXES = {
     "<photo>": "jpg jpeg png heic heif webp avif bmp tif tiff",
@@ -36,7 +37,28 @@ def file_mark(name: object, mime_type: object = None) -> str:
 def parse_object(text: str | None) -> dict:
     """Return the object that a JSON text holds; an empty one of any other text."""
     try:
-        value = json.loads(text or "{}")
+        return as_dict(json.loads(text or "{}"))
     except (ValueError, RecursionError):
         return {}
+
+
+def value_behind(text: str, key: str) -> object:
+    """Decode the object or array behind a key, in the beginning of a file; None where none is."""
+    place = re.search(rf'"{key}"\s*:\s*(?=[\[{{])', text)
+    try:
+        return place and json.JSONDecoder().raw_decode(text, place.end())[0]
+    except (ValueError, RecursionError):
+        return None
+
+
+def as_dict(value: object) -> dict:
     return value if isinstance(value, dict) else {}
+
+
+def as_list(value: object) -> list:
+    return value if isinstance(value, list) else []
+
+
+def as_text(value: object) -> str:
+    """Return a string without half characters; "" of what isn't a string."""
+    return without_surrogates(value) if isinstance(value, str) else ""

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from exports.source import BROKEN_ZIP, Source
 
+DAMAGED = "damaged databases, read as far as possible"
+
 
 @contextlib.contextmanager
 def open_database(source: Source, repairs: collections.Counter) -> Iterator[sqlite3.Connection]:
@@ -30,6 +32,7 @@ def open_database(source: Source, repairs: collections.Counter) -> Iterator[sqli
             options = "immutable=1"
         database = sqlite3.connect(f"{path.resolve().as_uri()}?{options}", uri=True)
         database.text_factory = lambda data: data.decode("utf-8", "replace")
+        database.row_factory = sqlite3.Row
         with contextlib.closing(database):
             yield database
 
@@ -42,3 +45,28 @@ def copy_log(source: Source, log: Path, to: Path) -> None:
         member = source.zip.getinfo(f"{source.path}-wal")
         with source.zip.open(member) as packed, open(to, "wb") as copy:
             shutil.copyfileobj(packed, copy)
+
+
+def read_rows(
+    database: sqlite3.Connection,
+    select: str,
+    members: str,
+    order: str,
+    repairs: collections.Counter,
+) -> Iterator[sqlite3.Row]:
+    """Yield in order the rows of `select`, a query that ends with a column, IN query `members`.
+
+    SQLite sorts before it gives the first row, so any damage costs all: then each is asked for.
+    """
+    unread = True
+    try:
+        for row in database.execute(f"{select} IN ({members}) ORDER BY {order}"):
+            unread = False
+            yield row
+        return
+    except sqlite3.Error:
+        repairs[DAMAGED] += 1
+    with contextlib.suppress(sqlite3.Error):
+        for member in database.execute(members) if unread else ():
+            with contextlib.suppress(sqlite3.Error):
+                yield from database.execute(f"{select} = ?", tuple(member)).fetchall()

@@ -7,7 +7,6 @@ import re
 from cli import UserError
 
 EPOCH = re.compile(r"\d{9,17}(?:\.\d{1,9})?", re.ASCII)
-ISO = re.compile(r"\d{4}-\d\d-\d\dT?", re.ASCII)
 MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
 NUMERIC = re.compile(
     r"(?P<a>\d{1,4})(?P<sign>[-/.年년])\s?(?P<b>\d{1,2})[-/.月월]\s?(?P<c>\d{1,4})[日일.]?",

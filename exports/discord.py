@@ -2,21 +2,12 @@
 
 import collections
 import itertools
-import json
 import operator
 import re
 from collections.abc import Iterator
 
-from exports import Chat, Message, Reason, local_time, make_message
-from exports.content import without_surrogates
-from exports.discord_fields import (
-    attachment_mark,
-    author_id,
-    chat_type,
-    clean_text,
-    read_time,
-    snowflake,
-)
+from exports import Chat, Message, Reason, discord_fields, local_time, make_message, read_each
+from exports.content import as_dict, as_list, as_text, value_behind, without_surrogates
 from exports.repair import MessageCursor, read_messages
 from exports.source import Source
 
@@ -53,62 +44,44 @@ def group(sources: list[Source]) -> list[list[Source]]:
 def read(source: Source, repairs: collections.Counter) -> Iterator[tuple[Chat, Iterator[Message]]]:
     """See `exports`. A file holds one channel: damage costs the messages that it hit."""
     if chat := find_channel(source.head()):
-        parts = (messages(part, repairs) for part in source.parts)
-        yield chat, itertools.chain.from_iterable(parts)
+        parts = (read_messages(part, BEGINS, repairs) for part in source.parts)
+        yield chat, read_each(itertools.chain.from_iterable(parts), read_message)
     else:
         repairs[NO_CHANNEL] += 1
 
 
 def find_channel(head: str) -> Chat | None:
     """Make the Chat of the beginning of a file; None where that is damaged."""
-    guild, channel = object_at(head, "guild"), object_at(head, "channel")
+    guild, channel = (as_dict(value_behind(head, key)) for key in ("guild", "channel"))
     number = str(channel.get("id"))
     if not re.fullmatch(r"\d{1,20}", number):
         return None
-    kind, name = chat_type(channel), str(channel.get("name") or number)
+    kind, name = discord_fields.chat_type(channel), str(channel.get("name") or number)
     if kind == "private_supergroup":
         name = f"{guild.get('name')} #{name}"
     owner = find_owner(head, name) if kind == "personal_chat" else None
     return Chat(f"discord:c{number}", number, kind, without_surrogates(name), owner)
 
 
-def object_at(head: str, key: str) -> dict:
-    """Decode the object behind a key; empty where it is damaged."""
-    place = re.search(rf'"{key}"\s*:\s*(?={{)', head)
-    try:
-        value, _ = json.JSONDecoder().raw_decode(head, place.end() if place else len(head))
-    except (ValueError, RecursionError):
-        return {}
-    return value
-
-
 def find_owner(head: str, name: str) -> str | None:
     """Return who isn't the one as whom a chat of two people is called; None before both wrote."""
     people = {}
     for raw in MessageCursor(iter([head]), BEGINS, collections.Counter()).read():
-        author = raw.get("author") if isinstance(raw, dict) else None
-        if isinstance(author, dict):
+        if author := as_dict(as_dict(raw).get("author")):
             shown = author.get("nickname"), author.get("name")
-            people[author_id(author)] = name in shown
+            people[discord_fields.author_id(author)] = name in shown
     mine = [author for author, is_other in people.items() if not is_other]
     return mine[0] if len(people) == 2 and len(mine) == 1 else None
-
-
-def messages(part: Source, repairs: collections.Counter) -> Iterator[Message]:
-    last = 0
-    for raw in read_messages(part, BEGINS, repairs):
-        message = read_message(raw, last)
-        last = message.at
-        yield message
 
 
 def read_message(raw: dict, last: int) -> Message:
     """Make a Message of a JSON object; without a time it is as late as the one before, `last`."""
     get = raw.get
-    author, (at, date), text = get("author"), read_time(get("timestamp"), last), ""
-    author = author if isinstance(author, dict) else {}
-    person, name = author_id(author), author.get("nickname") or author.get("name")
-    left_out = ""
+    author = as_dict(get("author"))
+    person = discord_fields.author_id(author)
+    name = as_text(author.get("nickname") or author.get("name"))
+    at, date = discord_fields.read_time(get("timestamp"), last)
+    text, left_out = "", ""
     if not raw:
         left_out = Reason.DAMAGED
     elif author.get("isBot") or get("type") in BOT_TYPES:
@@ -120,16 +93,15 @@ def read_message(raw: dict, last: int) -> Message:
     elif not person or not date:
         left_out = Reason.NO_AUTHOR
     else:
-        content, mentions = get("content"), get("mentions")
-        text = clean_text(content, mentions) or first_mark(get("attachments"), get("stickers"))
+        text = discord_fields.clean_text(get("content"), get("mentions"))
+        text = text or first_mark(as_list(get("attachments")), get("stickers"))
         left_out = "" if text else Reason.NO_TEXT
-    name = without_surrogates(name) if isinstance(name, str) and name != DELETED_USER else None
-    return make_message(
-        (snowflake(get("id")), person, name, at, date or local_time(at), text, left_out)
-    )
+    shown = name if name not in ("", DELETED_USER) else None
+    number = discord_fields.snowflake(get("id"))
+    return make_message((number, person, shown, at, date or local_time(at), text, left_out))
 
 
-def first_mark(attachments: object, stickers: object) -> str:
-    for file in attachments if isinstance(attachments, list) else ():
-        return attachment_mark(str(file.get("fileName")) if isinstance(file, dict) else "")
+def first_mark(attachments: list, stickers: object) -> str:
+    if attachments:
+        return discord_fields.attachment_mark(str(as_dict(attachments[0]).get("fileName") or ""))
     return "<sticker>" if stickers else ""

@@ -3,7 +3,7 @@
 import datetime
 import re
 
-from exports.content import file_mark, without_surrogates
+from exports.content import as_dict, as_list, as_text, file_mark, without_surrogates
 
 MARKUP = re.compile(r"<(?:a?(:\w+:)\d+|@!?(\d+)|[@#]&?\d+|t:-?\d+(?::\w)?)>")
 GIF = re.compile(r"https://(?:tenor\.com/view|giphy\.com/gifs|media\.giphy\.com)/\S+$")
@@ -44,17 +44,14 @@ def read_time(written: object, last: int) -> tuple[int, str]:
 
 def clean_text(content: object, mentions: object = None) -> str:
     """Write mentions and Discord's own emojis as people see them; those unknown are dropped."""
-    if not isinstance(content, str):
-        return ""
-    content = without_surrogates(content).strip()
+    content = as_text(content).strip()
     if GIF.match(content):
         return "<gif>"
     if "<" not in content:
         return content
     names = {}
-    for person in mentions if isinstance(mentions, list) else ():
-        if isinstance(person, dict):
-            names[str(person.get("id"))] = f"@{person.get('nickname') or person.get('name')}"
+    for person in map(as_dict, as_list(mentions)):
+        names[str(person.get("id"))] = f"@{person.get('nickname') or person.get('name')}"
     text = MARKUP.sub(lambda match: match[1] or names.get(match[2], ""), content)
     return without_surrogates(text).strip()
 

@@ -10,16 +10,8 @@ import io
 import re
 from collections.abc import Iterable, Iterator
 
-from exports import Chat, Message, Reason, local_time, make_message
-from exports.content import parse_object, without_surrogates
-from exports.discord_fields import (
-    attachment_mark,
-    author_id,
-    chat_type,
-    clean_text,
-    read_time,
-    snowflake,
-)
+from exports import Chat, Message, Reason, discord_fields, local_time, make_message
+from exports.content import as_text, parse_object, without_surrogates
 from exports.repair import read_messages
 from exports.source import Source, full_lines
 
@@ -40,8 +32,8 @@ def read(source: Source, repairs: collections.Counter) -> Iterator[tuple[Chat, I
     """See `exports`. Everything in it is by the account's owner."""
     repairs[ONLY_MINE] += 1
     user = parse_object(source.above("account/user.json") or source.above("Account/user.json"))
-    me, name = author_id(user) or "discord:me", user.get("global_name") or user.get("username")
-    name = without_surrogates(name) if isinstance(name, str) else None
+    me = discord_fields.author_id(user) or "discord:me"
+    name = as_text(user.get("global_name") or user.get("username")) or None
     yield read_channel(source, me), messages(source, me, name, repairs)
 
 
@@ -50,8 +42,8 @@ def read_channel(source: Source, owner: str) -> Chat:
     channel = parse_object(source.beside("channel.json"))
     number = str(channel.get("id") or source.path.parent.name.removeprefix("c"))
     name = parse_object(source.above("index.json")).get(number) or channel.get("name") or number
-    name = without_surrogates(str(name))
-    return Chat(f"discord:c{number}", number, chat_type(channel), name, owner)
+    name, kind = without_surrogates(str(name)), discord_fields.chat_type(channel)
+    return Chat(f"discord:c{number}", number, kind, name, owner)
 
 
 def messages(
@@ -64,11 +56,11 @@ def messages(
     last = 0
     for row in rows:
         get = row.get
-        last, date = read_time(get("Timestamp"), last)
-        identity, content = snowflake(get("ID")), get("Contents")
-        text = clean_text(content)
+        last, date = discord_fields.read_time(get("Timestamp"), last)
+        identity = discord_fields.snowflake(get("ID"))
+        text = discord_fields.clean_text(get("Contents"))
         if not text and (urls := str(get("Attachments") or "").split()):
-            text = attachment_mark(urls[0].partition("?")[0])
+            text = discord_fields.attachment_mark(urls[0].partition("?")[0])
         left_out = "" if text else Reason.NO_TEXT
         if not date or identity is None:
             text, left_out = "", Reason.DAMAGED

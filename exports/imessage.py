@@ -1,15 +1,14 @@
 """iMessage: Messages' own database, `chat.db` of a Mac or `sms.db` in an iPhone's backup."""
 
 import collections
-import contextlib
 import hashlib
 import re
 import sqlite3
 from collections.abc import Iterator
 
-from exports import Chat, Message, Reason, local_time, make_message
-from exports.content import file_mark, hash_name
-from exports.database import open_database
+from exports import Chat, Message, Reason, local_time, make_message, read_each
+from exports.content import as_text, file_mark, hash_name
+from exports.database import DAMAGED, open_database, read_rows
 from exports.source import Source
 from exports.typedstream import edited_text, string_of
 
@@ -28,9 +27,8 @@ COLUMNS = (
     " date_edited date_retracted message_summary_info"
 ).split()
 # Reactions, stickers on a message and votes are rows of their own.
-NO_REACTION = "COALESCE(m.associated_message_type, 0) NOT BETWEEN 1000 AND 4999"
+NO_REACTION = "COALESCE(associated_message_type, 0) NOT BETWEEN 1000 AND 4999"
 OTHER_DATABASE = "SQLite databases that aren't Messages' own, left out"
-DAMAGED_DATABASE = "damaged databases, read as far as possible"
 
 
 def can_read(head: str) -> bool:
@@ -46,7 +44,7 @@ def read(source: Source, repairs: collections.Counter) -> Iterator[tuple[Chat, I
             people = "SELECT ROWID, CAST(id AS TEXT) FROM handle"
             handles = dict(database.execute(people)) if chats else {}
         except sqlite3.Error:
-            repairs[DAMAGED_DATABASE] += 1
+            repairs[DAMAGED] += 1
             return
         if not tables >= TABLES:
             repairs[OTHER_DATABASE] += 1
@@ -81,69 +79,42 @@ def messages(
     repairs: collections.Counter,
 ) -> Iterator[Message]:
     """Yield the messages of a chat by date; of a damaged database those before the damage."""
-    present = {row[1] for row in database.execute("PRAGMA table_info(message)")}
-    columns = [f"m.{name}" if name in (*present, "ROWID") else "NULL" for name in COLUMNS]
+    present = {row["name"] for row in database.execute("PRAGMA table_info(message)")} | {"ROWID"}
+    columns = [f"{name if name in present else 'NULL'} AS {name}" for name in COLUMNS]
     no_reaction = NO_REACTION if "associated_message_type" in present else "TRUE"
-    select = f"SELECT {', '.join(columns)} FROM message m WHERE {no_reaction} AND m.ROWID "
+    select = f"SELECT {', '.join(columns)} FROM message WHERE {no_reaction} AND ROWID"
     places = ", ".join(map(str, rowids))
     members = f"SELECT message_id FROM chat_message_join WHERE chat_id IN ({places})"
     other = chat.name if chat.type == "personal_chat" else None
-    last = 0
-    for row in rows(database, select, members, repairs):
-        message = read_message(database, row, handles, other, last)
-        last = message.at
-        yield message
 
+    def read_row(row: sqlite3.Row, last: int) -> Message:
+        name = "Me" if row["is_from_me"] else handles.get(row["handle_id"], other)
+        return read_message(database, row, name, last)
 
-def rows(
-    database: sqlite3.Connection, select: str, members: str, repairs: collections.Counter
-) -> Iterator[tuple]:
-    """Yield the rows of the messages whose ROWIDs the query `members` gives, by date.
-
-    SQLite sorts before it gives the first row, so any damage costs all: then each is asked for.
-    """
-    unread = True
-    try:
-        for row in database.execute(f"{select} IN ({members}) ORDER BY m.date, m.ROWID"):
-            unread = False
-            yield row
-        return
-    except sqlite3.Error:
-        repairs[DAMAGED_DATABASE] += 1
-    with contextlib.suppress(sqlite3.Error):
-        for rowid in database.execute(members) if unread else ():
-            with contextlib.suppress(sqlite3.Error):
-                yield from database.execute(f"{select} = ?", rowid).fetchall()
+    return read_each(read_rows(database, select, members, "date, ROWID", repairs), read_row)
 
 
 def read_message(
-    database: sqlite3.Connection,
-    row: tuple,
-    handles: dict[int, str],
-    other: str | None,
-    last: int,
+    database: sqlite3.Connection, row: sqlite3.Row, name: str | None, last: int
 ) -> Message:
     """Make a Message of a row; without a date it is as late as the one before, `last`."""
-    rowid, guid, date, from_me, handle, text, body, item_type, voice, edited, retracted, summary = (
-        row
-    )
-    at = read_time(date)
-    name = "Me" if from_me else handles.get(handle, other)
-    left_out = ""
-    if item_type:  # joins, names of groups, shared places, calls
-        text, left_out = "", Reason.SERVICE
+    at, text, left_out = read_time(row["date"]), "", ""
+    if row["item_type"]:  # joins, names of groups, shared places, calls
+        left_out = Reason.SERVICE
     elif at is None or name is None:
-        text, left_out = "", Reason.NO_AUTHOR
+        left_out = Reason.NO_AUTHOR
     else:
-        text = text if isinstance(text, str) else ""  # damage makes it a number or bytes
-        text = text or string_of(body) or edited_text(summary)
-        text = OBJECTS.sub("", text).strip() or attachment_mark(database, rowid, voice)
+        text = as_text(row["text"])  # damage makes it a number or bytes
+        text = text or string_of(row["attributedBody"]) or edited_text(row["message_summary_info"])
+        text = OBJECTS.sub("", text).strip() or attachment_mark(database, row)
         if not text:
-            left_out = Reason.DELETED if edited or retracted else Reason.NO_TEXT
-    author = ME if from_me else name and make_id(name)
+            gone = row["date_edited"] or row["date_retracted"]
+            left_out = Reason.DELETED if gone else Reason.NO_TEXT
+    author = ME if row["is_from_me"] else name and make_id(name)
     at = last if at is None else at
     # A row has another number on another device; its guid is the same.
-    number = int.from_bytes(hashlib.blake2b(str(guid).encode(), digest_size=7).digest())
+    guid = str(row["guid"]).encode()
+    number = int.from_bytes(hashlib.blake2b(guid, digest_size=7).digest())
     return make_message((number, author, name, at, local_time(at), text, left_out))
 
 
@@ -155,16 +126,18 @@ def read_time(date: object) -> int | None:
     return at if at < 1 << 37 else None  # the year 6325
 
 
-def attachment_mark(database: sqlite3.Connection, rowid: int, voice: int | None) -> str:
+def attachment_mark(database: sqlite3.Connection, message: sqlite3.Row) -> str:
     """Return what stands for a message's first attachment; "" where it has none."""
     query = (
         "SELECT a.mime_type, a.transfer_name FROM message_attachment_join j"
         " JOIN attachment a ON a.ROWID = j.attachment_id WHERE j.message_id = ? LIMIT 1"
     )
     try:
-        found = database.execute(query, (rowid,)).fetchone()
+        found = database.execute(query, (message["ROWID"],)).fetchone()
     except sqlite3.OperationalError:  # a database without these tables
         return ""
     if not found:
         return ""
-    return "<voice>" if voice else file_mark(found[1], found[0])
+    if message["is_audio_message"]:
+        return "<voice>"
+    return file_mark(found["transfer_name"], found["mime_type"])

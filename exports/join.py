@@ -16,7 +16,7 @@ import marshal
 import operator
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -46,7 +46,8 @@ class ChatCopy:
     """
 
     def __init__(self, chat: Chat, number: int):
-        self.chat, self.number, self.runs = chat, number, []
+        self.chat, self.number = chat, number
+        self.runs: list[Run] = []
         self.texts: array | None = array("q")
         self.overlap: align.Overlap | None = None
 
@@ -59,7 +60,7 @@ class MessageStore:
     `same`: {author's id: the id under which `chats` yields the person}, as `unify` sets it.
     """
 
-    def __init__(self, file: BinaryIO, clean: Callable[[str], str] = str):
+    def __init__(self, file: IO[bytes], clean: Callable[[str], str] = str):
         self.file, self.clean, self.clean_name = file, clean, functools.cache(clean)
         self.copies: dict[str, list[ChatCopy]] = {}  # by the chat's key, the oldest first
         self.num_copies = 0
@@ -84,23 +85,24 @@ class MessageStore:
         copy = ChatCopy(chat, self.num_copies)
         self.num_copies += 1
         self.copies.setdefault(chat.key, []).append(copy)
-        runs, names, reasons = copy.runs, {}, collections.Counter()
+        runs, reasons = copy.runs, collections.Counter[str]()
+        names: dict[tuple, None] = {}  # (author, name): in order, each once
         while batch := list(itertools.islice(messages, BATCH)):
             batch.sort(key=TIME)  # stable: messages of one second stay in their order
             ids, authors, shown, times, dates, texts, left_out = zip(*batch)
             names |= dict.fromkeys(zip(authors, shown))
             self.counts[export].update(itertools.compress(authors, map(operator.not_, left_out)))
             reasons.update(left_out)
-            texts = [text and self.clean(text) for text in texts]
+            cleaned = [text and self.clean(text) for text in texts]
             if ids[0] is not None:
                 copy.texts = None
             elif copy.texts is not None:
-                copy.texts.extend(map(hash, texts))
+                copy.texts.extend(map(hash, cleaned))
             if not runs or times[0] < runs[-1].last:
                 runs.append(Run(times[0]))
             runs[-1].last = times[-1]
             # Nobody else can write to this file.
-            data = marshal.dumps((ids, authors, times, dates, texts, left_out))
+            data = marshal.dumps((ids, authors, times, dates, cleaned, left_out))
             runs[-1].places.append((self.file.tell(), len(data)))
             self.file.write(data)
         self.names |= {author: self.clean_name(name) for author, name in names if name}
@@ -194,7 +196,7 @@ class MessageStore:
         for message, at, is_seen in zip(self.merged(copy.runs), times.tolist(), seen.tolist()):
             if not is_seen:
                 date = message.date if at == message.at else iso_time(at)
-                author = rename.get(message.author, message.author)
+                author = message.author and rename.get(message.author, message.author)
                 yield message._replace(author=author, at=at, date=date)
 
     def merged(self, runs: list[Run]) -> Iterator[Message]:
@@ -234,7 +236,7 @@ def with_keys(messages: Iterable[Message]) -> Iterator[tuple[int, Message]]:
 
     Of two messages without ids that are alike, the second "ok" of one second is another one.
     """
-    last, alike = None, collections.Counter()
+    last, alike = None, collections.Counter[tuple]()
     for message in messages:
         key = f"{message.id} {message.author}"
         if message.id is None:

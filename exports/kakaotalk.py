@@ -14,11 +14,12 @@ A line that begins otherwise continues the message before it.
 
 import collections
 import datetime
+import functools
 import re
 from collections.abc import Iterator
 
 from exports import Chat, Message, Reason, table, table_rows
-from exports.dated import Event, read_chat
+from exports.dated import DAMAGED, UNDATED, Event, Pieces, chat_name, first_line, read_chat
 from exports.dates import find_date, find_time, make_date
 from exports.source import Source, full_lines
 
@@ -59,8 +60,6 @@ BROKEN = re.compile(
 )
 CONTROL = re.compile(r"[\x01-\x08\x0b-\x1f]")  # no part of a chat; in a time it hides a message
 INNER = re.compile(rf"\[[^\[\]]{{1,80}}\] \[{CLOCK}\]|{DAY}.{{0,5}}{CLOCK}, .{{1,80}} : ")
-DAMAGED = "damaged lines, left out"
-UNDATED = "messages before the first date, left out"
 
 
 def can_read(head: str) -> bool:
@@ -73,50 +72,40 @@ def can_read(head: str) -> bool:
 
 def read(source: Source, repairs: collections.Counter) -> Iterator[tuple[Chat, Iterator[Message]]]:
     """See `exports`. The file is read twice."""
-    first = source.head().lstrip("\ufeff").split("\n")[0].strip()
-    match = TITLE.fullmatch(first) or FILE.fullmatch(source.path.stem)
-    name = next(filter(None, match.groups()), "") if match else source.path.stem
-    find = csv_events if first == CSV else events
-    yield read_chat("kakaotalk", name, lambda repairs: find(source, repairs), repairs)
+    first = first_line(source)
+    titles = TITLE.fullmatch(first), FILE.fullmatch(source.path.stem)
+    pieces = functools.partial(csv_events if first == CSV else read_pieces, source)
+    yield read_chat("kakaotalk", chat_name(source, *titles), pieces, read_text, repairs)
 
 
 def csv_events(source: Source, repairs: collections.Counter) -> Iterator[Event]:
     for row in table_rows.rows(source, repairs):
-        time = parse(row.time)
-        if time:
-            yield finished(Event(time, row.author or None, row.text))
+        if time := parse(row.time):
+            reason = "" if row.author else Reason.NO_AUTHOR
+            yield Event(time, row.author or None, row.text, reason)
         else:
             repairs[table.NO_TIME] += 1
 
 
-def events(source: Source, repairs: collections.Counter) -> Iterator[Event]:
-    day, event = "", None
+def read_pieces(source: Source, repairs: collections.Counter) -> Pieces:
+    day = ""
     for line in full_lines(source, repairs):
         text = CONTROL.sub("", line.strip("\ufeff\r\n"))
-        rule, dated, brackets = (
-            RULE.fullmatch(text),
-            DATED.fullmatch(text),
-            BRACKETS.fullmatch(text),
-        )
-        if not (rule or dated or brackets) and BROKEN.match(text):
-            repairs[DAMAGED] += 1
-            continue
-        if not (rule or dated or brackets) and event and not SYSTEM.fullmatch(text):
-            event = event._replace(text=f"{event.text}\n{text}")
-            continue
-        if event:
-            yield finished(event)
-        event = None
-        if rule:
+        if rule := RULE.fullmatch(text):
             day = rule[1]
-        elif brackets and not day:
-            repairs[UNDATED] += 1
-        elif brackets and (time := parse(f"{day} {brackets[2]}")):
-            event = Event(time, brackets[1], brackets[3])
-        elif dated and dated[2] and (time := parse(dated[1])):
-            event = Event(time, dated[2], dated[3])
-    if event:
-        yield finished(event)
+            yield None
+        elif dated := DATED.fullmatch(text):
+            time = parse(dated[1]) if dated[2] else None
+            yield Event(time, dated[2], dated[3]) if time else None
+        elif brackets := BRACKETS.fullmatch(text):
+            if not day:
+                repairs[UNDATED] += 1
+            time = parse(f"{day} {brackets[2]}")
+            yield Event(time, brackets[1], brackets[3]) if time else None
+        elif BROKEN.match(text):
+            repairs[DAMAGED] += 1
+        else:
+            yield None if SYSTEM.fullmatch(text) else text
 
 
 def parse(text: str) -> datetime.datetime | None:
@@ -126,13 +115,12 @@ def parse(text: str) -> datetime.datetime | None:
     return datetime.datetime.combine(day, time[0]) if day and time else None
 
 
-def finished(event: Event) -> Event:
-    text, reason = event.text.strip(), event.left_out
+def read_text(text: str) -> tuple[str, str]:
+    """Return (what was written, or its mark; why it is left out)."""
     if INNER.search(text) or "\0" in text:  # the end of its line is lost
-        reason = Reason.DAMAGED
-    elif CALL.fullmatch(text) or SYSTEM.fullmatch(text):
-        reason = Reason.SERVICE
-    elif DELETED.fullmatch(text):
-        reason = Reason.DELETED
-    text = next((mark for mark, pattern in MARKS if pattern.fullmatch(text)), text)
-    return event._replace(text=text, left_out=reason or ("" if event.name else Reason.NO_AUTHOR))
+        return text, Reason.DAMAGED
+    if CALL.fullmatch(text) or SYSTEM.fullmatch(text):
+        return text, Reason.SERVICE
+    if DELETED.fullmatch(text):
+        return text, Reason.DELETED
+    return next((mark for mark, pattern in MARKS if pattern.fullmatch(text)), text), ""

@@ -15,13 +15,13 @@ spaces instead of tabs is not read: nothing shows where a name ends there.
 
 import collections
 import datetime
-import itertools
+import functools
 import re
 from collections.abc import Iterator
 
 from exports import Chat, Message, Reason
-from exports.dated import Event, read_chat
-from exports.dates import find_time
+from exports.dated import DAMAGED, UNDATED, Event, Pieces, chat_name, first_line, read_chat
+from exports.dates import find_time, make_date
 from exports.source import Source, full_lines
 
 NUM_PASSES = 3  # over the file
@@ -46,11 +46,8 @@ MARKS = {
     "<contact>": "[Contact] [联系人信息] [聯絡資訊] [連絡先] [연락처]",
 }
 SHOWN = {text.replace("_", " "): mark for mark, texts in MARKS.items() for text in texts.split()}
-CALL = re.compile(r"☎")
 UNSENT = re.compile(r"Message unsent\.|メッセージの送信を取り消しました|已收回訊息|撤回了一条消息")
 INNER = re.compile(r"\d{1,2}:\d\d\s?(?:[AaPp][Mm])?\t")
-DAMAGED = "damaged lines, left out"
-UNDATED = "messages before the first date, left out"
 
 
 def can_read(head: str) -> bool:
@@ -63,10 +60,9 @@ def can_read(head: str) -> bool:
 def read(source: Source, repairs: collections.Counter) -> Iterator[tuple[Chat, Iterator[Message]]]:
     """See `exports`. The file is read three times."""
     order = find_order(source)
-    title = TITLE.fullmatch(source.head().lstrip("\ufeff").split("\n")[0].strip())
-    title = title or TITLE.fullmatch(source.path.stem)
-    name = next(filter(None, title.groups()), "") if title else source.path.stem
-    yield read_chat("line", name.strip(), lambda repairs: events(source, order, repairs), repairs)
+    titles = TITLE.fullmatch(first_line(source)), TITLE.fullmatch(source.path.stem)
+    pieces = functools.partial(read_pieces, source, order)
+    yield read_chat("line", chat_name(source, *titles), pieces, read_text, repairs)
 
 
 def find_order(source: Source) -> str:
@@ -83,57 +79,49 @@ def find_order(source: Source) -> str:
 
 
 def day_of(line: str, order: str) -> datetime.date | None:
-    """Return the day that a line begins; None of other lines."""
-    if match := DAYS.fullmatch(line):
-        year, month, day = match.groups()
-    elif match := YEAR_LAST.fullmatch(line):
-        _, month, day, year = match.groups()
-        if order == "dmy":
-            month, day = day, month
-    else:
+    """Return the day that a line begins, None of other lines; `order`: where the year is last."""
+    match = DAYS.fullmatch(line)
+    order = "ymd" if match else order
+    match = match or YEAR_LAST.fullmatch(line)
+    if not match:
         return None
-    try:
-        return datetime.date(int(year), int(month), int(day))
-    except ValueError:
-        return None
+    first, second, third = map(int, match.groups()[-3:])
+    return make_date((first, second, third), order)
 
 
-def events(source: Source, order: str, repairs: collections.Counter) -> Iterator[Event]:
-    day, event = None, None
-    for line in itertools.chain(full_lines(source, repairs), ["\n"]):
+def read_pieces(source: Source, order: str, repairs: collections.Counter) -> Pieces:
+    day = None
+    for line in full_lines(source, repairs):
         text = line.strip("\ufeff\r\n")
-        following = day_of(text, order)
         match = MESSAGE.fullmatch(text)
         time = find_time(match[1].strip().lower()) if match else None
-        if following or time:
-            if event:
-                yield finished(event)
-            event, day = None, following or day
-        if time and not day:
-            repairs[UNDATED] += 1
-        elif time and match and day:
+        if begun := day_of(text, order):
+            day = begun
+            yield None
+        elif match and time and day:
             name, tab, body = match[2].partition("\t")
-            service = "" if name and tab else Reason.SERVICE
             moment = datetime.datetime.combine(day, time[0])
-            event = Event(moment, None if service else name, body if tab else name, service)
-        elif "\t" in text and not following:
+            if name and tab:
+                yield Event(moment, name, body)
+            else:
+                yield Event(moment, None, body or name, Reason.SERVICE)
+        elif time:
+            repairs[UNDATED] += 1
+            yield None
+        elif "\t" in text:
             # No part of the message before: somebody else may have written it.
             repairs[DAMAGED] += 1
-        elif event and not following:
-            event = event._replace(text=f"{event.text}\n{text}")
-    if event:
-        yield finished(event)
+        else:
+            yield text
 
 
-def finished(event: Event) -> Event:
-    text, reason = event.text.strip(), event.left_out
+def read_text(text: str) -> tuple[str, str]:
+    """Return (what was written, or its mark; why it is left out)."""
     if "\n" in text and text.startswith('"') and text.endswith('"'):
         text = text[1:-1]
     text = SHOWN.get(text, text)
     if INNER.search(text) or "\0" in text:  # the end of its line is lost
-        reason = Reason.DAMAGED
-    elif CALL.match(text):
-        reason = Reason.SERVICE
-    elif UNSENT.fullmatch(text):
-        reason = Reason.DELETED
-    return event._replace(text=text, left_out=reason)
+        return text, Reason.DAMAGED
+    if text.startswith("☎"):  # a call
+        return text, Reason.SERVICE
+    return text, Reason.DELETED if UNSENT.fullmatch(text) else ""

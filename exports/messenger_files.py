@@ -1,15 +1,15 @@
 """The files of an export of Facebook's or Instagram's: what belongs together, and whose it is."""
 
 import collections
+import contextlib
 import json
 import re
 from pathlib import PurePath
 
 from exports import Chat
-from exports.content import hash_name, without_surrogates
+from exports.content import as_list, hash_name, value_behind, without_surrogates
 from exports.source import Source
 
-PARTICIPANTS = re.compile(r'"participants"\s*:\s*(?=\[)')
 TITLE = re.compile(r'"(title|thread_path|threadName)"\s*:\s*("(?:[^"\\]|\\.)*+")')
 PROFILES = (  # where the owner's name is, of Facebook and of Instagram, in old exports and new
     "personal_information/profile_information/profile_information.json",
@@ -79,11 +79,7 @@ def profile_names(source: Source) -> set[str]:
 
 def participants(head: str) -> list[str]:
     """Return the names of a chat's people, from the beginning of its file."""
-    try:
-        place = PARTICIPANTS.search(head)
-        people, _ = json.JSONDecoder().raw_decode(head, place.end() if place else len(head))
-    except (ValueError, RecursionError):
-        return []
+    people = as_list(value_behind(head, "participants"))
     names = [person.get("name") if isinstance(person, dict) else person for person in people]
     return [undo_mojibake(name) for name in names if isinstance(name, str)]
 
@@ -94,10 +90,8 @@ def read_chat(source: Source) -> Chat:
     people = participants(head)
     fields: dict[str, str] = {}
     for key, value in TITLE.findall(end) + TITLE.findall(head):
-        try:
+        with contextlib.suppress(ValueError):
             fields.setdefault(key, undo_mojibake(json.loads(value, strict=False)))
-        except ValueError:
-            continue
     secure = re.sub(r"_\d+$", "", fields.get("threadName", ""))
     name = fields.get("title") or secure or next(iter(people), "Deleted Account")
     folder = source.path.parent.name if source.parts != [source] else source.path.stem

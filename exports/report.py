@@ -38,7 +38,7 @@ def script(character: str) -> str:
 
 def count_scripts(characters: Mapping[str, int]) -> dict[str, int]:
     """Turn {character: how often} into {script: how many letters}, most first."""
-    counts = collections.Counter()
+    counts = collections.Counter[str]()
     for character, n in characters.items():
         counts[script(character)] += n
     del counts[""]
@@ -49,12 +49,17 @@ class ChatStats:
     """Counts over all sessions, while authors are still ids."""
 
     def __init__(self):
-        self.left_out = {part: collections.Counter() for part in ("chats", "messages", "sessions")}
-        self.seen = collections.Counter()  # chats, messages, sessions; mine and short: my messages
-        self.written = collections.Counter()  # messages of others in sessions that are kept, by id
-        self.in_private = collections.Counter()  # those of them in personal chats
-        self.groups, self.answered = {}, set()  # groups by id; chats in which others write
-        self.letters = collections.Counter()  # of mine
+        # Of chats, messages and sessions; `mine` and `short` are my messages.
+        self.seen = collections.Counter[str]()
+        self.left_out = {
+            part: collections.Counter[str]() for part in ("chats", "messages", "sessions")
+        }
+        # Messages of others in sessions that are kept, by id; those of them in personal chats.
+        self.written = collections.Counter[str]()
+        self.in_private = collections.Counter[str]()
+        self.groups: dict[str, str] = {}  # names by id
+        self.answered: set[str] = set()  # chats in which others write
+        self.letters = collections.Counter[str]()  # of mine
 
     def add(self, session, skip_reason: str) -> int:
         """Count a session and return its messages; `skip_reason`: "" where it is kept."""
@@ -84,7 +89,7 @@ class ChatStats:
         return sorted(self.written.items(), key=lambda pair: (-self.in_private[pair[0]], -pair[1]))
 
     def report(self) -> dict:
-        report = {"my_messages": self.seen["mine"]}
+        report: dict = {"my_messages": self.seen["mine"]}
         for part, reasons in self.left_out.items():
             report[part] = self.seen[part]
             report[f"{part}_left_out"] = dict(reasons.most_common())
@@ -142,7 +147,7 @@ def show_sources(paths: Iterable[str], sources: list[dict]) -> None:
 
 def tokens_per_1000_characters(messages: Iterable[str], tokenizer) -> dict[str, int]:
     """Return {script: tokens}; a message counts for the script of most of its letters."""
-    tokens, characters = collections.Counter(), collections.Counter()
+    tokens, characters = collections.Counter[str](), collections.Counter[str]()
     for text in messages:
         if scripts := count_scripts(collections.Counter(text)):
             main = next(iter(scripts))

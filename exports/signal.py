@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from cli import UserError
 from exports import Chat, Message, Reason, fix_dst, make_message, sigtop
-from exports.content import file_mark, without_surrogates
+from exports.content import as_dict, as_list, as_text, file_mark, without_surrogates
 from exports.sigtop import DAMAGED, ME, make_id
 from exports.source import Source, full_lines
 
@@ -64,8 +64,7 @@ def messages(source: Source, repairs: collections.Counter) -> Iterator[Message]:
 
 
 def read_message(raw: dict, sender: str, at: int, date: str) -> Message:
-    body, left_out = raw.get("body"), ""
-    text = body.strip() if isinstance(body, str) else ""
+    text, left_out = as_text(raw.get("body")).strip(), ""
     if raw.get("deleted"):
         left_out = Reason.DELETED
     elif raw.get("call") or CALL.fullmatch(text):
@@ -76,7 +75,6 @@ def read_message(raw: dict, sender: str, at: int, date: str) -> Message:
         text = text or attachment_mark(raw)
         left_out = "" if text else Reason.NO_TEXT
     person = ME if sender == "Me" else make_id(sender)
-    text = without_surrogates(text)
     return make_message((None, person, sender, at, date, "" if left_out else text, left_out))
 
 
@@ -84,8 +82,6 @@ def attachment_mark(raw: dict) -> str:
     """Return what stands for a sticker or the first attachment."""
     if sticker := raw.get("sticker"):
         emoji = sticker.get("emoji") if isinstance(sticker, dict) else sticker
-        return str(emoji or "<sticker>")
-    files = raw.get("attachments")
-    if not isinstance(files, list) or not files:
-        return ""
-    return file_mark(files[0].get("name") if isinstance(files[0], dict) else "")
+        return without_surrogates(str(emoji or "<sticker>"))
+    files = as_list(raw.get("attachments"))
+    return file_mark(as_dict(files[0]).get("name")) if files else ""

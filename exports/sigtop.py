@@ -20,6 +20,8 @@ HEAD = re.compile(
 )
 # A line of such a paragraph: where it isn't whole, what follows is nobody's for certain.
 FIELD = re.compile(rf"^(?:Type: [\w-]+|(?:Sent|Received): {DATE})$", re.MULTILINE)
+QUOTE = re.compile(r"> From: .*\n?(?:>.*\n?)*")  # of another message, before the text
+BAR = re.compile(r"^\|? ?", re.MULTILINE)  # before the lines of an edited message's versions
 ATTACHMENT = re.compile(r"\nAttachment: (.*) \((\S+), \d+ bytes\)")
 DAMAGED = "Signal's messages that aren't whole, left out"
 
@@ -29,9 +31,10 @@ def read_chat(source: Source) -> Chat | None:
     match = CONVERSATION.match(source.head().removeprefix("\ufeff"))
     if not match:
         return None
-    name, detail = split_name(match[1].strip())
+    written = match[1].strip()
+    name, detail = split_name(written)
     chat_type = "private_group" if detail == "group" else "personal_chat"
-    return Chat(f"signal:{match[1].strip()}", make_id(match[1].strip()), chat_type, name, ME)
+    return Chat(f"signal:{written}", make_id(written), chat_type, name, ME)
 
 
 def make_id(name: str) -> str:
@@ -82,18 +85,14 @@ def read_message(head: re.Match, body: str, last: int) -> Message:
     """Make a Message; without a time it is as late as the one before, `last`."""
     author, text, left_out = head["author"], "", ""
     mine = head["type"] == "outgoing"
-    written = head["sent"] or head["received"]
-    time = None
-    if written and written != "unknown":
-        time = read_time(written)
+    time = read_time(head["sent"] or head["received"] or "")
     if head["type"] not in ("incoming", "outgoing"):
         left_out = Reason.SERVICE
     elif not author or mine != (author == "You") or not time:
         left_out = Reason.NO_AUTHOR
     else:
-        edited = "\nEdited: " in head["more"]
-        text = latest_version(body) if edited else without_quote(body)
-        text = text.strip() or attachment_mark(head["more"])
+        text = latest_version(body) if "\nEdited: " in head["more"] else body
+        text = without_quote(text).strip() or attachment_mark(head["more"])
         left_out = "" if text else Reason.NO_TEXT
     at, date = time or (last, iso_time(last))
     name = "Me" if mine else split_name(author or "")[0] or None
@@ -111,23 +110,17 @@ def read_time(written: str) -> tuple[int, str] | None:
 
 
 def without_quote(body: str) -> str:
-    """Drop the paragraphs of a quoted message, which stand first."""
-    if not body.startswith("> From: "):
-        return body
-    lines = body.split("\n")
-    while lines and lines[0].startswith(">"):
-        lines.pop(0)
-    return "\n".join(lines)
+    quote = QUOTE.match(body)
+    return body[quote.end() :] if quote else body
 
 
 def latest_version(body: str) -> str:
     """Return the text of an edited message: the first of its versions, all behind a `|`."""
-    lines = [line.removeprefix("|").removeprefix(" ") for line in body.split("\n")]
-    fields, _, rest = "\n".join(lines).partition("\n\n")
+    fields, _, rest = BAR.sub("", body).partition("\n\n")
     if not fields.startswith("Version: "):
         return ""
     older = re.search(r"(?:^|\n)\n?Version: \d+\n(?:Attachment: .*\n)*Sent: ", rest)
-    return without_quote(rest[: older.start()] if older else rest)
+    return rest[: older.start()] if older else rest
 
 
 def attachment_mark(fields: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from exports import Chat, Message, Reason, iso_time, local_time, make_message
-from exports.content import file_mark, without_surrogates
+from exports.content import as_dict, as_text, file_mark
 from exports.repair import unique_keys
 from exports.slack_workspace import Workspace, name_of, read_workspace
 from exports.source import Source
@@ -73,9 +73,8 @@ def messages(day: Source, workspace: Workspace, repairs: collections.Counter) ->
 
 def read_message(raw: dict, workspace: Workspace) -> Message:
     get = raw.get
-    user, subtype, ts = str(get("user")), get("subtype"), str(get("ts"))
-    is_person = bool(USER.fullmatch(user)) and isinstance(get("user"), str)
-    timed = bool(TIME.fullmatch(ts))
+    user, subtype, ts = as_text(get("user")), get("subtype"), str(get("ts"))
+    is_person, timed = bool(USER.fullmatch(user)), bool(TIME.fullmatch(ts))
     at = int(ts.partition(".")[0]) if timed else 0
     text, left_out = "", ""
     if get("bot_id") or subtype == "bot_message" or user in workspace.bots:
@@ -87,22 +86,18 @@ def read_message(raw: dict, workspace: Workspace) -> Message:
     elif not is_person or not timed:
         left_out = Reason.NO_AUTHOR
     else:
-        text = clean_text(get("text"), workspace) or files_mark(get("files") or get("file"))
+        text = clean_text(as_text(get("text")), workspace)
+        text = text or files_mark(get("files") or get("file"))
         left_out = "" if text else Reason.NO_TEXT
-    name = workspace.names.get(user)
-    profile = get("user_profile")
-    if not name and isinstance(profile, dict):
-        name = name_of(profile)
+    name = workspace.names.get(user) or name_of(as_dict(get("user_profile")))
     number = int(ts.replace(".", "")) if timed else None
     date = local_time(at) if timed else iso_time(at)
     author = f"slack:{user}" if is_person else None
     return make_message((number, author, name or author and user, at, date, text, left_out))
 
 
-def clean_text(written: object, workspace: Workspace) -> str:
+def clean_text(written: str, workspace: Workspace) -> str:
     """Write mentions, links and entities as people see them."""
-    if not isinstance(written, str):
-        return ""
 
     def shown(match: re.Match) -> str:
         sign, target, label = match.groups()
@@ -114,7 +109,7 @@ def clean_text(written: object, workspace: Workspace) -> str:
             return label or "@" + target.partition("^")[0]
         return label or target.removeprefix("mailto:")
 
-    return html.unescape(without_surrogates(MARKUP.sub(shown, written))).strip()
+    return html.unescape(MARKUP.sub(shown, written)).strip()
 
 
 def files_mark(files: object) -> str:

@@ -3,7 +3,7 @@
 import json
 from typing import NamedTuple
 
-from exports.content import without_surrogates
+from exports.content import as_dict, as_list, without_surrogates
 from exports.source import Source
 
 LISTS = {  # the files that name the conversations
@@ -37,11 +37,10 @@ def read_workspace(source: Source) -> Workspace:
     for file, chat_type in LISTS.items():
         for raw in read_list(source, file):
             number = str(raw.get("id"))
-            members = raw.get("members")
-            members = [str(member) for member in members] if isinstance(members, list) else []
+            members = [str(member) for member in as_list(raw.get("members"))]
             folder = str(raw.get("name") or number)
             conversations[folder] = (number, chat_type, members)
-            channel_names[number] = folder
+            channel_names[number] = without_surrogates(folder)
             if chat_type == "personal_chat" and len({*members}) == 2:
                 pairs.append({*members})
     return Workspace(names, bots, conversations, channel_names, find_owner(pairs))
@@ -50,10 +49,9 @@ def read_workspace(source: Source) -> Workspace:
 def read_list(source: Source, name: str) -> list[dict]:
     """Read one of the workspace's own files, which stand above the conversations' folders."""
     try:
-        values = json.loads(source.above(name) or "[]")
+        values = as_list(json.loads(source.above(name) or "[]"))
     except (ValueError, RecursionError):
         return []
-    values = values if isinstance(values, list) else []
     return [value for value in values if isinstance(value, dict)]
 
 
@@ -65,8 +63,7 @@ def find_owner(pairs: list[set[str]]) -> str | None:
 
 def name_of(user: dict) -> str | None:
     """Return the name that people see: the display name, where one is set."""
-    profile = user.get("profile")
-    profile = profile if isinstance(profile, dict) else {}
+    profile = as_dict(user.get("profile"))
     shown = profile.get("display_name") or user.get("display_name")
     name = shown or profile.get("real_name") or user.get("real_name") or user.get("name")
     return without_surrogates(str(name)) if name else None

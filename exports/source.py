@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
-from typing import Any
+from typing import IO, Any
 
 from cli import UserError
 
@@ -57,7 +57,7 @@ class Source:
         member: zipfile.ZipInfo | None = None,
     ):
         self.path, self.progress, self.zip, self.member = path, progress, archive, member
-        self.archive = Path(archive.filename) if archive else None
+        self.archive = Path(archive.filename) if archive and archive.filename else None
         self.size = member.file_size if member else Path(path).stat().st_size
         self.parts = [self]
         self.known: Any = None
@@ -73,7 +73,10 @@ class Source:
     def blocks(self, repairs: collections.Counter) -> Iterator[bytes]:
         """Yield the bytes; of a damaged zip those before the damage."""
         try:
-            opened = self.zip.open(self.member) if self.zip else open(self.path, "rb", buffering=0)
+            if self.zip and self.member:
+                opened: IO[bytes] = self.zip.open(self.member)
+            else:
+                opened = open(self.path, "rb", buffering=0)
             with opened as file:
                 while block := file.read(CHUNK):
                     yield block
@@ -165,12 +168,16 @@ def lines_of(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 def full_lines(source: Source, repairs: collections.Counter) -> Iterator[str]:
     """Yield a file's lines, each with the newline that ends it."""
-    rest = ""
+    unread: list[str] = []  # joined once: a file may be one line
     for text in source.text(repairs):
-        *lines, rest = (rest + text).split("\n")
-        yield from (line + "\n" for line in lines)
-    if rest:
-        yield rest
+        whole, newline, rest = text.rpartition("\n")
+        if newline:
+            lines = "".join([*unread, whole]).split("\n")
+            yield from (line + "\n" for line in lines)
+            unread = []
+        unread.append(rest)
+    if last := "".join(unread):
+        yield last
 
 
 def guess_encoding(lines: Iterable[bytes]) -> str | None:
@@ -198,7 +205,7 @@ def guess_encoding(lines: Iterable[bytes]) -> str | None:
 
 def guess_code_page(sample: bytes) -> str | None:
     """Return the code page of some lines; None where two could be, and read differently."""
-    latin = {}
+    latin: dict[str, str] = {}
     for page, alphabets in LATIN_PAGES.items():
         text = sample.decode(page, "replace")
         letters = [c for c in text.lower() if not c.isascii() and c not in SIGNS]
@@ -212,7 +219,9 @@ def guess_code_page(sample: bytes) -> str | None:
         import charset_normalizer
     except ImportError:
         return None
-    settings = {"steps": 16, "chunk_size": 1024, "cp_isolation": CODE_PAGES}
-    best = charset_normalizer.from_bytes(sample, **settings).best()
+    matches = charset_normalizer.from_bytes(
+        sample, steps=16, chunk_size=1024, cp_isolation=CODE_PAGES
+    )
+    best = matches.best()
     # A high coherence: the text is in a language that is known.
     return best.encoding if best and best.chaos < 0.1 and best.coherence > 0.1 else None

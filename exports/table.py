@@ -15,19 +15,17 @@ from exports import Chat, Message, Reason, local_time, make_message
 from exports.content import hash_name
 from exports.dates import Clock
 from exports.source import Source
+from exports.table_columns import is_table
 from exports.table_kinds import mark_of, reason_of
-from exports.table_rows import Row, is_table, rows
+from exports.table_rows import Row, rows
 
+can_read = is_table
 NUM_PASSES = 1  # over the file; the second is over our own
 SAME_IDS = True  # of two files of one kind, a name is one person
 YES = ("1", "true", "yes", "me")
 ME = "table:me"  # the id of whose rows say that they are mine
 SPOOL_ROWS = 10_000  # rows in memory
 NO_TIME = "rows without a time that can be read, left out"
-
-
-def can_read(head: str) -> bool:
-    return is_table(head)
 
 
 def read(source: Source, repairs: collections.Counter) -> Iterator[tuple[Chat, Iterator[Message]]]:
@@ -49,13 +47,8 @@ def make_chat(file: str, spool: "Spool", name: str) -> Chat:
     # WeChat's exporters number the parts of a chat: Bob_0_5000.csv.
     shown = name or re.sub(r"_\d+_\d+$", "", file)
     chat_type = "personal_chat" if len(spool.authors[name]) < 3 else "private_group"
-    return Chat(
-        f"table:{shown}",
-        f"table:{hash_name(shown)}",
-        chat_type,
-        shown,
-        ME if spool.mine else None,
-    )
+    owner = ME if spool.mine else None
+    return Chat(f"table:{shown}", f"table:{hash_name(shown)}", chat_type, shown, owner)
 
 
 class Spool:

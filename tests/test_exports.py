@@ -723,6 +723,20 @@ def test_telegram_s_json_in_a_code_page_is_decoded_too(tmp_path):
     assert texts(written(tmp_path, text.encode("cp1252"))) == ["grüß dich", "schön"]
 
 
+def test_one_huge_line_is_joined_once(tmp_path, monkeypatch):
+    """Joined again at each of its 16,384 pieces, this line takes over eight minutes."""
+    monkeypatch.setattr(exports.source, "CHUNK", 1 << 12)
+    path = tmp_path / "line.txt"
+    with open(path, "wb") as file:
+        file.write(b"short\r\n\nlong")
+        file.truncate(1 << 26)
+    began = time.process_time()
+    lines = exports.source.full_lines(exports.source.Source(path), collections.Counter())
+    assert [next(lines), next(lines)] == ["short\r\n", "\n"]
+    assert [len(line) for line in lines] == [(1 << 26) - 8]
+    assert time.process_time() - began < 2
+
+
 OTHERS = "14/03/2020, 10:00 - Eve: secret\n14/03/2020, 10:01 - Zed: ok"
 
 
