@@ -65,6 +65,7 @@ class NativeStep:
         self.model = model
         self.library = library
         self.copies: list[Tensor] = []
+        self.unpacked = torch.empty(0)
         config = model.config
         numbers = [config.num_hidden_layers, config.hidden_size, config.num_attention_heads]
         numbers += [config.num_key_value_heads, config.head_dim, config.intermediate_size]
@@ -94,8 +95,11 @@ class NativeStep:
         return numbers
 
     def unpack(self, matrix: Tensor, *stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """What a quantized layer's `unpack` does."""
-        weight = torch.empty(*matrix[1:3].tolist(), dtype=dtype)
+        """What a quantized layer's `unpack` does, into memory that the next call overwrites."""
+        out, width = matrix[1:3].tolist()
+        if self.unpacked.dtype != dtype or len(self.unpacked) < out * width:
+            self.unpacked = torch.empty(out * width, dtype=dtype)
+        weight = self.unpacked[: out * width].view(out, width)
         self.call("unpack", matrix, weight, KINDS[dtype])
         return weight
 

@@ -11,7 +11,7 @@ that holds only its own rows quantizes them to the same bytes. Each row's two fl
 integers, because FSDP2's mixed precision would cast a float32 parameter to bf16.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +26,7 @@ NF4_POINTS = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.394917488098144
               0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
 INT4_GROUP = 64  # int4: inputs that share a scale, at most
 RANGE_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range that its 16 points may cover
-CHUNK = 1 << 20  # weights that int4 quantizes at a time
+CHUNK = 1 << 17  # weights that int8 and int4 quantize at a time: cli.MMAP_BYTES is slow to allocate
 TINY = 1e-38  # the absmax of a block of zeros; bitsandbytes' number
 
 
@@ -152,7 +152,11 @@ class Int8Linear(PackedLinear):
         return [((rows, width), torch.int8), ((rows,), torch.float32)]
 
     @staticmethod
-    def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(weight: Tensor) -> list[Tensor]:
+        return by_rows(Int8Linear.quantize_rows, weight)
+
+    @staticmethod
+    def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
         weight = weight.float()
         scales = weight.abs().amax(1).clamp(min=TINY) / 127
         return (weight / scales[:, None]).round().to(torch.int8), scales
@@ -185,9 +189,7 @@ class Int4Linear(PackedLinear):
     @staticmethod
     def quantize(weight: Tensor) -> list[Tensor]:
         """Cover each group's range, or a share of it, whichever has the least squared error."""
-        chunks = weight.split(max(1, CHUNK // weight.shape[1]))
-        parts = [Int4Linear.quantize_rows(rows) for rows in chunks]
-        return [torch.cat(tensors) for tensors in zip(*parts)]
+        return by_rows(Int4Linear.quantize_rows, weight)
 
     @staticmethod
     def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,6 +222,12 @@ class Int4Linear(PackedLinear):
         products = (codes & 15).float() * first + (codes >> 4).float() * second
         sums = products.sum(1)  # (out, groups)
         return (sums * scales.float() + x.sum(0) * least.float()).sum(-1)
+
+
+def by_rows(quantize_rows: Callable[[Tensor], Sequence[Tensor]], weight: Tensor) -> list[Tensor]:
+    """Quantize some rows of a weight (out, in) at a time."""
+    parts = map(quantize_rows, weight.split(max(1, CHUNK // weight.shape[1])))
+    return [torch.cat(tensors) for tensors in zip(*parts)]
 
 
 def group_size(width: int) -> int:
