@@ -437,8 +437,13 @@ def test_what_ends_one_model_ends_the_others_soon_and_is_shown(error, monkeypatc
     monkeypatch.setattr(evaluate, "fit_together", lambda *args: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    with pytest.raises(error):
-        evaluate.run_models({"clone": "a", "base": "b"}, None, evaluate.Options())
+    # a training in this process may have left its own handler
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(error):
+            evaluate.run_models({"clone": "a", "base": "b"}, None, evaluate.Options())
+    finally:
+        signal.signal(signal.SIGINT, earlier)
     assert not finished
 
 
