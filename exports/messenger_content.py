@@ -1,4 +1,4 @@
-"""What a message of Facebook's or Instagram's says: own words, a file, or an event's sentence."""
+"""The content of a Facebook or Instagram message: text, an attachment, or a service sentence."""
 
 import re
 
@@ -26,7 +26,7 @@ OWN_TYPES = (None, "Generic", "Share", "text", "media", "link")  # others: calls
 
 
 def reason_of(raw: dict, author: str, content: str) -> str:
-    """Return why a message is nobody's own words, "" where it may be."""
+    """Return why a message is left out, "" if it is kept."""
     kind = raw.get("type")
     if not raw:
         return Reason.DAMAGED

@@ -26,7 +26,9 @@ NF4_POINTS = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.394917488098144
               0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
 INT4_GROUP = 64  # int4: inputs that share a scale, at most
 RANGE_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range that its 16 points may cover
-CHUNK = 1 << 17  # weights that int8 and int4 quantize at a time: cli.MMAP_BYTES is slow to allocate
+# weights that int8 and int4 quantize at a time: in fp32 fewer bytes than cli.MMAP_BYTES, from which
+# on malloc fetches new pages from the system, which took most of the time
+CHUNK = 1 << 17
 TINY = 1e-38  # the absmax of a block of zeros; bitsandbytes' number
 
 
