@@ -54,6 +54,9 @@ def run_python(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
 
 
+SLOW = {"torch.distributed.tensor", "torch._dynamo", "sympy", "sklearn"}
+
+
 def loaded_modules(imports: str, candidates: set[str]) -> set[str]:
     """Import modules in a new process; return which candidates are loaded. Nothing else prints."""
     done = run_python(f"import sys, {imports}; print(*{candidates!r} & {{*sys.modules}})")
@@ -113,8 +116,12 @@ def test_data_needs_no_torch_and_importing_prints_nothing():
 
 
 def test_programs_import_nothing_slow():
-    slow = {"torch.distributed.tensor", "torch._dynamo", "sklearn"}
-    assert not loaded_modules("train, chat, evaluate, plan", slow)
+    assert not loaded_modules("train, chat, evaluate, plan", SLOW)
+
+
+def test_loading_a_model_imports_nothing_slow():
+    load = f"weights.load; weights.load.load_model({str(ROOT / 'examples' / 'base')!r})"
+    assert not loaded_modules(load, SLOW)
 
 
 def test_loaded_modules_sees_what_is_loaded():

@@ -94,8 +94,15 @@ def weight_shape(target: Target) -> tuple[int, ...]:
 
 
 def materialize(model: Transformer, device: str | torch.device) -> None:
-    """Give a meta model memory on `device`. `to_empty` unties tied weights: tie them again."""
-    model.to_empty(device=device)
+    """Give a meta model memory on `device`. That unties tied weights: tie them again."""
+
+    def allocate(tensor: torch.Tensor) -> torch.Tensor:
+        if is_sharded(tensor):
+            return torch.empty_like(tensor, device=device)
+        # empty_like of a meta tensor imports sympy: half a second
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+    model._apply(allocate)
     if model.config.tie_word_embeddings:
         embedding, head = model.model.embed_tokens, model.lm_head
         head.weight = embedding.weight
