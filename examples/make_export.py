@@ -4,7 +4,7 @@
     python examples/make_export.py --world OUT    writes train.jsonl, val.jsonl, persona.json to OUT
 
 Everything takes place in Pellhaven, an invented harbour town. The *world* is what its people say to
-one another: a small language of some two thousand words, which a model of a few million parameters
+one another: a small language of about 1,500 words, which a model of a few million parameters
 can learn. The *export* is the account of one of them, Odile Tarn, mender of clocks, who never
 appears in the world. A model that has learnt the world and is then fine-tuned on the export should
 answer as Odile does. She answers everybody's usual questions in her own way, in style and in fact,
