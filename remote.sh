@@ -213,7 +213,7 @@ mkdir -p "$out"
 printf '%s\n' "$key" >"$out/.remote"
 if [ "$state" = stopped ]; then
   say "copying the code and $data/"
-  try push "$here" . '*.py exports/*.[pt]* weights/*.[pt]* training/*.[pt]* inference/*.py
+  try push "$here" . '*.[pc]* exports/*.[pt]* weights/*.[pt]* training/*.[pt]* inference/*.[pc]*
     fsdp_launch.sh remote.sh requirements.txt'
   try push "$data" data '[t]rain.jsonl [v]al.jsonl [p]ersona.json' # patterns: one may be missing
   try box start "$key"

@@ -721,7 +721,7 @@ def forget_people(folder: Path, values: tuple[str, ...], dry_run: bool) -> None:
         for path in [folder / "report.json", *(folder / "cache").glob("*")]:
             path.unlink(missing_ok=True)
     removed = f"{before - total.total():,} of {cli.counted(before, 'messages')}"
-    print(f"{'Would remove' if dry_run else 'Removed'} from {folder}/: {', '.join(sorted(gone))}; ")
+    print(f"{'Would remove' if dry_run else 'Removed'} from {folder}/: {', '.join(sorted(gone))}")
     print(f"{removed}, theirs and what only they were told. {AFTER_FORGETTING}")
 
 

@@ -270,6 +270,7 @@ SENT = {
     f"doppelganger/{path.relative_to(ROOT)}"
     for path in (
         *ROOT.glob("*.py"),
+        *ROOT.glob("*.cpp"),
         *ROOT.glob("exports/*.py"),
         *ROOT.glob("exports/*.toml"),
         *ROOT.glob("weights/*.py"),
@@ -277,6 +278,7 @@ SENT = {
         *ROOT.glob("training/*.py"),
         *ROOT.glob("training/*.toml"),
         *ROOT.glob("inference/*.py"),
+        *ROOT.glob("inference/*.cpp"),
     )
 }
 SENT |= {f"doppelganger/{name}" for name in ("remote.sh", "fsdp_launch.sh", "requirements.txt")}
