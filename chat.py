@@ -27,6 +27,7 @@ LIMITS = {
     "max_tokens": (1, 1 << 31),
     "temperature": (0, 10),
     "top_p": (0, 1),
+    "seed": (0, 1 << 62),
     "port": (0, 65535),
     "slots": (1, 32),
     "per_client": (1, 1 << 31),
@@ -156,6 +157,12 @@ def validate(options: Options) -> Path:
                 f"--{name.replace('_', '-')} must be from {low:,} to {high:,}, got {value}",
                 "Leave it out for the default.",
             )
+    texts = {"--as": "".join(options.as_), "--me": options.me or "", "-p": options.prompt or ""}
+    for name, text in texts.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # Python keeps bytes that are no UTF-8 as half characters
+            raise UserError(f"{name} is not UTF-8 text", "Type it in a UTF-8 terminal.") from None
     folder = Path(options.ckpt)
     hub.refuse_gguf(options.ckpt)
     if not folder.is_dir():

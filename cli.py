@@ -186,6 +186,12 @@ def run(main: Callable[[], Any]) -> None:
                 describe_os_error(error) if isinstance(error, OSError) else error, file=sys.stderr
             )
         sys.exit(2)
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which isn't imported here
+            raise
+        hint = "Free its memory, or pass smaller --weights or --context, where there are such."
+        print(UserError("The GPU is out of memory", hint), file=sys.stderr)
+        sys.exit(2)
     finally:
         gc.freeze()  # else Python's last collection goes through all of torch: a third of a second
 
@@ -300,7 +306,7 @@ def read_json(path: StrPath, missing: dict | None = None) -> dict:
     if not path.exists() and missing is not None:
         return missing
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors add a BOM
     except FileNotFoundError:
         raise UserError(f"{path} is missing", f"Is {path.parent} the right folder?") from None
     except (ValueError, RecursionError) as error:

@@ -619,6 +619,8 @@ class Answer:
     def remember(self) -> None:
         """Keep the turn's ids, so that the next prompt begins with exactly what is cached."""
         im_start = self.decoder.tokenizer.im_start
+        if im_start not in self.prompt:
+            return  # a long name fills a tiny context
         header_length = self.prompt[::-1].index(im_start) + 1
         known = self.decoder.reply_ids
         known[self.me, *self.messages] = self.prompt[-header_length:] + self.ids

@@ -649,7 +649,7 @@ def listen(options) -> socket.socket:
         addresses = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)
         family, *_, address = addresses[0]
         return socket.create_server(address, family=family)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: no name of a host
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"--host {options.host} --port {options.port}: {reason}",

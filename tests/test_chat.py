@@ -233,10 +233,14 @@ def test_wrong_folders_and_flags_are_refused(tmp_path, clone, chats):
         ("--top-p", 1.5),
         ("--context", 0),
         ("--max-tokens", 0),
+        ("--seed", -1),
+        ("--seed", 1 << 64),
         ("--port", 1 << 16),
     ):
         refused(command("chat.py", clone, "--web", flag, value), flag, f"got {value}")
     refused(command("chat.py", clone, "--device", "abacus"), "abacus")
+    for flag in ("-p", "--as", "--me"):
+        refused(command("chat.py", clone, flag, "caf\udce9"), f"{flag} is not UTF-8")
 
 
 def test_a_plain_base_without_chat_tokens_replies(base):

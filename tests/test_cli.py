@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import command, refused
 
 import cli
@@ -44,6 +45,22 @@ def test_user_error_exits_with_code_2_and_two_lines(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.run(main)
     assert ended.value.code == 2 and capsys.readouterr().err == "--x is wrong\nSay --y.\n"
+
+
+def test_gpu_without_memory_ends_with_code_2_and_two_lines(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main)
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(lines) == 2 and "out of memory" in lines[0]
+
+
+def test_json_that_a_windows_editor_saved_is_read(tmp_path):
+    path = tmp_path / "persona.json"
+    path.write_text('{"me": "Zoë"}', encoding="utf-8-sig")
+    assert cli.read_json(path) == {"me": "Zoë"}
 
 
 def test_output_dir_that_is_not_empty_is_refused(tmp_path):

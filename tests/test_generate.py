@@ -487,6 +487,14 @@ def test_header_stays_when_old_turns_are_dropped(tokenizer):
     )  # it would leave no room
 
 
+def test_a_name_longer_than_a_tiny_context_is_answered(base, tokenizer):
+    model = load_model(str(base), tokenizer=tokenizer, weights="plain")
+    decoder = generate.Decoder(model, tokenizer, 64)
+    answer = generate.Answer(decoder, [Turn("Bob", False, "", ["hi"])], "Qz" * 100, 256)
+    list(answer)
+    assert len(answer.prompt) == 32 and not decoder.reply_ids
+
+
 def test_answer_left_early_leaves_the_decoder_ready(adapted, tokenizer):
     decoder = generate.Decoder(
         load_model(str(adapted), tokenizer=tokenizer, weights="plain"), tokenizer, 128

@@ -693,12 +693,9 @@ def test_public_host_needs_token_and_name(clone, chats):
     refused(command("chat.py", clone, "--web", "--host", "0.0.0.0"), "--token", "--as")
     refused(command("chat.py", clone, "--web", "--host", "0.0.0.0", "--token", TOKEN), "--as")
     refused(command("chat.py", clone, "--web", "--token", "short"), "--token")
-    refused(
-        command(
-            "chat.py", clone, "--web", "--host", "nowhere.invalid", "--token", TOKEN, "--as", "Eve"
-        ),
-        "--host nowhere.invalid",
-    )
+    for host in ("nowhere.invalid", "a..b"):
+        web = ("chat.py", clone, "--web", "--host", host)
+        refused(command(*web, "--token", TOKEN, "--as", "Eve"), f"--host {host}")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         web = ("chat.py", clone, "--web", "--port", taken.getsockname()[1])
         refused(command(*web), "--port")
