@@ -189,7 +189,7 @@ def run(main: Callable[[], Any]) -> None:
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which isn't imported here
             raise
-        hint = "Free its memory, or pass smaller --weights or --context, where there are such."
+        hint = "Does another program use it (nvidia-smi)? Otherwise a smaller base is needed."
         print(UserError("The GPU is out of memory", hint), file=sys.stderr)
         sys.exit(2)
     finally:
