@@ -37,8 +37,8 @@ NUMBER_KINDS = {int: "a whole number", float: "a number", bool: "true or false,"
 # shapes whose kernels oneDNN and ideep keep; of 1,000, their default, the code is gigabytes
 PRIMITIVE_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 M_MMAP_THRESHOLD = -3  # mallopt's option, from glibc's malloc.h
-# Freed blocks of this size and more go back to the system; smaller ones are used again. With 1 MiB a
-# sixth of a LoRA step on a CPU was page faults, with glibc's own choice memory grows and grows.
+# Freed blocks of this size and more go back to the system; smaller ones are used again. With 1 MiB
+# a sixth of a LoRA step on a CPU was page faults; with glibc's own choice memory grows and grows.
 MMAP_BYTES = 16 << 20
 StrPath = str | os.PathLike
 T = typing.TypeVar("T")

@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -102,6 +103,36 @@ def test_micro_batch_size_changes_nothing(base, rows, adapter):
         )
         for one, other in zip(weights, trained[0]):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("adapter", [{}, {"rank": 4, "alpha": 8}], ids=["full", "lora"])
+def test_norms_and_hidden_are_not_kept_on_a_cpu_and_gradients_stay(base, rows, adapter):
+    """`step.build_model` has them recomputed; every gradient is equal to the bit."""
+    model = build(base, **adapter)
+    inputs = []
+
+    def note(module, args):
+        inputs.append(weakref.ref(args[0].untyped_storage()))
+
+    for block in model.model.layers:
+        for linear in (block.self_attn.q_proj, block.mlp.gate_proj, block.mlp.down_proj):
+            linear.register_forward_pre_hook(note)
+
+    def gradients():
+        inputs.clear()
+        loss, _ = model(*step.micro_batches(rows[:2], 2, ALONE)[0][:3])
+        alive = [storage() is not None for storage in inputs]
+        loss.backward()
+        grads = [p.grad for p in model.parameters() if p.requires_grad]
+        model.zero_grad()
+        return alive, grads
+
+    alive, grads = gradients()
+    assert not any(alive)
+    model.recompute_cheap_parts(False)
+    alive, expected = gradients()
+    assert all(alive) and grads
+    assert all(map(torch.equal, grads, expected))
 
 
 def test_loss_equals_transformers(base, rows, tmp_path):
@@ -380,6 +411,7 @@ def test_predicted_memory_equals_measured(kind, varlen_on_cpu, monkeypatch):
     )
     with memory.MemoryTracker() as live:
         model = step.build_model(SMALL, ALONE, SPECS[kind])
+        model.recompute_cheap_parts(False)  # as on a GPU
         optimizer = optim.make_optimizer(model, 1e-4, 0.0, SPECS[kind].pure_bf16)
         for _ in range(2):
             live.peak = live.now

@@ -247,6 +247,8 @@ def trace_step_memory(
     with fake_distributed(world) as ranks, FakeTensorMode(), MemoryTracker() as tracker:
         model = step.build_meta_model(config, ranks, spec, "cpu").train()
         model.compiled = compiled
+        if doc_length and spec.activation_checkpointing == "none":
+            model.recompute_cheap_parts()  # as step.build_model does
         tracker.kind = "optimizer"
         optimizer = optim.make_optimizer(model, 1e-4, 0.0, spec.pure_bf16)
         phases = PhasePeaks(tracker, model, ranks)

@@ -74,6 +74,8 @@ def build_model(
         with torch.no_grad():
             for parameter, value in lora.initial_values(model, seed, shards.gather_rows):
                 shards.copy_shard(parameter, value)
+    if ranks.device.type == "cpu" and spec.activation_checkpointing == "none":
+        model.recompute_cheap_parts()
     return model.train()
 
 
