@@ -633,12 +633,15 @@ class SwiGLU(torch.autograd.Function):
         return grad_gate, grad_up
 
 
-def recomputed(out: Tensor, function: Callable[..., Tensor], *inputs: Tensor):
-    """Inside, nothing keeps `out`, which is function(*inputs): a backward pass computes it anew.
+def recomputed(
+    out: Tensor, function: Callable[..., Tensor], *inputs: Tensor
+) -> contextlib.AbstractContextManager:
+    """Operations inside don't keep `out` for their backward pass, but call function(*inputs) again.
 
-    The inputs are kept, so `function` should be cheap and keep them anyway.
+    The inputs are kept: `function` should be cheap, and have kept them anyway.
     """
-    storage = weakref.ref(out.untyped_storage())  # torch keeps `pack` as long as the graph
+    # Weak, because torch keeps `pack` as long as the graph.
+    storage = weakref.ref(out.untyped_storage())
     inputs = tuple(x.detach() for x in inputs)
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
@@ -715,7 +718,7 @@ class Block(nn.Module):
         with self.recomputed(normed, self.post_attention_layernorm, x):
             return x + self.mlp(normed)
 
-    def recomputed(self, *args):
+    def recomputed(self, *args) -> contextlib.AbstractContextManager:
         return recomputed(*args) if self.mlp.recompute else contextlib.nullcontext()
 
 
