@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -159,6 +160,8 @@ def library() -> ctypes.CDLL | None:
 
 def load_library(source: Path) -> ctypes.CDLL:
     """Load a C++ file's library, building it first if it isn't cached. BuildError if that fails."""
+    if sys.platform == "win32":  # untried; torch's OpenMP is Microsoft's there
+        raise BuildError("C++ is not built on Windows")
     compiler = next(filter(None, map(shutil.which, ("g++", "clang++"))), None)
     if compiler is None:
         raise BuildError("that needs g++ or clang++")
