@@ -37,9 +37,10 @@ NUMBER_KINDS = {int: "a whole number", float: "a number", bool: "true or false,"
 # shapes whose kernels oneDNN and ideep keep; of 1,000, their default, the code is gigabytes
 PRIMITIVE_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 M_MMAP_THRESHOLD = -3  # mallopt's option, from glibc's malloc.h
-# Freed blocks of this size and more go back to the system; smaller ones are used again. With 1 MiB
-# a sixth of a LoRA step on a CPU was page faults; with glibc's own choice memory grows and grows.
-MMAP_BYTES = 16 << 20
+MMAP_BYTES = 1 << 20
+# In training smaller blocks are used again: with 1 MiB a sixth of a LoRA step on a CPU was page
+# faults. With glibc's own choice memory grows and grows.
+TRAINING_MMAP_BYTES = 16 << 20
 StrPath = str | os.PathLike
 T = typing.TypeVar("T")
 
@@ -166,12 +167,13 @@ def check_ranges(options: Any, minimums: dict, positive: Iterable[str]) -> None:
 # --- how a program runs and ends
 
 
-def run(main: Callable[[], Any]) -> None:
+def run(main: Callable[[], Any], mmap_bytes: int = MMAP_BYTES) -> None:
     """Call `main()`. A UserError or OSError ends it with exit code 2 and two lines on stderr.
 
-    Ctrl-C ends it with code 130. Under torchrun one rank per host prints the error.
+    Ctrl-C ends it with code 130. Under torchrun one rank per host prints the error. Freed memory of
+    `mmap_bytes` and more goes back to the system.
     """
-    prepare_process()
+    prepare_process(mmap_bytes)
     try:
         main()
         sys.stdout.flush()
@@ -196,14 +198,14 @@ def run(main: Callable[[], Any]) -> None:
         gc.freeze()  # else Python's last collection goes through all of torch: a third of a second
 
 
-def prepare_process() -> None:
+def prepare_process(mmap_bytes: int) -> None:
     """Set what every program needs: memory limits, private files, and text streams in UTF-8."""
     for cache, capacity in PRIMITIVE_CACHES.items():
         os.environ.setdefault(cache, capacity)  # read at the first matrix product
     if sys.platform == "linux":
         # glibc alone has it. Without it a run of many shapes takes twice the memory that is in use
         with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, mmap_bytes)
     os.umask(0o077)  # our files hold chats, or were made from them
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         # Windows' pipes and files use its old code pages, which have no emoji

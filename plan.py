@@ -491,4 +491,4 @@ def suggestions(plan: Plan, gib: float) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, cli.TRAINING_MMAP_BYTES)

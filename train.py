@@ -655,4 +655,4 @@ def report_interrupt(stop: int | str, trainer: Trainer) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    cli.run(main)
+    cli.run(main, cli.TRAINING_MMAP_BYTES)

@@ -150,4 +150,4 @@ def measure(model_config, kind, micro_batch, rows, folder):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, cli.TRAINING_MMAP_BYTES)

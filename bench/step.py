@@ -457,4 +457,4 @@ def padded_documents(rows, size) -> Iterator[tuple[dict, torch.Tensor]]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, cli.TRAINING_MMAP_BYTES)

@@ -143,4 +143,5 @@ def test_peak_memory_does_not_grow_while_it(case, base):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    training = sys.argv[1].startswith("trains")
+    cli.run(main, cli.TRAINING_MMAP_BYTES if training else cli.MMAP_BYTES)
