@@ -37,6 +37,7 @@ NUMBER_KINDS = {int: "a whole number", float: "a number", bool: "true or false,"
 # shapes whose kernels oneDNN and ideep keep; of 1,000, their default, the code is gigabytes
 PRIMITIVE_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 M_MMAP_THRESHOLD = -3  # mallopt's option, from glibc's malloc.h
+# Freed memory of this size and more goes back to the system.
 MMAP_BYTES = 1 << 20
 # In training smaller blocks are used again: with 1 MiB a sixth of a LoRA step on a CPU was page
 # faults. With glibc's own choice memory grows and grows.
